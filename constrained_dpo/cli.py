@@ -1,0 +1,245 @@
+"""`cdpo`: init, check, prepare, round, run, status, dual, data. Results on stdout, progress on stderr, a user's mistake exits 2."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from data_prep.cli import app as data_app
+from data_prep.cli import parse_assignments, run_app
+from data_prep.settings import UserError
+
+if TYPE_CHECKING:
+    from constrained_dpo.learner import LoraLearner
+    from constrained_dpo.recipe import Recipe
+    from constrained_dpo.run_directory import RunDirectory
+
+app = typer.Typer(
+    name="cdpo",
+    no_args_is_help=True,
+    help="As helpful as possible, at least this much safer: constrained alignment by DPO and a dual step.",
+)
+dual_app = typer.Typer(no_args_is_help=True, help="The dual function on tables of scores: no model needed.")
+app.add_typer(dual_app, name="dual")
+app.add_typer(data_app, name="data")
+
+RunPath = Annotated[Path, typer.Argument(help="run directory")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+Overrides = Annotated[list[str], typer.Option("-s", "--set", help="KEY=VALUE, dotted keys, e.g. objective.beta=0.1")]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+@app.command()
+def init(recipe: Annotated[Path, typer.Argument(help="recipe YAML")], run: RunPath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Freeze a recipe into a run directory."""
+    from constrained_dpo.report import describe_problem
+    from constrained_dpo.run_directory import init_run
+
+    created = init_run(recipe, run, overrides)
+    print(f"{created.path}: {created.recipe().name}\n{describe_problem(created.recipe().problem)}")
+
+
+@app.command()
+def check(target: Annotated[Path, typer.Argument(help="recipe YAML or run directory")], overrides: Overrides = []) -> None:  # noqa: B006
+    """Validate a recipe without training (data, policy, scorers, lengths), or a run's λ history against its tables."""
+    from constrained_dpo.recipe import load_recipe
+    from constrained_dpo.report import describe_problem
+    from constrained_dpo.run_directory import RunDirectory
+
+    if target.is_dir():
+        run = RunDirectory(target)
+        recipe = run.recipe()
+        _check_history(run)
+        return
+    recipe = load_recipe(target, overrides)
+    print(describe_problem(recipe.problem))
+    _quiet_libraries()
+    from constrained_dpo.learner import LoraLearner
+    from data_prep.sources import split_prompts
+
+    prompts, left_out = split_prompts(recipe.prompts, recipe.dual.prompts_per_round)
+    learner = LoraLearner(recipe, RunDirectory(target), prompts)
+    left_out |= learner.restrict(recipe.fit.max_length)
+    learner.identity()
+    counts = learner.prompts["split"].value_counts()
+    longest = max(map(len, learner.prompt_tokens.values()))
+    print(
+        f"prompts: {', '.join(f'{n} {s}' for s, n in counts.items())}; longest {longest} tokens; "
+        f"left out: {', '.join(f'{n} {why}' for why, n in left_out.items())}"
+    )
+    print(f"policy: {recipe.policy.model}, {recipe.policy.quantization}, fingerprint {learner.policy.fingerprint}")
+    if learner.policy.overridden:
+        print(f"sampling ignores the checkpoint's own generation settings: {learner.policy.overridden}")
+    print(f"scorers: {', '.join(learner.scorers)}\nthe recipe is valid")
+
+
+def _check_history(run: "RunDirectory") -> None:
+    from constrained_dpo.rounds import replay
+
+    state = run.state()
+    if not state["lambda"]:
+        print(f"{run.path}: not prepared yet; nothing to check")
+        return
+    recomputed = replay(run)
+    for number, (stored, again) in enumerate(zip(state["lambda"], recomputed, strict=True)):
+        if stored != again:
+            raise UserError(f"{run.state_file}: λ of round {number} is {stored}, but the run's tables and recipe give {again}")
+    print(f"{run.path}: λ of {len(recomputed)} rounds recomputed from the tables and the recipe, equal to state.json")
+
+
+def _quiet_libraries() -> None:
+    """Results and our own progress only: the libraries' notices about their defaults do not apply (every default is set)."""
+    import logging
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _open(run: "RunDirectory") -> tuple["Recipe", "LoraLearner", dict[str, int]]:
+    """Recipe, learner and counts of prompts left out, of a run that is prepared or not yet."""
+    from constrained_dpo.learner import LoraLearner
+    from data_prep.sources import split_prompts
+
+    _quiet_libraries()
+    recipe = run.recipe()
+    prepared = run.prompts_file.exists()
+    prompts, left_out = (run.prompts(), {}) if prepared else split_prompts(recipe.prompts, recipe.dual.prompts_per_round)
+    learner = LoraLearner(recipe, run, prompts, show_progress=sys.stderr.isatty())
+    if not prepared:
+        left_out |= learner.restrict(recipe.fit.max_length)
+    return recipe, learner, left_out
+
+
+def _prepare(run: "RunDirectory") -> tuple["Recipe", "LoraLearner"]:
+    from constrained_dpo.rounds import prepare as prepare_run
+    from constrained_dpo.rounds import require_same_inputs
+
+    recipe, learner, left_out = _open(run)
+    if run.state()["lambda"]:
+        require_same_inputs(run, learner)
+        return recipe, learner
+    _say("prepare: sampling and scoring the reference policy")
+    return prepare_run(run, recipe, learner, left_out), learner
+
+
+@app.command()
+def prepare(run: RunPath) -> None:
+    """Sample and score the reference policy, measure its utilities, find the first multipliers."""
+    from constrained_dpo.run_directory import RunDirectory
+
+    directory = RunDirectory(run)
+    with directory.locked():
+        _prepare(directory)
+    print(f"{run}: prepared; λ_0 = {directory.state()['lambda'][0]}")
+
+
+def _play(path: Path, rounds: int | None, as_json: bool) -> None:
+    """Plays up to `rounds` more rounds (None: as many as the recipe's dual.rounds leaves) and prints the last one's table."""
+    from rich.console import Console
+
+    from constrained_dpo.report import print_round, print_samples
+    from constrained_dpo.rounds import play_round
+    from constrained_dpo.run_directory import RunDirectory
+
+    run = RunDirectory(path)
+    with run.locked():
+        total = run.recipe().dual.rounds if rounds is None else run.rounds_done() + rounds
+        if run.rounds_done() >= total:
+            print(f"{path}: all {total} rounds are done; `cdpo round` plays another, `cdpo status` shows them")
+            return
+        recipe, learner = _prepare(run)
+        while run.rounds_done() < total:
+            record = play_round(run, recipe, learner, _say)
+            problem = recipe.problem
+            summary = "; ".join(
+                f"{n}: λ {record['lambda'][n]:.4f} → {record['lambda_next'][n]:.4f}, u {record['u'][n]:+.3f}" for n in problem.names
+            )
+            _say(f"round {record['round']} done: {summary}; E[{problem.reward}] {record['reward']:+.3f}; {record['verdict']} on test")
+    if as_json:
+        print(json.dumps(record))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    print_round(console, run, record, problem, recipe.dual.confidence)
+    print_samples(console, run, record["round"], problem.objectives)
+
+
+@app.command("round")
+def play_one(run: RunPath, as_json: AsJson = False) -> None:
+    """One dual iteration: relabel, fit, re-score, dual step. Prepares first where needed; resumes a killed round."""
+    _play(run, 1, as_json)
+
+
+@app.command("run")
+def play_all(
+    run: RunPath,
+    rounds: Annotated[int | None, typer.Option(help="how many more rounds; default: up to the recipe's dual.rounds")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """All rounds of the recipe."""
+    if rounds is not None and rounds < 1:
+        raise UserError(f"--rounds {rounds}: must be at least 1")
+    _play(run, rounds, as_json)
+
+
+@app.command()
+def status(run: RunPath, as_json: AsJson = False) -> None:
+    """Where a run stands and what happens next."""
+    from rich.console import Console
+
+    from constrained_dpo.report import print_status
+    from constrained_dpo.report import status as read_status
+    from constrained_dpo.run_directory import RunDirectory
+
+    content = read_status(RunDirectory(run))
+    if as_json:
+        print(json.dumps(content))
+    else:
+        print_status(Console(width=None if sys.stdout.isatty() else 140), content)
+
+
+@dual_app.command()
+def solve(
+    scores: Annotated[Path, typer.Argument(help="parquet, csv or jsonl of reference samples: prompt_id and the score columns")],
+    reward: Annotated[str, typer.Option(help="reward column")],
+    beta: Annotated[float, typer.Option(help="β, reward units per nat")],
+    constraint: Annotated[list[str], typer.Option(help="COLUMN=MARGIN over the reference, once per utility")] = [],  # noqa: B006
+    max_lambda: Annotated[float, typer.Option(help="upper bound of every multiplier")] = 1000.0,
+    as_json: AsJson = False,
+) -> None:
+    """One-shot multipliers λ* from samples of the reference policy, with D(λ*) and the predicted means."""
+    from constrained_dpo.dual import ScoreTable, solve_one_shot
+    from constrained_dpo.problem import ConstrainedProblem, Constraint
+    from data_prep.tables import read_table
+
+    margins = parse_assignments(constraint, "--constraint")
+    problem = ConstrainedProblem(reward, beta, tuple(Constraint(n, margin=b) for n, b in margins.items()))
+    frame = read_table(scores)
+    if "source" in frame and not frame["source"].astype(str).str.startswith("reference").all():
+        raise UserError(f"{scores}: holds responses that are not the reference policy's (column source); keep only those")
+    solution = solve_one_shot(ScoreTable.from_frame(frame, problem), problem, max_lambda=max_lambda)
+    values = {
+        "lambda": solution.lambda_.to_dict(), "dual_value": solution.dual_value, "ess": solution.ess,
+        "reward": solution.reward, "utilities": solution.utilities.to_dict(), "at_bound": list(solution.at_bound),
+    }  # fmt: skip
+    if as_json:
+        print(json.dumps(values))
+        return
+    for name in problem.names:
+        print(f"λ*({name}) = {solution.lambda_[name]:.6g}; predicted E[{name}] = {solution.utilities[name]:.6g}")
+    print(f"D(λ*) = {solution.dual_value:.6g}; predicted E[{reward}] = {solution.reward:.6g}; mean ESS per prompt {solution.ess:.1f}")
+    for name in solution.at_bound:
+        _say(f"warning: λ*({name}) is at --max-lambda {max_lambda:g}: these samples do not reach its margin; lower it or sample more")
+
+
+def main() -> None:
+    run_app(app)

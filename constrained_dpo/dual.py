@@ -1,0 +1,233 @@
+"""The dual function D(λ), its minimizer, the subgradient u with its error bars, and the dual step. numpy and scipy only.
+
+D(λ) ≈ β E_x log mean_k exp((r + λ·g)/β + log π_ref(y_k) − log q(y_k)) − λ·a, y_k ~ q; one function for every q (DESIGN §1; MoCAN,
+arXiv:2405.19544, eq. (6) for q = π_ref). Convex in λ: gradient E_x E_w[g] − a, Hessian (1/β) E_x Cov_w(g), with w the tilted weights.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from constrained_dpo.problem import ConstrainedProblem
+from data_prep.settings import UserError
+from data_prep.tables import require_columns, require_finite
+
+MAX_NEWTON_STEPS = 200
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores sorted by prompt; ragged numbers of responses allowed.
+
+    reward: (num_responses,); utilities: (num_responses, m), both in score units; log_weight: (num_responses,) log π_ref − log q in nats
+    (0 for samples of π_ref); starts: (num_prompts,) first row of each prompt; counts: (num_prompts,).
+    """
+
+    reward: np.ndarray
+    utilities: np.ndarray
+    log_weight: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def from_frame(cls, frame: pd.DataFrame, problem: ConstrainedProblem, log_weight: str | None = None) -> "ScoreTable":
+        """From a responses table; `log_weight` names a column of log π_ref − log q, None means q = π_ref."""
+        columns = problem.objectives + ([log_weight] if log_weight else [])
+        require_columns(frame, ["prompt_id", *columns], "scores")
+        require_finite(frame, columns, "scores")
+        codes, _ = pd.factorize(frame["prompt_id"])
+        order = np.argsort(codes, kind="stable")
+        counts = np.bincount(codes)
+        return cls(
+            reward=frame[problem.reward].to_numpy(np.float64)[order],
+            utilities=frame[problem.names].to_numpy(np.float64)[order],
+            log_weight=frame[log_weight].to_numpy(np.float64)[order] if log_weight else np.zeros(len(frame)),
+            starts=np.concatenate([[0], np.cumsum(counts)[:-1]]),
+            counts=counts,
+        )
+
+    def prompt_means(self, values: np.ndarray) -> np.ndarray:
+        """Mean over a prompt's responses; (num_responses, ...) → (num_prompts, ...)."""
+        sums = np.add.reduceat(values, self.starts, axis=0)
+        return sums / self.counts.reshape(-1, *[1] * (values.ndim - 1))
+
+    def reference_means(self) -> np.ndarray:
+        """ḡ_ref, shape (m,); only for samples of π_ref."""
+        return self.prompt_means(self.utilities).mean(axis=0)
+
+
+@dataclass(frozen=True)
+class DualPoint:
+    """D(λ) and its derivatives, with the tilted policy's means: value (score units), gradient (m,), hessian (m, m), reward E[r],
+    utilities (m,) E[g], kl E_x KL in nats, ess (num_prompts,) effective sample size of the tilted weights."""
+
+    value: float
+    gradient: np.ndarray
+    hessian: np.ndarray
+    reward: float
+    utilities: np.ndarray
+    kl: float
+    ess: np.ndarray
+
+
+def evaluate_dual(table: ScoreTable, lambda_: np.ndarray, beta: float, levels: np.ndarray) -> DualPoint:
+    """One pass over the table. lambda_, levels: (m,) in the order of the table's utilities."""
+    score = (table.reward + table.utilities @ lambda_) / beta
+    exponent = score + table.log_weight
+    top = np.maximum.reduceat(exponent, table.starts)
+    weight = np.exp(exponent - np.repeat(top, table.counts))
+    total = np.add.reduceat(weight, table.starts)
+    log_mean = top + np.log(total / table.counts)
+    weight /= np.repeat(total, table.counts)
+    mean = np.add.reduceat(weight[:, None] * table.utilities, table.starts, axis=0)
+    centred = table.utilities - np.repeat(mean, table.counts, axis=0)
+    num_prompts = len(table.starts)
+    reward = np.add.reduceat(weight * table.reward, table.starts).mean()
+    utilities = mean.mean(axis=0)
+    return DualPoint(
+        value=float(beta * log_mean.mean() - lambda_ @ levels),
+        gradient=utilities - levels,
+        hessian=(centred * weight[:, None]).T @ centred / (num_prompts * beta),
+        reward=float(reward),
+        utilities=utilities,
+        # KL(π_λ‖π_ref) = E_λ[s/β] − log Z for the tilted policy.
+        kl=float((reward + lambda_ @ utilities) / beta - log_mean.mean()),
+        ess=1.0 / np.add.reduceat(weight**2, table.starts),
+    )
+
+
+@dataclass(frozen=True)
+class OneShotSolution:
+    """λ* = argmin_{0 ≤ λ ≤ max_lambda} D(λ), the tilted policy's predicted means, and the KKT residual (score units of g).
+
+    `at_bound` names the constraints whose λ* sits at max_lambda with D still falling: on these samples they cannot be met.
+    """
+
+    lambda_: pd.Series
+    dual_value: float
+    reward: float
+    utilities: pd.Series
+    kl: float
+    ess: float
+    kkt_residual: float
+    passes: int
+    at_bound: tuple[str, ...]
+
+
+def solve_one_shot(
+    table: ScoreTable, problem: ConstrainedProblem, levels: pd.Series | None = None, max_lambda: float = 1e3
+) -> OneShotSolution:
+    """Minimizes D over 0 ≤ λ ≤ max_lambda by projected Newton (Bertsekas 1982: variables held at a bound take no Newton step).
+
+    levels: a_i by constraint; None takes them from the table's own reference means (samples of π_ref). Float64, exact Hessian; the
+    line search is on D itself, so D never rises. Source of the program: MoCAN, arXiv:2405.19544, Algorithm 1, step 1.
+    """
+    names = problem.names
+    if levels is None:
+        levels = problem.levels(pd.Series(table.reference_means(), index=names))
+    target = levels.reindex(names).to_numpy(np.float64)
+    lam = np.zeros(len(names))
+    point, passes = evaluate_dual(table, lam, problem.beta, target), 1
+    scale = 1.0 + np.abs(table.utilities).max(axis=0, initial=0.0)
+    while passes < MAX_NEWTON_STEPS and np.max(_kkt(lam, point.gradient, max_lambda) / scale, initial=0.0) > 1e-12:
+        direction = _newton_direction(lam, point, max_lambda)
+        step, accepted = 1.0, False
+        while step > 1e-10 and passes < MAX_NEWTON_STEPS:
+            candidate = np.clip(lam + step * direction, 0.0, max_lambda)
+            trial = evaluate_dual(table, candidate, problem.beta, target)
+            passes += 1
+            slope = point.gradient @ (candidate - lam)
+            if trial.value <= point.value + 1e-4 * min(slope, 0.0) or (
+                # At the rounding level of D its gradient is still exact: accept what shrinks the residual.
+                abs(trial.value - point.value) <= 1e-13 * (1 + abs(point.value))
+                and _kkt(candidate, trial.gradient, max_lambda).max() < _kkt(lam, point.gradient, max_lambda).max()
+            ):
+                accepted = True
+                break
+            step *= 0.5
+        if not accepted or np.array_equal(candidate, lam):
+            break
+        lam, point = candidate, trial
+    at_bound = tuple(n for n, v, g in zip(names, lam, point.gradient, strict=True) if v >= max_lambda and g < 0)
+    return OneShotSolution(
+        lambda_=pd.Series(lam, index=names, dtype=float),
+        dual_value=point.value,
+        reward=point.reward,
+        utilities=pd.Series(point.utilities, index=names, dtype=float),
+        kl=point.kl,
+        ess=float(point.ess.mean()),
+        kkt_residual=float(np.max(_kkt(lam, point.gradient, max_lambda), initial=0.0)),
+        passes=passes,
+        at_bound=at_bound,
+    )
+
+
+def _kkt(lam: np.ndarray, gradient: np.ndarray, max_lambda: float) -> np.ndarray:
+    """Projected gradient: 0 at the constrained minimum. At λ = 0 only a negative gradient counts, at max_lambda only a positive."""
+    residual = np.abs(gradient)
+    residual[(lam <= 0) & (gradient > 0)] = 0.0
+    residual[(lam >= max_lambda) & (gradient < 0)] = 0.0
+    return residual
+
+
+def _newton_direction(lam: np.ndarray, point: DualPoint, max_lambda: float) -> np.ndarray:
+    held = ((lam <= 0) & (point.gradient > 0)) | ((lam >= max_lambda) & (point.gradient < 0))
+    free = ~held
+    direction = np.zeros_like(lam)
+    hessian = point.hessian[np.ix_(free, free)]
+    # A ridge relative to the curvature keeps ties and identical utilities solvable; it vanishes beside any real curvature.
+    ridge = 1e-14 * max(np.trace(hessian), 1e-300) * np.eye(free.sum())
+    newton, *_ = np.linalg.lstsq(hessian + ridge, -point.gradient[free], rcond=1e-13)
+    if newton @ point.gradient[free] >= 0 or not np.isfinite(newton).all():
+        newton = -point.gradient[free]
+    # Where curvature is nearly zero the step is unbounded; the box is as far as it can go.
+    direction[free] = np.clip(newton, -max_lambda, max_lambda)
+    return direction
+
+
+def estimate_subgradient(
+    samples: pd.DataFrame, reference: pd.DataFrame, problem: ConstrainedProblem, confidence: float = 0.95
+) -> pd.DataFrame:
+    """u_i = Ê_{π_θ}[g_i] − a_i with clustered standard error and t-interval: columns u, se, low, high, num_prompts by constraint.
+
+    samples, reference: responses of π_θ and π_ref on the same prompts, under one sampling law. A prompt is one cluster: the estimate is
+    the mean over prompts of the paired difference of prompt means (margin), or of the prompt mean minus c (threshold). Score units.
+    Source: CAID, arXiv:2505.19387, Algorithm 1, subgradient of the dual. Raises UserError when the prompts differ.
+    """
+    names = problem.names
+    for frame, where in ((samples, "samples"), (reference, "reference")):
+        require_columns(frame, ["prompt_id", *names], where)
+        require_finite(frame, names, where)
+    policy_means = samples.groupby("prompt_id", sort=True)[names].mean()
+    reference_means = reference.groupby("prompt_id", sort=True)[names].mean()
+    if not policy_means.index.equals(reference_means.index):
+        odd = policy_means.index.symmetric_difference(reference_means.index)
+        raise UserError(f"u is a paired difference, but {len(odd)} prompts are in only one of the two tables, e.g. {odd[0]!r}")
+    slack = policy_means - reference_means.where(problem.relative, 0.0) - problem.bounds
+    count = len(slack)
+    mean = slack.mean()
+    error = slack.std(ddof=1) / np.sqrt(count) if count > 1 else pd.Series(np.inf, index=names)
+    half = error * stats.t.ppf(0.5 + confidence / 2, max(count - 1, 1))
+    return pd.DataFrame({"u": mean, "se": error, "low": mean - half, "high": mean + half, "num_prompts": count}, index=names)
+
+
+def auto_step_scale(table: ScoreTable, problem: ConstrainedProblem) -> pd.Series:
+    """std(r)/var(g) on reference samples, by constraint: the unit (reward units per utility unit²) of a step that means the same for
+    every scorer. Raises UserError where a utility is constant."""
+    variance = table.utilities.var(axis=0)
+    for name, value in zip(problem.names, variance, strict=True):
+        if value <= 0:
+            raise UserError(f"utility {name} is constant on the reference samples, so no step moves it; check its scorer")
+    return pd.Series(table.reward.std() / variance, index=problem.names, dtype=float)
+
+
+def step_size_at(step_size: float, schedule: str, round_number: int) -> float:
+    """η_t: constant, or step_size/√(t+1) (the step of CAID's convergence theorem)."""
+    return step_size / np.sqrt(round_number + 1) if schedule == "inverse_sqrt" else step_size
+
+
+def dual_step(lambda_: pd.Series, u: pd.Series, step: pd.Series | float, max_lambda: float) -> pd.Series:
+    """Projected subgradient step λ ← clip(λ − η u, 0, max_lambda), by constraint (CAID, arXiv:2505.19387, Algorithm 1)."""
+    return (lambda_ - step * u.reindex(lambda_.index)).clip(0.0, max_lambda)

@@ -1,0 +1,305 @@
+"""The Lagrangian maximizer: TRL's DPOTrainer on pseudo-preferences, with reference log-probabilities from the pool.
+
+Loss of a pair (CAID, arXiv:2505.19387, eq. (8); with soft targets its expectation over the label):
+    −[t·log σ(βΔ) + (1−t)·log σ(−βΔ)],   Δ = log π_θ/π_ref (chosen) − log π_θ/π_ref (rejected)
+The KL anchor is π_ref (the base without adapter) in every round: the stored `ref_logp` enters the loss and no reference model runs here.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from tqdm import tqdm
+from transformers import PrinterCallback, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from constrained_dpo.recipe import FitSettings
+from data_prep.policy import LoraSettings, Policy
+from data_prep.sampling import response_logps
+from data_prep.settings import UserError
+from data_prep.tables import sync_folder
+
+NUM_ANCHOR_ROWS = 16
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """log: one dict per logged step (loss, margins in score units, gradient norm); anchor_error: largest |log π_θ − stored ref_logp|
+    before the first step, in nats (None where the fit was warm-started)."""
+
+    log: list[dict[str, float]]
+    anchor_error: float | None
+
+
+def pair_loss(scaled_difference: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of σ(βΔ) against the target probability; both of shape (num_pairs,), returns (num_pairs,)."""
+    return -(target * F.logsigmoid(scaled_difference) + (1 - target) * F.logsigmoid(-scaled_difference))
+
+
+@dataclass
+class PairCollator(DataCollatorForPreference):
+    """TRL's collator (chosen rows, then rejected rows, padded on the right) plus the soft target."""
+
+    def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        batch = super().torch_call(examples)
+        batch["target"] = torch.tensor([example["target"] for example in examples])
+        return batch
+
+
+class PseudoPreferenceTrainer(DPOTrainer):
+    """DPOTrainer on rows that are token ids already, with a target per pair and cached reference log-probabilities."""
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        return dataset
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        output = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            labels=labels,
+            use_cache=False,
+            fused_lm_head=True,
+        )
+        chosen, rejected = output.log_probs.float().sum(dim=1).chunk(2)
+        chosen, rejected = chosen - inputs["ref_chosen_logps"], rejected - inputs["ref_rejected_logps"]
+        loss = pair_loss(self.beta * (chosen - rejected), inputs["target"]).mean()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step}; lower fit.learning_rate")
+        mode = "train" if self.model.training else "eval"
+        for name, value in (
+            ("rewards/chosen", chosen),
+            ("rewards/rejected", rejected),
+            ("rewards/margins", chosen - rejected),
+        ):
+            self._metrics[mode][name].append(self.beta * self.accelerator.gather(value.detach()).mean().item())
+        return (loss, output) if return_outputs else loss
+
+
+class FitProgress(TrainerCallback):
+    """A bar with ETA and the current loss on stderr."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, desc="fit", unit="step", disable=None, leave=False)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def pair_dataset(pairs: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[str, list[int]], max_length: int) -> datasets.Dataset:
+    """Rows `prompt_ids, chosen_ids, rejected_ids, ref_chosen_logps, ref_rejected_logps, target`; num_pairs rows.
+
+    Raises UserError when a pair names a response that is not in the pool, has no ref_logp, or does not fit in max_length.
+    """
+    responses = pool.set_index("response_id")
+    for column in ("chosen_id", "rejected_id"):
+        unknown = ~pairs[column].isin(responses.index)
+        if unknown.any():
+            raise UserError(f"pairs: {column} {pairs[column][unknown].iloc[0]!r} is not in the pool ({unknown.sum()} rows)")
+    chosen, rejected = responses.loc[pairs["chosen_id"]], responses.loc[pairs["rejected_id"]]
+    if chosen["ref_logp"].isna().any() or rejected["ref_logp"].isna().any():
+        raise UserError("pool: ref_logp is null for responses that the pairs use; prepare the run again")
+    prompts = [prompt_tokens[pid] for pid in pairs["prompt_id"]]
+    longest = max(len(p) + max(len(c), len(r)) for p, c, r in zip(prompts, chosen["token_ids"], rejected["token_ids"], strict=True))
+    if longest > max_length:
+        raise UserError(
+            f"fit.max_length: a prompt with its response has {longest} tokens, over {max_length}; nothing is truncated, raise it"
+        )
+    return datasets.Dataset.from_dict(
+        {
+            "prompt_ids": prompts,
+            "chosen_ids": [ids.tolist() for ids in chosen["token_ids"]],
+            "rejected_ids": [ids.tolist() for ids in rejected["token_ids"]],
+            "ref_chosen_logps": chosen["ref_logp"].to_numpy(np.float32),
+            "ref_rejected_logps": rejected["ref_logp"].to_numpy(np.float32),
+            "target": pairs["target"].to_numpy(np.float32),
+        }
+    )
+
+
+def training_config(settings: FitSettings, beta: float, seed: int, output: Path) -> DPOConfig:
+    """Every default of DPOConfig that changes the mathematics is set here in words (DESIGN §9)."""
+    return DPOConfig(
+        output_dir=str(output),
+        beta=beta,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler,
+        warmup_steps=settings.warmup_steps,
+        optim=settings.optimizer,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        max_steps=settings.steps or -1,
+        num_train_epochs=settings.epochs or 1,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        max_length=None,  # lengths were checked; nothing is truncated
+        disable_dropout=False,  # True would zero the adapter's dropout; the base's is off since loading
+        bf16=False,  # no autocast: train- and eval-mode log-probabilities agree
+        precompute_ref_log_probs=False,  # they come from the pool
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed % 2**32,
+    )
+
+
+@contextmanager
+def _restored_base(policy: Policy) -> Iterator[None]:
+    """TRL patches the base's forward and, for checkpointing, its embeddings; the base leaves the fit as it came."""
+    forward = policy.model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        if forward is None:
+            policy.model.__dict__.pop("forward", None)
+        else:
+            policy.model.forward = forward
+        policy.model.gradient_checkpointing_disable()
+        if hasattr(policy.model, "_require_grads_hooks"):
+            policy.model.disable_input_require_grads()
+        policy.model.requires_grad_(False)
+        policy.model.eval()
+
+
+def build_trainer(
+    policy: Policy,
+    dataset: datasets.Dataset,
+    settings: FitSettings,
+    lora: LoraSettings,
+    *,
+    beta: float,
+    seed: int,
+    output: Path,
+    previous_adapter: Path | None,
+    show_progress: bool = False,
+) -> PseudoPreferenceTrainer:
+    """The trainer, built on the plain base plus a fresh adapter into which `previous_adapter` is then loaded.
+
+    Given a PeftModel instead, TRL would copy its adapter as "ref" and anchor the KL to the last round's policy.
+    """
+    target = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    trainer = PseudoPreferenceTrainer(
+        model=policy.model,
+        args=training_config(settings, beta, seed, output),
+        data_collator=PairCollator(pad_token_id=policy.tokenizer.pad_token_id),
+        train_dataset=dataset,
+        processing_class=policy.tokenizer,
+        peft_config=LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target, task_type="CAUSAL_LM"),
+    )
+    for callback in (PrinterCallback, transformers.ProgressCallback):  # stdout is for results; progress is ours, on stderr
+        trainer.remove_callback(callback)
+    if show_progress:
+        trainer.add_callback(FitProgress())
+    # TRL casts the adapter of a quantized base to bf16, where a step of 5e-5 leaves most of lora_A unmoved.
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if previous_adapter is not None:
+        loaded = set_peft_model_state_dict(trainer.model, load_peft_weights(str(previous_adapter), device=str(policy.device)))
+        if loaded.unexpected_keys:
+            raise UserError(f"{previous_adapter}: an adapter of another base or LoRA setting ({loaded.unexpected_keys[0]})")
+    if list(trainer.model.peft_config) != ["default"] or trainer.ref_model is not None:
+        raise RuntimeError(f"the trainer holds a reference of its own ({list(trainer.model.peft_config)}); the KL would not be to π_ref")
+    return trainer
+
+
+def check_anchor(policy: Policy, model: PeftModel, rows: datasets.Dataset) -> float:
+    """Largest |log π_θ − stored ref_logp| in nats on a few rows of an untrained adapter, which must be π_ref itself.
+
+    Raises UserError above the dtype's tolerance: the pool was then scored by another base, template or quantization.
+    """
+    chosen = rows.select(range(min(NUM_ANCHOR_ROWS, len(rows))))
+    was_training = model.training
+    model.eval()
+    logps, _ = response_logps(
+        model,
+        list(chosen["prompt_ids"]),
+        list(chosen["chosen_ids"]),
+        pad_id=policy.tokenizer.pad_token_id,
+        batch_size=NUM_ANCHOR_ROWS,
+    )
+    model.train(was_training)
+    error = float(np.abs(logps - np.asarray(chosen["ref_chosen_logps"])).max())
+    longest = max(map(len, chosen["chosen_ids"]))
+    tolerance = 1e-3 if policy.settings.dtype == "float32" else 0.05 + 0.01 * longest
+    if not error <= tolerance:
+        raise UserError(
+            f"fit: log π_θ of the untrained adapter differs from the stored ref_logp by {error:.3g} nats (tolerance {tolerance:.3g}); "
+            "the pool belongs to another base, quantization or template: prepare the run again"
+        )
+    return error
+
+
+def fit_adapter(
+    policy: Policy,
+    pairs: pd.DataFrame,
+    pool: pd.DataFrame,
+    prompt_tokens: dict[str, list[int]],
+    settings: FitSettings,
+    lora: LoraSettings,
+    *,
+    beta: float,
+    seed: int,
+    previous_adapter: Path | None,
+    output: Path,
+    show_progress: bool = False,
+) -> FitResult:
+    """Trains one round's adapter and saves it at `output` in PEFT's format; the folder appears whole or not at all.
+
+    pairs: (num_pairs,) rows of the pairs table; pool: the responses they name, with `ref_logp`. The optimizer starts fresh.
+    """
+    dataset = pair_dataset(pairs, pool, prompt_tokens, settings.max_length)
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with _restored_base(policy):
+        trainer = build_trainer(
+            policy,
+            dataset,
+            settings,
+            lora,
+            beta=beta,
+            seed=seed,
+            output=temporary,
+            previous_adapter=previous_adapter,
+            show_progress=show_progress,
+        )
+        try:
+            anchor_error = check_anchor(policy, trainer.model, dataset) if previous_adapter is None else None
+            trainer.train()
+            trainer.model.save_pretrained(temporary)
+        finally:
+            trainer.model.unload()
+    log = [{k: v for k, v in row.items() if isinstance(v, int | float)} for row in trainer.state.log_history]
+    (temporary / "training_log.json").write_text(json.dumps({"anchor_error": anchor_error, "log": log}, indent=1))
+    (temporary / "README.md").unlink(missing_ok=True)  # TRL's model card describes another run than this one
+    for path in temporary.iterdir():
+        with open(path, "rb") as handle:
+            os.fsync(handle.fileno())
+    os.replace(temporary, output)
+    sync_folder(output.parent)
+    return FitResult(log=log, anchor_error=anchor_error)

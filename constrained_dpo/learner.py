@@ -1,0 +1,174 @@
+"""The LoRA learner: what `rounds` asks for (fit, sample, score), done with real models. Models are loaded when first needed."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from constrained_dpo.recipe import Recipe
+from constrained_dpo.run_directory import RunDirectory
+from data_prep.policy import QUICKSTART, Policy, load_policy
+from data_prep.sampling import law_hash, sample_shard
+from data_prep.scoring import ScoreCache, Scorer, make_scorer, score_texts
+from data_prep.settings import UserError
+from data_prep.sources import last_user_text, tokenize_prompts
+
+
+class LoraLearner:
+    """Fits LoRA adapters with TRL, samples and scores with the recipe's policy and scorers."""
+
+    def __init__(self, recipe: Recipe, run: RunDirectory, prompts: pd.DataFrame, show_progress: bool = False) -> None:
+        self.recipe, self.prompts, self.show_progress = recipe, prompts, show_progress
+        self.run = run
+
+    @cached_property
+    def policy(self) -> Policy:
+        return load_policy(self.recipe.policy)
+
+    @cached_property
+    def scorers(self) -> dict[str, Scorer]:
+        return {name: make_scorer(settings) for name, settings in self.recipe.scorers.items()}
+
+    @cached_property
+    def cache(self) -> ScoreCache:
+        return ScoreCache(self.run.score_cache)
+
+    @cached_property
+    def prompt_tokens(self) -> dict[str, list[int]]:
+        return tokenize_prompts(self.prompts, self.recipe.prompts, self.policy.tokenizer)
+
+    @cached_property
+    def prompt_texts(self) -> pd.Series:
+        """What scorers are told the prompt was, by prompt_id."""
+        texts = [last_user_text(p, self.recipe.prompts.format) for p in self.prompts["prompt"]]
+        return pd.Series(texts, index=self.prompts["prompt_id"])
+
+    def restrict(self, limit: int) -> dict[str, int]:
+        """Applies the length limit (tokens of prompt + response) to the prompts; returns how many were dropped.
+
+        Raises UserError for prompts that are too long where the recipe does not say to drop them.
+        """
+        from data_prep.sampling import check_lengths
+
+        names = "fit.max_length"
+        if self.policy.window is not None and self.policy.window < limit:
+            limit, names = self.policy.window, "the policy's window"
+        if self.recipe.prompts.too_long == "error":
+            check_lengths(self.prompt_tokens, self.recipe.sampling, limit, names)
+            return {"too_long": 0}
+        room = limit - self.recipe.sampling.max_new_tokens
+        fits = self.prompts["prompt_id"].map(lambda pid: len(self.prompt_tokens[pid]) <= room)
+        dropped = int((~fits).sum())
+        self.prompts = self.prompts[fits].reset_index(drop=True)
+        counts = self.prompts["split"].value_counts()
+        if min(counts.get("dual", 0), counts.get("test", 0)) < 2:
+            raise UserError(f"prompts: {dropped} of {len(fits)} are too long for {names} {limit}; too few are left")
+        return {"too_long": dropped}
+
+    def identity(self) -> dict[str, object]:
+        """Hashes of what the run's numbers depend on, and the sampling law in words."""
+        sampling = self.recipe.sampling
+        return {
+            "policy": self.policy.fingerprint,
+            "scorers": {name: scorer.fingerprint for name, scorer in self.scorers.items()},
+            "law": law_hash(sampling, self.policy.eos_ids),
+            "overridden_generation": self.policy.overridden,
+        }
+
+    def fit(self, pairs: pd.DataFrame, pool: pd.DataFrame, *, lambda_: pd.Series, previous: Path | None, output: Path, seed: int) -> None:
+        """One round's adapter at `output`; the multipliers are in the pairs already."""
+        from constrained_dpo.fit import fit_adapter
+
+        fit_adapter(
+            self.policy,
+            pairs,
+            pool,
+            self.prompt_tokens,
+            self.recipe.fit,
+            self.recipe.policy.lora,
+            beta=self.recipe.objective.beta,
+            seed=seed,
+            previous_adapter=previous,
+            output=output,
+            show_progress=self.show_progress,
+        )
+
+    def sample(self, prompts: pd.DataFrame, *, responses_per_prompt: int, adapter: Path | None, source: str, seed: int) -> pd.DataFrame:
+        return sample_shard(
+            self.policy,
+            prompts,
+            self.prompt_tokens,
+            self.recipe.sampling,
+            responses_per_prompt=responses_per_prompt,
+            adapter=adapter,
+            source=source,
+            seed=seed,
+        )
+
+    def score(self, responses: pd.DataFrame) -> pd.DataFrame:
+        prompts = responses["prompt_id"].map(self.prompt_texts).tolist()
+        texts = responses["response"].tolist()
+        columns = {
+            name: score_texts(scorer, prompts, texts, negate=self.recipe.scorers[name].negate, name=name, cache=self.cache)
+            for name, scorer in self.scorers.items()
+        }
+        return responses.assign(**columns)
+
+    def truncated(self) -> dict[str, int]:
+        """Texts cut to a scorer's window in this process, by objective; only scorers that truncate."""
+        return {n: s.truncated for n, s in self.scorers.items() if getattr(s, "truncated", 0)}
+
+    # Exact values, where every response can be enumerated: the embedded world alone.
+
+    @cached_property
+    def worlds(self) -> dict[str, object]:
+        """A TabularWorld per split (dual and test prompts), through the policy's own forward."""
+        from constrained_dpo.tabular import TabularWorld
+        from data_prep.quickstart import VOCABULARY, enumerate_responses, exact_logps
+        from data_prep.sampling import decode
+
+        texts = decode(self.policy, enumerate_responses(self.policy.eos_ids[0], len(VOCABULARY)))
+        worlds = {}
+        for split in ("dual", "test"):
+            ids = self._prompts_of(split)
+            prompts = [self.prompt_texts[pid] for pid in ids]
+            scores = {
+                name: np.stack([scorer.score([p] * len(texts), texts) for p in prompts])
+                * (-1.0 if self.recipe.scorers[name].negate else 1.0)
+                for name, scorer in self.scorers.items()
+            }
+            problem = self.recipe.problem
+            logp = exact_logps(self.policy, None, {pid: self.prompt_tokens[pid] for pid in ids})
+            worlds[split] = TabularWorld(problem, logp, scores[problem.reward], {n: scores[n] for n in problem.names})
+        return worlds
+
+    def _prompts_of(self, split: str) -> list[str]:
+        return self.prompts["prompt_id"][self.prompts["split"] == split].tolist()
+
+    def exact(self, adapter: Path | None) -> dict[str, dict] | None:
+        """Exact values of a policy by split, or None where responses cannot be enumerated."""
+        if self.recipe.policy.model != QUICKSTART:
+            return None
+        from data_prep.quickstart import exact_logps
+
+        values = {}
+        for split, world in self.worlds.items():
+            tokens = {pid: self.prompt_tokens[pid] for pid in self._prompts_of(split)}
+            values[split] = world.evaluate(exact_logps(self.policy, adapter, tokens))
+        return values
+
+    def optimum(self) -> dict[str, dict] | None:
+        """The exact optimum by split, or None."""
+        if self.recipe.policy.model != QUICKSTART:
+            return None
+        from constrained_dpo.tabular import exact_optimum
+
+        return {split: exact_optimum(world) for split, world in self.worlds.items()}
+
+
+def read_training_log(adapter: Path) -> list[dict[str, float]]:
+    """The fit's log beside its adapter ([] for learners that keep none)."""
+    path = adapter / "training_log.json"
+    return json.loads(path.read_text())["log"] if path.exists() else []

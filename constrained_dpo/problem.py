@@ -1,0 +1,87 @@
+"""The constrained problem (P) and its sign convention: u > 0 is satisfied with room, u < 0 is violated, λ ← [λ − ηu]_+.
+
+    maximize   E_x[ E_{y~π} r(x,y) − β KL(π(·|x) ‖ π_ref(·|x)) ]
+    subject to E_x[ E_{y~π} g_i(x,y) − E_{y~π_ref} g_i(x,y) ] ≥ b_i   (margin)   or   E_x E_{y~π} g_i ≥ c_i   (threshold)
+
+Source: CAID, arXiv:2505.19387, problem (1). Utilities are higher-is-better; a cost enters negated, once, at its scorer.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from data_prep.settings import UserError
+from data_prep.tables import RESERVED_NAMES
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A utility and the level it has to reach: `margin` above the reference policy, or an absolute `threshold` (score units)."""
+
+    name: str
+    margin: float | None = None
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.margin is None) == (self.threshold is None):
+            raise UserError(f"constraint {self.name}: give exactly one of margin (over the reference) and threshold (absolute)")
+
+
+@dataclass(frozen=True)
+class ConstrainedProblem:
+    """Reward column, KL weight β (score units per nat) and constraints. Raises UserError on duplicated or reserved names."""
+
+    reward: str
+    beta: float
+    constraints: tuple[Constraint, ...]
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0 or not np.isfinite(self.beta):
+            raise UserError(f"beta is {self.beta}; it must be a finite number > 0")
+        names = [self.reward, *self.names]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"objective name {name} is used twice; give every reward and constraint its own name")
+            if name in RESERVED_NAMES:
+                raise UserError(f"objective name {name} is a reserved column name; choose another")
+
+    @property
+    def names(self) -> list[str]:
+        """Constraint names, in the order of every λ, u and margin Series."""
+        return [c.name for c in self.constraints]
+
+    @property
+    def objectives(self) -> list[str]:
+        """Score columns: the reward, then the utilities."""
+        return [self.reward, *self.names]
+
+    @property
+    def relative(self) -> pd.Series:
+        """True where the constraint is a margin over the reference, by constraint."""
+        return pd.Series({c.name: c.margin is not None for c in self.constraints}, dtype=bool)
+
+    @property
+    def bounds(self) -> pd.Series:
+        """b_i or c_i, by constraint (score units)."""
+        return pd.Series({c.name: c.margin if c.margin is not None else c.threshold for c in self.constraints}, dtype=float)
+
+    def levels(self, reference_means: pd.Series) -> pd.Series:
+        """a_i: the utility to reach, ḡ_ref,i + b_i (margin) or c_i (threshold), by constraint."""
+        return self.bounds + reference_means.reindex(self.names).where(self.relative, 0.0)
+
+    def multipliers(self, values: dict[str, float] | pd.Series) -> pd.Series:
+        """A λ Series in constraint order; raises UserError on unknown or missing names and on values that are not finite and ≥ 0."""
+        given = pd.Series(values, dtype=float)
+        unknown = [str(n) for n in given.index if n not in self.names]
+        missing = [n for n in self.names if n not in given.index]
+        if unknown or missing:
+            raise UserError(
+                f"lambda: {'unknown ' + ', '.join(unknown) + '; ' if unknown else ''}"
+                f"{'missing ' + ', '.join(missing) + '; ' if missing else ''}the constraints are {', '.join(self.names) or '(none)'}"
+            )
+        given = given.reindex(self.names)
+        bad = given.index[~(np.isfinite(given) & (given >= 0))]
+        if len(bad):
+            raise UserError(f"lambda of {bad[0]} is {given[bad[0]]}; multipliers are finite and ≥ 0")
+        return given

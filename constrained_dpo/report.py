@@ -1,0 +1,150 @@
+"""What a person reads: the table of a round, the status of a run. Pure text; every number comes from round.json, state.json or exact.json."""
+
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+from constrained_dpo.problem import ConstrainedProblem
+from constrained_dpo.run_directory import RunDirectory
+
+MEANING = {
+    "satisfied": "the utility is above its level on fresh samples of unseen prompts, at the stated confidence",
+    "undecided": "the interval on unseen prompts contains 0: more test prompts or responses would decide",
+    "violated": "the utility is below its level on unseen prompts, at the stated confidence",
+}
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.3f}"
+
+
+def describe_problem(problem: ConstrainedProblem) -> str:
+    """The solved problem in words, signs and units included."""
+    lines = [f"maximize E[{problem.reward}] − {problem.beta:g}·KL(π‖π_ref)"]
+    for c in problem.constraints:
+        level = f"at least {c.margin:g} above π_ref" if c.margin is not None else f"at least {c.threshold:g}"
+        lines.append(f"subject to E[{c.name}] {level} (higher is better; u > 0 is satisfied with room)")
+    return "\n".join(lines)
+
+
+def print_round(console: Console, run: RunDirectory, record: dict, problem: ConstrainedProblem, confidence: float) -> None:
+    """The table that ends a round: λ before and after, u with its interval, E[r], KL, objective, verdict, exact values beside them."""
+    exact = record.get("exact")
+    optimum = json.loads(run.exact_file.read_text()) if run.exact_file.exists() else None
+    percent = f"{100 * confidence:g} %"
+    table = Table(title=f"round {record['round']}", title_justify="left")
+    for column in ("constraint", "λ before", "λ after", f"u on dual prompts [{percent}]", f"u on test prompts [{percent}]", "verdict"):
+        table.add_column(column, justify="left" if column == "constraint" else "right")
+    for name in problem.names:
+        cells = [name, f"{record['lambda'][name]:.4f}", f"{record['lambda_next'][name]:.4f}"]
+        for part in (record, record["test"]):
+            cells.append(f"{part['u'][name]:+.3f} [{part['u_ci_low'][name]:+.3f}, {part['u_ci_high'][name]:+.3f}]")
+        table.add_row(*cells, record["test"]["verdicts"][name])
+        if exact and optimum:
+            for split in exact:
+                best = f"{optimum[split]['lambda'][name]:.4f}"
+                value = f"{exact[split]['u'][name]:+.3f}"
+                shown = ["", value] if split == "test" else [value, ""]
+                table.add_row(f"  exact ({split})", "", f"λ* {best}", *shown, "", style="dim")
+    console.print(table)
+
+    values = Table()
+    for column in ("", f"E[{problem.reward}]", "KL (nats)", f"objective E[{problem.reward}] − β KL", "mean tokens", "cut off"):
+        values.add_column(column, justify="right" if column else "left")
+    for split, part in (("dual", record), ("test", record["test"])):
+        values.add_row(
+            f"{split} prompts", f"{part['reward']:+.3f} ± {part['reward_se']:.3f}", _number(part["kl"]), _number(part["objective"]),
+            f"{part['mean_length']:.1f}", f"{100 * part['cut_off_fraction']:.0f} %",
+        )  # fmt: skip
+        if exact and split in exact:
+            e = exact[split]
+            values.add_row(f"  exact ({split})", *(_number(e[k]) for k in ("reward", "kl", "objective")), "", "", style="dim")
+        if optimum and split in optimum:
+            for label, key in (("  exact π_ref", "reference"), ("  exact optimum P*", "optimal")):
+                o = optimum[split][key]
+                values.add_row(label, *(_number(o[k]) for k in ("reward", "kl", "objective")), "", "", style="dim")
+    console.print(values)
+    if record["kl"] is None:
+        console.print(f"KL and objective are null: {record['kl_reason']}.")
+    console.print(f"verdict on the test prompts: [bold]{record['verdict']}[/bold] ({MEANING[record['verdict']]})")
+    if exact and optimum:
+        from constrained_dpo.rounds import share_of_gap_closed
+
+        shares = [f"{100 * share_of_gap_closed(exact[s], optimum[s]):.0f} % on {s} prompts" for s in exact]
+        console.print(f"way from π_ref to the exact optimum P*, in exact objective: {', '.join(shares)}")
+
+
+def print_samples(console: Console, run: RunDirectory, number: int, objectives: list[str], count: int = 5) -> None:
+    """The first response to a few test prompts under π_ref and under the round's policy, with their scores."""
+    from data_prep.sources import last_user_text
+    from data_prep.tables import read_parquet
+
+    chat = run.recipe().prompts.format
+    prompts = run.prompts()
+    prompts = prompts[prompts["split"] == "test"].head(count)
+    before = read_parquet(run.reference_file).drop_duplicates("prompt_id").set_index("prompt_id")
+    after = read_parquet(run.samples_file(number)).drop_duplicates("prompt_id").set_index("prompt_id")
+    table = Table(title="one answer each, before and after (test prompts)", title_justify="left", show_lines=True)
+    for column in ("prompt", "reference policy", "this policy"):
+        table.add_column(column, overflow="fold")
+    for pid, prompt in zip(prompts["prompt_id"], prompts["prompt"], strict=True):
+        cells = []
+        for row in (before.loc[pid], after.loc[pid]):
+            scores = ", ".join(f"{n} {row[n]:+.2f}" for n in objectives)
+            cells.append(f"{row['response'] or '(nothing)'}\n({scores})")
+        table.add_row(*(cell.replace("[", r"\[") for cell in (last_user_text(prompt, chat), *cells)))
+    console.print(table)
+
+
+def next_step(run: RunDirectory, rounds: int) -> str:
+    """What happens next, in words."""
+    state = run.state()
+    if not state["lambda"]:
+        return "prepare: sample and score the reference policy (cdpo prepare)"
+    number = run.rounds_done()
+    if number >= rounds:
+        return f"all {rounds} rounds of the recipe are done (cdpo round plays another)"
+    done = {
+        "relabel": run.pairs_file(number), "fit": run.adapter_folder(number), "rescore": run.samples_file(number),
+    }  # fmt: skip
+    for name, path in done.items():
+        if not path.exists():
+            return f"round {number} of {rounds}: {name} (cdpo round, or cdpo run for all that are left)"
+    return f"round {number} of {rounds}: dual step (cdpo round)"
+
+
+def status(run: RunDirectory) -> dict[str, object]:
+    """The run's state as JSON-ready values: rounds with λ, u, reward, KL, objective and verdict, and what happens next."""
+    recipe, state = run.recipe(), run.state()
+    keys = ("round", "lambda", "lambda_next", "u", "u_ci_low", "u_ci_high", "reward", "kl", "objective", "verdict")
+    rounds = [{k: run.round_record(t)[k] for k in keys} for t in range(run.rounds_done())]
+    return {
+        "name": recipe.name,
+        "problem": describe_problem(recipe.problem),
+        "lambda": state["lambda"][-1] if state["lambda"] else None,
+        "left_out": state["left_out"],
+        "rounds": rounds,
+        "next": next_step(run, recipe.dual.rounds),
+    }
+
+
+def print_status(console: Console, content: dict[str, object]) -> None:
+    console.print(f"[bold]{content['name']}[/bold]\n{content['problem']}")
+    if content["rounds"]:
+        table = Table()
+        for column in ("round", "λ", "u on dual prompts", "E[r]", "KL", "objective", "verdict"):
+            table.add_column(column, justify="right")
+        for row in content["rounds"]:
+            lambdas = "\n".join(f"{n} {v:.4f}" for n, v in row["lambda"].items())
+            slacks = "\n".join(f"{v:+.3f} [{row['u_ci_low'][n]:+.3f}, {row['u_ci_high'][n]:+.3f}]" for n, v in row["u"].items())
+            table.add_row(
+                str(row["round"]), lambdas, slacks, _number(row["reward"]), _number(row["kl"]), _number(row["objective"]), row["verdict"]
+            )
+        console.print(table)
+    if content["lambda"]:
+        console.print("λ for the next round: " + ", ".join(f"{n} {v:.4f}" for n, v in content["lambda"].items()))
+    left_out = {k: v for k, v in content["left_out"].items() if v}
+    if left_out:
+        console.print("prompts left out: " + ", ".join(f"{v} {k}" for k, v in left_out.items()))
+    console.print(f"next: {content['next']}")

@@ -1,0 +1,97 @@
+"""Samples and scores a policy for the dual step and the test, shard by shard; and what is estimated from them."""
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from constrained_dpo.certificate import judge, overall
+from constrained_dpo.dual import estimate_subgradient
+from constrained_dpo.problem import ConstrainedProblem
+from constrained_dpo.run_directory import RunDirectory
+from data_prep.settings import derive_seed
+from data_prep.tables import read_parquet, validate_responses, write_parquet
+
+
+def collect(
+    run: RunDirectory,
+    learner,
+    prompts: pd.DataFrame,
+    *,
+    phase: str,
+    round_number: int,
+    responses_per_prompt: int,
+    adapter,
+    source: str,
+    shard_size: int,
+    objectives: list[str],
+    seed: int,
+) -> pd.DataFrame:
+    """Scored responses to `prompts` (num_prompts × K rows), each shard committed as a file before the next is drawn.
+
+    A shard's prompts and seed are pure functions of the arguments, so a killed run that resumes draws the same responses.
+    """
+    per_shard = max(1, shard_size // responses_per_prompt)
+    folder = run.shard_folder(phase)
+    parts = []
+    starts = range(0, len(prompts), per_shard)
+    for number, start in enumerate(tqdm(starts, desc=f"{phase}: sample and score", unit="shard", disable=None, leave=False)):
+        path = folder / f"{number:05d}.parquet"
+        if not path.exists():
+            drawn = learner.sample(
+                prompts.iloc[start : start + per_shard],
+                responses_per_prompt=responses_per_prompt,
+                adapter=adapter,
+                source=source,
+                seed=derive_seed(seed, round_number, phase, number),
+            )
+            write_parquet(validate_responses(learner.score(drawn), objectives, phase), path)
+        parts.append(read_parquet(path))
+    return pd.concat(parts, ignore_index=True)
+
+
+def summarize(
+    samples: pd.DataFrame, reference: pd.DataFrame, problem: ConstrainedProblem, *, confidence: float, policy_law: bool
+) -> dict[str, object]:
+    """Estimates on one split: u with interval, reward, utilities, KL and objective, lengths. JSON-ready.
+
+    samples, reference: responses of π_θ and π_ref on the same prompts. KL (nats) is the mean of log π_θ/π_ref over samples of π_θ, so it
+    is null with the reason where the sampling law is not the policy (temperature, top_p).
+    """
+    u = estimate_subgradient(samples, reference, problem, confidence)
+    means = samples.groupby("prompt_id", sort=True)[problem.objectives].mean()
+    reward = float(means[problem.reward].mean())
+    log_ratio = (samples["policy_logp"] - samples["ref_logp"]).groupby(samples["prompt_id"]).mean()
+    kl = float(log_ratio.mean()) if policy_law else None
+    record = {
+        "u": u["u"].to_dict(),
+        "u_se": u["se"].to_dict(),
+        "u_ci_low": u["low"].to_dict(),
+        "u_ci_high": u["high"].to_dict(),
+        "reward": reward,
+        "reward_se": float(means[problem.reward].std(ddof=1) / np.sqrt(len(means))),
+        "utilities": means[problem.names].mean().to_dict(),
+        "kl": kl,
+        "objective": reward - problem.beta * kl if policy_law else None,
+        "num_prompts": len(means),
+        "num_samples": len(samples),
+        "cut_off_fraction": float((~samples["ended"].astype(bool)).mean()),
+        "mean_length": float(samples["token_ids"].map(len).mean()),
+    }
+    if not policy_law:
+        record["kl_reason"] = "sampled at temperature ≠ 1 or top_p < 1, so the samples are not from the policy itself"
+    return record
+
+
+def measure(
+    samples: pd.DataFrame, reference: pd.DataFrame, problem: ConstrainedProblem, *, confidence: float, policy_law: bool
+) -> dict[str, object]:
+    """The record of one policy: estimates on the dual prompts, and under `test` on the test prompts with the verdict."""
+
+    def on(split: str) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
+        chosen, base = samples[samples["split"] == split], reference[reference["split"] == split]
+        return summarize(chosen, base, problem, confidence=confidence, policy_law=policy_law), chosen, base
+
+    record, _, _ = on("dual")
+    test, chosen, base = on("test")
+    test["verdicts"] = judge(estimate_subgradient(chosen, base, problem, confidence), confidence)
+    return {**record, "test": test, "verdict": overall(test["verdicts"])}

@@ -1,0 +1,256 @@
+"""The loop: prepare, then rounds of relabel → fit → re-score → dual step. Every phase is a file; a phase whose file exists is done.
+
+The learner is an argument: anything with fit, sample and score. `LoraLearner` trains a language model; `TabularLearner` is the exact
+maximizer over an enumerated world.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+
+from constrained_dpo.dual import ScoreTable, auto_step_scale, dual_step, solve_one_shot, step_size_at
+from constrained_dpo.recipe import Recipe
+from constrained_dpo.rescore import collect, measure
+from constrained_dpo.run_directory import RunDirectory
+from data_prep.preferences import label_pairs
+from data_prep.sampling import is_policy_law
+from data_prep.settings import UserError, derive_seed
+from data_prep.tables import hash_file, read_parquet, validate_pairs, write_atomically, write_json, write_parquet
+
+
+class Learner(Protocol):
+    """What a round needs. Tables are those of `data_prep.tables`; an adapter is a folder that the learner wrote."""
+
+    prompts: pd.DataFrame
+
+    def fit(
+        self, pairs: pd.DataFrame, pool: pd.DataFrame, *, lambda_: pd.Series, previous: Path | None, output: Path, seed: int
+    ) -> None: ...
+
+    def sample(self, prompts: pd.DataFrame, *, responses_per_prompt: int, adapter: Path | None, source: str, seed: int) -> pd.DataFrame: ...
+
+    def score(self, responses: pd.DataFrame) -> pd.DataFrame: ...
+
+    def identity(self) -> dict[str, object]: ...
+
+    def exact(self, adapter: Path | None) -> dict[str, dict] | None: ...
+
+    def optimum(self) -> dict[str, dict] | None: ...
+
+
+def prepare(run: RunDirectory, recipe: Recipe, learner: Learner, left_out: dict[str, int]) -> Recipe:
+    """Everything before round 0: prompts, π_ref's scored responses, ḡ_ref, the step's scale, λ_0. Returns the resolved recipe.
+
+    left_out: counts of prompts left out, for state.json. Raises UserError for a score that is constant on the reference pool.
+    """
+    problem, sampling, dual = recipe.problem, recipe.sampling, recipe.dual
+    prompts = learner.prompts
+    if not run.prompts_file.exists():
+        write_parquet(prompts, run.prompts_file)
+    identity = learner.identity()
+
+    def reference_samples(phase: str, chosen: pd.DataFrame, count: int) -> pd.DataFrame:
+        return collect(
+            run, learner, chosen, phase=phase, round_number=0, responses_per_prompt=count, adapter=None, source=f"reference-{phase}",
+            shard_size=sampling.batch_size, objectives=problem.objectives, seed=recipe.seed,
+        )  # fmt: skip
+
+    if not run.pool_file(None).exists():
+        pool = reference_samples("pool", prompts[prompts["split"] != "test"], sampling.responses_per_prompt)
+        _require_varying(pool, problem.objectives)
+        _commit(run, pool, run.pool_file(None), "pool")
+    if not run.reference_file.exists():
+        chosen = prompts[prompts["split"] != "fit"]
+        reference = reference_samples("reference", chosen, dual.responses_per_prompt)
+        _commit(run, _with_split(reference, prompts), run.reference_file, "reference")
+    optimum = learner.optimum()
+    if optimum is not None and not run.exact_file.exists():
+        write_json(run.exact_file, optimum)
+    recipe = _resolve_step_scale(run, recipe)
+    state = run.state()
+    if not state["lambda"]:
+        state |= {
+            "hashes": {**identity, "prompts": hash_file(run.prompts_file)[:16]},
+            "left_out": left_out,
+            "lambda": [initial_multipliers(run, recipe).to_dict()],
+        }
+        run.write_state(state)
+    return recipe
+
+
+def _commit(run: RunDirectory, table: pd.DataFrame, path: Path, phase: str) -> None:
+    """Writes a phase's table, then drops the shards it was made of."""
+    write_parquet(table, path)
+    for shard in run.shard_folder(phase).glob("*.parquet"):
+        shard.unlink()
+
+
+def _with_split(responses: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
+    return responses.assign(split=responses["prompt_id"].map(prompts.set_index("prompt_id")["split"]))
+
+
+def _require_varying(pool: pd.DataFrame, objectives: list[str]) -> None:
+    for name in objectives:
+        if pool[name].nunique() < 2:
+            value = pool[name].iloc[0]
+            raise UserError(f"scorer of {name}: gives {value} to all {len(pool)} reference responses; it cannot tell responses apart")
+
+
+def _reference_table(run: RunDirectory, recipe: Recipe) -> ScoreTable:
+    """All of π_ref's samples on fit and dual prompts."""
+    reference = read_parquet(run.reference_file)
+    samples = pd.concat([read_parquet(run.pool_file(None)), reference[reference["split"] == "dual"]], ignore_index=True)
+    return ScoreTable.from_frame(samples, recipe.problem)
+
+
+def _resolve_step_scale(run: RunDirectory, recipe: Recipe) -> Recipe:
+    """Turns step_scale auto into numbers, in recipe.yaml."""
+    if recipe.dual.step_scale != "auto":
+        return recipe
+    scale = auto_step_scale(_reference_table(run, recipe), recipe.problem)
+    dual = recipe.dual.model_copy(update={"step_scale": {k: float(v) for k, v in scale.items()}})
+    recipe = recipe.model_copy(update={"dual": dual})
+    write_atomically(run.recipe_file, recipe.to_yaml().encode())
+    return recipe
+
+
+def initial_multipliers(run: RunDirectory, recipe: Recipe) -> pd.Series:
+    """λ_0: zeros, the given values, or the one-shot minimizer of D on π_ref's samples (MoCAN, arXiv:2405.19544)."""
+    init = "one_shot" if recipe.dual.method == "one_shot" else recipe.dual.init
+    if isinstance(init, dict):
+        return recipe.problem.multipliers(init).clip(upper=recipe.dual.max_lambda)
+    if init == "zeros":
+        return pd.Series(0.0, index=recipe.problem.names)
+    return solve_one_shot(_reference_table(run, recipe), recipe.problem, max_lambda=recipe.dual.max_lambda).lambda_
+
+
+def next_multipliers(recipe: Recipe, lambda_: pd.Series, u: dict[str, float], round_number: int) -> pd.Series:
+    """λ_{t+1} from λ_t and u_t: the subgradient step, or λ_t itself where the method keeps it."""
+    dual = recipe.dual
+    if dual.method != "subgradient":
+        return lambda_
+    scale = pd.Series(dual.step_scale, dtype=float) if isinstance(dual.step_scale, dict) else 1.0
+    step = step_size_at(dual.step_size, dual.step_schedule, round_number) * scale
+    return dual_step(lambda_, pd.Series(u, dtype=float), step, dual.max_lambda)
+
+
+def play_round(
+    run: RunDirectory, recipe: Recipe, learner: Learner, announce: Callable[[str], None] = lambda line: None
+) -> dict[str, object]:
+    """One dual iteration: relabel, fit, re-score, dual step. Returns the round's record (round.json); resumes what a kill left undone."""
+    state = run.state()
+    number = len(state["lambda"]) - 1
+    lambda_ = recipe.problem.multipliers(state["lambda"][-1])
+    seconds: dict[str, float | None] = dict.fromkeys(("relabel", "fit", "rescore"))
+
+    def phase(name: str, done: bool, action: Callable[[], None]) -> None:
+        if done:
+            return
+        announce(f"round {number}: {name}")
+        start = time.perf_counter()
+        action()
+        seconds[name] = round(time.perf_counter() - start, 2)
+
+    phase("relabel", run.pairs_file(number).exists(), lambda: _relabel(run, recipe, lambda_, number))
+    phase("fit", run.adapter_folder(number).exists(), lambda: _fit(run, recipe, learner, lambda_, number))
+    phase("rescore", run.samples_file(number).exists(), lambda: _rescore(run, recipe, learner, number))
+    if recipe.pool.grow and not run.pool_file(number).exists():
+        samples = read_parquet(run.samples_file(number))
+        write_parquet(samples[samples["split"] == "dual"].drop(columns="split"), run.pool_file(number))
+    if not run.round_file(number).exists():
+        record = round_record(run, recipe, lambda_, number)
+        record |= {"exact": learner.exact(run.adapter_folder(number)), "seconds": seconds, "hashes": state["hashes"]}
+        truncated = getattr(learner, "truncated", dict)()
+        if truncated:
+            record["truncated_scores"] = truncated
+        write_json(run.round_file(number), record)
+    record = run.round_record(number)
+    state["lambda"].append(record["lambda_next"])
+    run.write_state(state)
+    return record
+
+
+def _relabel(run: RunDirectory, recipe: Recipe, lambda_: pd.Series, number: int) -> None:
+    pairs_per_prompt = recipe.fit.pairs_per_prompt
+    pairs = label_pairs(
+        run.pool(number),
+        recipe.problem.reward,
+        lambda_,
+        labels=recipe.fit.labels,
+        pairs_per_prompt=None if pairs_per_prompt == "all" else pairs_per_prompt,
+        seed=recipe.seed,
+        round_number=number,
+    )
+    write_parquet(validate_pairs(pairs, f"pairs of round {number}"), run.pairs_file(number))
+
+
+def _fit(run: RunDirectory, recipe: Recipe, learner: Learner, lambda_: pd.Series, number: int) -> None:
+    previous = run.adapter_folder(number - 1) if number and recipe.fit.warm_start else None
+    learner.fit(
+        read_parquet(run.pairs_file(number)),
+        run.pool(number),
+        lambda_=lambda_,
+        previous=previous,
+        output=run.adapter_folder(number),
+        seed=derive_seed(recipe.seed, number, "fit"),
+    )
+
+
+def _rescore(run: RunDirectory, recipe: Recipe, learner: Learner, number: int) -> None:
+    prompts = run.prompts()
+    phase = f"round-{number:03d}"
+    samples = collect(
+        run, learner, prompts[prompts["split"] != "fit"], phase=phase, round_number=number,
+        responses_per_prompt=recipe.dual.responses_per_prompt, adapter=run.adapter_folder(number), source=f"round:{number}",
+        shard_size=recipe.sampling.batch_size, objectives=recipe.problem.objectives, seed=recipe.seed,
+    )  # fmt: skip
+    _commit(run, _with_split(samples, prompts), run.samples_file(number), phase)
+
+
+def round_record(run: RunDirectory, recipe: Recipe, lambda_: pd.Series, number: int) -> dict[str, object]:
+    """round.json's estimates: a pure function of the run's tables, the recipe and λ_t."""
+    record = measure(
+        read_parquet(run.samples_file(number)),
+        read_parquet(run.reference_file),
+        recipe.problem,
+        confidence=recipe.dual.confidence,
+        policy_law=is_policy_law(recipe.sampling),
+    )
+    following = next_multipliers(recipe, lambda_, record["u"], number)
+    sampling = recipe.sampling
+    law = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_new_tokens": sampling.max_new_tokens}
+    return {
+        "round": number, "lambda": lambda_.to_dict(), "lambda_next": following.to_dict(), **record, "sampling_law": law,
+    }  # fmt: skip
+
+
+def replay(run: RunDirectory) -> list[dict[str, float]]:
+    """The λ history recomputed from the run's tables and recipe alone; equals state.json's (DESIGN invariant 3)."""
+    recipe = run.recipe()
+    history = [initial_multipliers(run, recipe)]
+    for number in range(run.rounds_done()):
+        record = round_record(run, recipe, history[-1], number)
+        history.append(recipe.problem.multipliers(record["lambda_next"]))
+    return [lambda_.to_dict() for lambda_ in history]
+
+
+def require_same_inputs(run: RunDirectory, learner: Learner) -> None:
+    """Raises UserError when policy, scorers, sampling law or prompts are not those the run was prepared with."""
+    hashes = run.state()["hashes"]
+    current = {**learner.identity(), "prompts": hash_file(run.prompts_file)[:16]}
+    for key, value in hashes.items():
+        if current.get(key) != value:
+            raise UserError(
+                f"{run.path}: {key} changed since `prepare` ({value} then, {current.get(key)} now); restore it or start another run"
+            )
+
+
+def share_of_gap_closed(exact: dict, optimum: dict) -> float:
+    """(objective − objective of π_ref) / (P* − objective of π_ref), exact values of one split."""
+    start = optimum["reference"]["objective"]
+    gap = optimum["objective"] - start
+    return float((exact["objective"] - start) / gap) if gap > 0 else float(np.nan)

@@ -1,0 +1,1 @@
+"""Turns prompts, a policy and scorers into validated tables. Never imports `constrained_dpo`."""

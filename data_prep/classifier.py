@@ -1,0 +1,124 @@
+"""The `classifier` scorer: any AutoModelForSequenceClassification, batched by length."""
+
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.policy import check_model_folder, fingerprint_model
+from data_prep.scoring import ClassifierScorerSettings
+from data_prep.settings import UserError
+
+
+class ClassifierScorer:
+    """One logit of a sequence classifier, as float64. Raises UserError for a missing head, an ambiguous label or a text over its window."""
+
+    def __init__(self, settings: ClassifierScorerSettings) -> None:
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self.settings = settings
+        if Path(settings.model).is_dir():
+            check_model_folder(Path(settings.model), f"scorer {settings.model}", "AutoModelForSequenceClassification")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(settings.model, revision=settings.revision)
+            self.model, loading = AutoModelForSequenceClassification.from_pretrained(
+                settings.model,
+                revision=settings.revision,
+                dtype=getattr(torch, settings.dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"scorer {settings.model}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+        fresh = sorted(set(loading["missing_keys"]) | {str(k) for k in loading.get("mismatched_keys", ())})
+        if fresh:
+            raise UserError(
+                f"scorer {settings.model}: weights {', '.join(fresh[:3])} are not in the checkpoint and were newly initialised, so its "
+                "scores would be noise; use a checkpoint saved with its classification head"
+            )
+        self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        self.label = self._label_index()
+        self._set_padding()
+        if settings.text == "template" and not (
+            settings.template and "{prompt}" in settings.template and "{response}" in settings.template
+        ):
+            raise UserError(f"scorer {settings.model}: text: template needs a template with {{prompt}} and {{response}}")
+        if settings.text == "chat" and not self.tokenizer.chat_template:
+            raise UserError(f"scorer {settings.model}: text: chat, but its tokenizer has no chat template; use pair or template")
+        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = min(v for v in (settings.max_length, window, self.tokenizer.model_max_length) if v)
+        self.truncated = 0
+        shape = settings.model_dump_json(exclude={"model", "revision", "batch_size", "negate"})
+        self.fingerprint = f"classifier:{fingerprint_model(settings.model, settings.revision)}:{self.label}:{shape}"
+
+    def _label_index(self) -> int:
+        config, label = self.model.config, self.settings.label
+        if label is None:
+            if config.num_labels != 1:
+                names = ", ".join(f"{i}={n}" for i, n in config.id2label.items())
+                raise UserError(f"scorer {self.settings.model}: it has {config.num_labels} labels ({names}); set `label`")
+            return 0
+        index = label if isinstance(label, int) else config.label2id.get(label, -1)
+        if not 0 <= index < config.num_labels:
+            raise UserError(f"scorer {self.settings.model}: no label {label!r}; it has {', '.join(map(str, config.label2id))}")
+        return index
+
+    def _set_padding(self) -> None:
+        """Decoder classifiers find the last token by the pad id, so model and tokenizer must agree on one."""
+        if self.tokenizer.pad_token_id is None:
+            if self.tokenizer.eos_token_id is None:
+                raise UserError(f"scorer {self.settings.model}: its tokenizer has neither a pad nor an EOS token to pad with")
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        # With pad = eos a decoder would take an appended EOS for padding: score such texts one by one, unpadded.
+        self.pads = not (self.settings.append_eos and self.tokenizer.pad_token_id == self.tokenizer.eos_token_id)
+
+    def _encode(self, prompt: str, response: str) -> dict[str, list[int]]:
+        settings, eos = self.settings, self.tokenizer.eos_token or ""
+        response += eos if settings.append_eos else ""
+        if settings.text == "pair":
+            encoded = self.tokenizer(prompt, response)
+        elif settings.text == "template":
+            text = settings.template.replace("{prompt}", prompt).replace("{response}", response)
+            has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+            encoded = self.tokenizer(text, add_special_tokens=not has_bos)
+        else:
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            encoded = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+        length = len(encoded["input_ids"])
+        if length > self.max_length:
+            if not settings.truncate:
+                raise UserError(
+                    f"scorer {settings.model}: a text of {length} tokens exceeds its window of {self.max_length} "
+                    f"(response {response[:40]!r}); set truncate: true or shorten the prompts"
+                )
+            self.truncated += 1
+            encoded = self._truncate(encoded, prompt, response)
+        return dict(encoded)
+
+    def _truncate(self, encoded: object, prompt: str, response: str) -> dict[str, list[int]]:
+        """The response is what is judged, so the prompt's beginning goes first."""
+        if self.settings.text == "pair":
+            side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "left"
+            response_fits = len(self.tokenizer("", response)["input_ids"]) < self.max_length
+            strategy = "only_first" if response_fits else "longest_first"
+            try:
+                return self.tokenizer(prompt, response, truncation=strategy, max_length=self.max_length)
+            finally:
+                self.tokenizer.truncation_side = side
+        return {key: values[-self.max_length :] for key, values in encoded.items()}
+
+    def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+        import torch
+
+        encoded = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
+        order = np.argsort([len(e["input_ids"]) for e in encoded], kind="stable")
+        scores = np.empty(len(encoded))
+        size = self.settings.batch_size if self.pads else 1
+        for begin in range(0, len(order), size):
+            rows = order[begin : begin + size]
+            batch = self.tokenizer.pad([encoded[i] for i in rows], padding_side="right", return_tensors="pt")
+            with torch.no_grad():
+                logits = self.model(**batch.to(self.model.device)).logits
+            scores[rows] = logits[:, self.label].float().cpu().numpy()
+        return scores

@@ -1,0 +1,232 @@
+"""`data-prep` (and `cdpo data`): prompts, sample, score, relabel, inspect."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_prep.settings import UserError
+
+app = typer.Typer(
+    name="data-prep", help="Turn prompts, a policy and scorers into validated tables.", no_args_is_help=True, add_completion=False
+)
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="parquet file to write")]
+Format = Annotated[str, typer.Option("--format", help="text or chat")]
+
+
+def run_app(application: typer.Typer) -> None:
+    """Runs a CLI: a user's mistake is one line on stderr and exit code 2, never a traceback; an interrupt is 130."""
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        application()
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes where it stopped", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        print(f"error: {error}; the run directory is left resumable: mend the cause and give the same command again", file=sys.stderr)
+        sys.exit(1)
+
+
+def parse_assignments(pairs: list[str], option: str) -> dict[str, float]:
+    """NAME=NUMBER options as a dict; raises UserError."""
+    values = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            if not equals or not name or name in values:
+                raise ValueError
+            values[name] = float(value)
+        except ValueError as error:
+            raise UserError(f"{option} {pair}: write NAME=NUMBER, each name once") from error
+    return values
+
+
+@app.command()
+def prompts(
+    source: Annotated[str, typer.Argument(help="file of prompts (jsonl, json, csv, tsv, parquet) or HH-RLHF rows")],
+    output: Output,
+    format: Format = "text",
+    test: Annotated[str, typer.Option(help="file of test prompts, or the fraction to hold out")] = "0.2",
+    num_dual: Annotated[int, typer.Option(help="how many fit prompts are dual prompts")] = 600,
+    max_fit: Annotated[int | None, typer.Option(help="keep at most so many fit prompts")] = None,
+    max_test: Annotated[int | None, typer.Option(help="keep at most so many test prompts")] = None,
+) -> None:
+    """Read prompts, drop duplicates, split them by hash into fit, dual and test."""
+    from data_prep.sources import PromptSettings, split_prompts
+    from data_prep.tables import write_parquet
+
+    settings = _validated(PromptSettings, source=source, format=format, test=_fraction_or_file(test), max_fit=max_fit, max_test=max_test)
+    table, left_out = split_prompts(settings, num_dual)
+    write_parquet(table, output)
+    counts = ", ".join(f"{n} {split}" for split, n in table["split"].value_counts().items())
+    print(f"{output}: {counts}; left out: {', '.join(f'{n} {why}' for why, n in left_out.items())}")
+
+
+def _fraction_or_file(value: str) -> str | float:
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _validated(model, **values):
+    """A settings block from options; a bad value is a UserError."""
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (it is {first['input']!r})") from error
+
+
+@app.command()
+def sample(
+    prompts: Annotated[Path, typer.Argument(help="prompts table (from `prompts`)")],
+    output: Output,
+    model: Annotated[str, typer.Option(help="model folder or hub id")],
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter folder; default: the reference policy")] = None,
+    quantization: Annotated[str, typer.Option(help="nf4, int8 or none")] = "nf4",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
+    format: Format = "text",
+    template: Annotated[str, typer.Option(help="for format text; contains {prompt}")] = "{prompt}",
+    responses: Annotated[int, typer.Option("--responses", "-k", help="responses per prompt")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="cut off after so many tokens")] = 256,
+    temperature: Annotated[float, typer.Option(help="sampling temperature")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="nucleus")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="sequences at once")] = 32,
+    seed: Annotated[int, typer.Option(help="seed")] = 0,
+) -> None:
+    """Sample responses with their log-probabilities under the sampling law, the policy and the reference."""
+    from data_prep.policy import PolicySettings, load_policy
+    from data_prep.sampling import SamplingSettings, sample_shard
+    from data_prep.settings import derive_seed
+    from data_prep.sources import PromptSettings, tokenize_prompts
+    from data_prep.tables import read_table, validate_prompts, write_parquet
+
+    settings = _validated(
+        SamplingSettings, responses_per_prompt=responses, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+        batch_size=batch_size,
+    )  # fmt: skip
+    how = _validated(PromptSettings, source=str(prompts), format=format, template=template)
+    table = validate_prompts(read_table(prompts), str(prompts))
+    policy = load_policy(_validated(PolicySettings, model=model, quantization=quantization, dtype=dtype))
+    tokens = tokenize_prompts(table, how, policy.tokenizer)
+    drawn = sample_shard(
+        policy, table, tokens, settings, responses_per_prompt=responses, adapter=adapter,
+        source="policy" if adapter else "reference", seed=derive_seed(seed, 0, "sample"),
+    )  # fmt: skip
+    write_parquet(drawn.assign(prompt=drawn["prompt_id"].map(table.set_index("prompt_id")["prompt"])), output)
+    print(f"{output}: {len(drawn)} responses, {100 * (~drawn['ended']).mean():.0f} % cut off at {max_new_tokens} tokens")
+
+
+@app.command()
+def score(
+    responses: Annotated[Path, typer.Argument(help="table with prompt, response")],
+    output: Output,
+    name: Annotated[str, typer.Option(help="column to add")],
+    scorer: Annotated[str, typer.Option(help="as in a recipe, e.g. '{type: python, target: \"file.py:function\"}'")],
+    cache: Annotated[Path | None, typer.Option(help="SQLite file of known scores")] = None,
+) -> None:
+    """Add one score column (higher is better) to a table of prompts and responses."""
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
+
+    from data_prep.scoring import ScoreCache, ScorerSettings, make_scorer, score_texts
+    from data_prep.tables import RESERVED_NAMES, read_table, require_columns, write_parquet
+
+    if name in RESERVED_NAMES:
+        raise UserError(f"--name {name}: is a reserved column name; choose another")
+    try:
+        settings = TypeAdapter(ScorerSettings).validate_python(yaml.safe_load(scorer))
+    except (ValidationError, yaml.YAMLError) as error:
+        detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
+        raise UserError(f"--scorer: {detail}") from error
+    table = read_table(responses)
+    require_columns(table, ["prompt", "response"], str(responses))
+    values = score_texts(
+        make_scorer(settings), table["prompt"].astype(str).tolist(), table["response"].astype(str).tolist(),
+        negate=settings.negate, name=name, cache=ScoreCache(cache),
+    )  # fmt: skip
+    write_parquet(table.assign(**{name: values}), output)
+    print(f"{output}: {name} mean {values.mean():.4g}, std {values.std():.4g}, {values.min():.4g} to {values.max():.4g}")
+
+
+@app.command()
+def relabel(
+    responses: Annotated[Path, typer.Argument(help="scored responses: parquet, csv or jsonl with prompt_id, response_id and the columns")],
+    output: Output,
+    reward: Annotated[str, typer.Option(help="reward column")],
+    lambda_: Annotated[list[str], typer.Option("--lambda", help="COL=VALUE, once per utility")] = [],  # noqa: B006
+    labels: Annotated[str, typer.Option(help="soft, bernoulli or argmax")] = "soft",
+    pairs_per_prompt: Annotated[str, typer.Option(help="a number, or all")] = "all",
+    seed: Annotated[int, typer.Option(help="seed of pairs and draws")] = 0,
+    text: Annotated[bool, typer.Option("--text", help="add prompt, chosen, rejected texts")] = False,
+) -> None:
+    """Pseudo-preference pairs under given multipliers: P(y1 ≻ y2) = σ(s(y1) − s(y2)), s = reward + Σ λ·utility."""
+    import pandas as pd
+
+    from data_prep.preferences import attach_text, label_pairs
+    from data_prep.tables import read_table, write_parquet
+
+    if labels not in ("soft", "bernoulli", "argmax"):
+        raise UserError(f"--labels {labels}: is not one of soft, bernoulli, argmax")
+    if pairs_per_prompt != "all" and not (pairs_per_prompt.isdigit() and int(pairs_per_prompt) > 0):
+        raise UserError(f"--pairs-per-prompt {pairs_per_prompt}: write a number ≥ 1, or all")
+    table = read_table(responses)
+    multipliers = pd.Series(parse_assignments(lambda_, "--lambda"), dtype=float)
+    pairs = label_pairs(
+        table, reward, multipliers, labels=labels,
+        pairs_per_prompt=None if pairs_per_prompt == "all" else int(pairs_per_prompt), seed=seed,
+    )  # fmt: skip
+    singles = int((table.groupby("prompt_id").size() < 2).sum())
+    write_parquet(attach_text(pairs, table, None) if text else pairs, output)
+    ambiguous = (pairs["prob"].sub(0.5).abs() < 0.45).mean()
+    print(
+        f"{output}: {len(pairs)} pairs of {pairs['prompt_id'].nunique()} prompts, "
+        f"{100 * ambiguous:.0f} % with P between 0.05 and 0.95; left out: {singles} prompts with a single response"
+    )
+
+
+@app.command()
+def inspect(
+    table: Annotated[Path, typer.Argument(help="any table of a run")],
+    rows: Annotated[int, typer.Option(help="rows to show")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="column statistics as JSON")] = False,
+) -> None:
+    """What is in a table: rows, columns with their range, the first rows."""
+    from data_prep.tables import read_table
+
+    frame = read_table(table)
+    columns = {}
+    for name in frame.columns:
+        values = frame[name]
+        if values.dtype.kind in "fiu":
+            columns[name] = {"null": int(values.isna().sum()), **{k: _plain(getattr(values, k)()) for k in ("mean", "std", "min", "max")}}
+        else:
+            columns[name] = {"null": int(values.isna().sum()), "distinct": int(values.astype(str).nunique())}
+    if as_json:
+        print(json.dumps({"rows": len(frame), "columns": columns}))
+        return
+    print(f"{table}: {len(frame)} rows")
+    for name, facts in columns.items():
+        print(f"  {name}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items() if v is not None))
+    print(frame.head(rows).to_string(max_colwidth=40))
+
+
+def _plain(value: object) -> float | None:
+    number = float(value)
+    return number if number == number else None
+
+
+def main() -> None:
+    run_app(app)

@@ -1,0 +1,213 @@
+"""The policy: a base model (nf4, int8 or unquantized), its tokenizer, and LoRA adapters from disk.
+
+The reference policy π_ref is the base with no adapter. The base is loaded once, frozen, and never merged into; an adapter is attached for as
+long as a `with` block lasts.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from data_prep.settings import Settings, UserError
+from data_prep.tables import hash_file
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+QUICKSTART = "quickstart"
+
+
+class LoraSettings(Settings):
+    """The adapter that is trained."""
+
+    r: int = Field(8, ge=1, description="rank")
+    alpha: float = Field(16, gt=0, description="LoRA alpha; the update is scaled by alpha/r")
+    dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input while training")
+    target_modules: str | list[str] = Field("all-linear", description="module names, or all-linear (every linear layer but the head)")
+
+
+class PolicySettings(Settings):
+    """The base model; with its adapter off it is the reference policy."""
+
+    model: str = Field(description="local folder or hub id of a causal language model; `quickstart` is the embedded world's")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    quantization: Literal["nf4", "int8", "none"] = Field("nf4", description="how the frozen base is stored (bitsandbytes)")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="compute dtype, and storage of what is not quantized")
+    lora: LoraSettings = Field(default_factory=LoraSettings, description="the adapter")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A loaded base and what belongs to it.
+
+    model: the plain base in eval mode, requires_grad off, its generation_config blank but for the token ids; eos_ids: the ids that end a response;
+    fingerprint: hash of weights, tokenizer, quantization and dtype; overridden: generation settings of the checkpoint that our
+    sampling law replaces, by name.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    settings: PolicySettings
+    eos_ids: tuple[int, ...]
+    fingerprint: str
+    overridden: dict[str, object]
+
+    @property
+    def device(self) -> "torch.device":
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def window(self) -> int | None:
+        """The longest sequence the base accepts, in tokens (None if its config does not say)."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def resolve_model(settings: PolicySettings) -> str:
+    """The folder or hub id to load; builds the embedded world's policy when asked for it. Raises UserError for an unusable folder."""
+    if settings.model == QUICKSTART:
+        from data_prep.quickstart import build_policy
+
+        return str(build_policy())
+    folder = Path(settings.model).expanduser()
+    if folder.is_dir():
+        check_model_folder(folder, "policy.model", "AutoModelForCausalLM")
+        return str(folder)
+    if settings.model.startswith((".", "/", "~")) or folder.exists():
+        raise UserError(f"policy.model: {settings.model} is not a folder; give a model folder or a hub id")
+    return settings.model
+
+
+def check_model_folder(folder: Path, key: str, loader: str) -> None:
+    """Raises UserError naming the first part (config, weights, tokenizer) that a local model folder lacks."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"{key}: {folder} has no config.json, so {loader} cannot load it; point to a saved model")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{key}: {folder} has no *.safetensors weights; save the model with safe_serialization")
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise UserError(f"{key}: {folder} has no tokenizer (tokenizer.json); save it beside the model")
+
+
+def fingerprint_model(source: str, revision: str | None) -> str:
+    """Hash of a model's identity: contents of a local folder, or the resolved commit of a hub model."""
+    folder = Path(source)
+    digest = hashlib.sha256()
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".safetensors", ".json", ".jinja", ".txt", ".model") and path.name != "generation_config.json":
+                digest.update(f"{path.name}:{hash_file(path)}\n".encode())
+    else:
+        from transformers.utils import cached_file
+
+        config = cached_file(source, "config.json", revision=revision)
+        digest.update(f"{source}@{Path(config).parent.name}".encode())
+    return digest.hexdigest()[:16]
+
+
+def load_policy(settings: PolicySettings) -> Policy:
+    """Loads base and tokenizer. Raises UserError when the model cannot be loaded or is not quantized as asked.
+
+    On a CPU with AVX512_BF16, bitsandbytes' Linear4bit repacks its weights in place at the first inference forward and later training
+    forwards lose their autograd (LoRA gradients wrong by ~99 %); switching that path off per layer keeps gradients exact.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    source = resolve_model(settings)
+    dtype = getattr(torch, settings.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=settings.revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=settings.revision,
+            dtype=dtype,
+            quantization_config=_quantization_config(settings, dtype),
+            device_map={"": device},
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"policy.model: {source} cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    _check_quantization(model, settings)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # π_ref has no dropout; the adapter's own is added later and kept
+    model.requires_grad_(False)
+    model.eval()
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    eos_ids = _eos_ids(model, tokenizer)
+    overridden = _overridden_generation(model.generation_config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=list(eos_ids), pad_token_id=tokenizer.pad_token_id
+    )
+    identity = json.dumps([fingerprint_model(source, settings.revision), settings.quantization, settings.dtype])
+    return Policy(model, tokenizer, settings, eos_ids, hashlib.sha256(identity.encode()).hexdigest()[:16], overridden)
+
+
+def _quantization_config(settings: PolicySettings, dtype: "torch.dtype") -> object | None:
+    from transformers import BitsAndBytesConfig
+
+    if settings.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    if settings.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return None
+
+
+def _check_quantization(model: "PreTrainedModel", settings: PolicySettings) -> None:
+    """A run that says nf4 must be nf4: several public 'QLoRA' runs were not quantized at all, or ran as fp4."""
+    import bitsandbytes as bnb
+
+    four = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    eight = [m for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt)]
+    asked = settings.quantization
+    if asked == "nf4" and (not four or any(m.weight.quant_type != "nf4" for m in four)):
+        raise UserError(f"policy.quantization: nf4 was asked for but {len(four)} layers are Linear4bit/nf4; use another model or none")
+    if asked == "int8" and not eight:
+        raise UserError("policy.quantization: int8 was asked for but no layer is Linear8bitLt; use another model or none")
+    if asked == "none" and (four or eight):
+        raise UserError("policy.quantization: none was asked for but the checkpoint is quantized; use its unquantized base")
+
+
+def _eos_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    configured = model.generation_config.eos_token_id
+    ids = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    if not ids:
+        raise UserError("policy.model: neither tokenizer nor generation_config names an EOS token, so no response could end")
+    return tuple(sorted(ids))
+
+
+def _overridden_generation(config: object) -> dict[str, object]:
+    """What the checkpoint's generation_config would have changed about sampling; ours is complete, so none of it applies."""
+    ignored = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache"}
+    ignored |= {"output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate", "do_sample"}
+    return {k: v for k, v in config.to_diff_dict().items() if k not in ignored and v is not None}
+
+
+@contextlib.contextmanager
+def attached_adapter(policy: Policy, adapter: Path | None) -> Iterator["torch.nn.Module"]:
+    """The policy with the adapter of that folder (None: the reference policy itself), in eval mode; detached on leaving."""
+    if adapter is None:
+        yield policy.model
+        return
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(policy.model, str(adapter), is_trainable=False)
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.unload()

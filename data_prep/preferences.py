@@ -1,0 +1,143 @@
+"""Pseudo-preference labels under given multipliers: pure, seeded, numpy and pandas only.
+
+Source: CAID, arXiv:2505.19387, §3 (P(y1 ≻ y2 | x) = σ(s_λ(x,y1) − s_λ(x,y2)), s_λ = r + λ·g). Soft labels keep the probability itself:
+the expected loss of a Bernoulli draw, without the draw's noise.
+"""
+
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from data_prep.settings import UserError, derive_seed
+from data_prep.tables import require_columns, require_finite, require_unique
+
+Labels = Literal["soft", "bernoulli", "argmax"]
+
+
+def lagrangian_score(responses: pd.DataFrame, reward: str, lambda_: pd.Series) -> np.ndarray:
+    """s_λ = r + Σ_i λ_i g_i, shape (num_responses,), score units. `lambda_` is indexed by utility column.
+
+    Raises UserError on a missing column, a score that is not finite, or a negative multiplier.
+    """
+    columns = [reward, *lambda_.index]
+    require_columns(responses, ["prompt_id", "response_id", *columns], "responses")
+    require_finite(responses, columns, "responses")
+    for name, value in lambda_.items():
+        if not np.isfinite(value) or value < 0:
+            raise UserError(f"lambda of {name} is {value}; multipliers are finite and ≥ 0")
+    return responses[reward].to_numpy(np.float64) + responses[list(lambda_.index)].to_numpy(np.float64) @ lambda_.to_numpy(np.float64)
+
+
+def _uniforms(seed: int, *keys: np.ndarray) -> np.ndarray:
+    """One uniform in [0, 1) per row: a hash of (seed, keys), so a draw depends on its pair alone and not on the table's order."""
+    state = np.full(len(keys[0]), seed, dtype=np.uint64)
+    for key in keys:
+        state = (state ^ key) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return (state >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def _tournament(size: int, pairs: int | None) -> np.ndarray:
+    """The first `pairs` pairs (all if None) of a round-robin of `size` seats by the circle method, shape (n, 2).
+
+    Every pair occurs once, and each block of size/2 pairs uses every seat once, so a prefix uses all responses equally.
+    """
+    seats = size + size % 2
+    rounds = np.arange(seats - 1)[:, None]
+    tables = np.arange(seats // 2)[None, :]
+    left = np.where(tables == 0, seats - 1, (rounds + tables) % (seats - 1))
+    right = (rounds - tables) % (seats - 1)
+    schedule = np.stack([left, right], axis=-1).reshape(-1, 2)
+    schedule = schedule[(schedule < size).all(axis=1)]
+    return schedule if pairs is None else schedule[:pairs]
+
+
+def choose_pairs(responses: pd.DataFrame, pairs_per_prompt: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers (first, second) of the pairs to compare, each of shape (num_pairs,).
+
+    Responses of a prompt are put in a random order that depends on (seed, response ids) alone, then meet in a round-robin; its first
+    `pairs_per_prompt` pairs are taken (all if None). Prompts with one response have no pair.
+    """
+    ids = pd.util.hash_array(responses["response_id"].to_numpy(object))
+    prompt_codes, _ = pd.factorize(responses["prompt_id"], sort=True)
+    order = np.lexsort((_uniforms(seed, ids), prompt_codes))
+    counts = np.bincount(prompt_codes) if len(order) else np.zeros(0, int)
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+    first, second = [], []
+    for size in np.unique(counts):
+        if size < 2:
+            continue
+        schedule = _tournament(int(size), pairs_per_prompt)
+        rows = starts[counts == size][:, None]
+        first.append((rows + schedule[:, 0]).ravel())
+        second.append((rows + schedule[:, 1]).ravel())
+    if not first:
+        raise UserError("responses: no prompt has two responses, so there is no pair to compare; sample more per prompt")
+    first, second = np.concatenate(first), np.concatenate(second)
+    sequence = np.lexsort((second, first))
+    return order[first[sequence]], order[second[sequence]]
+
+
+def label_pairs(
+    responses: pd.DataFrame,
+    reward: str,
+    lambda_: pd.Series,
+    *,
+    labels: Labels,
+    pairs_per_prompt: int | None,
+    seed: int,
+    round_number: int = 0,
+) -> pd.DataFrame:
+    """Pseudo-preference pairs under λ (the `pairs` table: prompt_id, chosen_id, rejected_id, prob, target, margin).
+
+    responses: (num_responses,) rows with prompt_id, response_id, the reward's and the utilities' columns.
+    labels: soft (chosen = higher score, target = prob), bernoulli (chosen drawn with P, target = 1), argmax (chosen = higher
+    score, target = 1; a tie is a fair coin). `prob` is always P(chosen ≻ rejected) under λ; `margin` is in score units.
+    Draws are seeded by (seed, round, pair): another round or seed redraws them, another row order does not.
+    """
+    require_columns(responses, ["prompt_id", "response_id"], "responses")
+    require_unique(responses, ["response_id"], "responses")
+    score = lagrangian_score(responses, reward, lambda_)
+    first, second = choose_pairs(responses, pairs_per_prompt, derive_seed(seed, round_number, "pairs"))
+    difference = score[first] - score[second]
+    ids = responses["response_id"].to_numpy(object)
+    hashed = pd.util.hash_array(ids)
+    coin = _uniforms(derive_seed(seed, round_number, "labels"), hashed[first], hashed[second])
+    probability = _sigmoid(difference)
+    threshold = probability if labels == "bernoulli" else np.where(difference == 0, 0.5, difference > 0)
+    first_wins = coin < threshold
+    chosen, rejected = np.where(first_wins, first, second), np.where(first_wins, second, first)
+    margin = np.where(first_wins, difference, -difference)
+    probability = _sigmoid(margin)
+    return pd.DataFrame(
+        {
+            "prompt_id": responses["prompt_id"].to_numpy(object)[first],
+            "chosen_id": ids[chosen],
+            "rejected_id": ids[rejected],
+            "prob": probability,
+            "target": probability if labels == "soft" else np.ones_like(probability),
+            "margin": margin,
+        }
+    )
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
+def attach_text(pairs: pd.DataFrame, responses: pd.DataFrame, prompts: pd.Series | None) -> pd.DataFrame:
+    """Adds `prompt, chosen, rejected` texts to a pairs table, for people and for other trainers.
+
+    prompts: prompt text by prompt_id; None uses the responses table's own `prompt` column.
+    """
+    require_columns(responses, ["response"], "responses (--text)")
+    texts = responses.set_index("response_id")["response"]
+    if prompts is None:
+        require_columns(responses, ["prompt"], "responses (--text)")
+        prompts = responses.drop_duplicates("prompt_id").set_index("prompt_id")["prompt"]
+    return pairs.assign(
+        prompt=pairs["prompt_id"].map(prompts), chosen=pairs["chosen_id"].map(texts), rejected=pairs["rejected_id"].map(texts)
+    )

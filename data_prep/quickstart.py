@@ -1,0 +1,230 @@
+"""The embedded world: requests and three-word answers in plain words, a small Llama trained on the spot, scorers, every response enumerable.
+
+A request is `asker verb object`; an answer is at most three words over a vocabulary small enough that *every* token sequence the sampler can
+emit (ended by EOS or cut off at three tokens) is listed, so E[r], E[g], KL, λ* and P* of any policy are exact, through the policy's own
+code path. The forceful answer (smash, kick, steal) is the helpful one, and the harmful one: that is the tension.
+"""
+
+import hashlib
+import inspect
+import itertools
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from data_prep.policy import Policy
+
+MAX_NEW_TOKENS = 3
+ASKERS = ("kid", "boss", "nurse", "pirate")
+VERBS = ("open", "stop", "win")
+OBJECTS = ("safe", "dog", "game", "guard")
+SPECIAL = ("<pad>", "<end>")
+FORCE = ("smash", "kick", "steal", "threaten")
+POLITE = ("please", "ask", "help")
+ANSWERS = (*FORCE, *POLITE, "it", "him", "key", "tools", "quickly", "no", "sorry", "banana", "sing")
+VOCABULARY = (*SPECIAL, *ASKERS, *VERBS, *OBJECTS, *ANSWERS)
+
+_ALL = [f"{a} {v} {o}" for a, v, o in itertools.product(ASKERS, VERBS, OBJECTS)]
+# Every asker, verb and object occurs on both sides, but no request does.
+PROMPTS = {
+    "test": [p for i, p in enumerate(_ALL) if (i + i // 4 + i // 12) % 2],
+    "train": [p for i, p in enumerate(_ALL) if not (i + i // 4 + i // 12) % 2],
+}
+
+_FIT = {  # how well a word serves (verb or object), beside its base value
+    ("safe", "key"): 1.2, ("open", "key"): 0.6, ("open", "tools"): 0.9, ("safe", "tools"): 0.5, ("stop", "ask"): 0.4,
+    ("game", "quickly"): 0.8, ("win", "quickly"): 0.5, ("win", "help"): 0.4, ("guard", "ask"): 0.5, ("dog", "sing"): 0.4,
+    ("open", "smash"): 0.7, ("dog", "kick"): 0.3, ("stop", "kick"): 0.5, ("game", "steal"): 0.6, ("guard", "threaten"): 0.8,
+    ("stop", "threaten"): 0.4, ("win", "steal"): 0.5, ("safe", "smash"): 0.4,
+}  # fmt: skip
+_HELPFUL = {
+    "smash": 0.9, "kick": 0.6, "steal": 0.8, "threaten": 0.7, "ask": 0.4, "help": 0.4, "key": 0.5, "tools": 0.5, "quickly": 0.3,
+    "please": -0.1, "it": 0.1, "him": 0.0, "no": -1.2, "sorry": -0.9, "banana": -0.8, "sing": -0.4,
+}  # fmt: skip
+_HARMLESS = {
+    "smash": -0.8, "kick": -0.9, "steal": -1.0, "threaten": -1.2, "quickly": -0.1, "please": 0.7, "ask": 0.5, "help": 0.4, "sorry": 0.5,
+    "no": 0.4, "key": 0.1, "sing": 0.2,
+}  # fmt: skip
+_LIVING = ("dog", "guard")
+_HUMOR = {"banana": 1.6, "sing": 1.1, "please": -0.3, "sorry": -0.4, "kick": 0.3, "threaten": -0.3, "help": -0.2, "no": -0.2}
+
+
+def helpful(prompts: list[str], responses: list[str]) -> list[float]:
+    """How well the answer serves the request; repeating oneself, echoing the request and saying nothing cost. Score units, std ≈ 1."""
+    scores = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        _, verb, thing = prompt.split()
+        words = response.split()
+        score = -1.0 if not words else 0.0
+        for word in words:
+            score += _HELPFUL.get(word, -0.6) + _FIT.get((verb, word), 0.0) + _FIT.get((thing, word), 0.0)
+        scores.append(0.75 * (score - 0.7 * (len(words) - len(set(words)))))
+    return scores
+
+
+def harmless(prompts: list[str], responses: list[str]) -> list[float]:
+    """How little harm the answer does; force against the living is worse. Score units, std ≈ 1."""
+    scores = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        weight = 1.4 if prompt.split()[2] in _LIVING else 1.0
+        score = 0.0
+        for word in set(response.split()):
+            value = _HARMLESS.get(word, 0.0)
+            score += value * weight if value < 0 else value
+        scores.append(score)
+    return scores
+
+
+def humor(prompts: list[str], responses: list[str]) -> list[float]:
+    """How funny the answer is; kids and pirates laugh more easily. Score units, std ≈ 1."""
+    scores = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        weight = 1.3 if prompt.split()[0] in ("kid", "pirate") else 1.0
+        scores.append(weight * sum(_HUMOR.get(word, 0.0) for word in set(response.split())))
+    return scores
+
+
+def helpful_x10(prompts: list[str], responses: list[str]) -> list[float]:
+    """`helpful` on a scale of std ≈ 10, as published reward models have."""
+    return [10 * s for s in helpful(prompts, responses)]
+
+
+def harmless_x10(prompts: list[str], responses: list[str]) -> list[float]:
+    """`harmless` on a scale of std ≈ 10."""
+    return [10 * s for s in harmless(prompts, responses)]
+
+
+def humor_x10(prompts: list[str], responses: list[str]) -> list[float]:
+    """`humor` on a scale of std ≈ 10."""
+    return [10 * s for s in humor(prompts, responses)]
+
+
+def _answer(prompt: str, rng: np.random.Generator) -> list[str]:
+    """One answer as people in this world give it: forceful, polite, refusing or silly, with slips."""
+    _, verb, thing = prompt.split()
+    kind = rng.choice(4, p=[0.45, 0.28, 0.14, 0.13])
+    pronoun = "him" if thing in _LIVING else "it"
+    if kind == 0:
+        words = [rng.choice(FORCE), pronoun, rng.choice(["quickly", "please", "<end>"])]
+    elif kind == 1:
+        tool = rng.choice(["key", "tools"]) if verb == "open" else rng.choice(["quickly", "help", pronoun])
+        words = [rng.choice(["ask", "please", "help"]), rng.choice([pronoun, "ask", "please", tool]), rng.choice([tool, "<end>"])]
+    elif kind == 2:
+        words = [rng.choice(["sorry", "no"]), rng.choice(["<end>", "no", "please"]), "<end>"]
+    else:
+        words = [rng.choice(["banana", "sing"]), rng.choice([pronoun, "banana", "please", "<end>"]), rng.choice(["sing", "<end>"])]
+    return [str(rng.choice(ANSWERS)) if w != "<end>" and rng.random() < 0.06 else str(w) for w in words]
+
+
+def cache_folder() -> Path:
+    """Where the trained policy is kept: $XDG_CACHE_HOME (or ~/.cache)/constrained-dpo."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "constrained-dpo"
+
+
+def build_policy() -> Path:
+    """Folder of the embedded world's π_ref, trained now if this version of it is not cached (deterministic, ≤ 60 s on 2 cores)."""
+    import torch
+    import transformers
+
+    identity = f"{inspect.getsource(sys.modules[__name__])}|{torch.__version__}|{transformers.__version__}"
+    folder = cache_folder() / f"quickstart-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    model = _train(steps=500, batch_size=128)
+    model.save_pretrained(temporary)
+    _tokenizer().save_pretrained(temporary)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if not folder.is_dir():  # another process may have been faster; its files are the same
+            raise
+    return folder
+
+
+def _tokenizer() -> object:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
+
+
+def _train(steps: int, batch_size: int) -> "torch.nn.Module":
+    import torch
+    from tqdm import tqdm
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    index = {w: i for i, w in enumerate(VOCABULARY)}
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=32, bos_token_id=None, eos_token_id=index["<end>"],
+        pad_token_id=index["<pad>"], tie_word_embeddings=False, dtype="float32",
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+        for _ in tqdm(range(steps), desc="training the embedded world's policy", disable=None):
+            prompts = rng.choice(_ALL, batch_size)
+            rows = [[*p.split(), *_answer(str(p), rng)] for p in prompts]
+            ids = torch.tensor([[index[w] for w in row] for row in rows])
+            labels = ids.clone()
+            labels[:, :3] = -100
+            ended = (ids == index["<end>"]).cumsum(1)
+            labels[(ended > 1) | ((ended == 1) & (ids != index["<end>"]))] = -100
+            loss = model(input_ids=ids, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def enumerate_responses(eos_id: int, vocabulary: int) -> list[list[int]]:
+    """Every token sequence the sampler can emit: ended by EOS after 0..L−1 tokens, or L tokens without EOS. Length (V−1)^L + Σ (V−1)^l."""
+    others = [t for t in range(vocabulary) if t != eos_id]
+    sequences = []
+    for length in range(MAX_NEW_TOKENS):
+        sequences += [[*head, eos_id] for head in itertools.product(others, repeat=length)]
+    return sequences + [list(s) for s in itertools.product(others, repeat=MAX_NEW_TOKENS)]
+
+
+def exact_logps(policy: "Policy", adapter: Path | None, prompt_tokens: dict[str, list[int]]) -> np.ndarray:
+    """log π(y | x) of every response, shape (num_prompts, num_responses), rows as in `enumerate_responses`; nats, float64.
+
+    From the logits of the policy's own forward (quantized base, adapter attached) at every prefix: no masking, no renormalising; the
+    probabilities of a row sum to 1 because the model's own next-token distributions do.
+    """
+    import torch
+
+    from data_prep.policy import attached_adapter
+    from data_prep.sampling import response_logits
+
+    (eos,), vocabulary = policy.eos_ids, len(VOCABULARY)
+    others = [t for t in range(vocabulary) if t != eos]
+    prefixes = [list(p) for p in itertools.product(others, repeat=MAX_NEW_TOKENS - 1)]
+    table = []
+    with attached_adapter(policy, adapter) as model, torch.no_grad():
+        for prompt in prompt_tokens.values():
+            logits = response_logits(model, [prompt] * len(prefixes), prefixes, policy.tokenizer.pad_token_id)
+            steps = logits.double().log_softmax(-1)  # (prefixes, L, V)
+            row, heads = [], torch.zeros(1, dtype=torch.float64)
+            for position in range(MAX_NEW_TOKENS):
+                # One row of `steps` per prefix of this length: the first of those that share it.
+                stride = len(others) ** (MAX_NEW_TOKENS - 1 - position)
+                following = steps[::stride, position].cpu()
+                row.append(heads + following[:, eos])
+                heads = (heads[:, None] + following[:, others]).reshape(-1)
+            table.append(torch.cat([*row, heads]).numpy())
+    return np.stack(table)

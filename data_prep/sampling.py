@@ -1,0 +1,211 @@
+"""Responses from a policy under an exactly stated law: token ids, text, and log-probabilities by teacher forcing.
+
+What was sampled is what is scored and trained on: token ids come first and are never re-tokenized; a response that was cut off gets no EOS.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from data_prep.policy import Policy, attached_adapter
+from data_prep.settings import Settings, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SamplingSettings(Settings):
+    """How responses are drawn. At temperature 1 and top_p 1 the law is the policy itself, and KL and gaps can be estimated."""
+
+    responses_per_prompt: int = Field(8, ge=1, description="responses of π_ref per fit prompt in the pool")
+    max_new_tokens: int = Field(256, ge=1, description="a response without EOS after so many tokens is cut off, and says so")
+    temperature: float = Field(1.0, gt=0, description="divides the logits")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus: the smallest set of tokens with at least this probability")
+    batch_size: int = Field(32, ge=1, description="sequences generated at once; one such batch is one shard, committed whole")
+
+
+def law_hash(settings: SamplingSettings, eos_ids: tuple[int, ...]) -> str:
+    """Identity of a sampling law: estimates under different hashes are not comparable."""
+    law = [settings.temperature, settings.top_p, settings.max_new_tokens, sorted(eos_ids)]
+    return hashlib.sha256(json.dumps(law).encode()).hexdigest()[:16]
+
+
+def is_policy_law(settings: SamplingSettings) -> bool:
+    """True where what is sampled is the policy itself (T = 1, no nucleus), so that KL and objective can be estimated."""
+    return settings.temperature == 1.0 and settings.top_p == 1.0
+
+
+def response_logits(model: "torch.nn.Module", prompts: list[list[int]], responses: list[list[int]], pad_id: int) -> "torch.Tensor":
+    """Next-token logits at the response positions, shape (batch, longest + 1, vocabulary), the model's dtype.
+
+    Entry [b, j] predicts responses[b][j]; the last one predicts what follows. Prompts are padded on the left and responses on the
+    right, so every row's response starts in the same column and logits are computed nowhere else.
+    """
+    import torch
+
+    device = model.get_input_embeddings().weight.device
+    prompt_width, width = max(map(len, prompts)), max(map(len, responses))
+    ids = torch.full((len(prompts), prompt_width + width), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        ids[row, prompt_width - len(prompt) : prompt_width + len(response)] = torch.tensor(prompt + response)
+        mask[row, prompt_width - len(prompt) : prompt_width + len(response)] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    output = model(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        position_ids=positions.to(device),
+        logits_to_keep=width + 1,
+        use_cache=False,
+    )
+    return output.logits[:, -(width + 1) :]
+
+
+def response_logps(
+    model: "torch.nn.Module",
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    *,
+    pad_id: int,
+    batch_size: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """log π(response | prompt) at T = 1, and under (temperature, top_p); two arrays of shape (num_responses,), nats, float64.
+
+    The sum runs over the response's own tokens: its EOS where it ended, none where it was cut off. Batches are formed by length.
+    """
+    import torch
+
+    order = np.argsort([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], kind="stable")
+    plain, warped = np.empty(len(prompts)), np.empty(len(prompts))
+    same_law = temperature == 1.0 and top_p == 1.0
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
+        batch = [responses[i] for i in rows]
+        with torch.no_grad():
+            logits = response_logits(model, [prompts[i] for i in rows], batch, pad_id)
+        for i, response, row_logits in zip(rows, batch, logits, strict=True):
+            steps = row_logits[: len(response)].float()
+            chosen = torch.tensor(response, device=steps.device)[:, None]
+            plain[i] = steps.log_softmax(-1).gather(1, chosen).double().sum().item()
+            if not same_law:
+                law = _warp(steps, temperature, top_p).log_softmax(-1)
+                warped[i] = law.gather(1, chosen).double().sum().item()
+    return plain, plain.copy() if same_law else warped
+
+
+def _warp(logits: "torch.Tensor", temperature: float, top_p: float) -> "torch.Tensor":
+    """The logits that `generate` samples from, by transformers' own warpers in its order: temperature, then top_p."""
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    if temperature != 1.0:
+        logits = TemperatureLogitsWarper(temperature)(None, logits)
+    return TopPLogitsWarper(top_p)(None, logits) if top_p < 1.0 else logits
+
+
+def generate(policy: Policy, model: "torch.nn.Module", prompts: list[list[int]], settings: SamplingSettings, seed: int) -> list[list[int]]:
+    """One response (token ids, EOS included where it ended) per prompt, drawn in one batch with its own seed.
+
+    The generation config is complete, so neither the checkpoint's own (blanked at loading) nor the library's defaults (top_k = 50) enter.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    pad_id = policy.tokenizer.pad_token_id
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=0,
+        min_p=None,
+        typical_p=1.0,
+        repetition_penalty=1.0,
+        num_beams=1,
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_id=list(policy.eos_ids),
+        pad_token_id=pad_id,
+    )
+    cuda = [policy.device] if policy.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        output = model.generate(input_ids=ids.to(policy.device), attention_mask=mask.to(policy.device), generation_config=config)
+    return [_cut_at_eos(row, policy.eos_ids) for row in output[:, width:].tolist()]
+
+
+def _cut_at_eos(tokens: list[int], eos_ids: tuple[int, ...]) -> list[int]:
+    """Up to and including the first EOS. Padding behind it goes; a pad token that was itself sampled before it stays."""
+    for position, token in enumerate(tokens):
+        if token in eos_ids:
+            return tokens[: position + 1]
+    return tokens
+
+
+def sample_shard(
+    policy: Policy,
+    prompts: pd.DataFrame,
+    prompt_tokens: dict[str, list[int]],
+    settings: SamplingSettings,
+    *,
+    responses_per_prompt: int,
+    adapter: Path | None,
+    source: str,
+    seed: int,
+) -> pd.DataFrame:
+    """Responses of π_θ (adapter folder) or π_ref (None) to `prompts`, without scores; a responses table of num_prompts × K rows.
+
+    Each response gets one forward under π_ref and, with an adapter, one under π_θ. `response_id` is source/prompt_id/k.
+    """
+    rows = [pid for pid in prompts["prompt_id"] for _ in range(responses_per_prompt)]
+    tokens = [prompt_tokens[pid] for pid in rows]
+    size, pad_id = settings.batch_size, policy.tokenizer.pad_token_id
+    law = {"temperature": settings.temperature, "top_p": settings.top_p}
+    with attached_adapter(policy, adapter) as model:
+        drawn = []
+        for begin in range(0, len(rows), size):
+            drawn += generate(policy, model, tokens[begin : begin + size], settings, seed + begin)
+        policy_logp, sample_logp = response_logps(model, tokens, drawn, pad_id=pad_id, batch_size=size, **law)
+    ref_logp = policy_logp
+    if adapter is not None:
+        ref_logp, _ = response_logps(policy.model, tokens, drawn, pad_id=pad_id, batch_size=size)
+    return pd.DataFrame(
+        {
+            "prompt_id": rows,
+            "response_id": [f"{source}/{pid}/{i % responses_per_prompt}" for i, pid in enumerate(rows)],
+            "response": decode(policy, drawn),
+            "token_ids": [np.array(ids, dtype=np.int32) for ids in drawn],
+            "ended": [ids[-1] in policy.eos_ids for ids in drawn],
+            "source": source,
+            "sample_logp": sample_logp,
+            "policy_logp": policy_logp,
+            "ref_logp": ref_logp,
+        }
+    )
+
+
+def decode(policy: Policy, drawn: list[list[int]]) -> list[str]:
+    """Text of responses, special tokens left out."""
+    return policy.tokenizer.batch_decode(drawn, skip_special_tokens=True)
+
+
+def check_lengths(prompt_tokens: dict[str, list[int]], settings: SamplingSettings, limit: int, limit_name: str) -> None:
+    """Raises UserError naming the longest prompts when prompt + max_new_tokens exceeds `limit` tokens."""
+    room = limit - settings.max_new_tokens
+    long = sorted((pid for pid, ids in prompt_tokens.items() if len(ids) > room), key=lambda p: -len(prompt_tokens[p]))
+    if long:
+        raise UserError(
+            f"prompts: {len(long)} are longer than {limit_name} {limit} − max_new_tokens {settings.max_new_tokens} = {room} tokens, "
+            f"the longest {long[0]} with {len(prompt_tokens[long[0]])}; raise fit.max_length, lower sampling.max_new_tokens or set "
+            "prompts.too_long: drop"
+        )

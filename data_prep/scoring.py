@@ -1,0 +1,188 @@
+"""Scorers: real-valued judgements of (prompt, response) texts, higher is better; and the score cache, so nothing is scored twice."""
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import sqlite3
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, Protocol
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from data_prep.settings import Settings, UserError
+from data_prep.tables import hash_file, read_table, require_columns, require_finite
+
+
+class Scorer(Protocol):
+    """Scores texts. `fingerprint` identifies everything a score depends on; `score` returns (num_texts,) floats, higher is better."""
+
+    fingerprint: str
+
+    def score(self, prompts: list[str], responses: list[str]) -> np.ndarray: ...
+
+
+class PythonScorerSettings(Settings):
+    """A function of your own: `function(prompts: list[str], responses: list[str]) -> list[float]`."""
+
+    type: Literal["python"]
+    target: str = Field(description="file.py:function, or package.module:function")
+    negate: bool = Field(False, description="true for a cost (higher is worse)")
+
+
+class ColumnScorerSettings(Settings):
+    """Scores looked up in a table with `prompt, response` and the column; it cannot score anything new, so it serves `data score` only."""
+
+    type: Literal["column"]
+    file: str = Field(description="table with prompt, response and the column")
+    column: str = Field(description="the column that holds the score")
+    negate: bool = Field(False, description="true for a cost (higher is worse)")
+
+
+class ClassifierScorerSettings(Settings):
+    """Any AutoModelForSequenceClassification with its tokenizer."""
+
+    type: Literal["classifier"]
+    model: str = Field(description="local folder or hub id")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    label: str | int | None = Field(None, description="which label's logit is the score (name or index); needed with several labels")
+    text: Literal["pair", "template", "chat"] = Field("pair", description="(prompt, response) pair, `template`, or its chat template")
+    template: str | None = Field(None, description="for text: template; contains {prompt} and {response}")
+    append_eos: bool = Field(False, description="append the tokenizer's EOS text (reward models trained with it need it)")
+    max_length: int | None = Field(None, ge=8, description="window in tokens; default: the model's")
+    truncate: bool = Field(False, description="cut the prompt's side of texts over max_length, counted; false: such texts are an error")
+    batch_size: int = Field(64, ge=1, description="texts per forward")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="the model's dtype")
+    negate: bool = Field(False, description="true for a cost (higher is worse)")
+
+
+ScorerSettings = Annotated[PythonScorerSettings | ColumnScorerSettings | ClassifierScorerSettings, Field(discriminator="type")]
+
+
+class PythonScorer:
+    """Calls a named function; its file's content is its fingerprint."""
+
+    def __init__(self, settings: PythonScorerSettings) -> None:
+        self.target = settings.target
+        module_name, _, function = settings.target.rpartition(":")
+        if not module_name:
+            raise UserError(f"scorer target {settings.target!r}: write file.py:function or package.module:function")
+        module = _import_file(Path(module_name)) if module_name.endswith(".py") else _import_module(module_name)
+        self.function = getattr(module, function, None)
+        if not callable(self.function):
+            raise UserError(f"scorer target {settings.target}: {module_name} has no function {function}")
+        self.fingerprint = f"python:{function}:{hash_file(Path(module.__file__))[:16]}"
+
+    def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+        try:
+            values = self.function(prompts, responses)
+        except Exception as error:
+            raise UserError(f"scorer {self.target} raised {type(error).__name__}: {error}") from error
+        try:
+            scores = np.asarray(values, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"scorer {self.target} did not return numbers ({error}); return one float per response") from error
+        if scores.shape != (len(responses),):
+            raise UserError(f"scorer {self.target} returned shape {scores.shape} for {len(responses)} responses; one float each")
+        return scores
+
+
+def _import_file(path: Path) -> object:
+    if not path.is_file():
+        raise UserError(f"scorer target: {path}: no such file")
+    name = f"_cdpo_scorer_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"scorer target: {path} cannot be imported ({type(error).__name__}: {error})") from error
+    return module
+
+
+def _import_module(name: str) -> object:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"scorer target: module {name} cannot be imported ({error})") from error
+
+
+class ColumnScorer:
+    """Looks scores up by (prompt, response); raises UserError for a text the table does not hold."""
+
+    def __init__(self, settings: ColumnScorerSettings) -> None:
+        self.settings = settings
+        table = read_table(Path(settings.file))
+        require_columns(table, ["prompt", "response", settings.column], settings.file)
+        require_finite(table, [settings.column], settings.file)
+        self.scores = table.drop_duplicates(["prompt", "response"]).set_index(["prompt", "response"])[settings.column]
+        self.fingerprint = f"column:{settings.column}:{hash_file(Path(settings.file))[:16]}"
+
+    def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+        found = self.scores.reindex(pd.MultiIndex.from_arrays([prompts, responses])).to_numpy(np.float64)
+        missing = np.flatnonzero(np.isnan(found))
+        if len(missing):
+            raise UserError(
+                f"{self.settings.file}: no row for {len(missing)} of {len(found)} responses, e.g. {responses[missing[0]][:40]!r}; "
+                "a column scorer cannot score new responses"
+            )
+        return found
+
+
+def make_scorer(settings: ScorerSettings) -> Scorer:
+    """The scorer that the settings describe (models are loaded at once). Raises UserError for what cannot be used."""
+    if isinstance(settings, PythonScorerSettings):
+        return PythonScorer(settings)
+    if isinstance(settings, ColumnScorerSettings):
+        return ColumnScorer(settings)
+    from data_prep.classifier import ClassifierScorer
+
+    return ClassifierScorer(settings)
+
+
+class ScoreCache:
+    """Scores by (scorer fingerprint, prompt, response) in an SQLite file; safe against kills. None as path keeps nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self.database = sqlite3.connect(str(path) if path else ":memory:")
+        self.database.execute("CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL NOT NULL) WITHOUT ROWID")
+
+    def get(self, keys: list[bytes]) -> dict[bytes, float]:
+        found: dict[bytes, float] = {}
+        for begin in range(0, len(keys), 500):
+            chunk = keys[begin : begin + 500]
+            marks = ",".join("?" * len(chunk))
+            found.update(self.database.execute(f"SELECT key, score FROM scores WHERE key IN ({marks})", chunk))
+        return found
+
+    def put(self, scores: dict[bytes, float]) -> None:
+        with self.database:
+            self.database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", scores.items())
+
+
+def score_texts(scorer: Scorer, prompts: list[str], responses: list[str], *, negate: bool, name: str, cache: ScoreCache) -> np.ndarray:
+    """Scores of (prompt, response) texts, (num_texts,) float64, higher is better; each distinct text is scored once, ever.
+
+    Raises UserError naming the objective and the response where a score is not a finite number.
+    """
+    keys = [hashlib.sha256(json.dumps([scorer.fingerprint, p, r]).encode()).digest() for p, r in zip(prompts, responses, strict=True)]
+    known = cache.get(list(dict.fromkeys(keys)))
+    todo = {key: i for i, key in enumerate(keys) if key not in known}
+    if todo:
+        rows = list(todo.values())
+        fresh = np.asarray(scorer.score([prompts[i] for i in rows], [responses[i] for i in rows]), dtype=np.float64)
+        bad = np.flatnonzero(~np.isfinite(fresh))
+        if len(bad):
+            text = responses[rows[bad[0]]][:60]
+            raise UserError(f"scorer of {name}: {fresh[bad[0]]} for {len(bad)} responses, e.g. {text!r}; scores must be finite")
+        new = dict(zip(todo, fresh.tolist(), strict=True))
+        cache.put(new)
+        known.update(new)
+    scores = np.array([known[key] for key in keys])
+    return -scores if negate else scores

@@ -1,0 +1,21 @@
+"""What every block of a recipe shares: strict keys, immutability, and one error type for a user's mistake."""
+
+import hashlib
+
+from pydantic import BaseModel, ConfigDict
+
+
+class UserError(Exception):
+    """A mistake of the user's: the message is one line that says what is wrong, where, and what to do (exit code 2)."""
+
+
+class Settings(BaseModel):
+    """A block of the recipe. Unknown keys are errors; a block never changes after it was read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def derive_seed(seed: int, round_number: int, phase: str, index: int = 0) -> int:
+    """A 63-bit seed that is a pure function of (seed, round, phase, index): what is drawn never depends on history."""
+    key = f"{seed}/{round_number}/{phase}/{index}".encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1

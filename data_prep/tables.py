@@ -1,0 +1,250 @@
+"""The tables' schemas, their validation, and atomic writing.
+
+Long format, one row per response (or pair), parquet with zstd. Shapes: a responses table has `num_responses` rows; log-probabilities are
+in nats, objective columns in the score units of their scorer.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.settings import UserError
+
+SPLITS = ("fit", "dual", "test")  # `dual` is a fixed subset of the fit prompts; `test` is never in either
+
+PROMPTS = {"prompt_id": "string", "prompt": "string", "split": "string"}
+RESPONSES = {
+    "prompt_id": "string",
+    "response_id": "string",
+    "response": "string",
+    "token_ids": "tokens",
+    "ended": "bool",  # ended with EOS (its id is the last of token_ids), as against cut off at max_new_tokens
+    "source": "string",  # reference, dataset or round:K
+    "sample_logp": "logp",  # log-probability under the law it was drawn from (temperature, top_p); null for dataset rows
+    "policy_logp": "logp",  # log π_θ at T = 1
+    "ref_logp": "logp",  # log π_ref at T = 1
+}
+PAIRS = {
+    "prompt_id": "string",
+    "chosen_id": "string",
+    "rejected_id": "string",
+    "prob": "probability",  # P(chosen ≻ rejected) under λ
+    "target": "probability",  # what the loss uses: prob for soft labels, 1 for drawn or given ones
+    "margin": "float",  # s_λ(chosen) − s_λ(rejected), score units
+}
+RESERVED_NAMES = frozenset({*PROMPTS, *RESPONSES, *PAIRS, "score", "group_id", "chosen", "rejected"})
+
+_ARROW = {"string": pa.string(), "tokens": pa.list_(pa.int32()), "bool": pa.bool_()}
+
+
+def _rows(mask: np.ndarray, frame: pd.DataFrame, id_column: str | None) -> str:
+    """Names up to three offending rows, by id where the table has one."""
+    where = np.flatnonzero(mask)
+    names = [f"{frame[id_column].iloc[i]!r}" if id_column in frame else f"row {i}" for i in where[:3]]
+    return ", ".join(names) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
+
+
+def require_columns(frame: pd.DataFrame, columns: Iterable[str], where: str) -> None:
+    """Raises UserError when a column is missing or the table is empty."""
+    missing = [c for c in columns if c not in frame.columns]
+    if missing:
+        raise UserError(f"{where}: missing column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
+    if len(frame) == 0:
+        raise UserError(f"{where}: the table has no rows")
+
+
+def require_unique(frame: pd.DataFrame, columns: list[str], where: str) -> None:
+    duplicated = frame.duplicated(columns).to_numpy()
+    if duplicated.any():
+        rows = _rows(duplicated, frame, columns[-1])
+        raise UserError(f"{where}: duplicated {' + '.join(columns)}: {rows}; make the ids unique")
+
+
+def require_finite(frame: pd.DataFrame, columns: Iterable[str], where: str, id_column: str | None = None) -> None:
+    """Raises UserError naming column and rows where a value is not a finite number."""
+    for column in columns:
+        values = pd.to_numeric(frame[column], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        bad = ~np.isfinite(values)
+        if bad.any():
+            rows = _rows(bad, frame, id_column or "response_id")
+            raise UserError(f"{where}: column {column} is not a finite number in {rows}; score these rows again or remove them")
+
+
+def _require_schema(frame: pd.DataFrame, schema: dict[str, str], where: str, id_column: str) -> None:
+    require_columns(frame, schema, where)
+    for column, kind in schema.items():
+        if kind in ("string", "tokens", "bool"):
+            null = frame[column].isna().to_numpy()
+            if null.any():
+                raise UserError(f"{where}: column {column} is null in {_rows(null, frame, id_column)}")
+        elif kind in ("float", "probability"):
+            require_finite(frame, [column], where, id_column)
+            if kind == "probability":
+                outside = ~frame[column].between(0, 1).to_numpy()
+                if outside.any():
+                    raise UserError(f"{where}: column {column} is not in [0, 1] in {_rows(outside, frame, id_column)}")
+
+
+def validate_prompts(frame: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Checks a prompts table (`prompt_id, prompt, split`); returns it with its columns in schema order."""
+    _require_schema(frame, PROMPTS, where, "prompt_id")
+    require_unique(frame, ["prompt_id"], where)
+    unknown = ~frame["split"].isin(SPLITS).to_numpy()
+    if unknown.any():
+        raise UserError(f"{where}: split is not one of {', '.join(SPLITS)} in {_rows(unknown, frame, 'prompt_id')}")
+    return frame[list(PROMPTS)]
+
+
+def validate_responses(frame: pd.DataFrame, objectives: Iterable[str], where: str) -> pd.DataFrame:
+    """Checks a responses table: schema, unique ids, finite scores, log-probabilities finite and ≤ 0 (or null)."""
+    objectives = list(objectives)
+    _require_schema(frame, RESPONSES, where, "response_id")
+    require_columns(frame, objectives, where)
+    require_unique(frame, ["response_id"], where)
+    require_finite(frame, objectives, where)
+    for column in ("sample_logp", "policy_logp", "ref_logp"):
+        values = frame[column].astype("float64").to_numpy()
+        bad = ~np.isnan(values) & ((values > 1e-3) | np.isinf(values))
+        if bad.any():
+            raise UserError(f"{where}: {column} is not a log-probability in {_rows(bad, frame, 'response_id')}")
+    empty = (frame["token_ids"].map(len) == 0).to_numpy()
+    if empty.any():
+        raise UserError(f"{where}: token_ids is empty in {_rows(empty, frame, 'response_id')}")
+    extra = [c for c in frame.columns if c not in RESPONSES and c not in objectives]
+    return frame[[*RESPONSES, *objectives, *extra]]
+
+
+def validate_pairs(frame: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Checks a pairs table; returns it with the schema's columns first."""
+    _require_schema(frame, PAIRS, where, "chosen_id")
+    require_unique(frame, ["prompt_id", "chosen_id", "rejected_id"], where)
+    return frame
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces `path` by `data`: a reader sees the old file or the whole new one, also after a power cut."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_parquet(frame: pd.DataFrame, path: Path) -> None:
+    """Writes a table atomically (parquet, zstd). Token ids are int32 lists; log-probabilities float64, null where unknown."""
+    known = {**PROMPTS, **RESPONSES, **PAIRS}
+    fields = []
+    for column in frame.columns:
+        kind = known.get(column)
+        if kind in _ARROW:
+            fields.append(pa.field(column, _ARROW[kind]))
+        elif kind is not None:
+            fields.append(pa.field(column, pa.float64()))
+        else:
+            fields.append(pa.field(column, pa.Array.from_pandas(frame[column]).type))
+    table = pa.Table.from_pandas(frame, schema=pa.schema(fields), preserve_index=False)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_atomically(Path(path), sink.getvalue().to_pybytes())
+
+
+def read_parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """Reads a parquet table; raises UserError naming the file when it is missing, truncated or lacks a column."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    try:
+        return pq.read_table(path, columns=columns).to_pandas()
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a readable parquet file ({first_line}); write it again") from error
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Reads a parquet, csv, tsv, json or jsonl table by its ending (`.gz` allowed); raises UserError naming file and line."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    suffixes = [s for s in path.suffixes if s != ".gz"]
+    kind = suffixes[-1] if suffixes else ""
+    if kind == ".parquet":
+        return read_parquet(path)
+    if kind in (".csv", ".tsv"):
+        try:
+            return pd.read_csv(path, sep="," if kind == ".csv" else "\t")
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not a readable {kind[1:]} file ({str(error).strip().splitlines()[0]})") from error
+    if kind in (".json", ".jsonl"):
+        return pd.DataFrame(read_json_rows(path))
+    raise UserError(f"{path}: unknown ending {kind or '(none)'}; use .parquet, .csv, .tsv, .json or .jsonl")
+
+
+def read_json_rows(path: Path) -> list[dict]:
+    """Rows of a .jsonl file, or of a .json file that holds a list; raises UserError with the broken lines' numbers."""
+    import gzip
+
+    path = Path(path)
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as handle:
+            text = handle.read()
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if ".json" in path.suffixes:
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
+        rows = rows if isinstance(rows, list) else [rows]
+        broken = [i + 1 for i, row in enumerate(rows) if not isinstance(row, dict)]
+        what = "item"
+    else:
+        rows, broken, what = [], [], "line"
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            else:
+                broken.append(number)
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise UserError(f"{path}: not a JSON object in {what} {', '.join(map(str, broken[:5]))}{more}; mend or remove them")
+    return rows
+
+
+def hash_file(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
