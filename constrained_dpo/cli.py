@@ -12,6 +12,8 @@ from data_prep.cli import parse_assignments, run_app
 from data_prep.settings import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from constrained_dpo.learner import LoraLearner
     from constrained_dpo.recipe import Recipe
     from constrained_dpo.run_directory import RunDirectory
@@ -28,6 +30,13 @@ app.add_typer(data_app, name="data")
 RunPath = Annotated[Path, typer.Argument(help="run directory")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Overrides = Annotated[list[str], typer.Option("-s", "--set", help="KEY=VALUE, dotted keys, e.g. objective.beta=0.1")]
+
+
+def _console() -> "Console":
+    """Results: no markup (texts may hold brackets), wide where a file or pipe reads."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False)
 
 
 def _say(line: str) -> None:
@@ -145,8 +154,6 @@ def prepare(run: RunPath) -> None:
 
 def _play(path: Path, rounds: int | None, as_json: bool) -> None:
     """Plays up to `rounds` more rounds (None: as many as the recipe's dual.rounds leaves) and prints the last one's table."""
-    from rich.console import Console
-
     from constrained_dpo.report import print_round, print_samples
     from constrained_dpo.rounds import play_round
     from constrained_dpo.run_directory import RunDirectory
@@ -168,7 +175,7 @@ def _play(path: Path, rounds: int | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(record))
         return
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = _console()
     print_round(console, run, record, problem, recipe.dual.confidence)
     print_samples(console, run, record["round"], problem.objectives)
 
@@ -194,8 +201,6 @@ def play_all(
 @app.command()
 def status(run: RunPath, as_json: AsJson = False) -> None:
     """Where a run stands and what happens next."""
-    from rich.console import Console
-
     from constrained_dpo.report import print_status
     from constrained_dpo.report import status as read_status
     from constrained_dpo.run_directory import RunDirectory
@@ -204,7 +209,7 @@ def status(run: RunPath, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(content))
     else:
-        print_status(Console(width=None if sys.stdout.isatty() else 140), content)
+        print_status(_console(), content)
 
 
 @dual_app.command()

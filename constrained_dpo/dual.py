@@ -205,7 +205,7 @@ def estimate_subgradient(
     if not policy_means.index.equals(reference_means.index):
         odd = policy_means.index.symmetric_difference(reference_means.index)
         raise UserError(f"u is a paired difference, but {len(odd)} prompts are in only one of the two tables, e.g. {odd[0]!r}")
-    slack = policy_means - reference_means.where(problem.relative, 0.0) - problem.bounds
+    slack = policy_means - reference_means * problem.relative.astype(float) - problem.bounds
     count = len(slack)
     mean = slack.mean()
     error = slack.std(ddof=1) / np.sqrt(count) if count > 1 else pd.Series(np.inf, index=names)

@@ -140,7 +140,7 @@ class Recipe(Settings):
         if self.policy.model == QUICKSTART and self.sampling.max_new_tokens != 3:
             problems.append("the embedded world's answers have at most 3 tokens: sampling.max_new_tokens must be 3")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
     @property
@@ -274,7 +274,7 @@ def _describe(error: ValidationError) -> list[str]:
             lines.append(f"{key}: missing")
         elif item["type"] == "value_error":
             message = item["msg"].removeprefix("Value error, ")
-            lines += [f"{key}: {part}" if key and not part.startswith(key) else part for part in message.split("; ")]
+            lines += [f"{key}: {part}" if key and not part.startswith(key) else part for part in message.splitlines()]
         else:
             shown = "" if isinstance(item["input"], dict | list) else f" (it is {item['input']!r})"
             lines.append(f"{key}: {item['msg'][0].lower() + item['msg'][1:]}{shown}")

@@ -1,4 +1,4 @@
-"""What a person reads: the table of a round, the status of a run. Pure text; every number comes from round.json, state.json or exact.json."""
+"""What a person reads: the table of a round, the status of a run. Every number comes from round.json, state.json or exact.json."""
 
 import json
 
@@ -67,7 +67,7 @@ def print_round(console: Console, run: RunDirectory, record: dict, problem: Cons
     console.print(values)
     if record["kl"] is None:
         console.print(f"KL and objective are null: {record['kl_reason']}.")
-    console.print(f"verdict on the test prompts: [bold]{record['verdict']}[/bold] ({MEANING[record['verdict']]})")
+    console.print(f"verdict on the test prompts: {record['verdict']} ({MEANING[record['verdict']]})")
     if exact and optimum:
         from constrained_dpo.rounds import share_of_gap_closed
 
@@ -93,7 +93,7 @@ def print_samples(console: Console, run: RunDirectory, number: int, objectives: 
         for row in (before.loc[pid], after.loc[pid]):
             scores = ", ".join(f"{n} {row[n]:+.2f}" for n in objectives)
             cells.append(f"{row['response'] or '(nothing)'}\n({scores})")
-        table.add_row(*(cell.replace("[", r"\[") for cell in (last_user_text(prompt, chat), *cells)))
+        table.add_row(last_user_text(prompt, chat), *cells)
     console.print(table)
 
 
@@ -130,7 +130,7 @@ def status(run: RunDirectory) -> dict[str, object]:
 
 
 def print_status(console: Console, content: dict[str, object]) -> None:
-    console.print(f"[bold]{content['name']}[/bold]\n{content['problem']}")
+    console.print(f"{content['name']}\n{content['problem']}")
     if content["rounds"]:
         table = Table()
         for column in ("round", "λ", "u on dual prompts", "E[r]", "KL", "objective", "verdict"):

@@ -133,6 +133,8 @@ def next_multipliers(recipe: Recipe, lambda_: pd.Series, u: dict[str, float], ro
     dual = recipe.dual
     if dual.method != "subgradient":
         return lambda_
+    if dual.step_scale == "auto":
+        raise ValueError("dual.step_scale is not resolved yet; pass the recipe that `prepare` returned, or the run's own")
     scale = pd.Series(dual.step_scale, dtype=float) if isinstance(dual.step_scale, dict) else 1.0
     step = step_size_at(dual.step_size, dual.step_schedule, round_number) * scale
     return dual_step(lambda_, pd.Series(u, dtype=float), step, dual.max_lambda)

@@ -1,7 +1,7 @@
 """The policy: a base model (nf4, int8 or unquantized), its tokenizer, and LoRA adapters from disk.
 
-The reference policy π_ref is the base with no adapter. The base is loaded once, frozen, and never merged into; an adapter is attached for as
-long as a `with` block lasts.
+The reference policy π_ref is the base with no adapter. The base is loaded once, frozen, and never merged into; an adapter
+is attached for as long as a `with` block lasts.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ class PolicySettings(Settings):
 
     model: str = Field(description="local folder or hub id of a causal language model; `quickstart` is the embedded world's")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
-    quantization: Literal["nf4", "int8", "none"] = Field("nf4", description="how the frozen base is stored (bitsandbytes)")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="compute dtype, and storage of what is not quantized")
+    quantization: Literal["nf4", "int8", "none"] = Field("nf4", description="storage of the frozen base")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="compute dtype; storage of the rest")
     lora: LoraSettings = Field(default_factory=LoraSettings, description="the adapter")
 
 

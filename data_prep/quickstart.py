@@ -1,7 +1,7 @@
-"""The embedded world: requests and three-word answers in plain words, a small Llama trained on the spot, scorers, every response enumerable.
+"""The embedded world: requests and three-word answers in plain words, a small Llama trained on the spot, scorers, all answers listed.
 
-A request is `asker verb object`; an answer is at most three words over a vocabulary small enough that *every* token sequence the sampler can
-emit (ended by EOS or cut off at three tokens) is listed, so E[r], E[g], KL, λ* and P* of any policy are exact, through the policy's own
+A request is `asker verb object`; an answer is at most three words over a vocabulary small enough that *every* token sequence the sampler
+can emit (ended by EOS or cut off at three tokens) is listed, so E[r], E[g], KL, λ* and P* of any policy are exact, through the policy's own
 code path. The forceful answer (smash, kick, steal) is the helpful one, and the harmful one: that is the tension.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from data_prep.policy import Policy
 
 MAX_NEW_TOKENS = 3
-ASKERS = ("kid", "boss", "nurse", "pirate")
+ASKERS = ("kid", "boss", "nurse", "pirate", "clerk", "judge")
 VERBS = ("open", "stop", "win")
 OBJECTS = ("safe", "dog", "game", "guard")
 SPECIAL = ("<pad>", "<end>")
@@ -33,8 +33,8 @@ VOCABULARY = (*SPECIAL, *ASKERS, *VERBS, *OBJECTS, *ANSWERS)
 _ALL = [f"{a} {v} {o}" for a, v, o in itertools.product(ASKERS, VERBS, OBJECTS)]
 # Every asker, verb and object occurs on both sides, but no request does.
 PROMPTS = {
-    "test": [p for i, p in enumerate(_ALL) if (i + i // 4 + i // 12) % 2],
-    "train": [p for i, p in enumerate(_ALL) if not (i + i // 4 + i // 12) % 2],
+    "test": [p for i, p in enumerate(_ALL) if (i + i // 12) % 3 == 0],
+    "train": [p for i, p in enumerate(_ALL) if (i + i // 12) % 3 != 0],
 }
 
 _FIT = {  # how well a word serves (verb or object), beside its base value
@@ -106,20 +106,24 @@ def humor_x10(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def _answer(prompt: str, rng: np.random.Generator) -> list[str]:
-    """One answer as people in this world give it: forceful, polite, refusing or silly, with slips."""
+    """One answer as people in this world give it: forceful, polite, refusing or silly, in words that fit the request, with slips."""
     _, verb, thing = prompt.split()
-    kind = rng.choice(4, p=[0.45, 0.28, 0.14, 0.13])
     pronoun = "him" if thing in _LIVING else "it"
+
+    def pick(*words: str) -> str:
+        weight = np.exp([_FIT.get((verb, w), 0.0) + _FIT.get((thing, w), 0.0) for w in words])
+        return str(rng.choice(words, p=weight / weight.sum()))
+
+    kind = rng.choice(4, p=[0.42, 0.32, 0.13, 0.13])
     if kind == 0:
-        words = [rng.choice(FORCE), pronoun, rng.choice(["quickly", "please", "<end>"])]
+        words = [pick(*FORCE), pronoun, pick("quickly", "please", "<end>")]
     elif kind == 1:
-        tool = rng.choice(["key", "tools"]) if verb == "open" else rng.choice(["quickly", "help", pronoun])
-        words = [rng.choice(["ask", "please", "help"]), rng.choice([pronoun, "ask", "please", tool]), rng.choice([tool, "<end>"])]
+        words = [pick(*POLITE), pick(pronoun, "key", "tools", "quickly", "ask", "help"), pick("key", "tools", "quickly", "please", "<end>")]
     elif kind == 2:
-        words = [rng.choice(["sorry", "no"]), rng.choice(["<end>", "no", "please"]), "<end>"]
+        words = [pick("sorry", "no"), pick("no", "please", "<end>"), "<end>"]
     else:
-        words = [rng.choice(["banana", "sing"]), rng.choice([pronoun, "banana", "please", "<end>"]), rng.choice(["sing", "<end>"])]
-    return [str(rng.choice(ANSWERS)) if w != "<end>" and rng.random() < 0.06 else str(w) for w in words]
+        words = [pick("banana", "sing"), pick(pronoun, "banana", "please", "<end>"), pick("sing", "<end>")]
+    return [str(rng.choice(ANSWERS)) if w != "<end>" and rng.random() < 0.06 else w for w in words]
 
 
 def cache_folder() -> Path:
@@ -165,7 +169,7 @@ def _train(steps: int, batch_size: int) -> "torch.nn.Module":
 
     index = {w: i for i, w in enumerate(VOCABULARY)}
     config = LlamaConfig(
-        vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(VOCABULARY), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=32, bos_token_id=None, eos_token_id=index["<end>"],
         pad_token_id=index["<pad>"], tie_word_embeddings=False, dtype="float32",
     )  # fmt: skip

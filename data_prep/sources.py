@@ -1,7 +1,7 @@
-"""Prompts (and a dataset's own responses) from files and hub datasets; the split; prompts as tokens.
+"""Prompts from files and hub datasets; the split; prompts as tokens.
 
-One reader per row layout: rows with `prompt` (text or chat messages), HH-RLHF rows (`chosen`, `rejected`, each one string of Human/Assistant
-turns), and the embedded world's. A prompt's id is a hash of its content, and so is its place in the split.
+One reader per row layout: rows with `prompt` (text or chat messages), HH-RLHF rows (`chosen`, `rejected`, each one string of
+Human/Assistant turns), and the embedded world's. A prompt's id is a hash of its content, and so is its place in the split.
 """
 
 import hashlib

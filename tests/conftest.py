@@ -1,0 +1,56 @@
+"""Shared parts of the tests: everything runs offline on two threads; real models are built once per session."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from constrained_dpo.problem import ConstrainedProblem, Constraint
+from constrained_dpo.tabular import TabularWorld
+
+REPO = Path(__file__).resolve().parents[1]
+QUICKSTART = REPO / "recipes" / "quickstart.yaml"
+REAL = REPO.parent / "shared" / "real" / "hh-mini"  # not part of the project: tests that need it skip without it
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads():
+    import torch
+
+    torch.set_num_threads(2)
+
+
+def random_world(
+    seed: int, num_constraints: int = 1, prompts: int = 12, responses: int = 200, beta: float = 0.5, margin: float = 0.4
+) -> TabularWorld:
+    """An enumerated world with tension: every utility is negatively correlated with the reward."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(prompts, responses)) * 1.5
+    ref_logp = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    reward = rng.normal(size=(prompts, responses))
+    names = [f"g{i}" for i in range(num_constraints)]
+    utilities = {n: -0.6 * reward + 0.8 * rng.normal(size=reward.shape) for n in names}
+    problem = ConstrainedProblem("r", beta, tuple(Constraint(n, margin=margin) for n in names))
+    return TabularWorld(problem, ref_logp, reward, utilities)
+
+
+@pytest.fixture(scope="session")
+def quickstart_policy():
+    """The embedded world's π_ref, nf4, as the recipe loads it."""
+    from data_prep.policy import PolicySettings, load_policy
+
+    return load_policy(PolicySettings(model="quickstart", dtype="float32"))
+
+
+def scored_frame(seed: int, prompts: int, responses: int, names: tuple[str, ...] = ("r", "g")) -> pd.DataFrame:
+    """A small scored responses table (ids and scores only)."""
+    rng = np.random.default_rng(seed)
+    ids = np.repeat(np.arange(prompts), responses)
+    frame = pd.DataFrame({"prompt_id": [f"p{i}" for i in ids], "response_id": [f"y{i}" for i in range(len(ids))]})
+    return frame.assign(**{n: rng.normal(size=len(ids)) for n in names})

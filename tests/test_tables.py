@@ -1,0 +1,113 @@
+"""Schemas, validation messages and atomic writing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from data_prep.settings import UserError
+from data_prep.tables import read_json_rows, read_parquet, read_table, validate_prompts, validate_responses, write_parquet
+
+
+def responses(**changes) -> pd.DataFrame:
+    frame = pd.DataFrame(
+        {
+            "prompt_id": ["p", "p", "q"],
+            "response_id": ["a", "b", "c"],
+            "response": ["x", "", "z"],
+            "token_ids": [np.array([1, 2], np.int32), np.array([2], np.int32), np.array([3], np.int32)],
+            "ended": [True, True, False],
+            "source": "reference",
+            "sample_logp": [-1.0, -2.0, np.nan],
+            "policy_logp": [-1.0, -2.0, -3.0],
+            "ref_logp": [-1.0, -2.0, -3.0],
+            "helpful": [0.1, 0.2, 0.3],
+        }
+    )
+    return frame.assign(**changes)
+
+
+def test_a_table_survives_the_file(tmp_path):
+    frame = validate_responses(responses(), ["helpful"], "t")
+    write_parquet(frame, tmp_path / "t.parquet")
+    again = validate_responses(read_parquet(tmp_path / "t.parquet"), ["helpful"], "t")
+    assert [list(x) for x in again["token_ids"]] == [[1, 2], [2], [3]] and again["token_ids"][0].dtype == np.int32
+    pd.testing.assert_frame_equal(again.drop(columns="token_ids"), frame.drop(columns="token_ids"), check_dtype=False)
+    assert list(tmp_path.iterdir()) == [tmp_path / "t.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"helpful": [0.1, np.nan, 0.3]}, r"column helpful is not a finite number in 'b'"),
+        ({"helpful": [0.1, 0.2, -np.inf]}, r"column helpful is not a finite number in 'c'"),
+        ({"response_id": ["a", "a", "c"]}, r"duplicated response_id: 'a'"),
+        ({"response": ["x", None, "z"]}, r"response is null in 'b'"),
+        ({"policy_logp": [-1.0, 0.5, -3.0]}, r"policy_logp is not a log-probability in 'b'"),
+        ({"token_ids": [[1], [], [2]]}, r"token_ids is empty in 'b'"),
+    ],
+)
+def test_bad_rows_are_named(changes, match):
+    with pytest.raises(UserError, match=match):
+        validate_responses(responses(**changes), ["helpful"], "t")
+
+
+def test_missing_columns_and_empty_tables():
+    with pytest.raises(UserError, match="missing column ended; it has"):
+        validate_responses(responses().drop(columns="ended"), ["helpful"], "t")
+    with pytest.raises(UserError, match="missing column humor"):
+        validate_responses(responses(), ["humor"], "t")
+    with pytest.raises(UserError, match="no rows"):
+        validate_responses(responses().head(0), ["helpful"], "t")
+    with pytest.raises(UserError, match="split is not one of"):
+        validate_prompts(pd.DataFrame({"prompt_id": ["a"], "prompt": ["x"], "split": ["train"]}), "t")
+
+
+def test_broken_files_are_named_with_their_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": 1}\n\n{"prompt"\n[1]\n')
+    with pytest.raises(UserError, match=r"a\.jsonl: not a JSON object in line 3, 4"):
+        read_json_rows(tmp_path / "a.jsonl")
+    (tmp_path / "a.json").write_text('[{"a": 1},\n {"b": }]')
+    with pytest.raises(UserError, match=r"a\.json:2: not valid JSON"):
+        read_json_rows(tmp_path / "a.json")
+    write_parquet(responses(), tmp_path / "t.parquet")
+    whole = (tmp_path / "t.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"cut\.parquet: not a readable parquet file"):
+        read_parquet(tmp_path / "cut.parquet")
+    with pytest.raises(UserError, match="no such file"):
+        read_table(tmp_path / "none.csv")
+    (tmp_path / "t.xls").write_text("")
+    with pytest.raises(UserError, match="unknown ending"):
+        read_table(tmp_path / "t.xls")
+
+
+WRITER = """
+import sys, numpy as np, pandas as pd
+from pathlib import Path
+from data_prep.tables import write_parquet
+frame = pd.DataFrame({"prompt_id": [str(i) for i in range(60000)], "x": np.random.default_rng(0).normal(size=60000)})
+print("ready", flush=True)
+while True:
+    write_parquet(frame, Path(sys.argv[1]) / "t.parquet")
+"""
+
+
+def test_a_file_is_never_seen_half_written(tmp_path):
+    """A real writer replaces the table over and over and is killed at ten moments: what a reader finds is always whole."""
+    for attempt in range(10):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, start_new_session=True)
+        process.stdout.readline()
+        deadline = time.time() + 0.05 + 0.037 * attempt
+        while time.time() < deadline:
+            if (tmp_path / "t.parquet").exists():
+                assert len(read_parquet(tmp_path / "t.parquet")) == 60000
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if (tmp_path / "t.parquet").exists():
+            assert len(read_parquet(tmp_path / "t.parquet")) == 60000
