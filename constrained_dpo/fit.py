@@ -246,7 +246,9 @@ def check_anchor(policy: Policy, model: PeftModel, rows: datasets.Dataset) -> fl
     model.train(was_training)
     error = float(np.abs(logps - np.asarray(chosen["ref_chosen_logps"])).max())
     longest = max(map(len, chosen["chosen_ids"]))
-    tolerance = 1e-3 if policy.settings.dtype == "float32" else 0.05 + 0.01 * longest
+    # Half precision, and int8 whose activation scales depend on the batch, reproduce a log-probability only to rounding.
+    exact = policy.settings.dtype == "float32" and policy.settings.quantization != "int8"
+    tolerance = 1e-3 if exact else 0.05 + 0.01 * longest
     if not error <= tolerance:
         raise UserError(
             f"fit: log π_θ of the untrained adapter differs from the stored ref_logp by {error:.3g} nats (tolerance {tolerance:.3g}); "

@@ -70,8 +70,6 @@ class ClassifierScorer:
                 raise UserError(f"scorer {self.settings.model}: its tokenizer has neither a pad nor an EOS token to pad with")
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        # With pad = eos a decoder would take an appended EOS for padding: score such texts one by one, unpadded.
-        self.pads = not (self.settings.append_eos and self.tokenizer.pad_token_id == self.tokenizer.eos_token_id)
 
     def _encode(self, prompt: str, response: str) -> dict[str, list[int]]:
         settings, eos = self.settings, self.tokenizer.eos_token or ""
@@ -109,16 +107,29 @@ class ClassifierScorer:
         return {key: values[-self.max_length :] for key, values in encoded.items()}
 
     def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+        encoded = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
+        pad = self.tokenizer.pad_token_id
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
+        # A decoder finds the last token as the last that is not padding; a text that really ends in the pad token (often EOS) would lose
+        # it, so it is scored alone and unpadded.
+        alone = [i for i in order if encoded[i]["input_ids"][-1] == pad]
+        batched = [i for i in order if encoded[i]["input_ids"][-1] != pad]
+        scores = np.empty(len(encoded))
+        for begin in range(0, len(batched), self.settings.batch_size):
+            rows = batched[begin : begin + self.settings.batch_size]
+            scores[rows] = self._forward([encoded[i] for i in rows])
+        config = self.model.config.get_text_config()
+        config.pad_token_id = None
+        for i in alone:
+            scores[i] = self._forward([encoded[i]])[0]
+        config.pad_token_id = pad
+        return scores
+
+    def _forward(self, batch: list[dict[str, list[int]]]) -> np.ndarray:
+        """The chosen logit of one padded batch, (batch,)."""
         import torch
 
-        encoded = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
-        order = np.argsort([len(e["input_ids"]) for e in encoded], kind="stable")
-        scores = np.empty(len(encoded))
-        size = self.settings.batch_size if self.pads else 1
-        for begin in range(0, len(order), size):
-            rows = order[begin : begin + size]
-            batch = self.tokenizer.pad([encoded[i] for i in rows], padding_side="right", return_tensors="pt")
-            with torch.no_grad():
-                logits = self.model(**batch.to(self.model.device)).logits
-            scores[rows] = logits[:, self.label].float().cpu().numpy()
-        return scores
+        inputs = self.tokenizer.pad(batch, padding_side="right", return_tensors="pt")
+        with torch.no_grad():
+            logits = self.model(**inputs.to(self.model.device)).logits
+        return logits[:, self.label].float().cpu().numpy()

@@ -24,11 +24,11 @@ MAX_NEW_TOKENS = 3
 ASKERS = ("kid", "boss", "nurse", "pirate", "clerk", "judge")
 VERBS = ("open", "stop", "win")
 OBJECTS = ("safe", "dog", "game", "guard")
-SPECIAL = ("<pad>", "<end>")
+END = "<end>"  # also pads: a token that no text holds would be a hole in the support of π_ref
 FORCE = ("smash", "kick", "steal", "threaten")
 POLITE = ("please", "ask", "help")
 ANSWERS = (*FORCE, *POLITE, "it", "him", "key", "tools", "quickly", "no", "sorry", "banana", "sing")
-VOCABULARY = (*SPECIAL, *ASKERS, *VERBS, *OBJECTS, *ANSWERS)
+VOCABULARY = (END, *ASKERS, *VERBS, *OBJECTS, *ANSWERS)
 
 _ALL = [f"{a} {v} {o}" for a, v, o in itertools.product(ASKERS, VERBS, OBJECTS)]
 # Every asker, verb and object occurs on both sides, but no request does.
@@ -116,14 +116,14 @@ def _answer(prompt: str, rng: np.random.Generator) -> list[str]:
 
     kind = rng.choice(4, p=[0.42, 0.32, 0.13, 0.13])
     if kind == 0:
-        words = [pick(*FORCE), pronoun, pick("quickly", "please", "<end>")]
+        words = [pick(*FORCE), pronoun, pick("quickly", "please", END)]
     elif kind == 1:
-        words = [pick(*POLITE), pick(pronoun, "key", "tools", "quickly", "ask", "help"), pick("key", "tools", "quickly", "please", "<end>")]
+        words = [pick(*POLITE), pick(pronoun, "key", "tools", "quickly", "ask", "help"), pick("key", "tools", "quickly", "please", END)]
     elif kind == 2:
-        words = [pick("sorry", "no"), pick("no", "please", "<end>"), "<end>"]
+        words = [pick("sorry", "no"), pick("no", "please", END), END]
     else:
-        words = [pick("banana", "sing"), pick(pronoun, "banana", "please", "<end>"), pick("sing", "<end>")]
-    return [str(rng.choice(ANSWERS)) if w != "<end>" and rng.random() < 0.06 else w for w in words]
+        words = [pick("banana", "sing"), pick(pronoun, "banana", "please", END), pick("sing", END)]
+    return [str(rng.choice(VOCABULARY[1:])) if w != END and rng.random() < 0.08 else w for w in words]
 
 
 def cache_folder() -> Path:
@@ -157,9 +157,9 @@ def _tokenizer() -> object:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token="<pad>"))
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token=END))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=END, eos_token=END)
 
 
 def _train(steps: int, batch_size: int) -> "torch.nn.Module":
@@ -170,8 +170,8 @@ def _train(steps: int, batch_size: int) -> "torch.nn.Module":
     index = {w: i for i, w in enumerate(VOCABULARY)}
     config = LlamaConfig(
         vocab_size=len(VOCABULARY), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=32, bos_token_id=None, eos_token_id=index["<end>"],
-        pad_token_id=index["<pad>"], tie_word_embeddings=False, dtype="float32",
+        num_key_value_heads=4, max_position_embeddings=32, bos_token_id=None, eos_token_id=index[END],
+        pad_token_id=index[END], tie_word_embeddings=False, dtype="float32",
     )  # fmt: skip
     rng = np.random.default_rng(0)
     with torch.random.fork_rng(devices=[]):
@@ -185,8 +185,8 @@ def _train(steps: int, batch_size: int) -> "torch.nn.Module":
             ids = torch.tensor([[index[w] for w in row] for row in rows])
             labels = ids.clone()
             labels[:, :3] = -100
-            ended = (ids == index["<end>"]).cumsum(1)
-            labels[(ended > 1) | ((ended == 1) & (ids != index["<end>"]))] = -100
+            ended = (ids == index[END]).cumsum(1)
+            labels[(ended > 1) | ((ended == 1) & (ids != index[END]))] = -100
             loss = model(input_ids=ids, labels=labels).loss
             optimizer.zero_grad()
             loss.backward()

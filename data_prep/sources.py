@@ -86,7 +86,7 @@ def _prompt_of(row: dict, chat: bool) -> str:
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     elif "chosen" in row and isinstance(row["chosen"], str):
         messages = parse_hh(row["chosen"])
-        if messages[-1]["role"] == "assistant":
+        while messages[-1]["role"] == "assistant":  # a few published rows end with two assistant turns
             messages = messages[:-1]
         prompt = messages if chat else "\n\n".join(m["content"] for m in messages)
     else:

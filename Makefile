@@ -1,0 +1,42 @@
+# make round: sets up, prepares and runs one dual iteration on the embedded world. make test: the test suite.
+PYTHON ?= python3
+RECIPE ?= recipes/quickstart.yaml
+RUN ?= runs/quickstart
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup init round run status test lint bench clean
+.DEFAULT_GOAL := round
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+init: setup
+	@test -f $(RUN)/state.json || $(BIN)/cdpo init $(RECIPE) $(RUN)
+
+round: init
+	$(BIN)/cdpo round $(RUN)
+
+run: init
+	$(BIN)/cdpo run $(RUN)
+
+status: setup
+	@$(BIN)/cdpo status $(RUN)
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The tables of docs/benchmarks.md, measured anew (about 40 minutes on 2 cores).
+bench: setup
+	$(BIN)/python tests/bench_quickstart.py
+
+clean:
+	rm -rf runs build *.egg-info
