@@ -78,12 +78,12 @@ def _fraction_or_file(value: str) -> str | float:
         return value
 
 
-def _validated(model, **values):
+def _validated(block, **values):
     """A settings block from options; a bad value is a UserError."""
     from pydantic import ValidationError
 
     try:
-        return model.model_validate(values)
+        return block.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (it is {first['input']!r})") from error

@@ -39,7 +39,7 @@ class PolicySettings(Settings):
     model: str = Field(description="local folder or hub id of a causal language model; `quickstart` is the embedded world's")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     quantization: Literal["nf4", "int8", "none"] = Field("nf4", description="storage of the frozen base")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="compute dtype; storage of the rest")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="compute dtype")
     lora: LoraSettings = Field(default_factory=LoraSettings, description="the adapter")
 
 

@@ -109,21 +109,25 @@ def _answer(prompt: str, rng: np.random.Generator) -> list[str]:
     """One answer as people in this world give it: forceful, polite, refusing or silly, in words that fit the request, with slips."""
     _, verb, thing = prompt.split()
     pronoun = "him" if thing in _LIVING else "it"
+    said: list[str] = []
 
-    def pick(*words: str) -> str:
-        weight = np.exp([_FIT.get((verb, w), 0.0) + _FIT.get((thing, w), 0.0) for w in words])
-        return str(rng.choice(words, p=weight / weight.sum()))
+    def say(*words: str) -> None:
+        fresh = [w for w in words if w not in said or w == END]
+        weight = np.exp([_FIT.get((verb, w), 0.0) + _FIT.get((thing, w), 0.0) for w in fresh])
+        said.append(str(rng.choice(fresh, p=weight / weight.sum())))
 
     kind = rng.choice(4, p=[0.42, 0.32, 0.13, 0.13])
     if kind == 0:
-        words = [pick(*FORCE), pronoun, pick("quickly", "please", END)]
+        steps = [FORCE, (pronoun,), ("quickly", "please", END)]
     elif kind == 1:
-        words = [pick(*POLITE), pick(pronoun, "key", "tools", "quickly", "ask", "help"), pick("key", "tools", "quickly", "please", END)]
+        steps = [POLITE, (pronoun, "key", "tools", "quickly", "ask", "help"), ("key", "tools", "quickly", "please", END)]
     elif kind == 2:
-        words = [pick("sorry", "no"), pick("no", "please", END), END]
+        steps = [("sorry", "no"), ("no", "sorry", "please", END), (END,)]
     else:
-        words = [pick("banana", "sing"), pick(pronoun, "banana", "please", END), pick("sing", END)]
-    return [str(rng.choice(VOCABULARY[1:])) if w != END and rng.random() < 0.08 else w for w in words]
+        steps = [("banana", "sing"), (pronoun, "banana", "please", END), ("sing", END)]
+    for words in steps:
+        say(*words)
+    return [str(rng.choice(VOCABULARY[1:])) if w != END and rng.random() < 0.08 else w for w in said]
 
 
 def cache_folder() -> Path:
@@ -142,7 +146,7 @@ def build_policy() -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    model = _train(steps=500, batch_size=128)
+    model = _train(steps=600, batch_size=128)
     model.save_pretrained(temporary)
     _tokenizer().save_pretrained(temporary)
     try:

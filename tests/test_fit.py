@@ -36,9 +36,7 @@ def make_pool(policy, adapter=None, seed=1) -> pd.DataFrame:
         policy, PROMPT_TABLE, prompt_tokens(policy), SAMPLING, responses_per_prompt=12, adapter=adapter, source="reference", seed=seed
     )
     texts = pool["response"].tolist()
-    return pool.assign(
-        helpful=helpful(pool["prompt_id"].tolist(), texts), harmless=harmless(pool["prompt_id"].tolist(), texts)
-    )
+    return pool.assign(helpful=helpful(pool["prompt_id"].tolist(), texts), harmless=harmless(pool["prompt_id"].tolist(), texts))
 
 
 def make_pairs(pool, labels="soft"):

@@ -110,9 +110,7 @@ def test_sample_logp_is_the_law_that_was_drawn_from(quickstart_policy, temperatu
     tokens = {p: quickstart_policy.tokenizer(p)["input_ids"] for p in prompts}
     settings = SamplingSettings(max_new_tokens=3, batch_size=1000, temperature=temperature, top_p=top_p)
     assert not is_policy_law(settings)
-    drawn = sample_shard(
-        quickstart_policy, table, tokens, settings, responses_per_prompt=20_000, adapter=None, source="reference", seed=2
-    )
+    drawn = sample_shard(quickstart_policy, table, tokens, settings, responses_per_prompt=20_000, adapter=None, source="reference", seed=2)
     assert np.isfinite(drawn["sample_logp"]).all(), "a sampled response lies outside the stated nucleus"
     grouped = drawn.groupby("response").agg(n=("response", "size"), tokens=("token_ids", "first"), logp=("sample_logp", "first"))
     frequent = drawn.groupby(drawn["token_ids"].map(tuple))["sample_logp"].agg(["size", "first"]).query("size > 100")

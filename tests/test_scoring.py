@@ -39,9 +39,7 @@ def classifier(request, tmp_path_factory):
     vocabulary = {w: i for i, w in enumerate(vocabulary)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(
-        single="$A", pair="$A <sep> $B", special_tokens=[("<sep>", vocabulary["<sep>"])]
-    )
+    words.post_processor = processors.TemplateProcessing(single="$A", pair="$A <sep> $B", special_tokens=[("<sep>", vocabulary["<sep>"])])
     pad = {} if request.param == "gpt2" else {"pad_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", **pad).save_pretrained(folder)
     torch.manual_seed(0)

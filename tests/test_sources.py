@@ -38,7 +38,7 @@ def test_split_is_by_hash_disjoint_and_stable(tmp_path):
     assert left_out == {"duplicates": 100, "in_test": 0, "over_max": 0}
     counts = table["split"].value_counts()
     assert counts["dual"] == 60 and 70 < counts["test"] < 130 and counts.sum() == 400
-    more, _ = split_prompts(PromptSettings(source=write_jsonl(tmp_path / "q.jsonl", rows[::-1] + [{"prompt": "new"}]), test=0.25), 60)
+    more, _ = split_prompts(PromptSettings(source=write_jsonl(tmp_path / "q.jsonl", [*rows[::-1], {"prompt": "new"}]), test=0.25), 60)
     merged = table.merge(more, on="prompt_id")
     assert (merged["split_x"].eq("test") == merged["split_y"].eq("test")).all()
 
