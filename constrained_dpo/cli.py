@@ -121,7 +121,7 @@ def _open(run: "RunDirectory") -> tuple["Recipe", "LoraLearner", dict[str, int]]
 
     _quiet_libraries()
     recipe = run.recipe()
-    prepared = run.prompts_file.exists()
+    prepared = bool(run.state()["lambda"])
     prompts, left_out = (run.prompts(), {}) if prepared else split_prompts(recipe.prompts, recipe.dual.prompts_per_round)
     learner = LoraLearner(recipe, run, prompts, show_progress=sys.stderr.isatty())
     if not prepared:

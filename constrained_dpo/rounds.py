@@ -51,6 +51,8 @@ def prepare(run: RunDirectory, recipe: Recipe, learner: Learner, left_out: dict[
     prompts = learner.prompts
     if not run.prompts_file.exists():
         write_parquet(prompts, run.prompts_file)
+    elif not read_parquet(run.prompts_file).equals(prompts.reset_index(drop=True)):
+        raise UserError(f"{run.prompts_file}: the prompt source changed while the run was being prepared; restore it or start another run")
     identity = learner.identity()
 
     def reference_samples(phase: str, chosen: pd.DataFrame, count: int) -> pd.DataFrame:

@@ -47,7 +47,7 @@ class PolicySettings(Settings):
 class Policy:
     """A loaded base and what belongs to it.
 
-    model: the plain base in eval mode, requires_grad off, its generation_config blank but for the token ids; eos_ids: the ids that end a response;
+    model: the plain base in eval mode, requires_grad off, its generation_config blank but for token ids; eos_ids: what ends a response;
     fingerprint: hash of weights, tokenizer, quantization and dtype; overridden: generation settings of the checkpoint that our
     sampling law replaces, by name.
     """

@@ -65,7 +65,7 @@ def test_probabilities_of_all_responses_sum_to_one_and_are_the_samplers(quicksta
 
 @pytest.fixture(scope="module")
 def big_vocabulary_model(tmp_path_factory):
-    """4,000 words, with top_k 20, repetition_penalty 1.3 and temperature 0.5 in the checkpoint's own generation_config."""
+    """4,000 words, with top_k 20, min_p 0.9, repetition_penalty 1.3 and temperature 0.5 in the checkpoint's own generation_config."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -78,7 +78,7 @@ def big_vocabulary_model(tmp_path_factory):
         LlamaConfig(vocab_size=4000, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, eos_token_id=1)
     )
     model.generation_config = GenerationConfig(
-        do_sample=True, top_k=20, repetition_penalty=1.3, temperature=0.5, eos_token_id=1, pad_token_id=0
+        do_sample=True, top_k=20, min_p=0.9, repetition_penalty=1.3, temperature=0.5, eos_token_id=1, pad_token_id=0
     )
     model.save_pretrained(folder)
     return folder
@@ -86,7 +86,7 @@ def big_vocabulary_model(tmp_path_factory):
 
 def test_the_checkpoints_own_generation_settings_do_not_enter(big_vocabulary_model):
     policy = load_policy(PolicySettings(model=str(big_vocabulary_model), quantization="none", dtype="float32"))
-    assert policy.overridden == {"top_k": 20, "repetition_penalty": 1.3, "temperature": 0.5}
+    assert policy.overridden == {"top_k": 20, "min_p": 0.9, "repetition_penalty": 1.3, "temperature": 0.5}
     table = pd.DataFrame({"prompt_id": ["a"], "prompt": ["w5 w6"]})
     tokens = {"a": [5, 6]}
     drawn = sample_shard(
