@@ -74,7 +74,9 @@ class DualPoint:
 
 def evaluate_dual(table: ScoreTable, lambda_: np.ndarray, beta: float, levels: np.ndarray) -> DualPoint:
     """One pass over the table. lambda_, levels: (m,) in the order of the table's utilities."""
-    score = (table.reward + table.utilities @ lambda_) / beta
+    # Elementwise sums instead of BLAS products: BLAS rounds differently with memory alignment, so a resumed process could differ in the
+    # last bit of λ.
+    score = (table.reward + (table.utilities * lambda_).sum(axis=1)) / beta
     exponent = score + table.log_weight
     top = np.maximum.reduceat(exponent, table.starts)
     weight = np.exp(exponent - np.repeat(top, table.counts))
@@ -89,7 +91,9 @@ def evaluate_dual(table: ScoreTable, lambda_: np.ndarray, beta: float, levels: n
     return DualPoint(
         value=float(beta * log_mean.mean() - lambda_ @ levels),
         gradient=utilities - levels,
-        hessian=(centred * weight[:, None]).T @ centred / (num_prompts * beta),
+        hessian=np.stack([(centred * (weight * column)[:, None]).sum(axis=0) for column in centred.T]) / (num_prompts * beta)
+        if len(lambda_)
+        else np.zeros((0, 0)),
         reward=float(reward),
         utilities=utilities,
         # KL(π_λ‖π_ref) = E_λ[s/β] − log Z for the tilted policy.

@@ -26,7 +26,10 @@ def lagrangian_score(responses: pd.DataFrame, reward: str, lambda_: pd.Series) -
     for name, value in lambda_.items():
         if not np.isfinite(value) or value < 0:
             raise UserError(f"lambda of {name} is {value}; multipliers are finite and ≥ 0")
-    return responses[reward].to_numpy(np.float64) + responses[list(lambda_.index)].to_numpy(np.float64) @ lambda_.to_numpy(np.float64)
+    score = responses[reward].to_numpy(np.float64).copy()
+    for name, value in lambda_.items():  # elementwise: the same bits in every process
+        score += value * responses[name].to_numpy(np.float64)
+    return score
 
 
 def _uniforms(seed: int, *keys: np.ndarray) -> np.ndarray:
