@@ -46,8 +46,8 @@ def _say(line: str) -> None:
 @app.command()
 def init(recipe: Annotated[Path, typer.Argument(help="recipe YAML")], run: RunPath, overrides: Overrides = []) -> None:  # noqa: B006
     """Freeze a recipe into a run directory."""
-    from constrained_dpo.report import describe_problem
     from constrained_dpo.run_directory import init_run
+    from constrained_dpo.terminal import describe_problem
 
     created = init_run(recipe, run, overrides)
     print(f"{created.path}: {created.recipe().name}\n{describe_problem(created.recipe().problem)}")
@@ -57,8 +57,8 @@ def init(recipe: Annotated[Path, typer.Argument(help="recipe YAML")], run: RunPa
 def check(target: Annotated[Path, typer.Argument(help="recipe YAML or run directory")], overrides: Overrides = []) -> None:  # noqa: B006
     """Validate a recipe without training (data, policy, scorers, lengths), or a run's λ history against its tables."""
     from constrained_dpo.recipe import load_recipe
-    from constrained_dpo.report import describe_problem
     from constrained_dpo.run_directory import RunDirectory
+    from constrained_dpo.terminal import describe_problem
 
     if target.is_dir():
         run = RunDirectory(target)
@@ -154,9 +154,9 @@ def prepare(run: RunPath) -> None:
 
 def _play(path: Path, rounds: int | None, as_json: bool) -> None:
     """Plays up to `rounds` more rounds (None: as many as the recipe's dual.rounds leaves) and prints the last one's table."""
-    from constrained_dpo.report import print_round, print_samples
     from constrained_dpo.rounds import play_round
     from constrained_dpo.run_directory import RunDirectory
+    from constrained_dpo.terminal import print_round, print_samples
 
     run = RunDirectory(path)
     with run.locked():
@@ -201,9 +201,9 @@ def play_all(
 @app.command()
 def status(run: RunPath, as_json: AsJson = False) -> None:
     """Where a run stands and what happens next."""
-    from constrained_dpo.report import print_status
-    from constrained_dpo.report import status as read_status
     from constrained_dpo.run_directory import RunDirectory
+    from constrained_dpo.terminal import print_status
+    from constrained_dpo.terminal import status as read_status
 
     content = read_status(RunDirectory(run))
     if as_json:

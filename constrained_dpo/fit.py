@@ -34,15 +34,6 @@ from data_prep.tables import sync_folder
 NUM_ANCHOR_ROWS = 16
 
 
-@dataclass(frozen=True)
-class FitResult:
-    """log: one dict per logged step (loss, margins in score units, gradient norm); anchor_error: largest |log π_θ − stored ref_logp|
-    before the first step, in nats (None where the fit was warm-started)."""
-
-    log: list[dict[str, float]]
-    anchor_error: float | None
-
-
 def pair_loss(scaled_difference: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of σ(βΔ) against the target probability; both of shape (num_pairs,), returns (num_pairs,)."""
     return -(target * F.logsigmoid(scaled_difference) + (1 - target) * F.logsigmoid(-scaled_difference))
@@ -270,10 +261,11 @@ def fit_adapter(
     previous_adapter: Path | None,
     output: Path,
     show_progress: bool = False,
-) -> FitResult:
+) -> float | None:
     """Trains one round's adapter and saves it at `output` in PEFT's format; the folder appears whole or not at all.
 
-    pairs: (num_pairs,) rows of the pairs table; pool: the responses they name, with `ref_logp`. The optimizer starts fresh.
+    pairs: (num_pairs,) rows of the pairs table; pool: the responses they name, with `ref_logp`. The optimizer starts fresh. Returns the
+    largest |log π_θ − stored ref_logp| before the first step in nats (None after a warm start); the log is beside the adapter.
     """
     dataset = pair_dataset(pairs, pool, prompt_tokens, settings.max_length)
     temporary = output.with_name(f".{output.name}.tmp")
@@ -304,4 +296,4 @@ def fit_adapter(
             os.fsync(handle.fileno())
     os.replace(temporary, output)
     sync_folder(output.parent)
-    return FitResult(log=log, anchor_error=anchor_error)
+    return anchor_error

@@ -1,6 +1,5 @@
 """The LoRA learner: what `rounds` asks for (fit, sample, score), done with real models. Models are loaded when first needed."""
 
-import json
 from functools import cached_property
 from pathlib import Path
 
@@ -166,9 +165,3 @@ class LoraLearner:
         from constrained_dpo.tabular import exact_optimum
 
         return {split: exact_optimum(world) for split, world in self.worlds.items()}
-
-
-def read_training_log(adapter: Path) -> list[dict[str, float]]:
-    """The fit's log beside its adapter ([] for learners that keep none)."""
-    path = adapter / "training_log.json"
-    return json.loads(path.read_text())["log"] if path.exists() else []

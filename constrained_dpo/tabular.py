@@ -78,7 +78,6 @@ class TabularLearner:
 
     world: TabularWorld
     prompts: pd.DataFrame
-    prompt_counts: dict[str, int]
 
     def fit(self, pairs: pd.DataFrame, pool: pd.DataFrame, *, lambda_: pd.Series, previous: Path | None, output: Path, seed: int) -> None:
         temporary = output.with_name(f".{output.name}.tmp")

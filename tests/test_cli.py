@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import QUICKSTART, REPO, scored_frame
+from conftest import QUICKSTART, scored_frame
 
 from constrained_dpo.dual import ScoreTable, solve_one_shot
 from constrained_dpo.problem import ConstrainedProblem, Constraint
@@ -127,4 +127,3 @@ def test_prompts_sample_score_relabel_from_the_shell(tmp_path):
         cdpo("data", "score", source, "-o", scored, "--name", name, "--scorer", scorer, check=0)
     cdpo("data", "relabel", scored, "--reward", "helpful", "--lambda", "harmless=0.5", "-o", pairs, check=0)
     assert len(pd.read_parquet(pairs)) == 4 * 6
-    assert (REPO / "data_prep").exists()

@@ -8,7 +8,7 @@ import time
 
 import pandas as pd
 import pytest
-from conftest import QUICKSTART, REPO
+from conftest import QUICKSTART
 from test_cli import CDPO, cdpo
 
 from constrained_dpo.run_directory import RunDirectory
@@ -103,4 +103,3 @@ def test_sampling_off_the_policy_nulls_what_it_does_not_support(tmp_path):
     record = json.loads(cdpo("round", run, "--json", check=0).stdout)
     assert record["kl"] is None and record["objective"] is None and "temperature" in record["kl_reason"]
     assert record["u"]["harmless"] is not None and record["sampling_law"]["temperature"] == 0.8
-    assert (REPO / "recipes").exists()

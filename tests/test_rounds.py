@@ -36,7 +36,7 @@ def make_run(path, world, overrides=()) -> tuple[RunDirectory, Recipe, TabularLe
     run = init_run(recipe_file, path, list(overrides))
     half = len(world.reward) // 2
     prompts = pd.DataFrame({"prompt_id": [f"p{i}" for i in range(2 * half)], "prompt": "?", "split": ["dual"] * half + ["test"] * half})
-    return run, run.recipe(), TabularLearner(world, prompts, {})
+    return run, run.recipe(), TabularLearner(world, prompts)
 
 
 def play(run, recipe, learner, rounds) -> list[dict]:
@@ -166,7 +166,7 @@ def test_other_recipes_edited_recipes_changed_inputs_and_old_versions_are_refuse
     prepare(run, recipe, learner, {})
     make_run(tmp_path / "run", world)  # also after `prepare` resolved the step's scale
     require_same_inputs(run, learner)
-    other = type("Other", (TabularLearner,), {"identity": lambda self: {"policy": "another", "law": "tabular"}})(world, learner.prompts, {})
+    other = type("Other", (TabularLearner,), {"identity": lambda self: {"policy": "another", "law": "tabular"}})(world, learner.prompts)
     with pytest.raises(UserError, match="policy changed since `prepare`"):
         require_same_inputs(run, other)
     run.recipe_file.write_text(run.recipe_file.read_text().replace("seed: 0", "seed: 1"))
