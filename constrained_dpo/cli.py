@@ -29,6 +29,7 @@ app.add_typer(data_app, name="data")
 
 RunPath = Annotated[Path, typer.Argument(help="run directory")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+RoundChoice = Annotated[str, typer.Option("--round", help="a round's number, or last")]
 Overrides = Annotated[list[str], typer.Option("-s", "--set", help="KEY=VALUE, dotted keys, e.g. objective.beta=0.1")]
 
 
@@ -44,12 +45,19 @@ def _say(line: str) -> None:
 
 
 @app.command()
-def init(recipe: Annotated[Path, typer.Argument(help="recipe YAML")], run: RunPath, overrides: Overrides = []) -> None:  # noqa: B006
+def init(
+    recipe: Annotated[Path, typer.Argument(help="recipe YAML")],
+    run: RunPath,
+    overrides: Overrides = [],  # noqa: B006
+    source: Annotated[
+        Path | None, typer.Option("--from", help="a prepared run whose reference samples and scores are used again (other margins, β)")
+    ] = None,
+) -> None:
     """Freeze a recipe into a run directory."""
-    from constrained_dpo.run_directory import init_run
+    from constrained_dpo.run_directory import RunDirectory, init_run
     from constrained_dpo.terminal import describe_problem
 
-    created = init_run(recipe, run, overrides)
+    created = init_run(recipe, run, overrides, RunDirectory(source) if source else None)
     print(f"{created.path}: {created.recipe().name}\n{describe_problem(created.recipe().problem)}")
 
 
@@ -210,6 +218,71 @@ def status(run: RunPath, as_json: AsJson = False) -> None:
         print(json.dumps(content))
     else:
         print_status(_console(), content)
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    round_: RoundChoice = "last",
+    prompts: Annotated[Path | None, typer.Option(help="other prompts (format as in the recipe); default: the run's test prompts")] = None,
+    scorer: Annotated[list[str], typer.Option(help="NAME={type: ...} as in a recipe: one more score to report")] = [],  # noqa: B006
+    responses: Annotated[int | None, typer.Option(min=1, help="responses per prompt; default: dual.responses_per_prompt")] = None,
+    seed: Annotated[int, typer.Option(help="another seed draws other responses")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Sample a round's policy afresh on unseen prompts and judge it, by the run's scorers and extra ones."""
+    from constrained_dpo.evaluate import check_names, evaluate_round, evaluation_prompts
+    from constrained_dpo.learner import LoraLearner
+    from constrained_dpo.rounds import require_same_inputs
+    from constrained_dpo.run_directory import RunDirectory
+    from constrained_dpo.terminal import print_evaluation
+    from data_prep.scoring import parse_scorer
+
+    directory = RunDirectory(run)
+    recipe, number = directory.recipe(), directory.chosen_round(round_)
+    extra = {name: parse_scorer(text, f"--scorer {name}") for name, _, text in (s.partition("=") for s in scorer)}
+    check_names(list(extra), recipe.problem)
+    _quiet_libraries()
+    learner = LoraLearner(recipe, directory, evaluation_prompts(directory, recipe, prompts), sys.stderr.isatty(), extra)
+    with directory.locked():
+        require_same_inputs(directory, learner)
+        left_out = learner.restrict(recipe.fit.max_length)
+        count = responses or recipe.dual.responses_per_prompt
+        label = prompts.stem if prompts else "test"
+        record = evaluate_round(directory, recipe, learner, number, label=label, responses_per_prompt=count, seed=seed)
+    if as_json:
+        print(json.dumps(record | {"left_out": left_out}))
+        return
+    print_evaluation(_console(), record, recipe.problem, recipe.dual.confidence)
+    if left_out["too_long"]:
+        print(f"left out: {left_out['too_long']} prompts too long")
+    print(f"tables: {directory.evaluation_folder(record['key'])}")
+
+
+@app.command()
+def export(
+    run: RunPath,
+    output: Annotated[Path, typer.Argument(help="new folder")],
+    round_: RoundChoice = "last",
+    merge: Annotated[bool, typer.Option("--merge", help="merge into the unquantized base (bfloat16) and measure the result again")] = False,
+) -> None:
+    """Write a round's adapter, or the merged model, with a model card."""
+    from constrained_dpo.evaluate import evaluation_prompts
+    from constrained_dpo.export import export_adapter, export_merged
+    from constrained_dpo.run_directory import RunDirectory
+    from constrained_dpo.terminal import print_evaluation
+
+    directory = RunDirectory(run)
+    recipe, number = directory.recipe(), directory.chosen_round(round_)
+    if not merge:
+        export_adapter(directory, recipe, number, output)
+        print(f"{output}: adapter of round {number} and its model card (README.md)")
+        return
+    _quiet_libraries()
+    with directory.locked():
+        record = export_merged(directory, recipe, number, output, evaluation_prompts(directory, recipe, None))
+    print_evaluation(_console(), record, recipe.problem, recipe.dual.confidence)
+    print(f"{output}: round {number} merged in bfloat16, its measurement (measurement.json) and its model card (README.md)")
 
 
 @dual_app.command()

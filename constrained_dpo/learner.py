@@ -10,7 +10,7 @@ from constrained_dpo.recipe import Recipe
 from constrained_dpo.run_directory import RunDirectory
 from data_prep.policy import QUICKSTART, Policy, load_policy
 from data_prep.sampling import law_hash, sample_shard
-from data_prep.scoring import ScoreCache, Scorer, make_scorer, score_texts
+from data_prep.scoring import ScoreCache, Scorer, ScorerSettings, make_scorer, score_texts
 from data_prep.settings import UserError
 from data_prep.sources import last_user_text, tokenize_prompts
 
@@ -18,9 +18,17 @@ from data_prep.sources import last_user_text, tokenize_prompts
 class LoraLearner:
     """Fits LoRA adapters with TRL, samples and scores with the recipe's policy and scorers."""
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, prompts: pd.DataFrame, show_progress: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        prompts: pd.DataFrame,
+        show_progress: bool = False,
+        extra_scorers: dict[str, ScorerSettings] | None = None,
+    ) -> None:
         self.recipe, self.prompts, self.show_progress = recipe, prompts, show_progress
         self.run = run
+        self.scorer_settings = recipe.scorers | (extra_scorers or {})
 
     @cached_property
     def policy(self) -> Policy:
@@ -28,7 +36,7 @@ class LoraLearner:
 
     @cached_property
     def scorers(self) -> dict[str, Scorer]:
-        return {name: make_scorer(settings) for name, settings in self.recipe.scorers.items()}
+        return {name: make_scorer(settings) for name, settings in self.scorer_settings.items()}
 
     @cached_property
     def cache(self) -> ScoreCache:
@@ -43,6 +51,11 @@ class LoraLearner:
         """What scorers are told the prompt was, by prompt_id."""
         texts = [last_user_text(p, self.recipe.prompts.format) for p in self.prompts["prompt"]]
         return pd.Series(texts, index=self.prompts["prompt_id"])
+
+    def unload(self) -> None:
+        """Frees policy and scorers; they load again when next needed."""
+        for name in ("policy", "scorers"):
+            self.__dict__.pop(name, None)
 
     def restrict(self, limit: int) -> dict[str, int]:
         """Applies the length limit (tokens of prompt + response) to the prompts; returns how many were dropped.
@@ -59,10 +72,10 @@ class LoraLearner:
             return {"too_long": 0}
         room = limit - self.recipe.sampling.max_new_tokens
         fits = self.prompts["prompt_id"].map(lambda pid: len(self.prompt_tokens[pid]) <= room)
-        dropped = int((~fits).sum())
+        dropped, splits = int((~fits).sum()), set(self.prompts["split"]) - {"fit"}
         self.prompts = self.prompts[fits].reset_index(drop=True)
         counts = self.prompts["split"].value_counts()
-        if min(counts.get("dual", 0), counts.get("test", 0)) < 2:
+        if min(counts.get(split, 0) for split in splits) < 2:
             raise UserError(f"prompts: {dropped} of {len(fits)} are too long for {names} {limit}; too few are left")
         return {"too_long": dropped}
 
@@ -71,7 +84,7 @@ class LoraLearner:
         sampling = self.recipe.sampling
         return {
             "policy": self.policy.fingerprint,
-            "scorers": {name: scorer.fingerprint for name, scorer in self.scorers.items()},
+            "scorers": {name: self.scorers[name].fingerprint for name in self.recipe.scorers},
             "law": law_hash(sampling, self.policy.eos_ids),
             "overridden_generation": self.policy.overridden,
         }
@@ -110,7 +123,7 @@ class LoraLearner:
         prompts = responses["prompt_id"].map(self.prompt_texts).tolist()
         texts = responses["response"].tolist()
         columns = {
-            name: score_texts(scorer, prompts, texts, negate=self.recipe.scorers[name].negate, name=name, cache=self.cache)
+            name: score_texts(scorer, prompts, texts, negate=self.scorer_settings[name].negate, name=name, cache=self.cache)
             for name, scorer in self.scorers.items()
         }
         return responses.assign(**columns)
@@ -135,7 +148,7 @@ class LoraLearner:
             prompts = [self.prompt_texts[pid] for pid in ids]
             scores = {
                 name: np.stack([scorer.score([p] * len(texts), texts) for p in prompts])
-                * (-1.0 if self.recipe.scorers[name].negate else 1.0)
+                * (-1.0 if self.scorer_settings[name].negate else 1.0)
                 for name, scorer in self.scorers.items()
             }
             problem = self.recipe.problem

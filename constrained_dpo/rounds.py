@@ -54,11 +54,16 @@ def prepare(run: RunDirectory, recipe: Recipe, learner: Learner, left_out: dict[
     elif not read_parquet(run.prompts_file).equals(prompts.reset_index(drop=True)):
         raise UserError(f"{run.prompts_file}: the prompt source changed while the run was being prepared; restore it or start another run")
     identity = learner.identity()
+    inherited = run.state().get("inherited", {})
+    for key in ("policy", "law"):
+        if inherited and identity[key] != inherited[key]:
+            raise UserError(f"{run.path}: {key} is not that of {inherited['from']}, whose responses it takes over; init it without --from")
 
     def reference_samples(phase: str, chosen: pd.DataFrame, count: int) -> pd.DataFrame:
         return collect(
             run, learner, chosen, phase=phase, round_number=0, responses_per_prompt=count, adapter=None, source=f"reference-{phase}",
             shard_size=sampling.batch_size, objectives=problem.objectives, seed=recipe.seed,
+            known=read_parquet(run.inherited_file(phase)) if inherited else None,
         )  # fmt: skip
 
     if not run.pool_file(None).exists():

@@ -4,8 +4,9 @@ import fcntl
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pandas as pd
 
 from constrained_dpo.recipe import Recipe, load_recipe
 from data_prep.settings import UserError
-from data_prep.tables import read_parquet, write_atomically, write_json
+from data_prep.tables import RESPONSES, read_parquet, write_atomically, write_json, write_parquet
 
 VERSION = 1
 
@@ -46,6 +47,10 @@ class RunDirectory:
         """The exact optimum, where the world can be enumerated."""
         return self.path / "exact.json"
 
+    def inherited_file(self, phase: str) -> Path:
+        """π_ref's responses taken over from another run (`init --from`), without scores; phase is pool or reference."""
+        return self.path / "inherited" / f"{phase}.parquet"
+
     @property
     def score_cache(self) -> Path:
         return self.path / "scores.sqlite"
@@ -69,6 +74,10 @@ class RunDirectory:
 
     def round_file(self, round_number: int) -> Path:
         return self.round_folder(round_number) / "round.json"
+
+    def evaluation_folder(self, key: str) -> Path:
+        """samples.parquet, reference.parquet and evaluation.json of one `cdpo evaluate` or merged export."""
+        return self.path / "evaluations" / key
 
     def shard_folder(self, phase: str) -> Path:
         """Committed shards of a phase still under way."""
@@ -112,6 +121,17 @@ class RunDirectory:
         """Number of rounds whose dual step is in state.json."""
         return max(len(self.state()["lambda"]) - 1, 0)
 
+    def chosen_round(self, choice: str) -> int:
+        """The round that `--round K` or `--round last` means; raises UserError where it has not been played."""
+        played = self.rounds_done()
+        if not played:
+            raise UserError(f"{self.path}: no round has been played yet; `cdpo round {self.path}` plays one")
+        if choice == "last":
+            return played - 1
+        if not choice.isdigit() or int(choice) >= played:
+            raise UserError(f"--round {choice}: give a round from 0 to {played - 1}, or last")
+        return int(choice)
+
     def pool(self, before_round: int) -> pd.DataFrame:
         """The scored responses a round's pairs are drawn from: π_ref's, and those of earlier rounds that grew it."""
         parts = [read_parquet(self.pool_file(None))]
@@ -144,8 +164,12 @@ class RunDirectory:
             yield
 
 
-def init_run(recipe_file: Path, path: Path, overrides: list[str]) -> RunDirectory:
-    """Freezes a recipe into a new run directory; the same recipe again is no error. Raises UserError if another recipe's run is there."""
+def init_run(recipe_file: Path, path: Path, overrides: list[str], source: RunDirectory | None = None) -> RunDirectory:
+    """Freezes a recipe into a new run directory; the same recipe again is no error. Raises UserError if another recipe's run is there.
+
+    source: a prepared run whose π_ref responses and scores are taken over (another margin, β or set of constraints); UserError where its
+    recipe differs in anything those responses depend on.
+    """
     recipe = load_recipe(recipe_file, overrides)
     run = RunDirectory(Path(path))
     asked = recipe.model_dump(mode="json")["dual"]["step_scale"]
@@ -156,11 +180,43 @@ def init_run(recipe_file: Path, path: Path, overrides: list[str]) -> RunDirector
         return run
     if run.path.exists() and any(run.path.iterdir()) and not run.recipe_file.exists():
         raise UserError(f"{path}: exists and is not a run directory; choose an empty or new folder")
+    state = {"version": VERSION, "recipe_hash": recipe.hash(), "asked_step_scale": asked, "lambda": [], "hashes": {}, "left_out": {}}
+    if source is not None:
+        state["inherited"] = _inheritance(recipe, source)
     try:
         write_atomically(run.recipe_file, recipe.to_yaml().encode())
-        run.write_state(
-            {"version": VERSION, "recipe_hash": recipe.hash(), "asked_step_scale": asked, "lambda": [], "hashes": {}, "left_out": {}}
-        )
+        if source is not None:
+            _take_over(run, source)
+        run.write_state(state)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose a writable run directory") from error
     return run
+
+
+# What π_ref's stored responses depend on. The adapter's shape does not enter: π_ref has none.
+_SAMPLED_WITH = ("seed", "policy", "prompts", "sampling", "dual.prompts_per_round", "dual.responses_per_prompt", "fit.max_length")
+
+
+def _inheritance(recipe: Recipe, source: RunDirectory) -> dict[str, object]:
+    """Path and hashes of the run that is taken over; raises UserError when it is not prepared or was sampled otherwise."""
+    state, theirs, ours = source.state(), source.recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
+    if not state["lambda"]:
+        raise UserError(f"--from {source.path}: is not prepared yet; run `cdpo prepare {source.path}` first")
+    for content in (theirs, ours):
+        del content["policy"]["lora"]
+    for key in _SAMPLED_WITH:
+        block, _, name = key.partition(".")
+        mine, other = (content[block][name] if name else content[block] for content in (ours, theirs))
+        if mine != other:
+            raise UserError(f"--from {source.path}: {key} differs ({other} there, {mine} here), so its responses cannot be used again")
+    return {"from": str(source.path.resolve()), "policy": state["hashes"]["policy"], "law": state["hashes"]["law"]}
+
+
+def _take_over(run: RunDirectory, source: RunDirectory) -> None:
+    """Copies prompts, π_ref's responses without their scores, and the cache that knows the scores."""
+    write_parquet(source.prompts(), run.prompts_file)
+    for phase, file in (("pool", source.pool_file(None)), ("reference", source.reference_file)):
+        write_parquet(read_parquet(file)[list(RESPONSES)], run.inherited_file(phase))
+    if source.score_cache.exists():
+        with closing(sqlite3.connect(source.score_cache)) as theirs, closing(sqlite3.connect(run.score_cache)) as ours:
+            theirs.backup(ours)

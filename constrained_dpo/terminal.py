@@ -97,6 +97,28 @@ def print_samples(console: Console, run: RunDirectory, number: int, objectives: 
     console.print(table)
 
 
+def print_evaluation(console: Console, record: dict, problem: ConstrainedProblem, confidence: float) -> None:
+    """Every score before and after with its paired difference, u and verdict where it is a constraint, then KL and lengths."""
+    table = Table(title=f"{record['key']}: {record['num_prompts']} prompts, {record['num_samples']} responses", title_justify="left")
+    percent = f"{100 * confidence:g} %"
+    for column in ("score", "π_ref", "policy", f"difference [{percent}]", f"u [{percent}]", "verdict"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    for name, row in record["change"].items():
+        slack = verdict = ""
+        if name in problem.names:
+            slack = f"{record['u'][name]:+.3f} [{record['u_ci_low'][name]:+.3f}, {record['u_ci_high'][name]:+.3f}]"
+            verdict = record["verdicts"][name]
+        change = f"{row['difference']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+        table.add_row(name, f"{row['reference']:+.3f}", f"{row['policy']:+.3f}", change, slack, verdict)
+    console.print(table)
+    console.print(
+        f"KL {_number(record['kl'])} nats; mean length {record['mean_length']:.1f} tokens, {100 * record['cut_off_fraction']:.0f} % cut off"
+    )
+    if record["kl"] is None:
+        console.print(f"KL and objective are null: {record['kl_reason']}.")
+    console.print(f"verdict: {record['verdict']} ({MEANING[record['verdict']]})")
+
+
 def next_step(run: RunDirectory, rounds: int) -> str:
     """What happens next, in words."""
     state = run.state()

@@ -138,19 +138,12 @@ def score(
     cache: Annotated[Path | None, typer.Option(help="SQLite file of known scores")] = None,
 ) -> None:
     """Add one score column (higher is better) to a table of prompts and responses."""
-    import yaml
-    from pydantic import TypeAdapter, ValidationError
-
-    from data_prep.scoring import ScoreCache, ScorerSettings, make_scorer, score_texts
+    from data_prep.scoring import ScoreCache, make_scorer, parse_scorer, score_texts
     from data_prep.tables import RESERVED_NAMES, read_table, require_columns, write_parquet
 
     if name in RESERVED_NAMES:
         raise UserError(f"--name {name}: is a reserved column name; choose another")
-    try:
-        settings = TypeAdapter(ScorerSettings).validate_python(yaml.safe_load(scorer))
-    except (ValidationError, yaml.YAMLError) as error:
-        detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
-        raise UserError(f"--scorer: {detail}") from error
+    settings = parse_scorer(scorer, "--scorer")
     table = read_table(responses)
     require_columns(table, ["prompt", "response"], str(responses))
     values = score_texts(

@@ -11,7 +11,8 @@ from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import pandas as pd
-from pydantic import Field
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
 
 from data_prep.settings import Settings, UserError
 from data_prep.tables import hash_file, read_table, require_columns, require_finite
@@ -60,6 +61,15 @@ class ClassifierScorerSettings(Settings):
 
 
 ScorerSettings = Annotated[PythonScorerSettings | ColumnScorerSettings | ClassifierScorerSettings, Field(discriminator="type")]
+
+
+def parse_scorer(text: str, option: str) -> ScorerSettings:
+    """Scorer settings from a command-line option's YAML, e.g. `{type: python, target: "file.py:function"}`; raises UserError."""
+    try:
+        return TypeAdapter(ScorerSettings).validate_python(yaml.safe_load(text))
+    except (ValidationError, yaml.YAMLError) as error:
+        detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
+        raise UserError(f"{option}: {detail}") from error
 
 
 class PythonScorer:

@@ -48,6 +48,22 @@ def quickstart_policy():
     return load_policy(PolicySettings(model="quickstart", dtype="float32"))
 
 
+# A real run that takes seconds a round.
+SMALL = ("sampling.responses_per_prompt=8", "dual.responses_per_prompt=8", "sampling.batch_size=64", "fit.steps=30", "dual.rounds=2")
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """Two rounds of the embedded world, played by the CLI; read-only for tests."""
+    from test_cli import cdpo
+
+    from constrained_dpo.run_directory import init_run
+
+    run = init_run(QUICKSTART, tmp_path_factory.mktemp("small") / "run", list(SMALL))
+    cdpo("run", run.path, check=0)
+    return run
+
+
 def scored_frame(seed: int, prompts: int, responses: int, names: tuple[str, ...] = ("r", "g")) -> pd.DataFrame:
     """A small scored responses table (ids and scores only)."""
     rng = np.random.default_rng(seed)
