@@ -1,6 +1,7 @@
 """Shared parts of the tests: everything runs offline on two threads; real models are built once per session."""
 
 import os
+import subprocess
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -54,13 +55,13 @@ SMALL = ("sampling.responses_per_prompt=8", "dual.responses_per_prompt=8", "samp
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """Two rounds of the embedded world, played by the CLI; read-only for tests."""
-    from test_cli import cdpo
+    """Two rounds of the embedded world, played by the CLI in a process of its own; read-only for tests."""
+    from test_cli import CDPO
 
     from constrained_dpo.run_directory import init_run
 
     run = init_run(QUICKSTART, tmp_path_factory.mktemp("small") / "run", list(SMALL))
-    cdpo("run", run.path, check=0)
+    subprocess.run([*CDPO, "run", str(run.path)], check=True, stdout=subprocess.DEVNULL)
     return run
 
 
