@@ -1,6 +1,6 @@
 """The Lagrangian maximizer: TRL's DPOTrainer on pseudo-preferences, with reference log-probabilities from the pool.
 
-Loss of a pair (CAID, arXiv:2505.19387, eq. (8); with soft targets its expectation over the label):
+Loss of a pair (CAID, arXiv:2505.19387, Lagrangian maximization by pseudo-preferences; with soft targets its expectation over the label):
     −[t·log σ(βΔ) + (1−t)·log σ(−βΔ)],   Δ = log π_θ/π_ref (chosen) − log π_θ/π_ref (rejected)
 The KL anchor is π_ref (the base without adapter) in every round: the stored `ref_logp` enters the loss and no reference model runs here.
 """
