@@ -25,6 +25,9 @@ class RunDirectory:
 
     path: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))  # a plain string is welcome
+
     @property
     def recipe_file(self) -> Path:
         return self.path / "recipe.yaml"
@@ -171,7 +174,7 @@ def init_run(recipe_file: Path, path: Path, overrides: list[str], source: RunDir
     recipe differs in anything those responses depend on.
     """
     recipe = load_recipe(recipe_file, overrides)
-    run = RunDirectory(Path(path))
+    run = RunDirectory(path)
     asked = recipe.model_dump(mode="json")["dual"]["step_scale"]
     if run.state_file.exists():
         state = run.state()
