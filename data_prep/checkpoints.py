@@ -14,6 +14,7 @@ from data_prep.settings import UserError
 from data_prep.tables import hash_file
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED_WEIGHTS = "pytorch_model*.bin"
 
 
@@ -29,6 +30,15 @@ def check_model_folder(folder: Path, key: str, loader: str, allow_pickle: bool =
             raise UserError(f"{key}: {folder} has only pickled weights ({pickled[0].name}); {_pickle_advice(key)}")
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise UserError(f"{key}: {folder} has no tokenizer (tokenizer.json); save it beside the model")
+
+
+def check_adapter_folder(folder: Path, key: str) -> None:
+    """Raises UserError where a folder is not an adapter in PEFT's format with safetensors weights."""
+    if not folder.is_dir():
+        raise UserError(f"{key}: {folder} is not a folder; give the folder of a LoRA adapter in PEFT's format")
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).exists():
+            raise UserError(f"{key}: {folder} has no {name}; save the adapter with PEFT's save_pretrained (safetensors)")
 
 
 def _pickle_advice(key: str) -> str:

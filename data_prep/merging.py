@@ -12,7 +12,14 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.checkpoints import TOKENIZER_FILES, explained_loading, fingerprint_model
+from data_prep.checkpoints import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    TOKENIZER_FILES,
+    check_adapter_folder,
+    explained_loading,
+    fingerprint_model,
+)
 from data_prep.settings import UserError
 from data_prep.tables import hash_file, sync_folder
 
@@ -22,8 +29,6 @@ if TYPE_CHECKING:
     from data_prep.policy import PolicySettings
 
 KEY = "policy.reference_adapter"
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 # The tokenizer and the chat template that an adapter was trained with belong to it.
 TOKENIZER_PARTS = {*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"}
 
@@ -37,7 +42,7 @@ def merged_reference(settings: "PolicySettings", base: str) -> Path:
     from data_prep.quickstart import cache_folder
 
     adapter = Path(settings.reference_adapter).expanduser()
-    _check_adapter_folder(adapter)
+    check_adapter_folder(adapter, KEY)
     with explained_loading("policy.model", base):
         base_fingerprint = fingerprint_model(base, settings.revision)
     _check_config(adapter, base, base_fingerprint)
@@ -64,27 +69,19 @@ def merged_reference(settings: "PolicySettings", base: str) -> Path:
 def fingerprint_adapter(adapter: Path) -> str:
     """Hash of an adapter's weights, config and tokenizer."""
     digest = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS, "chat_template.jinja", *sorted(TOKENIZER_PARTS)):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "chat_template.jinja", *sorted(TOKENIZER_PARTS)):
         if (adapter / name).exists():
             digest.update(f"{name}:{hash_file(adapter / name)}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def _check_adapter_folder(adapter: Path) -> None:
-    if not adapter.is_dir():
-        raise UserError(f"{KEY}: {adapter} is not a folder; give the folder of a LoRA adapter in PEFT's format, or null")
-    for name in (CONFIG, WEIGHTS):
-        if not (adapter / name).exists():
-            raise UserError(f"{KEY}: {adapter} has no {name}; save the adapter with PEFT's save_pretrained (safetensors)")
-
-
 def _check_config(adapter: Path, base: str, base_fingerprint: str) -> None:
     """Refuses an adapter that is not LoRA or says it was trained on another base; shapes do not tell two fine-tunes of one model apart."""
     try:
-        config = json.loads((adapter / CONFIG).read_text())
+        config = json.loads((adapter / ADAPTER_CONFIG).read_text())
         kind, trained_on = config.get("peft_type"), config.get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{KEY}: {adapter / CONFIG} is not a JSON mapping ({error})") from error
+        raise UserError(f"{KEY}: {adapter / ADAPTER_CONFIG} is not a JSON mapping ({error})") from error
     if kind != "LORA":
         raise UserError(f"{KEY}: {adapter} is of PEFT type {kind}; only LORA can be merged")
     if not trained_on:
@@ -96,7 +93,7 @@ def _check_config(adapter: Path, base: str, base_fingerprint: str) -> None:
     if not same:
         raise UserError(
             f"{KEY}: {adapter} was trained on {trained_on}, not on {base}; set policy.model to that base "
-            f"(if it is the same model under another name, correct base_model_name_or_path in {CONFIG})"
+            f"(if it is the same model under another name, correct base_model_name_or_path in {ADAPTER_CONFIG})"
         )
 
 
@@ -147,11 +144,11 @@ def _check_all_loaded(model: "PreTrainedModel", adapter: Path, base: str) -> Non
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
-    with safe_open(str(adapter / WEIGHTS), framework="pt") as file:
+    with safe_open(str(adapter / ADAPTER_WEIGHTS), framework="pt") as file:
         stored = set(file.keys())
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     wrong = sorted(expected - stored) or sorted(stored - expected - set(model.state_dict()))
     if wrong:
         where = "not in" if wrong[0] in expected else "in"
         what = f"{wrong[0]} and {len(wrong) - 1} more tensors" if len(wrong) > 1 else wrong[0]
-        raise UserError(f"{KEY}: {adapter} does not fit {base} ({what} {where} {WEIGHTS}); it is an adapter of another base")
+        raise UserError(f"{KEY}: {adapter} does not fit {base} ({what} {where} {ADAPTER_WEIGHTS}); it is an adapter of another base")

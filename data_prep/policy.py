@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from data_prep.checkpoints import check_model_folder, explained_loading, fingerprint_model, resolve_device
+from data_prep.checkpoints import check_adapter_folder, check_model_folder, explained_loading, fingerprint_model, resolve_device
 from data_prep.settings import Settings, UserError
 
 if TYPE_CHECKING:
@@ -195,6 +195,7 @@ def attached_adapter(policy: Policy, adapter: Path | None) -> Iterator["torch.nn
     if adapter is None:
         yield policy.model
         return
+    check_adapter_folder(Path(adapter), "adapter")
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(policy.model, str(adapter), is_trainable=False)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_beaver import save_beaver
 
 from data_prep.checkpoints import fingerprint_model
-from data_prep.policy import PolicySettings, load_policy
+from data_prep.policy import PolicySettings, attached_adapter, load_policy
 from data_prep.scoring import BeaverScorerSettings, ClassifierScorerSettings, make_scorer
 from data_prep.settings import UserError
 
@@ -62,6 +62,37 @@ def test_pickled_weights_need_the_key_and_enter_the_fingerprint(kind, tmp_path):
     pickled = fingerprint_model(str(folder), None)
     torch.save({k: v + 1 for k, v in torch.load(folder / "pytorch_model.bin").items()}, folder / "pytorch_model.bin")
     assert len({with_both, pickled, fingerprint_model(str(folder), None)}) == 3
+
+
+def test_a_hub_model_with_pickled_weights_only_is_named_the_key(tmp_path, monkeypatch):
+    """A hub cache as a download leaves it: the absence of safetensors is on record."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--somebody--model", "c" * 40
+    folder = repository / "snapshots" / commit
+    save_tiny_causal_lm(folder)
+    expected = policy_logits(folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    for part, name, content in (
+        ("refs", "main", commit),
+        *((f".no_exist/{commit}", f"model.safetensors{i}", "") for i in ("", ".index.json")),
+    ):
+        (repository / part).mkdir(parents=True, exist_ok=True)
+        (repository / part / name).write_text(content)
+    with pytest.raises(UserError, match=r"policy\.model: somebody/model has no safetensors weights; .*set policy\.allow_pickle: true"):
+        policy_logits("somebody/model")
+    np.testing.assert_allclose(policy_logits("somebody/model", allow_pickle=True), expected, atol=1e-6)
+    fingerprint = fingerprint_model("somebody/model", None)
+    (repository / "refs" / "main").write_text("d" * 40)
+    folder.rename(repository / "snapshots" / ("d" * 40))
+    assert fingerprint_model("somebody/model", None) != fingerprint, "another commit is another model"
+
+
+def test_a_policy_adapter_is_safetensors(quickstart_policy, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    torch.save({}, tmp_path / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"adapter: .* has no adapter_model\.safetensors"), attached_adapter(quickstart_policy, tmp_path):
+        pass
 
 
 class Bomb:
