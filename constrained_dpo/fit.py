@@ -127,7 +127,7 @@ def pair_dataset(pairs: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[st
     )
 
 
-def training_config(settings: FitSettings, beta: float, seed: int, output: Path) -> DPOConfig:
+def training_config(settings: FitSettings, beta: float, seed: int, output: Path, device: str) -> DPOConfig:
     """Every default of DPOConfig that changes the mathematics is set here in words (DESIGN §9)."""
     return DPOConfig(
         output_dir=str(output),
@@ -154,7 +154,7 @@ def training_config(settings: FitSettings, beta: float, seed: int, output: Path)
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=device == "cpu",
         seed=seed % 2**32,
     )
 
@@ -196,7 +196,7 @@ def build_trainer(
     target = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     trainer = PseudoPreferenceTrainer(
         model=policy.model,
-        args=training_config(settings, beta, seed, output),
+        args=training_config(settings, beta, seed, output, policy.device.type),
         data_collator=PairCollator(pad_token_id=policy.tokenizer.pad_token_id),
         train_dataset=dataset,
         processing_class=policy.tokenizer,

@@ -249,8 +249,8 @@ def _resolve_paths(raw: dict, folder: Path) -> None:
             if isinstance(node, dict) and key in node:
                 node[key] = absolute(node[key])
 
-    if isinstance(raw.get("policy"), dict) and raw["policy"].get("model") != QUICKSTART:
-        visit(raw["policy"], ("model",))
+    if isinstance(raw.get("policy"), dict):
+        visit(raw["policy"], ("reference_adapter",) if raw["policy"].get("model") == QUICKSTART else ("model", "reference_adapter"))
     visit(raw.get("prompts"), ("source", "train", "test", "eval"))
     objective = raw.get("objective")
     if isinstance(objective, dict):
@@ -264,7 +264,7 @@ def _describe(error: ValidationError) -> list[str]:
     """One line per error: key, what is wrong, the value, and a suggestion for a misspelt key."""
     lines = []
     for item in error.errors():
-        scorer_types = ("python", "column", "classifier")
+        scorer_types = ("python", "column", "classifier", "beaver")
         parts = [str(p) for p in item["loc"] if not (p in scorer_types or "[" in str(p) or p in ("DatasetSource", "str", "float"))]
         key = ".".join(parts)
         if item["type"] == "extra_forbidden":
