@@ -13,7 +13,8 @@ from constrained_dpo.recipe import Recipe
 from constrained_dpo.rescore import collect
 from constrained_dpo.run_directory import RunDirectory
 from constrained_dpo.terminal import describe_problem
-from data_prep.policy import PolicySettings, resolve_model
+from data_prep.merging import merge_adapter
+from data_prep.policy import resolve_model
 from data_prep.sampling import response_logps
 from data_prep.settings import UserError
 from data_prep.tables import sync_folder
@@ -41,11 +42,11 @@ def export_merged(run: RunDirectory, recipe: Recipe, number: int, output: Path, 
     """
     require_free(output)
     temporary = _new_folder(output)
-    merge(recipe.policy, run.adapter_folder(number), temporary)
-    whole = {"quantization": "none", "dtype": MERGED_DTYPE}
-    merged_policy = PolicySettings(model=str(temporary), lora=recipe.policy.lora, **whole)
+    whole = recipe.policy.model_copy(update={"quantization": "none", "dtype": MERGED_DTYPE})
+    merge_adapter(whole, resolve_model(whole), run.adapter_folder(number), temporary, f"round {number}")
+    merged_policy = whole.model_copy(update={"model": str(temporary), "revision": None, "reference_adapter": None, "allow_pickle": False})
     merged = LoraLearner(recipe.model_copy(update={"policy": merged_policy}), run, prompts)
-    base = LoraLearner(recipe.model_copy(update={"policy": recipe.policy.model_copy(update=whole)}), run, prompts)
+    base = LoraLearner(recipe.model_copy(update={"policy": whole}), run, prompts)
     key = f"round-{number:03d}-merged"
 
     def draw(learner: LoraLearner, who: str) -> pd.DataFrame:
@@ -72,21 +73,6 @@ def export_merged(run: RunDirectory, recipe: Recipe, number: int, output: Path, 
     (temporary / "README.md").write_text(model_card(run, recipe, number, measurement, merged=True), encoding="utf-8")
     _publish(temporary, output)
     return measurement
-
-
-def merge(settings: PolicySettings, adapter: Path, output: Path) -> None:
-    """Writes base + adapter as a plain bfloat16 checkpoint with its tokenizer into the folder `output`."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = resolve_model(settings)
-    base = AutoModelForCausalLM.from_pretrained(
-        source, revision=settings.revision, dtype=getattr(torch, MERGED_DTYPE), use_safetensors=True
-    )
-    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
-    merged.save_pretrained(output)
-    AutoTokenizer.from_pretrained(source, revision=settings.revision).save_pretrained(output)
 
 
 def require_free(output: Path) -> None:
@@ -118,12 +104,14 @@ def model_card(run: RunDirectory, recipe: Recipe, number: int, measured: dict, *
     base, law = recipe.policy, record["sampling_law"]
     what = f"merged into the base in {MERGED_DTYPE} and measured again" if merged else "a LoRA adapter (PEFT)"
     against = f"the base in {MERGED_DTYPE}" if merged else f"the base in {base.quantization}, {base.dtype}"
+    reference = f"`{base.model}`" + (f", revision `{base.revision}`" if base.revision else "")
+    reference += f" + adapter `{base.reference_adapter}`, merged" if base.reference_adapter else ""
     lines = [
         "---", f"base_model: {base.model}", f"library_name: {'transformers' if merged else 'peft'}",
         "tags: [constrained-dpo, alignment, dpo]", "---", "",
         f"# {recipe.name}, round {number}: {what}", "",
         "## Problem", "", *(f"    {line}" for line in describe_problem(problem).splitlines()), "",
-        f"π_ref is `{base.model}`" + (f", revision `{base.revision}`" if base.revision else "") + f"; measured against {against}.", "",
+        f"π_ref is {reference}; measured against {against}.", "",
         f"## Verdict on the test prompts: {measured['verdict'] if merged else record['verdict']}", "",
         f"| constraint | λ | u | {100 * recipe.dual.confidence:g} % interval | verdict |", "|---|---|---|---|---|",
     ]  # fmt: skip

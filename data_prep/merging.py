@@ -56,7 +56,7 @@ def merged_reference(settings: "PolicySettings", base: str) -> Path:
         if not folder.is_dir():
             temporary = folder.with_name(f".{folder.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
-            _merge(settings, base, adapter, temporary)
+            merge_adapter(settings, base, adapter, temporary, KEY)
             (temporary / "merged_from.json").write_text(json.dumps(identity, indent=1))
             for path in temporary.iterdir():
                 with open(path, "rb") as handle:
@@ -97,8 +97,12 @@ def _check_config(adapter: Path, base: str, base_fingerprint: str) -> None:
         )
 
 
-def _merge(settings: "PolicySettings", base: str, adapter: Path, output: Path) -> None:
-    """Saves base + adapter with its tokenizer at `output`; on the CPU, so that GPU memory does not limit it."""
+def merge_adapter(settings: "PolicySettings", base: str, adapter: Path, output: Path, key: str) -> None:
+    """Saves base + adapter, unquantized in the settings' dtype, with the tokenizer at `output`; on the CPU, so that GPU memory does not
+    limit it.
+
+    base: folder or hub id; key: what messages call the adapter. Raises UserError for an adapter that does not fit the base.
+    """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -118,28 +122,28 @@ def _merge(settings: "PolicySettings", base: str, adapter: Path, output: Path) -
             trust_remote_code=settings.trust_remote_code,
         )
     if getattr(model, "is_quantized", False):
-        raise UserError(f"{KEY}: {base} is a quantized checkpoint, into which nothing can be merged; give its unquantized base")
+        raise UserError(f"{key}: {base} is a quantized checkpoint, into which nothing can be merged; give its unquantized base")
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
-            f"{KEY}: {adapter} comes with a tokenizer of {len(tokenizer)} tokens, {base} embeds {rows}; give the adapter's own base"
+            f"{key}: {adapter} comes with a tokenizer of {len(tokenizer)} tokens, {base} embeds {rows}; give the adapter's own base"
         )
     try:
         with_adapter = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), str(error).splitlines()[0])
-        raise UserError(f"{KEY}: {adapter} does not fit {base} ({reason}); it is an adapter of another base") from error
-    _check_all_loaded(with_adapter, adapter, base)
+        raise UserError(f"{key}: {adapter} does not fit {base} ({reason}); it is an adapter of another base") from error
+    _check_all_loaded(with_adapter, adapter, base, key)
     try:
         merged = with_adapter.merge_and_unload(safe_merge=True)
     except ValueError as error:
-        raise UserError(f"{KEY}: {adapter} cannot be merged ({error})") from error
+        raise UserError(f"{key}: {adapter} cannot be merged ({error})") from error
     merged.generation_config.do_sample = True  # lets sampling keys of the base's generation_config pass validation; they are kept
     merged.save_pretrained(output)
     tokenizer.save_pretrained(output)
 
 
-def _check_all_loaded(model: "PreTrainedModel", adapter: Path, base: str) -> None:
+def _check_all_loaded(model: "PreTrainedModel", adapter: Path, base: str, key: str) -> None:
     """PEFT leaves a layer that the file does not hold at its start (no change) and skips tensors it has no place for; both are refused."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
@@ -151,4 +155,4 @@ def _check_all_loaded(model: "PreTrainedModel", adapter: Path, base: str) -> Non
     if wrong:
         where = "not in" if wrong[0] in expected else "in"
         what = f"{wrong[0]} and {len(wrong) - 1} more tensors" if len(wrong) > 1 else wrong[0]
-        raise UserError(f"{KEY}: {adapter} does not fit {base} ({what} {where} {ADAPTER_WEIGHTS}); it is an adapter of another base")
+        raise UserError(f"{key}: {adapter} does not fit {base} ({what} {where} {ADAPTER_WEIGHTS}); it is an adapter of another base")
