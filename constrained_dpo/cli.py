@@ -44,12 +44,20 @@ def _say(line: str) -> None:
 
 
 @app.command()
-def init(recipe: Annotated[Path, typer.Argument(help="recipe YAML")], run: RunPath, overrides: Overrides = []) -> None:  # noqa: B006
+def init(
+    recipe: Annotated[Path, typer.Argument(help="recipe YAML")],
+    run: RunPath,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
     """Freeze a recipe into a run directory."""
     from constrained_dpo.run_directory import init_run
     from constrained_dpo.terminal import describe_problem
 
     created = init_run(recipe, run, overrides)
+    if as_json:
+        print(json.dumps({"run": str(created.path), "name": created.recipe().name, "recipe_hash": created.recipe().hash()}))
+        return
     print(f"{created.path}: {created.recipe().name}\n{describe_problem(created.recipe().problem)}")
 
 
@@ -132,41 +140,49 @@ def _open(run: "RunDirectory") -> tuple["Recipe", "LoraLearner", dict[str, int]]
 def _prepare(run: "RunDirectory") -> tuple["Recipe", "LoraLearner"]:
     from constrained_dpo.rounds import prepare as prepare_run
     from constrained_dpo.rounds import require_same_inputs
+    from constrained_dpo.terminal import print_phase
 
     recipe, learner, left_out = _open(run)
     if run.state()["lambda"]:
         require_same_inputs(run, learner)
         return recipe, learner
-    _say("prepare: sampling and scoring the reference policy")
-    return prepare_run(run, recipe, learner, left_out), learner
+    return prepare_run(run, recipe, learner, left_out, print_phase), learner
 
 
 @app.command()
-def prepare(run: RunPath) -> None:
+def prepare(run: RunPath, as_json: AsJson = False) -> None:
     """Sample and score the reference policy, measure its utilities, find the first multipliers."""
     from constrained_dpo.run_directory import RunDirectory
 
     directory = RunDirectory(run)
     with directory.locked():
         _prepare(directory)
-    print(f"{run}: prepared; λ_0 = {directory.state()['lambda'][0]}")
+    state = directory.state()
+    if as_json:
+        splits = {split: int(n) for split, n in directory.prompts()["split"].value_counts().items()}
+        print(json.dumps({"run": str(run), "lambda": state["lambda"][0], "prompts": splits, "left_out": state["left_out"]}))
+        return
+    print(f"{run}: prepared; λ_0 = {state['lambda'][0]}")
 
 
 def _play(path: Path, rounds: int | None, as_json: bool) -> None:
     """Plays up to `rounds` more rounds (None: as many as the recipe's dual.rounds leaves) and prints the last one's table."""
     from constrained_dpo.rounds import play_round
     from constrained_dpo.run_directory import RunDirectory
-    from constrained_dpo.terminal import print_round, print_samples
+    from constrained_dpo.terminal import print_phase, print_round, print_samples
 
     run = RunDirectory(path)
     with run.locked():
         total = run.recipe().dual.rounds if rounds is None else run.rounds_done() + rounds
         if run.rounds_done() >= total:
-            print(f"{path}: all {total} rounds are done; `cdpo round` plays another, `cdpo status` shows them")
+            if as_json:
+                print(json.dumps(run.round_record(run.rounds_done() - 1)))
+            else:
+                print(f"{path}: all {total} rounds are done; `cdpo round` plays another, `cdpo status` shows them")
             return
         recipe, learner = _prepare(run)
         while run.rounds_done() < total:
-            record = play_round(run, recipe, learner, _say)
+            record = play_round(run, recipe, learner, print_phase)
             problem = recipe.problem
             summary = "; ".join(
                 f"{n}: λ {record['lambda'][n]:.4f} → {record['lambda_next'][n]:.4f}, u {record['u'][n]:+.3f}" for n in problem.names

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from data_prep.policy import check_model_folder, fingerprint_model
 from data_prep.scoring import ClassifierScorerSettings
@@ -115,7 +116,7 @@ class ClassifierScorer:
         alone = [i for i in order if encoded[i]["input_ids"][-1] == pad]
         batched = [i for i in order if encoded[i]["input_ids"][-1] != pad]
         scores = np.empty(len(encoded))
-        for begin in range(0, len(batched), self.settings.batch_size):
+        for begin in tqdm(range(0, len(batched), self.settings.batch_size), desc="score", unit="batch", disable=None, leave=False):
             rows = batched[begin : begin + self.settings.batch_size]
             scores[rows] = self._forward([encoded[i] for i in rows])
         config = self.model.config.get_text_config()
