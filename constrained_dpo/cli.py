@@ -62,50 +62,57 @@ def init(
 
 
 @app.command()
-def check(target: Annotated[Path, typer.Argument(help="recipe YAML or run directory")], overrides: Overrides = []) -> None:  # noqa: B006
-    """Validate a recipe without training (data, policy, scorers, lengths), or a run's λ history against its tables."""
+def check(
+    target: Annotated[Path, typer.Argument(help="recipe YAML or run directory")],
+    overrides: Overrides = [],  # noqa: B006
+    pilot: Annotated[bool, typer.Option(help="sample, score and fit a little: precision of u and minutes per phase")] = True,
+    target_se: Annotated[list[str], typer.Option(help="CONSTRAINT=SE wanted of u; default: a tenth of its margin")] = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Validate a recipe without training (data, policy, scorers, lengths, cost), or a run's λ history against its tables."""
     from constrained_dpo.recipe import load_recipe
     from constrained_dpo.run_directory import RunDirectory
-    from constrained_dpo.terminal import describe_problem
 
     if target.is_dir():
         run = RunDirectory(target)
-        recipe = run.recipe()
-        _check_history(run)
+        run.recipe()
+        _check_history(run, as_json)
         return
-    recipe = load_recipe(target, overrides)
-    print(describe_problem(recipe.problem))
+    recipe, wanted = load_recipe(target, overrides), parse_assignments(target_se, "--target-se")
+    _stay_offline()
     _quiet_libraries()
-    from constrained_dpo.learner import LoraLearner
-    from data_prep.sources import split_prompts
+    from constrained_dpo.checks import check_recipe
+    from constrained_dpo.terminal import describe_problem, print_check, print_phase
 
-    prompts, left_out = split_prompts(recipe.prompts, recipe.dual.prompts_per_round)
-    learner = LoraLearner(recipe, RunDirectory(target), prompts)
-    left_out |= learner.restrict(recipe.fit.max_length)
-    learner.identity()
-    counts = learner.prompts["split"].value_counts()
-    longest = max(map(len, learner.prompt_tokens.values()))
-    print(
-        f"prompts: {', '.join(f'{n} {s}' for s, n in counts.items())}; longest {longest} tokens; "
-        f"left out: {', '.join(f'{n} {why}' for why, n in left_out.items())}"
-    )
-    print(f"policy: {recipe.policy.model}, {recipe.policy.quantization}, fingerprint {learner.policy.fingerprint}")
-    if learner.policy.overridden:
-        print(f"sampling ignores the checkpoint's own generation settings: {learner.policy.overridden}")
-    print(f"scorers: {', '.join(learner.scorers)}\nthe recipe is valid")
+    report = check_recipe(recipe, pilot=pilot, target_se=wanted, announce=print_phase, show_progress=sys.stderr.isatty())
+    if as_json:
+        print(json.dumps(report))
+        return
+    print(describe_problem(recipe.problem))
+    print_check(_console(), report)
 
 
-def _check_history(run: "RunDirectory") -> None:
+def _stay_offline() -> None:
+    """A check downloads nothing; the hub's library reads this when it is imported."""
+    import os
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _check_history(run: "RunDirectory", as_json: bool) -> None:
     from constrained_dpo.rounds import replay
 
     state = run.state()
-    if not state["lambda"]:
+    if not state["lambda"] and not as_json:
         print(f"{run.path}: not prepared yet; nothing to check")
         return
-    recomputed = replay(run)
+    recomputed = replay(run) if state["lambda"] else []
     for number, (stored, again) in enumerate(zip(state["lambda"], recomputed, strict=True)):
         if stored != again:
             raise UserError(f"{run.state_file}: λ of round {number} is {stored}, but the run's tables and recipe give {again}")
+    if as_json:
+        print(json.dumps({"run": str(run.path), "recomputed": len(recomputed), "lambda": recomputed}))
+        return
     print(f"{run.path}: λ of {len(recomputed)} rounds recomputed from the tables and the recipe, equal to state.json")
 
 

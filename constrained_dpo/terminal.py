@@ -203,3 +203,65 @@ def print_status(console: Console, content: dict[str, object]) -> None:
             f"expected from the rounds so far: {duration(content['seconds_per_round'])} a round, "
             f"{duration(content['seconds_left'])} for the {content['rounds_left']} left"
         )
+
+
+def print_check(console: Console, report: dict) -> None:
+    """What `check_recipe` found, in words and two tables."""
+    if "prompts" in report:
+        counts = ", ".join(f"{n} {split}" for split, n in report["prompts"].items())
+        console.print(f"prompts: {counts}; left out: {', '.join(f'{n} {why}' for why, n in report['left_out'].items())}")
+    if "lengths" in report:
+        lengths = report["lengths"]
+        total = lengths["longest_prompt"] + lengths["max_new_tokens"]
+        console.print(
+            f"lengths in tokens: longest prompt {lengths['longest_prompt']} + max_new_tokens {lengths['max_new_tokens']} = {total}; "
+            f"fit.max_length {lengths['max_length']}, the policy's window {lengths['policy_window'] or 'not stated'}"
+        )
+        for name, own in lengths["scorers"].items():
+            cut = ", longer texts are cut" if own["truncate"] else ""
+            console.print(f"  scorer of {name}: longest prompt {own['longest_prompt']} of its tokens, window {own['window']}{cut}")
+    if "policy" in report:
+        policy = report["policy"]
+        console.print(f"policy: {policy['model']}, {policy['quantization']}, fingerprint {policy['fingerprint']}")
+        if policy["overridden_generation"]:
+            console.print(f"  sampling ignores the checkpoint's own generation settings: {policy['overridden_generation']}")
+    for name, found in report["scorers"].items():
+        scores = "" if found["polite"] is None else f"polite answer {found['polite']:+.3g}, rude answer {found['rude']:+.3g}: "
+        console.print(f"scorer of {name} ({found['type']}): {scores}{found['direction']}")
+    if "pilot" in report:
+        _print_pilot(console, report["pilot"])
+    if "memory_gib" in report:
+        parts = dict(report["memory_gib"])
+        measured = parts.pop("measured_peak", None)
+        peak = parts.pop("peak")
+        console.print(f"memory, estimated: {', '.join(f'{k} {_gib(v)}' for k, v in parts.items())}; peak {_gib(peak)}")
+        if measured is not None:
+            console.print(f"  peak of this check, measured: {_gib(measured)} (on a CPU with the libraries' own 0.5 to 1 GiB)")
+    for line in report["not_checked"]:
+        console.print(f"not checked: {line}")
+    console.print("the recipe is valid" + (" as far as it was checked" if report["not_checked"] else ""))
+
+
+def _gib(value: float) -> str:
+    return f"{value:.1f} GiB" if value >= 1 else f"{1024 * value:.0f} MiB"
+
+
+def _print_pilot(console: Console, pilot: dict) -> None:
+    console.print(
+        f"pilot: {pilot['prompts']} dual prompts × {pilot['responses_per_prompt']} responses of π_ref, "
+        f"{100 * pilot['cut_off_fraction']:.0f} % cut off"
+    )
+    if pilot["precision"]:
+        table = Table(title="expected standard error of u, in score units", title_justify="left")
+        for column in ("constraint", "std within a prompt", "std between prompts", "dual", "test", "target", "prompts needed"):
+            table.add_column(column, justify="left" if column == "constraint" else "right")
+        for name, row in pilot["precision"].items():
+            numbers = [row["std_within"], row["std_between"], row["se"]["dual"], row["se"]["test"], row["target_se"]]
+            needed = "–" if row["prompts_needed"] is None else str(row["prompts_needed"])
+            table.add_row(name, *("–" if v is None else f"{v:.3g}" for v in numbers), needed)
+        console.print(table)
+    seconds = pilot["seconds"]
+    console.print(
+        f"expected time: prepare {duration(seconds['prepare'])}; each round: fit {duration(seconds['fit'])}, "
+        f"rescore {duration(seconds['rescore'])}; the whole run {duration(seconds['run'])}"
+    )
