@@ -1,7 +1,8 @@
 """How much memory a run will need, from the loaded models and the recipe: estimates, to be compared with a measured peak.
 
-The estimate counts tensors, not the allocator's slack, the libraries' own memory (about 0.5 to 1 GiB of a process on the CPU, the CUDA
-context on a GPU) or attention implementations that keep their scores. tests/test_memory.py states how far it is off.
+The estimate counts live tensors (tests/test_memory.py says how far it is off). It does not count the libraries' own memory (0.5 to 1 GiB of
+a process on the CPU, the CUDA context on a GPU), attention implementations that keep their scores, or what an allocator keeps for later: on
+a CPU, glibc's default settings held up to twice the live memory in the same test.
 """
 
 import re
@@ -74,13 +75,15 @@ def estimate_memory(policy: Policy, recipe: Recipe, scorers: dict[str, Scorer], 
     length = min(longest_prompt + sampling.max_new_tokens, fit.max_length)
     tokens = 2 * fit.batch_size * length
     per_token = size * (sum(outputs for _, outputs in shapes.values()) + layers * (hidden + widest))
-    per_token += sum(inputs * (5 if lora.dropout else 4 if size != 4 else 0) + 4 * lora.r for inputs, _ in targets)
+    # A dropped-out input is kept in float32; its mask takes a byte a number on a GPU and, being noise in float32, four on a CPU.
+    on_gpu = policy.device.type == "cuda"
+    kept = (5 if on_gpu else 8) if lora.dropout else 4 if size != 4 else 0
+    per_token += sum(inputs * kept + 4 * lora.r for inputs, _ in targets)
     if fit.gradient_checkpointing:
         per_token = layers * hidden * size + per_token / layers
     activations = tokens * per_token
-    on_gpu = policy.device.type == "cuda"
-    # On a GPU a Triton kernel works in place; elsewhere torch makes about four float32 copies of the tile. Both keep gradients in float32.
-    tile = min(tokens, TOKEN_TILE) * (WORD_TILE * size if on_gpu else min(words, WORD_TILE) * (size + 4 * 4))
+    # On a GPU a Triton kernel works in place; elsewhere torch's backward holds seven float32 copies of the tile and two masks.
+    tile = min(tokens, TOKEN_TILE) * (WORD_TILE * size if on_gpu else min(words, WORD_TILE) * (size + 7 * 4 + 2))
     logits = tile + tokens * hidden * (size + 4)
     # A quantized layer is expanded to the compute dtype while it is used.
     expanded = 0 if recipe.policy.quantization == "none" else max((i * o for i, o in shapes.values()), default=0) * size
