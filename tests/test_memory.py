@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-TOLERANCE = 1.5
+TOLERANCE = 1.25  # measured: 1.02 (none), 0.97 (nf4), 1.08 (nf4 with checkpointing) times the peak
 # Every block is mapped and unmapped on its own, so that resident memory is live memory; by default glibc keeps much of what was freed.
 EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
@@ -39,7 +39,7 @@ recipe = load_recipe(Path(recipe_file), [
     f"fit={{steps: 1, batch_size: 8, max_length: 128, gradient_checkpointing: {checkpointing}}}",
     "sampling={max_new_tokens: 64, batch_size: 8}",
 ])
-prompt_length, rows = 64, 16
+prompt_length, rows = 64, 8
 rng = np.random.default_rng(0)
 def tokens(n): return rng.integers(1, words, n).astype(np.int32)
 
@@ -79,7 +79,7 @@ print(json.dumps({"measured": (peak[0] - baseline) / 2**30, "expected": expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read and trimmed the Linux way")
-@pytest.mark.parametrize(("quantization", "checkpointing"), [("none", "false"), ("nf4", "false"), ("nf4", "true")])  # TODO
+@pytest.mark.parametrize(("quantization", "checkpointing"), [("none", "false"), ("nf4", "true")])
 def test_the_estimate_is_near_the_measured_peak_of_a_fit(quantization, checkpointing, tmp_path):
     from conftest import QUICKSTART
 
@@ -88,4 +88,3 @@ def test_the_estimate_is_near_the_measured_peak_of_a_fit(quantization, checkpoin
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     assert 1 / TOLERANCE < found["expected"] / found["measured"] < TOLERANCE, found
-    print(found)
