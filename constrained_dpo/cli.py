@@ -52,60 +52,71 @@ def init(
     source: Annotated[
         Path | None, typer.Option("--from", help="a prepared run whose reference samples and scores are used again (other margins, β)")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Freeze a recipe into a run directory."""
     from constrained_dpo.run_directory import RunDirectory, init_run
     from constrained_dpo.terminal import describe_problem
 
     created = init_run(recipe, run, overrides, RunDirectory(source) if source else None)
+    if as_json:
+        print(json.dumps({"run": str(created.path), "name": created.recipe().name, "recipe_hash": created.recipe().hash()}))
+        return
     print(f"{created.path}: {created.recipe().name}\n{describe_problem(created.recipe().problem)}")
 
 
 @app.command()
-def check(target: Annotated[Path, typer.Argument(help="recipe YAML or run directory")], overrides: Overrides = []) -> None:  # noqa: B006
-    """Validate a recipe without training (data, policy, scorers, lengths), or a run's λ history against its tables."""
+def check(
+    target: Annotated[Path, typer.Argument(help="recipe YAML or run directory")],
+    overrides: Overrides = [],  # noqa: B006
+    pilot: Annotated[bool, typer.Option(help="sample, score and fit a little: precision of u and minutes per phase")] = True,
+    target_se: Annotated[list[str], typer.Option(help="CONSTRAINT=SE wanted of u; default: a tenth of its margin")] = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Validate a recipe without training (data, policy, scorers, lengths, cost), or a run's λ history against its tables."""
     from constrained_dpo.recipe import load_recipe
     from constrained_dpo.run_directory import RunDirectory
-    from constrained_dpo.terminal import describe_problem
 
     if target.is_dir():
         run = RunDirectory(target)
-        recipe = run.recipe()
-        _check_history(run)
+        run.recipe()
+        _check_history(run, as_json)
         return
-    recipe = load_recipe(target, overrides)
-    print(describe_problem(recipe.problem))
+    recipe, wanted = load_recipe(target, overrides), parse_assignments(target_se, "--target-se")
+    _stay_offline()
     _quiet_libraries()
-    from constrained_dpo.learner import LoraLearner
-    from data_prep.sources import split_prompts
+    from constrained_dpo.checks import check_recipe
+    from constrained_dpo.terminal import describe_problem, print_check, print_phase
 
-    prompts, left_out = split_prompts(recipe.prompts, recipe.dual.prompts_per_round)
-    learner = LoraLearner(recipe, RunDirectory(target), prompts)
-    left_out |= learner.restrict(recipe.fit.max_length)
-    learner.identity()
-    counts = learner.prompts["split"].value_counts()
-    longest = max(map(len, learner.prompt_tokens.values()))
-    print(
-        f"prompts: {', '.join(f'{n} {s}' for s, n in counts.items())}; longest {longest} tokens; "
-        f"left out: {', '.join(f'{n} {why}' for why, n in left_out.items())}"
-    )
-    print(f"policy: {recipe.policy.model}, {recipe.policy.quantization}, fingerprint {learner.policy.fingerprint}")
-    if learner.policy.overridden:
-        print(f"sampling ignores the checkpoint's own generation settings: {learner.policy.overridden}")
-    print(f"scorers: {', '.join(learner.scorers)}\nthe recipe is valid")
+    report = check_recipe(recipe, pilot=pilot, target_se=wanted, announce=print_phase, show_progress=sys.stderr.isatty())
+    if as_json:
+        print(json.dumps(report))
+        return
+    print(describe_problem(recipe.problem))
+    print_check(_console(), report)
 
 
-def _check_history(run: "RunDirectory") -> None:
+def _stay_offline() -> None:
+    """A check downloads nothing; the hub's library reads this when it is imported."""
+    import os
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _check_history(run: "RunDirectory", as_json: bool) -> None:
     from constrained_dpo.rounds import replay
 
     state = run.state()
-    if not state["lambda"]:
+    if not state["lambda"] and not as_json:
         print(f"{run.path}: not prepared yet; nothing to check")
         return
-    recomputed = replay(run)
+    recomputed = replay(run) if state["lambda"] else []
     for number, (stored, again) in enumerate(zip(state["lambda"], recomputed, strict=True)):
         if stored != again:
             raise UserError(f"{run.state_file}: λ of round {number} is {stored}, but the run's tables and recipe give {again}")
+    if as_json:
+        print(json.dumps({"run": str(run.path), "recomputed": len(recomputed), "lambda": recomputed}))
+        return
     print(f"{run.path}: λ of {len(recomputed)} rounds recomputed from the tables and the recipe, equal to state.json")
 
 
@@ -140,41 +151,49 @@ def _open(run: "RunDirectory") -> tuple["Recipe", "LoraLearner", dict[str, int]]
 def _prepare(run: "RunDirectory") -> tuple["Recipe", "LoraLearner"]:
     from constrained_dpo.rounds import prepare as prepare_run
     from constrained_dpo.rounds import require_same_inputs
+    from constrained_dpo.terminal import print_phase
 
     recipe, learner, left_out = _open(run)
     if run.state()["lambda"]:
         require_same_inputs(run, learner)
         return recipe, learner
-    _say("prepare: sampling and scoring the reference policy")
-    return prepare_run(run, recipe, learner, left_out), learner
+    return prepare_run(run, recipe, learner, left_out, print_phase), learner
 
 
 @app.command()
-def prepare(run: RunPath) -> None:
+def prepare(run: RunPath, as_json: AsJson = False) -> None:
     """Sample and score the reference policy, measure its utilities, find the first multipliers."""
     from constrained_dpo.run_directory import RunDirectory
 
     directory = RunDirectory(run)
     with directory.locked():
         _prepare(directory)
-    print(f"{run}: prepared; λ_0 = {directory.state()['lambda'][0]}")
+    state = directory.state()
+    if as_json:
+        splits = {split: int(n) for split, n in directory.prompts()["split"].value_counts().items()}
+        print(json.dumps({"run": str(run), "lambda": state["lambda"][0], "prompts": splits, "left_out": state["left_out"]}))
+        return
+    print(f"{run}: prepared; λ_0 = {state['lambda'][0]}")
 
 
 def _play(path: Path, rounds: int | None, as_json: bool) -> None:
     """Plays up to `rounds` more rounds (None: as many as the recipe's dual.rounds leaves) and prints the last one's table."""
     from constrained_dpo.rounds import play_round
     from constrained_dpo.run_directory import RunDirectory
-    from constrained_dpo.terminal import print_round, print_samples
+    from constrained_dpo.terminal import print_phase, print_round, print_samples
 
     run = RunDirectory(path)
     with run.locked():
         total = run.recipe().dual.rounds if rounds is None else run.rounds_done() + rounds
         if run.rounds_done() >= total:
-            print(f"{path}: all {total} rounds are done; `cdpo round` plays another, `cdpo status` shows them")
+            if as_json:
+                print(json.dumps(run.round_record(run.rounds_done() - 1)))
+            else:
+                print(f"{path}: all {total} rounds are done; `cdpo round` plays another, `cdpo status` shows them")
             return
         recipe, learner = _prepare(run)
         while run.rounds_done() < total:
-            record = play_round(run, recipe, learner, _say)
+            record = play_round(run, recipe, learner, print_phase)
             problem = recipe.problem
             summary = "; ".join(
                 f"{n}: λ {record['lambda'][n]:.4f} → {record['lambda_next'][n]:.4f}, u {record['u'][n]:+.3f}" for n in problem.names

@@ -8,6 +8,7 @@ import pandas as pd
 
 from constrained_dpo.recipe import Recipe
 from constrained_dpo.run_directory import RunDirectory
+from constrained_dpo.tracking import require_trackers
 from data_prep.policy import QUICKSTART, Policy, load_policy
 from data_prep.sampling import law_hash, sample_shard
 from data_prep.scoring import ScoreCache, Scorer, ScorerSettings, make_scorer, score_texts
@@ -29,6 +30,7 @@ class LoraLearner:
         self.recipe, self.prompts, self.show_progress = recipe, prompts, show_progress
         self.run = run
         self.scorer_settings = recipe.scorers | (extra_scorers or {})
+        require_trackers(recipe.fit.report_to)  # before hours of sampling, not after
 
     @cached_property
     def policy(self) -> Policy:
@@ -93,6 +95,7 @@ class LoraLearner:
         """One round's adapter at `output`; the multipliers are in the pairs already."""
         from constrained_dpo.fit import fit_adapter
 
+        name = f"round-{self.run.rounds_done():03d}"
         fit_adapter(
             self.policy,
             pairs,
@@ -104,6 +107,8 @@ class LoraLearner:
             seed=seed,
             previous_adapter=previous,
             output=output,
+            logs=self.run.logs_folder(name),
+            run_name=f"{self.recipe.name}-{name}",
             show_progress=self.show_progress,
         )
 

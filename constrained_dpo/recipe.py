@@ -92,6 +92,9 @@ class FitSettings(Settings):
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third slower")
     warm_start: bool = Field(True, description="start from the last round's adapter (the KL stays to the reference policy)")
     max_length: int = Field(512, ge=2, description="longest prompt + response in tokens; nothing is truncated, longer is an error")
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="trackers of the loss curves and of each round's λ, u, reward, KL and objective, under RUN/logs (wandb offline)"
+    )
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> "FitSettings":

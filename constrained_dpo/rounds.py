@@ -16,10 +16,28 @@ from constrained_dpo.dual import ScoreTable, auto_step_scale, dual_step, solve_o
 from constrained_dpo.recipe import Recipe
 from constrained_dpo.rescore import collect, measure
 from constrained_dpo.run_directory import RunDirectory
+from constrained_dpo.tracking import log_round
 from data_prep.preferences import label_pairs
 from data_prep.sampling import is_policy_law
 from data_prep.settings import UserError, derive_seed
 from data_prep.tables import hash_file, read_parquet, validate_pairs, write_atomically, write_json, write_parquet
+
+Announce = Callable[[str, float | None], None]
+"""Told a phase's name with None when it begins, and with its seconds when it is done."""
+
+
+def silent(phase: str, seconds: float | None) -> None:
+    """The `Announce` that says nothing."""
+
+
+def timed(announce: Announce, phase: str, action: Callable[[], None]) -> float:
+    """Runs a phase and announces it; returns its seconds."""
+    announce(phase, None)
+    start = time.perf_counter()
+    action()
+    seconds = round(time.perf_counter() - start, 2)
+    announce(phase, seconds)
+    return seconds
 
 
 class Learner(Protocol):
@@ -42,7 +60,7 @@ class Learner(Protocol):
     def optimum(self) -> dict[str, dict] | None: ...
 
 
-def prepare(run: RunDirectory, recipe: Recipe, learner: Learner, left_out: dict[str, int]) -> Recipe:
+def prepare(run: RunDirectory, recipe: Recipe, learner: Learner, left_out: dict[str, int], announce: Announce = silent) -> Recipe:
     """Everything before round 0: prompts, π_ref's scored responses, ḡ_ref, the step's scale, λ_0. Returns the resolved recipe.
 
     left_out: counts of prompts left out, for state.json. Raises UserError for a score that is constant on the reference pool.
@@ -53,7 +71,8 @@ def prepare(run: RunDirectory, recipe: Recipe, learner: Learner, left_out: dict[
         write_parquet(prompts, run.prompts_file)
     elif not read_parquet(run.prompts_file).equals(prompts.reset_index(drop=True)):
         raise UserError(f"{run.prompts_file}: the prompt source changed while the run was being prepared; restore it or start another run")
-    identity = learner.identity()
+    identity: dict[str, object] = {}
+    timed(announce, "prepare: load policy and scorers", lambda: identity.update(learner.identity()))
     inherited = run.state().get("inherited", {})
     for key in ("policy", "law"):
         if inherited and identity[key] != inherited[key]:
@@ -66,14 +85,19 @@ def prepare(run: RunDirectory, recipe: Recipe, learner: Learner, left_out: dict[
             known=read_parquet(run.inherited_file(phase)) if inherited else None,
         )  # fmt: skip
 
-    if not run.pool_file(None).exists():
+    def sample_pool() -> None:
         pool = reference_samples("pool", prompts[prompts["split"] != "test"], sampling.responses_per_prompt)
         _require_varying(pool, problem.objectives)
         _commit(run, pool, run.pool_file(None), "pool")
-    if not run.reference_file.exists():
-        chosen = prompts[prompts["split"] != "fit"]
-        reference = reference_samples("reference", chosen, dual.responses_per_prompt)
+
+    def sample_reference() -> None:
+        reference = reference_samples("reference", prompts[prompts["split"] != "fit"], dual.responses_per_prompt)
         _commit(run, _with_split(reference, prompts), run.reference_file, "reference")
+
+    if not run.pool_file(None).exists():
+        timed(announce, "prepare: sample and score π_ref on fit prompts", sample_pool)
+    if not run.reference_file.exists():
+        timed(announce, "prepare: sample and score π_ref on dual and test prompts", sample_reference)
     optimum = learner.optimum()
     if optimum is not None and not run.exact_file.exists():
         write_json(run.exact_file, optimum)
@@ -148,9 +172,7 @@ def next_multipliers(recipe: Recipe, lambda_: pd.Series, u: dict[str, float], ro
     return dual_step(lambda_, pd.Series(u, dtype=float), step, dual.max_lambda)
 
 
-def play_round(
-    run: RunDirectory, recipe: Recipe, learner: Learner, announce: Callable[[str], None] = lambda line: None
-) -> dict[str, object]:
+def play_round(run: RunDirectory, recipe: Recipe, learner: Learner, announce: Announce = silent) -> dict[str, object]:
     """One dual iteration: relabel, fit, re-score, dual step. Returns the round's record (round.json); resumes what a kill left undone."""
     state = run.state()
     number = len(state["lambda"]) - 1
@@ -158,12 +180,8 @@ def play_round(
     seconds: dict[str, float | None] = dict.fromkeys(("relabel", "fit", "rescore"))
 
     def phase(name: str, done: bool, action: Callable[[], None]) -> None:
-        if done:
-            return
-        announce(f"round {number}: {name}")
-        start = time.perf_counter()
-        action()
-        seconds[name] = round(time.perf_counter() - start, 2)
+        if not done:
+            seconds[name] = timed(announce, f"round {number}: {name}", action)
 
     phase("relabel", run.pairs_file(number).exists(), lambda: _relabel(run, recipe, lambda_, number))
     phase("fit", run.adapter_folder(number).exists(), lambda: _fit(run, recipe, learner, lambda_, number))
@@ -179,6 +197,7 @@ def play_round(
             record["truncated_scores"] = truncated
         write_json(run.round_file(number), record)
     record = run.round_record(number)
+    log_round(run, recipe, record)
     state["lambda"].append(record["lambda_next"])
     run.write_state(state)
     return record

@@ -21,7 +21,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """runs/NAME: recipe.yaml, state.json, prompts.parquet, pool/, reference.parquet, exact.json, rounds/NNN/, scores.sqlite."""
+    """runs/NAME: recipe.yaml, state.json, prompts.parquet, pool/, reference.parquet, exact.json, rounds/NNN/, scores.sqlite, logs/."""
 
     path: Path
 
@@ -85,6 +85,10 @@ class RunDirectory:
     def shard_folder(self, phase: str) -> Path:
         """Committed shards of a phase still under way."""
         return self.path / "shards" / phase
+
+    def logs_folder(self, name: str) -> Path:
+        """What trackers wrote: `rounds`, or `round-NNN` for a round's fit."""
+        return self.path / "logs" / name
 
     def recipe(self) -> Recipe:
         """The frozen recipe; raises UserError when it was edited after init."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from data_prep.checkpoints import check_model_folder, explained_loading, fingerprint_model, resolve_device
 from data_prep.scoring import ClassifierScorerSettings, fill_template
@@ -72,18 +73,27 @@ class ClassifierScorer:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
 
-    def _encode(self, prompt: str, response: str) -> dict[str, list[int]]:
-        settings, eos = self.settings, self.tokenizer.eos_token or ""
-        response += eos if settings.append_eos else ""
+    def text_length(self, prompt: str, response: str) -> int:
+        """Tokens that the model would read for this text, its format's own included; nothing is cut."""
+        return len(self._tokenize(prompt, self._closed(response))["input_ids"])
+
+    def _closed(self, response: str) -> str:
+        return response + (self.tokenizer.eos_token or "" if self.settings.append_eos else "")
+
+    def _tokenize(self, prompt: str, response: str) -> dict[str, list[int]]:
+        settings = self.settings
         if settings.text == "pair":
-            encoded = self.tokenizer(prompt, response)
-        elif settings.text == "template":
+            return self.tokenizer(prompt, response)
+        if settings.text == "template":
             text = fill_template(settings.template, prompt, response)
             has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-            encoded = self.tokenizer(text, add_special_tokens=not has_bos)
-        else:
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            encoded = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+            return self.tokenizer(text, add_special_tokens=not has_bos)
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+
+    def _encode(self, prompt: str, response: str) -> dict[str, list[int]]:
+        settings, response = self.settings, self._closed(response)
+        encoded = self._tokenize(prompt, response)
         length = len(encoded["input_ids"])
         if length > self.max_length:
             if not settings.truncate:
@@ -116,7 +126,7 @@ class ClassifierScorer:
         alone = [i for i in order if encoded[i]["input_ids"][-1] == pad]
         batched = [i for i in order if encoded[i]["input_ids"][-1] != pad]
         scores = np.empty(len(encoded))
-        for begin in range(0, len(batched), self.settings.batch_size):
+        for begin in tqdm(range(0, len(batched), self.settings.batch_size), desc="score", unit="batch", disable=None, leave=False):
             rows = batched[begin : begin + self.settings.batch_size]
             scores[rows] = self._forward([encoded[i] for i in rows])
         config = self.model.config.get_text_config()
