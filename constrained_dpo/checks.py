@@ -144,7 +144,8 @@ def needs_download(model: str, revision: str | None) -> bool:
         return isinstance(try_to_load_from_cache(model, name, revision=revision), str)
 
     try:
-        return not (cached("config.json") and (cached("model.safetensors") or cached("model.safetensors.index.json")))
+        weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+        return not (cached("config.json") and any(cached(name) for name in weights))
     except HFValidationError:
         return False  # no hub id either: loading it says what is wrong
 

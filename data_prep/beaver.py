@@ -126,15 +126,22 @@ class BeaverScorer:
         if self.tokenizer.pad_token_id >= vocabulary:
             raise UserError(f"{self.key}: its pad token {self.tokenizer.pad_token_id} lies outside the vocabulary of {vocabulary}")
 
-    def encode(self, prompt: str, response: str) -> list[int]:
-        """Token ids of the filled-in template; ends with exactly one EOS if `append_eos`, else with none of the tokenizer's own."""
+    def text_length(self, prompt: str, response: str) -> int:
+        """Tokens that the model would read for this text, its template's own included; nothing is cut."""
+        return len(self._tokenize(prompt, response))
+
+    def _tokenize(self, prompt: str, response: str) -> list[int]:
         eos = self.tokenizer.eos_token_id
         text = fill_template(self.settings.template, prompt, response)
         has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
         ids = self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
         while ids and ids[-1] == eos:
             ids = ids[:-1]
-        ids = [*ids, eos] if self.settings.append_eos else ids
+        return [*ids, eos] if self.settings.append_eos else ids
+
+    def encode(self, prompt: str, response: str) -> list[int]:
+        """Token ids of the filled-in template; ends with exactly one EOS if `append_eos`, else with none of the tokenizer's own."""
+        ids = self._tokenize(prompt, response)
         if len(ids) > self.max_length:
             if not self.settings.truncate:
                 raise UserError(
