@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup init round run status test lint bench clean
+.PHONY: setup init round run status test lint bench bench-kills clean
 .DEFAULT_GOAL := round
 
 setup: $(VENV)/.installed
@@ -37,6 +37,12 @@ lint: setup
 # The tables of docs/benchmarks.md, measured anew (about 40 minutes on 2 cores).
 bench: setup
 	$(BIN)/python tests/bench_quickstart.py
+
+# 100 kills, a full disk at 10 points, Ctrl-C in every phase (about an hour on 2 cores).
+bench-kills: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_many.py --kills 100
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_many.py --interrupt
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_many.py --disk-full
 
 clean:
 	rm -rf runs build *.egg-info

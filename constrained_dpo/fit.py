@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -292,15 +293,23 @@ def fit_adapter(
         try:
             anchor_error = check_anchor(policy, trainer.model, dataset) if previous_adapter is None else None
             trainer.train()
-            trainer.model.save_pretrained(temporary)
+            log = [{k: v for k, v in row.items() if isinstance(v, int | float)} for row in trainer.state.log_history]
+            _save_adapter(trainer.model, {"anchor_error": anchor_error, "log": log}, temporary, output)
         finally:
             trainer.model.unload()
-    log = [{k: v for k, v in row.items() if isinstance(v, int | float)} for row in trainer.state.log_history]
-    (temporary / "training_log.json").write_text(json.dumps({"anchor_error": anchor_error, "log": log}, indent=1))
-    (temporary / "README.md").unlink(missing_ok=True)  # TRL's model card describes another run than this one
-    for path in temporary.iterdir():
-        with open(path, "rb") as handle:
-            os.fsync(handle.fileno())
-    os.replace(temporary, output)
-    sync_folder(output.parent)
     return anchor_error
+
+
+def _save_adapter(model: PeftModel, log: dict[str, object], temporary: Path, output: Path) -> None:
+    """Writes adapter and log beside `output`, then moves them there; raises OSError naming `output` where that fails."""
+    try:
+        model.save_pretrained(temporary)
+        (temporary / "training_log.json").write_text(json.dumps(log, indent=1))
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model card describes another run than this one
+        for path in temporary.iterdir():
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
+        os.replace(temporary, output)
+        sync_folder(output.parent)
+    except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError while weights are written
+        raise OSError(f"{output}: the adapter cannot be saved ({error})") from error

@@ -143,7 +143,7 @@ def _resolve_step_scale(run: RunDirectory, recipe: Recipe) -> Recipe:
     if recipe.dual.step_scale != "auto":
         return recipe
     scale = auto_step_scale(_reference_table(run, recipe), recipe.problem)
-    dual = recipe.dual.model_copy(update={"step_scale": {k: round(float(v), 10) for k, v in scale.items()}})
+    dual = recipe.dual.model_copy(update={"step_scale": scale.to_dict()})
     recipe = recipe.model_copy(update={"dual": dual})
     write_atomically(run.recipe_file, recipe.to_yaml().encode())
     return recipe
@@ -156,8 +156,7 @@ def initial_multipliers(run: RunDirectory, recipe: Recipe) -> pd.Series:
         return recipe.problem.multipliers(init).clip(upper=recipe.dual.max_lambda)
     if init == "zeros":
         return pd.Series(0.0, index=recipe.problem.names)
-    # The solver's last bit can differ between processes; ten decimals are far below its accuracy and the same in each.
-    return solve_one_shot(_reference_table(run, recipe), recipe.problem, max_lambda=recipe.dual.max_lambda).lambda_.round(10)
+    return solve_one_shot(_reference_table(run, recipe), recipe.problem, max_lambda=recipe.dual.max_lambda).lambda_
 
 
 def next_multipliers(recipe: Recipe, lambda_: pd.Series, u: dict[str, float], round_number: int) -> pd.Series:

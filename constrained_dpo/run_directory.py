@@ -1,12 +1,13 @@
 """Every path of a run, its state, its lock. A phase is done if and only if its file exists; files appear whole or not at all."""
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,7 +156,7 @@ class RunDirectory:
         try:
             handle = open(self.path / ".lock", "a+")  # noqa: SIM115 (closed below, with the lock)
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose a writable run directory") from error
+            raise _unwritable(self.path, error) from error
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,11 +164,11 @@ class RunDirectory:
                 handle.seek(0)
                 holder = handle.read().strip() or "another process"
                 raise UserError(f"{self.path}: is being worked on by {holder}; wait for it or stop it") from error
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()}")
-            handle.flush()
-            for leftover in self.path.rglob(".*.tmp"):
+            for leftover in list(self.path.rglob(".*.tmp")):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            with suppress(OSError):  # only a courtesy to whom the lock turns away: a full disk is reported by the first real write
+                os.ftruncate(handle.fileno(), 0)
+                os.write(handle.fileno(), f"process {os.getpid()}".encode())
             yield
 
 
@@ -196,8 +197,15 @@ def init_run(recipe_file: Path, path: Path, overrides: list[str], source: RunDir
             _take_over(run, source)
         run.write_state(state)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose a writable run directory") from error
+        raise _unwritable(run.path, error) from error
     return run
+
+
+def _unwritable(path: Path, error: OSError) -> Exception:
+    """A folder that cannot be written is the user's choice (exit 2), a disk that is full is not (exit 1)."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    return UserError(f"{path}: cannot be written ({error.strerror}); choose a writable run directory")
 
 
 # What π_ref's stored responses depend on. The adapter's shape does not enter: π_ref has none.

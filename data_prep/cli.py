@@ -17,19 +17,26 @@ AsJson = Annotated[bool, typer.Option("--json", help="machine-readable summary")
 
 
 def run_app(application: typer.Typer) -> None:
-    """Runs a CLI: a user's mistake is one line on stderr and exit code 2, never a traceback; an interrupt is 130."""
+    """Runs a CLI: a user's mistake is one line on stderr and exit code 2, never a traceback; Ctrl-C is 130, SIGTERM 143, a failure 1."""
+    import signal
     import warnings
 
+    def terminate(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)  # unwinds like Ctrl-C, so temporary files go and the lock is released
+
     warnings.filterwarnings("ignore", category=FutureWarning)
+    signal.signal(signal.SIGTERM, terminate)
     try:
         application()
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes where it stopped", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+        if code in (130, 143):
+            print("stopped; the same command resumes where it stopped", file=sys.stderr)
+        sys.exit(code)
     except OSError as error:
         print(f"error: {error}; the run directory is left resumable: mend the cause and give the same command again", file=sys.stderr)
         sys.exit(1)

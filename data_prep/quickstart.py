@@ -74,7 +74,7 @@ def harmless(prompts: list[str], responses: list[str]) -> list[float]:
     for prompt, response in zip(prompts, responses, strict=True):
         weight = 1.4 if prompt.split()[2] in _LIVING else 1.0
         score = 0.0
-        for word in set(response.split()):
+        for word in dict.fromkeys(response.split()):  # not a set: its order, and so the sum's last bit, differs between processes
             value = _HARMLESS.get(word, 0.0)
             score += value * weight if value < 0 else value
         scores.append(score)
@@ -86,7 +86,7 @@ def humor(prompts: list[str], responses: list[str]) -> list[float]:
     scores = []
     for prompt, response in zip(prompts, responses, strict=True):
         weight = 1.3 if prompt.split()[0] in ("kid", "pirate") else 1.0
-        scores.append(weight * sum(_HUMOR.get(word, 0.0) for word in set(response.split())))
+        scores.append(weight * sum(_HUMOR.get(word, 0.0) for word in dict.fromkeys(response.split())))
     return scores
 
 

@@ -7,6 +7,8 @@ import json
 import re
 import sqlite3
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
@@ -189,24 +191,39 @@ def make_scorer(settings: ScorerSettings) -> Scorer:
 
 
 class ScoreCache:
-    """Scores by (scorer fingerprint, prompt, response) in an SQLite file; safe against kills. None as path keeps nothing."""
+    """Scores by (scorer fingerprint, prompt, response) in an SQLite file; safe against kills. None as path keeps nothing.
+
+    Raises OSError where the file cannot be written (a full disk), UserError where it is no score cache.
+    """
 
     def __init__(self, path: Path | None) -> None:
+        self.path = path
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-        self.database = sqlite3.connect(str(path) if path else ":memory:")
-        self.database.execute("CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL NOT NULL) WITHOUT ROWID")
+        with self._named_errors():
+            self.database = sqlite3.connect(str(path) if path else ":memory:")
+            self.database.execute("CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL NOT NULL) WITHOUT ROWID")
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise OSError(f"{self.path}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{self.path}: not a readable score cache ({error}); delete it, its scores are then computed again") from error
 
     def get(self, keys: list[bytes]) -> dict[bytes, float]:
         found: dict[bytes, float] = {}
         for begin in range(0, len(keys), 500):
             chunk = keys[begin : begin + 500]
             marks = ",".join("?" * len(chunk))
-            found.update(self.database.execute(f"SELECT key, score FROM scores WHERE key IN ({marks})", chunk))
+            with self._named_errors():
+                found.update(self.database.execute(f"SELECT key, score FROM scores WHERE key IN ({marks})", chunk))
         return found
 
     def put(self, scores: dict[bytes, float]) -> None:
-        with self.database:
+        with self._named_errors(), self.database:
             self.database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", scores.items())
 
 

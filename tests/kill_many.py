@@ -1,0 +1,372 @@
+"""Pulls the plug of real runs on the embedded world, many times, and compares each with a run that was never stopped.
+
+    python tests/kill_many.py [--kills 100] [--seed 0]     kill -9 of the process group at moments uniform over a run
+    python tests/kill_many.py --disk-full                  a file system that is full at 10 points of a run (root: mounts a tmpfs)
+    python tests/kill_many.py --interrupt                  Ctrl-C and SIGTERM during prepare, fit and rescore
+
+Not part of the suite: it takes most of an hour. Run directories are killed and resumed several times (a chain) until they are done, then
+compared. Every process under test is a fork of a server that has only imported the libraries, so that a start costs no 10 s; each chain
+has a server of its own, with its own hash seed and memory layout. Exits 1 on any failure.
+"""
+
+import argparse
+import collections
+import fcntl
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from constrained_dpo.run_directory import RunDirectory, init_run
+
+QUICKSTART = Path(__file__).resolve().parents[1] / "recipes" / "quickstart.yaml"
+SMALL = ["sampling.responses_per_prompt=8", "dual.responses_per_prompt=8", "sampling.batch_size=64", "fit.steps=30", "dual.rounds=2"]
+KILLS_PER_CHAIN = 6
+AIMED_SHARE = 0.4  # of the kills: at the first half-written file that shows up after the drawn moment
+PATIENCE = 240  # seconds until an aimed kill gives up, and until a run counts as hanging
+
+
+def serve() -> None:
+    """Imports what `cdpo run` needs, then forks a process (in a process group of its own) per line "LOGFILE\\tARGUMENTS..." on stdin."""
+    import constrained_dpo.fit
+    import constrained_dpo.learner  # noqa: F401
+    from constrained_dpo.cli import main
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        log, *arguments = line.rstrip("\n").split("\t")
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, 0)
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            sys.argv = ["cdpo", *arguments]
+            main()
+            os._exit(0)
+        os.setpgid(pid, pid)  # here too: the caller may kill the group before the child has run
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+class Server:
+    """The server's side of the script: one process under test at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "server.log"
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL
+        )
+        assert self.process.stdout.readline().strip() == "ready"
+
+    def start(self, *arguments: object) -> int:
+        self.process.stdin.write("\t".join(map(str, (self.log, *arguments))) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self) -> int:
+        """Exit status of the process under test, −N after signal N."""
+        return int(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def alive(pid: int) -> bool:
+    """False for a process that is gone or is waiting to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def half_written(run: RunDirectory) -> list[Path]:
+    """Temporary files of atomic writes, and weights that are being saved inside an adapter's temporary folder."""
+    return [p for p in run.path.rglob(".*.tmp") if p.is_file()] + list(run.path.glob("rounds/*/.adapter.tmp/*.safetensors"))
+
+
+def phase(run: RunDirectory) -> str:
+    """What the run is in the middle of, from its files alone."""
+    number = max(len(json.loads(run.state_file.read_text())["lambda"]) - 1, -1)
+    if number < 0:
+        steps = {"prepare: pool": run.pool_file(None), "prepare: reference": run.reference_file, "prepare: optimum": run.exact_file}
+    else:
+        steps = {"relabel": run.pairs_file(number), "fit": run.adapter_folder(number), "rescore": run.samples_file(number)}
+        steps |= {"grow pool": run.pool_file(number), "estimates": run.round_file(number)}
+    left = [name for name, file in steps.items() if not file.exists()]
+    return left[0] if left else "commit"
+
+
+def broken_files(run: RunDirectory) -> list[str]:
+    """Visible files that cannot be read whole."""
+    broken = []
+    for file in run.path.rglob("*"):
+        if not file.is_file() or any(part.startswith(".") for part in file.relative_to(run.path).parts):
+            continue
+        try:
+            if file.suffix == ".parquet":
+                pd.read_parquet(file)
+            elif file.suffix == ".json":
+                json.loads(file.read_text())
+            elif file.suffix == ".safetensors":
+                from safetensors import safe_open
+
+                with safe_open(file, "np") as weights:
+                    [weights.get_tensor(key) for key in weights.keys()]  # noqa: SIM118 (not a dict)
+            elif file.suffix == ".sqlite":
+                broken += broken_database(file)
+        except Exception as error:
+            broken.append(f"{file}: {error}")
+    return broken
+
+
+def broken_database(file: Path) -> list[str]:
+    """Checks a copy, journal included, so that recovery itself is left to the run."""
+    with tempfile.TemporaryDirectory() as folder:
+        for part in file.parent.glob(f"{file.name}*"):
+            shutil.copy(part, folder)
+        with sqlite3.connect(Path(folder) / file.name) as database:
+            verdict = database.execute("PRAGMA integrity_check").fetchone()[0]
+    return [] if verdict == "ok" else [f"{file}: {verdict}"]
+
+
+def lock_is_free(run: RunDirectory) -> bool:
+    try:
+        with open(run.path / ".lock", "a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def content(run: RunDirectory) -> dict[str, str]:
+    """Every result of a run by name, to the last bit: tables, λ history, records (less their seconds), adapters."""
+    found = {"λ history": repr(run.state()["lambda"])}
+    for file in sorted(run.path.rglob("*.parquet")):
+        found[str(file.relative_to(run.path))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    for file in sorted(run.path.glob("rounds/*/round.json")):
+        record = json.loads(file.read_text())
+        found[str(file.relative_to(run.path))] = repr({k: v for k, v in record.items() if k != "seconds"})
+    for file in [run.exact_file, *sorted(run.path.glob("rounds/*/adapter/*.safetensors"))]:
+        found[str(file.relative_to(run.path))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
+
+
+def leftovers(run: RunDirectory) -> list[str]:
+    return [str(p) for pattern in (".*.tmp", "shards/*/*", "*-journal") for p in run.path.rglob(pattern)]
+
+
+def differences(run: RunDirectory, expected: dict[str, str]) -> list[str]:
+    """Names of results that are missing, too many or not the reference run's."""
+    found = content(run)
+    return [f"{run.path}: {name} differs" for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
+
+
+def new_run(path: Path) -> RunDirectory:
+    return init_run(QUICKSTART, path, SMALL)
+
+
+def reference_run(folder: Path) -> tuple[dict[str, str], float]:
+    """Content and wall time of a run that nothing stopped (the embedded world's policy is there already)."""
+    subprocess.run([sys.executable, "-c", "from data_prep.quickstart import build_policy; build_policy()"], check=True, capture_output=True)
+    run, server = new_run(folder / "reference"), Server(folder)
+    start = time.time()
+    server.start("run", run.path)
+    status = server.wait()
+    seconds = time.time() - start
+    server.close()
+    if status != 0:
+        sys.exit(f"the uninterrupted run ended with {status}: {server.log.read_text()}")
+    print(f"uninterrupted: {seconds:.1f} s, {len(content(run))} results", flush=True)
+    return content(run), seconds
+
+
+class Tally:
+    """What happened, for the table at the end."""
+
+    def __init__(self) -> None:
+        self.phases, self.inside, self.failures = collections.Counter(), collections.Counter(), []
+        self.counts = collections.Counter(dict.fromkeys(("stale locks", "half files", "differences", "leftovers", "failed resumes"), 0))
+
+    def fail(self, kind: str, what: list[str]) -> None:
+        self.counts[kind] += len(what)
+        self.failures += [f"{kind}: {w}" for w in what]
+        for line in what:
+            print(f"FAILED {kind}: {line}", flush=True)
+
+    def report(self, title: str) -> int:
+        print(f"\n{title}")
+        rows = {**self.counts, **{f"in {k}": v for k, v in sorted(self.phases.items())}}
+        rows |= {f"with a half-written {k}": v for k, v in sorted(self.inside.items())}
+        for name, number in rows.items():
+            print(f"  {name:<45} {number:>5}")
+        print("\n".join(self.failures) or "no failure")
+        return 1 if self.failures else 0
+
+
+def kill_after(server: Server, run: RunDirectory, seconds: float, aimed: bool) -> bool:
+    """Plays the run and kills its process group after `seconds`, or at the first half-written file behind them; False if it ended before."""
+    pid, start = server.start("run", run.path), time.time()
+    while alive(pid):
+        elapsed = time.time() - start
+        if elapsed >= seconds and (not aimed or half_written(run)):
+            os.killpg(pid, signal.SIGKILL)
+            break
+        if elapsed > PATIENCE:
+            os.killpg(pid, signal.SIGKILL)
+            raise TimeoutError(f"{run.path}: no end after {PATIENCE} s")
+        # An atomic write lasts a few milliseconds: where one is aimed at, there is no time to sleep.
+        time.sleep(0.0002 if elapsed >= seconds else 0.002)
+    return server.wait() == -signal.SIGKILL
+
+
+def inspect_wreck(run: RunDirectory, tally: Tally) -> None:
+    """What a reader finds right after the kill."""
+    tally.counts["kills"] += 1
+    tally.phases[phase(run)] += 1
+    for kind in {"adapter" if ".adapter.tmp" in str(p) else p.name.split(".")[-4] for p in half_written(run)}:
+        tally.inside[kind] += 1
+    tally.fail("half files", broken_files(run))
+    if not lock_is_free(run):
+        tally.fail("stale locks", [str(run.path)])
+
+
+def chain(folder: Path, number: int, kills: int, seconds: float, expected: dict[str, str], draw: random.Random, tally: Tally) -> None:
+    """One run directory: killed `kills` times at sorted uniform moments of a run's wall time, resumed each time, then compared."""
+    run, server = new_run(folder / f"chain-{number:03d}"), Server(folder)
+    moments = sorted(draw.uniform(0, seconds) for _ in range(kills))
+    for previous, moment in zip([0.0, *moments], moments, strict=False):
+        # A resumed process first spends a second or two on loading the policy: some kills fall into that, most behind it.
+        loading = draw.uniform(0, 2) if previous else 0.0
+        if not kill_after(server, run, moment - previous + loading, aimed=draw.random() < AIMED_SHARE):
+            break
+        inspect_wreck(run, tally)
+    server.start("run", run.path)
+    status = server.wait()
+    server.close()
+    tally.counts["chains"] += 1
+    if status != 0:
+        tally.fail("failed resumes", [f"{run.path}: exit {status}: {server.log.read_text()[-300:]}"])
+        return
+    tally.fail("differences", differences(run, expected))
+    tally.fail("leftovers", leftovers(run))
+    print(f"chain {number}: {tally.counts['kills']} kills so far, {len(tally.failures)} failures; {dict(tally.phases)}", flush=True)
+    if not tally.failures:
+        shutil.rmtree(run.path)
+
+
+def kills(folder: Path, wanted: int, seed: int) -> int:
+    expected, seconds = reference_run(folder)
+    draw, tally, number = random.Random(seed), Tally(), 0
+    while tally.counts["kills"] < wanted:
+        chain(folder, number, min(KILLS_PER_CHAIN, wanted - tally.counts["kills"]), seconds, expected, draw, tally)
+        number += 1
+    return tally.report(f"{wanted} kills, moments uniform over {seconds:.0f} s, seed {seed}")
+
+
+def disk_full(folder: Path) -> int:
+    """A tmpfs that holds i/11 of a whole run's bytes, i = 1..10: an error each time, then room for the next part, then for all."""
+    expected, _ = reference_run(folder)
+    needed = sum(f.stat().st_blocks * 512 for f in (folder / "reference").rglob("*"))
+    mount, tally, server = folder / "small-disk", Tally(), Server(folder)
+    mount.mkdir()
+    sizes = [needed * i // 11 // 4096 * 4096 for i in range(1, 11)]
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={sizes[0]}", "none", mount], check=True)
+    try:
+        run = new_run(mount / "run")
+        for size in sizes:
+            subprocess.run(["mount", "-o", f"remount,size={size}", mount], check=True)
+            server.start("run", run.path)
+            status, said = server.wait(), server.log.read_text().strip().splitlines()
+            errors = [line for line in said if not line.startswith(("prepare:", "round "))]
+            tally.counts["full disks"] += 1
+            tally.phases[phase(run)] += 1
+            print(f"{size // 1024} KiB: exit {status} in {phase(run)}: {errors}", flush=True)
+            if status != 1 or len(errors) != 1 or "o space left" not in errors[0]:
+                tally.fail("unclear errors", [f"{size} bytes: exit {status}, {errors}"])
+            tally.fail("half files", broken_files(run))
+            if not lock_is_free(run):
+                tally.fail("stale locks", [str(run.path)])
+        subprocess.run(["mount", "-o", "remount,size=1g", mount], check=True)
+        server.start("run", run.path)
+        if server.wait() != 0:
+            tally.fail("failed resumes", [server.log.read_text()[-300:]])
+        else:
+            tally.fail("differences", differences(run, expected))
+            tally.fail("leftovers", leftovers(run))
+    finally:
+        server.close()
+        subprocess.run(["umount", mount], check=False)
+    return tally.report("a full disk at 10 points")
+
+
+def interrupt(folder: Path) -> int:
+    """SIGINT, then SIGTERM, in the middle of each phase; seconds until the process is gone, what it says, and the result."""
+    expected, _ = reference_run(folder)
+    tally, server = Tally(), Server(folder)
+    for name, number in (("SIGINT", 130), ("SIGTERM", 143)):
+        run = new_run(folder / name)
+        moments = {
+            "prepare": lambda run=run: any(run.shard_folder("pool").glob("*.parquet")),
+            "fit": lambda run=run: (run.round_folder(0) / ".adapter.tmp").exists(),
+            "rescore": lambda run=run: any(run.shard_folder("round-000").glob("*.parquet")),
+        }
+        for where, reached in moments.items():
+            pid = server.start("run", run.path)
+            while alive(pid) and not reached():
+                time.sleep(0.002)
+            start = time.time()
+            os.killpg(pid, getattr(signal, name))
+            status, seconds = server.wait(), time.time() - start
+            said = server.log.read_text().strip().splitlines()
+            print(f"{name} in {where}: exit {status} after {seconds:.2f} s: {said[-1:]}", flush=True)
+            tally.counts[name] += 1
+            tally.phases[where] += 1
+            if status != number or seconds > 5 or "resumes" not in said[-1] or "Traceback" in "\n".join(said):
+                tally.fail("bad stops", [f"{name} in {where}: exit {status} after {seconds:.1f} s: {said[-3:]}"])
+            tally.fail("half files", broken_files(run))
+        server.start("run", run.path)
+        if server.wait() != 0:
+            tally.fail("failed resumes", [server.log.read_text()[-300:]])
+        else:
+            tally.fail("differences", differences(run, expected))
+            tally.fail("leftovers", leftovers(run))
+    server.close()
+    return tally.report("interrupts")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--disk-full", action="store_true")
+    parser.add_argument("--interrupt", action="store_true")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve()
+        return
+    with tempfile.TemporaryDirectory(prefix="cdpo-kills-") as folder:
+        if options.disk_full:
+            code = disk_full(Path(folder))
+        elif options.interrupt:
+            code = interrupt(Path(folder))
+        else:
+            code = kills(Path(folder), options.kills, options.seed)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
