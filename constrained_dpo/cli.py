@@ -1,4 +1,4 @@
-"""`cdpo`: init, check, prepare, round, run, status, dual, data. Results on stdout, progress on stderr, a user's mistake exits 2."""
+"""`cdpo`: init, check, prepare, round, run, status, report, dual, data. Results on stdout, progress on stderr, a user's mistake exits 2."""
 
 import json
 import sys
@@ -210,6 +210,19 @@ def status(run: RunPath, as_json: AsJson = False) -> None:
         print(json.dumps(content))
     else:
         print_status(_console(), content)
+
+
+@app.command()
+def report(
+    run: RunPath,
+    round_number: Annotated[int | None, typer.Option("--round", help="the round whose policy is shown; default: the last one done")] = None,
+) -> None:
+    """One HTML page with figures: verdict, rounds, scores and samples before and after, from the run's files."""
+    from constrained_dpo.report import write_report
+    from constrained_dpo.run_directory import RunDirectory
+
+    path, sentence = write_report(RunDirectory(run), round_number)
+    print(f"{sentence}\n{path}")
 
 
 @dual_app.command()
