@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 5.2  # inches: at a phone's 360 px one point of type is about one pixel
-DOTS_PER_INCH = 180
+WIDTH = 4.6  # inches: 332 points, about a phone's width in pixels, so type is about as large as it says
+DOTS_PER_INCH = 200
 MARKERS = "osD^vP*"
 
 
@@ -130,7 +130,7 @@ def draw_slack(style: Style, name: str, estimates: dict[str, pd.DataFrame], conf
         handles = [bars]
         if table["exact"].notna().any():
             handles += axes.plot(
-                table.index, table["exact"], linestyle="", marker="x", color=style.text, markersize=5, markeredgewidth=1.3, label="exact"
+                table.index, table["exact"], linestyle="", marker="x", color=style.text, markersize=4, zorder=5, label="exact"
             )
         axes.set_title(f"{split} prompts")
         _whole_rounds(axes, int(table.index[-1]))
@@ -175,12 +175,15 @@ def draw_path(
         markeredgewidth=1.8, label=f"round {shown}",
     )  # fmt: skip
     if optimum:
-        handles += axes.plot(*optimum, linestyle="", marker="*", markersize=14, color=style.colour(2), label="exact optimum")
+        handles += axes.plot(
+            *optimum, linestyle="", marker="*", markersize=15, markerfacecolor="none", markeredgecolor=style.colour(2), markeredgewidth=1.8,
+            zorder=5, label="exact optimum",
+        )  # fmt: skip
     axes.margins(0.12)
     axes.axvline(level, color=style.colour(0), linestyle="--", linewidth=1.3)
     left, right = axes.get_xlim()
     handles.append(
-        axes.axvspan(level, max(right, level), color=style.colour(0), alpha=0.10, linewidth=0, zorder=0, label="meets the level")
+        axes.axvspan(level, max(right, level), color=style.colour(0), alpha=0.16, linewidth=0, zorder=0, label="meets the level")
     )
     axes.set_xlim(left, max(right, level + 0.06 * (right - left)))
     axes.set_xlabel(f"utility E[{names[0]}] (score units)")
@@ -197,6 +200,9 @@ def draw_histogram(style: Style, before: np.ndarray, after: np.ndarray, *, label
     low, high = values.min(), values.max()
     count = int(np.clip(np.sqrt(len(before)), 8, 40))
     if whole:
+        from matplotlib.ticker import MaxNLocator
+
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
         width = max(1, int(np.ceil((high - low + 1) / count)))
         edges = np.arange(low - 0.5, high + 0.5 + width, width)
     else:
@@ -212,7 +218,7 @@ def draw_histogram(style: Style, before: np.ndarray, after: np.ndarray, *, label
                 fill=filled,
                 alpha=0.45 if filled else 1,
                 linewidth=1.8,
-                label=f"{name}, mean {scores.mean():.3g}",
+                label=f"{name}, mean {scores.mean():.3g}".replace("-", "−"),
             )
         )
         axes.axvline(scores.mean(), color=colour, linestyle="--" if filled else "-", linewidth=1.4)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from constrained_dpo.report_contents import Contents, asked, cut_off, interval, lengths, read_contents, signed
@@ -88,7 +89,7 @@ def verdict_sentence(contents: Contents) -> str:
     if len(parts) == 1:
         return f"{start}, {parts[0]} score units."
     counts = {word: sum(v == word for v in verdicts.values()) for word in ("satisfied", "undecided", "violated")}
-    summary = ", ".join(f"{n} {word}" for word, n in counts.items() if n or word == "satisfied")
+    summary = ", ".join(f"{n or 'none'} {word}" for word, n in counts.items() if n or word == "satisfied")
     return f"{start} over all {len(parts)} constraints together, {summary}: {'; '.join(parts)} (score units)."
 
 
@@ -97,7 +98,9 @@ def notes(contents: Contents) -> list[str]:
     record, confidence = contents.record, f"{100 * contents.recipe.dual.confidence:g} %"
     lines = []
     if contents.recipe.problem.constraints:
-        lines.append(f"{record['verdict'].capitalize()}: {MEANING[record['verdict']]}. u > 0 is room to spare, u < 0 is what is missing.")
+        lines.append(
+            f"{record['verdict'].capitalize()}: {MEANING[record['verdict']]}. Positive u is room to spare, negative u is what is missing."
+        )
         lines.append(
             f"The intervals are two-sided, {confidence} for each constraint; the verdict is one-sided at {confidence} over all constraints "
             "together. Both count prompts, not responses, as independent."
@@ -110,9 +113,11 @@ def notes(contents: Contents) -> list[str]:
         lines.append(f"KL and objective are not given: {record['kl_reason']}.")
     exact, optimum = (contents.exact_of(v, "test") for v in (record.get("exact"), contents.optimum))
     if exact and optimum:
-        share = 100 * share_of_gap_closed(exact, optimum)
+        here, best, start = (signed(v["objective"]) for v in (exact, optimum, optimum["reference"]))
+        share = share_of_gap_closed(exact, optimum)
+        way = f", {100 * share:.0f} % of the way".replace("-", "−") if np.isfinite(share) else ""
         lines.append(
-            f"All responses of this world are listed: this policy's exact objective is {share:.0f} % of the way from π_ref to the optimum."
+            f"Every response of this world is known, and so are exact objectives: π_ref {start}, this policy {here}, optimum {best}{way}."
         )
     return lines
 
@@ -197,10 +202,11 @@ def sample_cards(contents: Contents) -> list[dict]:
             scores = [(name, signed(row[name], 2)) for name in names]
             size = f"{len(row['token_ids'])} tokens" + ("" if row["ended"] else ", cut off")
             sides.append({"title": title, "text": _shortened(row["response"]), "scores": scores, "length": size})
+        shown = [(name, float(change), signed(change, 2)) for name, change in changes.loc[key].items()]
         cards.append(
             {
                 "prompt": _shortened(_prompt_text(prompts[key[0]], contents.recipe.prompts.format)), "id": key[0], "draw": key[1],
-                "sides": sides, "reasons": reasons, "changes": [(n, float(change), signed(change, 2)) for n, change in changes.loc[key].items()],
+                "sides": sides, "reasons": reasons, "changes": shown,
             }
         )  # fmt: skip
     return cards

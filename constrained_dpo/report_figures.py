@@ -14,7 +14,10 @@ from constrained_dpo.report_contents import Contents, cut_off, interval, lengths
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report. stem: its PNGs are STEM.png and STEM-dark.png; sources: the run's files that it was drawn from."""
+    """A figure of the report.
+
+    section: multipliers, slack, path or scores; stem: its PNGs are STEM.png and STEM-dark.png; sources: the run's files it was drawn from.
+    """
 
     stem: str
     section: str
@@ -50,7 +53,7 @@ def _multipliers(contents: Contents) -> Picture:
     optimal = (contents.exact_of(contents.optimum, "dual") or {}).get("lambda", {})
     last, exact = history.iloc[-1], "; dashed: the exact optimum λ*" if optimal else ""
     return Picture(
-        "lambda", "rounds", "Multipliers",
+        "lambda", "multipliers", "Multipliers",
         "Multipliers by round: " + "; ".join(f"{n} from {history[n].iloc[0]:.4g} to {last[n]:.4g}" for n in history)
         + "".join(f"; exact λ*({n}) {v:.4g}" for n, v in optimal.items()),
         f"λ that each round's pseudo-preferences were drawn under; hollow: what the next round would use{exact}. "
@@ -74,7 +77,7 @@ def _slack(contents: Contents, index: int, name: str) -> Picture:
     confidence = contents.recipe.dual.confidence
     test = contents.record["test"]
     return Picture(
-        f"u-{index}-{_slug(name)}", "rounds", f"Slack of {name}",
+        f"u-{index}-{_slug(name)}", "slack", f"Slack of {name}",
         f"u of {name} by round on dual and test prompts; round {contents.shown}: dual {interval(contents.record, name)}, "
         f"test {interval(test, name)}",
         f"u({name}) against 0: above is satisfied with room. Bars: {100 * confidence:g} % intervals, each prompt one observation. The dual "
@@ -91,13 +94,14 @@ def _path(contents: Contents, index: int, name: str) -> Picture:
     level = contents.record["test"]["utilities"][name] - contents.record["test"]["u"][name]
     best = (contents.exact_of(contents.optimum, "test") or {}).get("optimal")
     optimum = (best["utilities"][name], best["reward"]) if best else None
+    where = "these prompts" if "test" in (contents.optimum or {}) else "all prompts of the world"
     here = rounds.loc[contents.shown]
     return Picture(
-        f"path-{index}-{_slug(name)}", "rounds", f"Path: {name} against {reward}",
+        f"path-{index}-{_slug(name)}", "path", f"Path: {name} against {reward}",
         f"Reward against {name} on test prompts: π_ref at {signed(means.iloc[0])}, {signed(means.iloc[1])}; round {contents.shown} at "
         f"{signed(here['utility'])}, {signed(here['reward'])}; the level asked for is {signed(level)}",
         f"Each round's policy on the test prompts; the dashed line is the level that {name} has to reach"
-        + (", the star the exact constrained optimum." if optimum else ".")
+        + (f", the star the exact constrained optimum on {where}." if optimum else ".")
         + " The reward leaves the KL term out.",
         [*contents.round_files, contents.name_of(contents.run.reference_file), *_exact_source(contents)],
         partial(
