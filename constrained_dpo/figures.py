@@ -55,8 +55,7 @@ def render(draw: Callable[[Style], "Figure"], style: Style) -> bytes:
         "xtick.color": style.text, "ytick.color": style.text, "grid.color": style.grid, "axes.grid": True, "axes.axisbelow": True,
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 10, "font.family": "DejaVu Sans",
         "axes.titlesize": 10, "legend.fontsize": 9, "lines.linewidth": 1.8,
-        # Constraint names are free text: a $ in one is a dollar.
-        "text.usetex": False, "text.parse_math": False,
+        "text.usetex": False,
     }  # fmt: skip
     with rc_context(settings):
         buffer = BytesIO()

@@ -1,6 +1,5 @@
 """Which figures a report has: their values, captions, alternative texts and the run's files that they are drawn from."""
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,7 +76,7 @@ def _slack(contents: Contents, index: int, name: str) -> Picture:
     confidence = contents.recipe.dual.confidence
     test = contents.record["test"]
     return Picture(
-        f"u-{index}-{_slug(name)}", "slack", f"Slack of {name}",
+        f"u-{index}-{name}", "slack", f"Slack of {name}",
         f"u of {name} by round on dual and test prompts; round {contents.shown}: dual {interval(contents.record, name)}, "
         f"test {interval(test, name)}",
         f"u({name}) against 0: above is satisfied with room. Bars: {100 * confidence:g} % intervals, each prompt one observation. The dual "
@@ -97,7 +96,7 @@ def _path(contents: Contents, index: int, name: str) -> Picture:
     where = "these prompts" if "test" in (contents.optimum or {}) else "all prompts of the world"
     here = rounds.loc[contents.shown]
     return Picture(
-        f"path-{index}-{_slug(name)}", "path", f"Path: {name} against {reward}",
+        f"path-{index}-{name}", "path", f"Path: {name} against {reward}",
         f"Reward against {name} on test prompts: π_ref at {signed(means.iloc[0])}, {signed(means.iloc[1])}; round {contents.shown} at "
         f"{signed(here['utility'])}, {signed(here['reward'])}; the level asked for is {signed(level)}",
         f"Each round's policy on the test prompts; the dashed line is the level that {name} has to reach"
@@ -117,7 +116,7 @@ def _histograms(contents: Contents) -> Iterator[Picture]:
     for index, name in enumerate(contents.recipe.problem.objectives):
         before, after = (side[name].to_numpy() for side in (contents.before, contents.after))
         yield Picture(
-            f"scores-{index}-{_slug(name)}", "scores", f"{'Utility' if index else 'Reward'}: {name}", _spread(name, before, after),
+            f"scores-{index}-{name}", "scores", f"{'Utility' if index else 'Reward'}: {name}", _spread(name, before, after),
             f"Scores of the responses to the test prompts under π_ref and round {contents.shown}. Vertical lines: means. {count}", sources,
             partial(draw_histogram, before=before, after=after, label=f"{name} (score units)", policy=policy),
         )  # fmt: skip
@@ -137,8 +136,3 @@ def _spread(what: str, before: np.ndarray, after: np.ndarray) -> str:
         f"Histograms of {what} on test prompts before and after: means {before.mean():.4g} and {after.mean():.4g}, "
         f"standard deviations {before.std():.4g} and {after.std():.4g}"
     )
-
-
-def _slug(name: str) -> str:
-    """A constraint's name as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
