@@ -23,7 +23,7 @@ from data_prep.tables import hash_file, write_atomically
 
 TEMPLATES = Path(__file__).parent / "templates"
 FIRST_RESPONSES, EXTREMES = 100, 60  # pairs of responses on the page: first draws, and largest changes over all constraints
-MAX_CHARACTERS = 3000  # of one text on the page; with the limits above, a page stays below 10 MB whatever was sampled
+MAX_CHARACTERS = 3000  # of one text on the page: with these limits, three constraints stay below 10 MB whatever was sampled
 
 
 def write_report(run: RunDirectory, number: int | None = None) -> tuple[Path, str]:

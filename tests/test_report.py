@@ -142,14 +142,22 @@ def test_verdicts_are_said_in_words(long_run):
 
 
 @pytest.mark.parametrize(("margin", "verdict"), [(-3.0, "satisfied"), (9.0, "violated"), (0.0, "undecided")])
-def test_the_verdict_of_one_constraint_stands_on_top(tmp_path, margin, verdict):
+def test_the_verdict_of_one_constraint(tmp_path, margin, verdict):
     world = random_world(1, 1, prompts=12, responses=10, margin=margin, beta=1e6)  # β so large that the policy stays at π_ref
     run, recipe, learner = make_run(tmp_path / "run", world, ["dual.responses_per_prompt=8"])
     play(run, recipe, learner, 1)
+    contents = read_contents(run)
+    start = f"After round 0, on 6 unseen test prompts and at 95 % confidence, g0 (at least {margin:g} above the reference policy)"
+    assert verdict_sentence(contents).startswith(f"{start} is {verdict}, u = ")
+    assert notes(contents)[0].startswith(f"{verdict.capitalize()}: ")
+
+
+def test_the_verdict_stands_on_top_and_a_second_report_replaces_the_first(tmp_path):
+    run, recipe, learner = make_run(tmp_path / "run", random_world(1, 1, prompts=12, responses=10), ["dual.responses_per_prompt=8"])
+    play(run, recipe, learner, 1)
     path, sentence = write_report(run)
-    html = path.read_text()
-    assert f"95 % confidence, g0 (at least {margin:g} above the reference policy) is {verdict}, u = " in sentence
-    assert f'<div class="verdict {verdict}"><p><strong>{verdict}</strong>{sentence}</p></div>' in html
+    verdict = run.round_record(0)["verdict"]
+    assert f'<div class="verdict {verdict}"><p><strong>{verdict}</strong>{sentence}</p></div>' in path.read_text()
     first = {p.name: p.read_bytes() for p in path.parent.iterdir()}
     (path.parent / "u-4-gone.png").write_bytes(b"of an earlier report")
     write_report(run)
