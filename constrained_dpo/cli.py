@@ -1,4 +1,4 @@
-"""`cdpo`: init, check, prepare, round, run, status, dual, data. Results on stdout, progress on stderr, a user's mistake exits 2."""
+"""`cdpo`: init, check, prepare, round, run, status, report, dual, data. Results on stdout, progress on stderr, a user's mistake exits 2."""
 
 import json
 import sys
@@ -302,6 +302,17 @@ def export(
         record = export_merged(directory, recipe, number, output, evaluation_prompts(directory, recipe, None))
     print_evaluation(_console(), record, recipe.problem, recipe.dual.confidence)
     print(f"{output}: round {number} merged in bfloat16, its measurement (measurement.json) and its model card (README.md)")
+
+
+@app.command()
+def report(run: RunPath, round_: RoundChoice = "last") -> None:
+    """One HTML page with figures: verdict, rounds, scores and samples before and after, from the run's files."""
+    from constrained_dpo.report import write_report
+    from constrained_dpo.run_directory import RunDirectory
+
+    directory = RunDirectory(run)
+    path, sentence = write_report(directory, None if round_ == "last" else directory.chosen_round(round_))
+    print(f"{sentence}\n{path}")
 
 
 @dual_app.command()
