@@ -111,6 +111,8 @@ def notes(contents: Contents) -> list[str]:
         )
     if record["kl"] is None:
         lines.append(f"KL and objective are not given: {record['kl_reason']}.")
+    for name, count in record.get("truncated_scores", {}).items():
+        lines.append(f"The scorer of {name} read only the part of {count} texts that fits its window.")
     exact, optimum = (contents.exact_of(v, "test") for v in (record.get("exact"), contents.optimum))
     if exact and optimum:
         here, best, start = (signed(v["objective"]) for v in (exact, optimum, optimum["reference"]))
