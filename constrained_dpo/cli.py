@@ -157,7 +157,11 @@ def _prepare(run: "RunDirectory") -> tuple["Recipe", "LoraLearner"]:
     if run.state()["lambda"]:
         require_same_inputs(run, learner)
         return recipe, learner
-    return prepare_run(run, recipe, learner, left_out, print_phase), learner
+    recipe = prepare_run(run, recipe, learner, left_out, print_phase)
+    for name, value in run.state()["lambda"][0].items():
+        if value >= recipe.dual.max_lambda:
+            _say(f"warning: λ_0({name}) is at dual.max_lambda {value:g}: no tilt of the reference samples reaches its level; lower it")
+    return recipe, learner
 
 
 @app.command()

@@ -1,13 +1,12 @@
 """The documentation's transcripts, executed: docs/your-own-model.md as a newcomer types it, docs/python-api.md block by block."""
 
 import json
-import os
 import re
-import subprocess
-import sys
+import shlex
 
 import pytest
 from conftest import REPO
+from test_cli import cdpo
 
 BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -37,28 +36,24 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
-def test_your_own_model_works_as_written(tiny_model, tmp_path):
+def test_your_own_model_works_as_written(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "my-model").symlink_to(tiny_model)
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    (commands / "cdpo").write_text(f'#!/bin/sh\nexec {sys.executable} -c "from constrained_dpo.cli import main; main()" "$@"\n')
-    (commands / "cdpo").chmod(0o755)
-    environment = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": str(REPO), "NO_COLOR": "1"}
-    played = []
+    monkeypatch.chdir(tmp_path)
+    played = 0
     for kind, name, body in BLOCK.findall((REPO / "docs" / "your-own-model.md").read_text()):
         if name:
             (tmp_path / name).write_text(body)
         elif kind == "console":
             for line in body.splitlines():
-                command = line.removeprefix("$ ")
-                result = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
-                assert result.returncode == 0, f"{command}\n{result.stderr}\n{result.stdout}"
-                played.append(command)
-    assert len(played) == 10
+                prompt, program, *arguments = shlex.split(line)
+                assert (prompt, program) == ("$", "cdpo")
+                cdpo(*arguments, check=0)
+                played += 1
+    assert played == 10
     assert (tmp_path / "runs/mine/report/report.html").stat().st_size > 10_000
     assert json.loads((tmp_path / "exported/merged/measurement.json").read_text())["num_prompts"] >= 2
     mine, tighter = (json.loads((tmp_path / f"runs/{n}/state.json").read_text())["lambda"] for n in ("mine", "tighter"))
-    assert len(mine) == 3 and len(tighter) == 2 and tighter[0] != mine[0]
+    assert len(mine) == 3 and len(tighter) == 2 and 0 < mine[0]["brief"] < tighter[0]["brief"]
 
 
 def test_the_python_examples_run(small_run, tmp_path, monkeypatch):
