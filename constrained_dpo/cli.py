@@ -226,6 +226,8 @@ def solve(
     from constrained_dpo.problem import ConstrainedProblem, Constraint
     from data_prep.tables import read_table
 
+    if not 0 < max_lambda < float("inf"):
+        raise UserError(f"--max-lambda {max_lambda}: must be a finite number > 0")
     margins = parse_assignments(constraint, "--constraint")
     problem = ConstrainedProblem(reward, beta, tuple(Constraint(n, margin=b) for n, b in margins.items()))
     frame = read_table(scores)

@@ -22,8 +22,11 @@ def run_app(application: typer.Typer) -> None:
     import signal
     import warnings
 
+    stopped_by = [signal.SIGINT]
+
     def terminate(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)  # unwinds like Ctrl-C, so temporary files go and the lock is released
+        stopped_by.append(number)
+        raise KeyboardInterrupt  # unwinds like Ctrl-C, so that temporary files go
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     signal.signal(signal.SIGTERM, terminate)
@@ -34,10 +37,10 @@ def run_app(application: typer.Typer) -> None:
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as stop:
-        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
-        if code in (130, 143):
-            print("stopped; the same command resumes where it stopped", file=sys.stderr)
-        sys.exit(code)
+        if isinstance(stop, SystemExit) and stop.code != 130:  # typer turns an interrupt into exit 130, without a word
+            raise
+        print("stopped; the same command resumes where it stopped", file=sys.stderr)
+        sys.exit(128 + stopped_by[-1])
     except OSError as error:
         print(f"error: {error}; the run directory is left resumable: mend the cause and give the same command again", file=sys.stderr)
         sys.exit(1)
@@ -156,8 +159,9 @@ def score(
     try:
         settings = TypeAdapter(ScorerSettings).validate_python(yaml.safe_load(scorer))
     except (ValidationError, yaml.YAMLError) as error:
-        detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
-        raise UserError(f"--scorer: {detail}") from error
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        detail = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip() if first else str(error).splitlines()[0]
+        raise UserError(f"--scorer {scorer}: {detail}") from error
     table = read_table(responses)
     require_columns(table, ["prompt", "response"], str(responses))
     values = score_texts(
