@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup init round run status test lint bench bench-kills clean
+.PHONY: setup init round run status report test lint bench bench-kills clean
 .DEFAULT_GOAL := round
 
 setup: $(VENV)/.installed
@@ -26,6 +26,9 @@ run: init
 
 status: setup
 	@$(BIN)/cdpo status $(RUN)
+
+report: setup
+	$(BIN)/cdpo report $(RUN)
 
 test: setup
 	$(BIN)/python -m pytest -q

@@ -1,4 +1,4 @@
-"""`cdpo`: init, check, prepare, round, run, status, dual, data. Results on stdout, progress on stderr, a user's mistake exits 2."""
+"""`cdpo`: init, check, prepare, round, run, status, report, dual, data. Results on stdout, progress on stderr, a user's mistake exits 2."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_prep.cli import app as data_app
-from data_prep.cli import parse_assignments, run_app
+from data_prep.cli import parse_assignments, quiet_libraries, run_app
 from data_prep.settings import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ app.add_typer(data_app, name="data")
 
 RunPath = Annotated[Path, typer.Argument(help="run directory")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+RoundChoice = Annotated[str, typer.Option("--round", help="a round's number, or last")]
 Overrides = Annotated[list[str], typer.Option("-s", "--set", help="KEY=VALUE, dotted keys, e.g. objective.beta=0.1")]
 
 
@@ -44,74 +45,79 @@ def _say(line: str) -> None:
 
 
 @app.command()
-def init(recipe: Annotated[Path, typer.Argument(help="recipe YAML")], run: RunPath, overrides: Overrides = []) -> None:  # noqa: B006
+def init(
+    recipe: Annotated[Path, typer.Argument(help="recipe YAML")],
+    run: RunPath,
+    overrides: Overrides = [],  # noqa: B006
+    source: Annotated[
+        Path | None, typer.Option("--from", help="a prepared run whose reference samples and scores are used again (other margins, β)")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Freeze a recipe into a run directory."""
-    from constrained_dpo.run_directory import init_run
+    from constrained_dpo.run_directory import RunDirectory, init_run
     from constrained_dpo.terminal import describe_problem
 
-    created = init_run(recipe, run, overrides)
+    created = init_run(recipe, run, overrides, RunDirectory(source) if source else None)
+    if as_json:
+        print(json.dumps({"run": str(created.path), "name": created.recipe().name, "recipe_hash": created.recipe().hash()}))
+        return
     print(f"{created.path}: {created.recipe().name}\n{describe_problem(created.recipe().problem)}")
 
 
 @app.command()
-def check(target: Annotated[Path, typer.Argument(help="recipe YAML or run directory")], overrides: Overrides = []) -> None:  # noqa: B006
-    """Validate a recipe without training (data, policy, scorers, lengths), or a run's λ history against its tables."""
+def check(
+    target: Annotated[Path, typer.Argument(help="recipe YAML or run directory")],
+    overrides: Overrides = [],  # noqa: B006
+    pilot: Annotated[bool, typer.Option(help="sample, score and fit a little: precision of u and minutes per phase")] = True,
+    target_se: Annotated[list[str], typer.Option(help="CONSTRAINT=SE wanted of u; default: a tenth of its margin")] = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Validate a recipe without training (data, policy, scorers, lengths, cost), or a run's λ history against its tables."""
     from constrained_dpo.recipe import load_recipe
     from constrained_dpo.run_directory import RunDirectory
-    from constrained_dpo.terminal import describe_problem
 
     if target.is_dir():
         run = RunDirectory(target)
-        recipe = run.recipe()
-        _check_history(run)
+        run.recipe()
+        _check_history(run, as_json)
         return
-    recipe = load_recipe(target, overrides)
+    recipe, wanted = load_recipe(target, overrides), parse_assignments(target_se, "--target-se")
+    _stay_offline()
+    quiet_libraries()
+    from constrained_dpo.checks import check_recipe
+    from constrained_dpo.terminal import describe_problem, print_check, print_phase
+
+    report = check_recipe(recipe, pilot=pilot, target_se=wanted, announce=print_phase, show_progress=sys.stderr.isatty())
+    if as_json:
+        print(json.dumps(report))
+        return
     print(describe_problem(recipe.problem))
-    _quiet_libraries()
-    from constrained_dpo.learner import LoraLearner
-    from data_prep.sources import split_prompts
-
-    prompts, left_out = split_prompts(recipe.prompts, recipe.dual.prompts_per_round)
-    learner = LoraLearner(recipe, RunDirectory(target), prompts)
-    left_out |= learner.restrict(recipe.fit.max_length)
-    learner.identity()
-    counts = learner.prompts["split"].value_counts()
-    longest = max(map(len, learner.prompt_tokens.values()))
-    print(
-        f"prompts: {', '.join(f'{n} {s}' for s, n in counts.items())}; longest {longest} tokens; "
-        f"left out: {', '.join(f'{n} {why}' for why, n in left_out.items())}"
-    )
-    print(f"policy: {recipe.policy.model}, {recipe.policy.quantization}, fingerprint {learner.policy.fingerprint}")
-    if learner.policy.overridden:
-        print(f"sampling ignores the checkpoint's own generation settings: {learner.policy.overridden}")
-    print(f"scorers: {', '.join(learner.scorers)}\nthe recipe is valid")
+    print_check(_console(), report)
 
 
-def _check_history(run: "RunDirectory") -> None:
+def _stay_offline() -> None:
+    """A check downloads nothing; the hub's library reads this when it is imported."""
+    import os
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _check_history(run: "RunDirectory", as_json: bool) -> None:
     from constrained_dpo.rounds import replay
 
     state = run.state()
-    if not state["lambda"]:
+    if not state["lambda"] and not as_json:
         print(f"{run.path}: not prepared yet; nothing to check")
         return
-    recomputed = replay(run)
+    recomputed = replay(run) if state["lambda"] else []
     for number, (stored, again) in enumerate(zip(state["lambda"], recomputed, strict=True)):
         if stored != again:
             raise UserError(f"{run.state_file}: λ of round {number} is {stored}, but the run's tables and recipe give {again}")
+    if as_json:
+        print(json.dumps({"run": str(run.path), "recomputed": len(recomputed), "lambda": recomputed}))
+        return
     print(f"{run.path}: λ of {len(recomputed)} rounds recomputed from the tables and the recipe, equal to state.json")
-
-
-def _quiet_libraries() -> None:
-    """Results and our own progress only: the libraries' notices about their defaults do not apply (every default is set)."""
-    import logging
-    import os
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def _open(run: "RunDirectory") -> tuple["Recipe", "LoraLearner", dict[str, int]]:
@@ -119,7 +125,7 @@ def _open(run: "RunDirectory") -> tuple["Recipe", "LoraLearner", dict[str, int]]
     from constrained_dpo.learner import LoraLearner
     from data_prep.sources import split_prompts
 
-    _quiet_libraries()
+    quiet_libraries()
     recipe = run.recipe()
     prepared = bool(run.state()["lambda"])
     prompts, left_out = (run.prompts(), {}) if prepared else split_prompts(recipe.prompts, recipe.dual.prompts_per_round)
@@ -132,41 +138,49 @@ def _open(run: "RunDirectory") -> tuple["Recipe", "LoraLearner", dict[str, int]]
 def _prepare(run: "RunDirectory") -> tuple["Recipe", "LoraLearner"]:
     from constrained_dpo.rounds import prepare as prepare_run
     from constrained_dpo.rounds import require_same_inputs
+    from constrained_dpo.terminal import print_phase
 
     recipe, learner, left_out = _open(run)
     if run.state()["lambda"]:
         require_same_inputs(run, learner)
         return recipe, learner
-    _say("prepare: sampling and scoring the reference policy")
-    return prepare_run(run, recipe, learner, left_out), learner
+    return prepare_run(run, recipe, learner, left_out, print_phase), learner
 
 
 @app.command()
-def prepare(run: RunPath) -> None:
+def prepare(run: RunPath, as_json: AsJson = False) -> None:
     """Sample and score the reference policy, measure its utilities, find the first multipliers."""
     from constrained_dpo.run_directory import RunDirectory
 
     directory = RunDirectory(run)
     with directory.locked():
         _prepare(directory)
-    print(f"{run}: prepared; λ_0 = {directory.state()['lambda'][0]}")
+    state = directory.state()
+    if as_json:
+        splits = {split: int(n) for split, n in directory.prompts()["split"].value_counts().items()}
+        print(json.dumps({"run": str(run), "lambda": state["lambda"][0], "prompts": splits, "left_out": state["left_out"]}))
+        return
+    print(f"{run}: prepared; λ_0 = {state['lambda'][0]}")
 
 
 def _play(path: Path, rounds: int | None, as_json: bool) -> None:
     """Plays up to `rounds` more rounds (None: as many as the recipe's dual.rounds leaves) and prints the last one's table."""
     from constrained_dpo.rounds import play_round
     from constrained_dpo.run_directory import RunDirectory
-    from constrained_dpo.terminal import print_round, print_samples
+    from constrained_dpo.terminal import print_phase, print_round, print_samples
 
     run = RunDirectory(path)
     with run.locked():
         total = run.recipe().dual.rounds if rounds is None else run.rounds_done() + rounds
         if run.rounds_done() >= total:
-            print(f"{path}: all {total} rounds are done; `cdpo round` plays another, `cdpo status` shows them")
+            if as_json:
+                print(json.dumps(run.round_record(run.rounds_done() - 1)))
+            else:
+                print(f"{path}: all {total} rounds are done; `cdpo round` plays another, `cdpo status` shows them")
             return
         recipe, learner = _prepare(run)
         while run.rounds_done() < total:
-            record = play_round(run, recipe, learner, _say)
+            record = play_round(run, recipe, learner, print_phase)
             problem = recipe.problem
             summary = "; ".join(
                 f"{n}: λ {record['lambda'][n]:.4f} → {record['lambda_next'][n]:.4f}, u {record['u'][n]:+.3f}" for n in problem.names
@@ -210,6 +224,82 @@ def status(run: RunPath, as_json: AsJson = False) -> None:
         print(json.dumps(content))
     else:
         print_status(_console(), content)
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    round_: RoundChoice = "last",
+    prompts: Annotated[Path | None, typer.Option(help="other prompts (format as in the recipe); default: the run's test prompts")] = None,
+    scorer: Annotated[list[str], typer.Option(help="NAME={type: ...} as in a recipe: one more score to report")] = [],  # noqa: B006
+    responses: Annotated[int | None, typer.Option(min=1, help="responses per prompt; default: dual.responses_per_prompt")] = None,
+    seed: Annotated[int, typer.Option(help="another seed draws other responses")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Sample a round's policy afresh on unseen prompts and judge it, by the run's scorers and extra ones."""
+    from constrained_dpo.evaluate import check_names, evaluate_round, evaluation_prompts
+    from constrained_dpo.learner import LoraLearner
+    from constrained_dpo.rounds import require_same_inputs
+    from constrained_dpo.run_directory import RunDirectory
+    from constrained_dpo.terminal import print_evaluation
+    from data_prep.scoring import parse_scorer
+
+    directory = RunDirectory(run)
+    recipe, number = directory.recipe(), directory.chosen_round(round_)
+    extra = {name: parse_scorer(text, f"--scorer {name}") for name, _, text in (s.partition("=") for s in scorer)}
+    check_names(list(extra), recipe.problem)
+    quiet_libraries()
+    learner = LoraLearner(recipe, directory, evaluation_prompts(directory, recipe, prompts), sys.stderr.isatty(), extra)
+    with directory.locked():
+        require_same_inputs(directory, learner)
+        left_out = learner.restrict(recipe.fit.max_length)
+        count = responses or recipe.dual.responses_per_prompt
+        label = prompts.stem if prompts else "test"
+        record = evaluate_round(directory, recipe, learner, number, label=label, responses_per_prompt=count, seed=seed)
+    if as_json:
+        print(json.dumps(record | {"left_out": left_out}))
+        return
+    print_evaluation(_console(), record, recipe.problem, recipe.dual.confidence)
+    if left_out["too_long"]:
+        print(f"left out: {left_out['too_long']} prompts too long")
+    print(f"tables: {directory.evaluation_folder(record['key'])}")
+
+
+@app.command()
+def export(
+    run: RunPath,
+    output: Annotated[Path, typer.Argument(help="new folder")],
+    round_: RoundChoice = "last",
+    merge: Annotated[bool, typer.Option("--merge", help="merge into the unquantized base (bfloat16) and measure the result again")] = False,
+) -> None:
+    """Write a round's adapter, or the merged model, with a model card."""
+    from constrained_dpo.evaluate import evaluation_prompts
+    from constrained_dpo.export import export_adapter, export_merged
+    from constrained_dpo.run_directory import RunDirectory
+    from constrained_dpo.terminal import print_evaluation
+
+    directory = RunDirectory(run)
+    recipe, number = directory.recipe(), directory.chosen_round(round_)
+    if not merge:
+        export_adapter(directory, recipe, number, output)
+        print(f"{output}: adapter of round {number} and its model card (README.md)")
+        return
+    quiet_libraries()
+    with directory.locked():
+        record = export_merged(directory, recipe, number, output, evaluation_prompts(directory, recipe, None))
+    print_evaluation(_console(), record, recipe.problem, recipe.dual.confidence)
+    print(f"{output}: round {number} merged in bfloat16, its measurement (measurement.json) and its model card (README.md)")
+
+
+@app.command()
+def report(run: RunPath, round_: RoundChoice = "last") -> None:
+    """One HTML page with figures: verdict, rounds, scores and samples before and after, from the run's files."""
+    from constrained_dpo.report import write_report
+    from constrained_dpo.run_directory import RunDirectory
+
+    directory = RunDirectory(run)
+    path, sentence = write_report(directory, None if round_ == "last" else directory.chosen_round(round_))
+    print(f"{sentence}\n{path}")
 
 
 @dual_app.command()

@@ -1,7 +1,7 @@
 """The dual function D(λ), its minimizer, the subgradient u with its error bars, and the dual step. numpy and scipy only.
 
-D(λ) ≈ β E_x log mean_k exp((r + λ·g)/β + log π_ref(y_k) − log q(y_k)) − λ·a, y_k ~ q; one function for every q (DESIGN §1; MoCAN,
-arXiv:2405.19544, eq. (6) for q = π_ref). Convex in λ: gradient E_x E_w[g] − a, Hessian (1/β) E_x Cov_w(g), with w the tilted weights.
+D(λ) ≈ β E_x log mean_k exp((r + λ·g)/β + log π_ref(y_k) − log q(y_k)) − λ·a, y_k ~ q; one function for every q (for q = π_ref
+it is MoCAN's dual function, arXiv:2405.19544). Convex in λ: gradient E_x E_w[g] − a, Hessian (1/β) E_x Cov_w(g), with w the tilted weights.
 """
 
 from dataclasses import dataclass

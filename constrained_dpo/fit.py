@@ -1,6 +1,6 @@
 """The Lagrangian maximizer: TRL's DPOTrainer on pseudo-preferences, with reference log-probabilities from the pool.
 
-Loss of a pair (CAID, arXiv:2505.19387, eq. (8); with soft targets its expectation over the label):
+Loss of a pair (CAID, arXiv:2505.19387, Lagrangian maximization by pseudo-preferences; with soft targets its expectation over the label):
     −[t·log σ(βΔ) + (1−t)·log σ(−βΔ)],   Δ = log π_θ/π_ref (chosen) − log π_θ/π_ref (rejected)
 The KL anchor is π_ref (the base without adapter) in every round: the stored `ref_logp` enters the loss and no reference model runs here.
 """
@@ -27,6 +27,8 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from constrained_dpo.recipe import FitSettings
+from constrained_dpo.tracking import fit_logs
+from data_prep.checkpoints import check_adapter_folder, explained_loading
 from data_prep.policy import LoraSettings, Policy
 from data_prep.sampling import response_logps
 from data_prep.settings import UserError
@@ -128,7 +130,7 @@ def pair_dataset(pairs: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[st
     )
 
 
-def training_config(settings: FitSettings, beta: float, seed: int, output: Path) -> DPOConfig:
+def training_config(settings: FitSettings, beta: float, seed: int, output: Path, device: str, run_name: str | None = None) -> DPOConfig:
     """Every default of DPOConfig that changes the mathematics is set here in words (DESIGN §9)."""
     return DPOConfig(
         output_dir=str(output),
@@ -153,9 +155,10 @@ def training_config(settings: FitSettings, beta: float, seed: int, output: Path)
         dataloader_pin_memory=False,
         logging_steps=10,
         save_strategy="no",
-        report_to="none",
+        report_to=settings.report_to or "none",
+        run_name=run_name,
         disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=device == "cpu",
         seed=seed % 2**32,
     )
 
@@ -188,6 +191,7 @@ def build_trainer(
     seed: int,
     output: Path,
     previous_adapter: Path | None,
+    run_name: str | None = None,
     show_progress: bool = False,
 ) -> PseudoPreferenceTrainer:
     """The trainer, built on the plain base plus a fresh adapter into which `previous_adapter` is then loaded.
@@ -197,7 +201,7 @@ def build_trainer(
     target = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     trainer = PseudoPreferenceTrainer(
         model=policy.model,
-        args=training_config(settings, beta, seed, output),
+        args=training_config(settings, beta, seed, output, policy.device.type, run_name),
         data_collator=PairCollator(pad_token_id=policy.tokenizer.pad_token_id),
         train_dataset=dataset,
         processing_class=policy.tokenizer,
@@ -212,7 +216,9 @@ def build_trainer(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if previous_adapter is not None:
-        loaded = set_peft_model_state_dict(trainer.model, load_peft_weights(str(previous_adapter), device=str(policy.device)))
+        check_adapter_folder(previous_adapter, "warm start")
+        with explained_loading("warm start", f"{previous_adapter} (of another base, or damaged?)"):
+            loaded = set_peft_model_state_dict(trainer.model, load_peft_weights(str(previous_adapter), device=str(policy.device)))
         if loaded.unexpected_keys:
             raise UserError(f"{previous_adapter}: an adapter of another base or LoRA setting ({loaded.unexpected_keys[0]})")
     if list(trainer.model.peft_config) != ["default"] or trainer.ref_model is not None:
@@ -261,17 +267,20 @@ def fit_adapter(
     seed: int,
     previous_adapter: Path | None,
     output: Path,
+    logs: Path | None = None,
+    run_name: str | None = None,
     show_progress: bool = False,
 ) -> float | None:
     """Trains one round's adapter and saves it at `output` in PEFT's format; the folder appears whole or not at all.
 
     pairs: (num_pairs,) rows of the pairs table; pool: the responses they name, with `ref_logp`. The optimizer starts fresh. Returns the
-    largest |log π_θ − stored ref_logp| before the first step in nats (None after a warm start); the log is beside the adapter.
+    largest |log π_θ − stored ref_logp| before the first step in nats (None after a warm start); the log is beside the adapter. `logs` is
+    where the trackers of `settings.report_to` write, `run_name` what they call this fit.
     """
     dataset = pair_dataset(pairs, pool, prompt_tokens, settings.max_length)
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    with _restored_base(policy):
+    with _restored_base(policy), fit_logs(logs, settings.report_to):
         trainer = build_trainer(
             policy,
             dataset,
@@ -281,6 +290,7 @@ def fit_adapter(
             seed=seed,
             output=temporary,
             previous_adapter=previous_adapter,
+            run_name=run_name,
             show_progress=show_progress,
         )
         try:

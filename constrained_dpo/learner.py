@@ -8,9 +8,10 @@ import pandas as pd
 
 from constrained_dpo.recipe import Recipe
 from constrained_dpo.run_directory import RunDirectory
+from constrained_dpo.tracking import require_trackers
 from data_prep.policy import QUICKSTART, Policy, load_policy
 from data_prep.sampling import law_hash, sample_shard
-from data_prep.scoring import ScoreCache, Scorer, make_scorer, score_texts
+from data_prep.scoring import ScoreCache, Scorer, ScorerSettings, make_scorer, score_texts
 from data_prep.settings import UserError
 from data_prep.sources import last_user_text, tokenize_prompts
 
@@ -18,9 +19,18 @@ from data_prep.sources import last_user_text, tokenize_prompts
 class LoraLearner:
     """Fits LoRA adapters with TRL, samples and scores with the recipe's policy and scorers."""
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, prompts: pd.DataFrame, show_progress: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        prompts: pd.DataFrame,
+        show_progress: bool = False,
+        extra_scorers: dict[str, ScorerSettings] | None = None,
+    ) -> None:
         self.recipe, self.prompts, self.show_progress = recipe, prompts, show_progress
         self.run = run
+        self.scorer_settings = recipe.scorers | (extra_scorers or {})
+        require_trackers(recipe.fit.report_to)  # before hours of sampling, not after
 
     @cached_property
     def policy(self) -> Policy:
@@ -28,7 +38,7 @@ class LoraLearner:
 
     @cached_property
     def scorers(self) -> dict[str, Scorer]:
-        return {name: make_scorer(settings) for name, settings in self.recipe.scorers.items()}
+        return {name: make_scorer(settings) for name, settings in self.scorer_settings.items()}
 
     @cached_property
     def cache(self) -> ScoreCache:
@@ -43,6 +53,11 @@ class LoraLearner:
         """What scorers are told the prompt was, by prompt_id."""
         texts = [last_user_text(p, self.recipe.prompts.format) for p in self.prompts["prompt"]]
         return pd.Series(texts, index=self.prompts["prompt_id"])
+
+    def unload(self) -> None:
+        """Frees policy and scorers; they load again when next needed."""
+        for name in ("policy", "scorers"):
+            self.__dict__.pop(name, None)
 
     def restrict(self, limit: int) -> dict[str, int]:
         """Applies the length limit (tokens of prompt + response) to the prompts; returns how many were dropped.
@@ -59,10 +74,10 @@ class LoraLearner:
             return {"too_long": 0}
         room = limit - self.recipe.sampling.max_new_tokens
         fits = self.prompts["prompt_id"].map(lambda pid: len(self.prompt_tokens[pid]) <= room)
-        dropped = int((~fits).sum())
+        dropped, splits = int((~fits).sum()), set(self.prompts["split"]) - {"fit"}
         self.prompts = self.prompts[fits].reset_index(drop=True)
         counts = self.prompts["split"].value_counts()
-        if min(counts.get("dual", 0), counts.get("test", 0)) < 2:
+        if min(counts.get(split, 0) for split in splits) < 2:
             raise UserError(f"prompts: {dropped} of {len(fits)} are too long for {names} {limit}; too few are left")
         return {"too_long": dropped}
 
@@ -71,7 +86,7 @@ class LoraLearner:
         sampling = self.recipe.sampling
         return {
             "policy": self.policy.fingerprint,
-            "scorers": {name: scorer.fingerprint for name, scorer in self.scorers.items()},
+            "scorers": {name: self.scorers[name].fingerprint for name in self.recipe.scorers},
             "law": law_hash(sampling, self.policy.eos_ids),
             "overridden_generation": self.policy.overridden,
         }
@@ -80,6 +95,7 @@ class LoraLearner:
         """One round's adapter at `output`; the multipliers are in the pairs already."""
         from constrained_dpo.fit import fit_adapter
 
+        name = f"round-{self.run.rounds_done():03d}"
         fit_adapter(
             self.policy,
             pairs,
@@ -91,6 +107,8 @@ class LoraLearner:
             seed=seed,
             previous_adapter=previous,
             output=output,
+            logs=self.run.logs_folder(name),
+            run_name=f"{self.recipe.name}-{name}",
             show_progress=self.show_progress,
         )
 
@@ -110,7 +128,7 @@ class LoraLearner:
         prompts = responses["prompt_id"].map(self.prompt_texts).tolist()
         texts = responses["response"].tolist()
         columns = {
-            name: score_texts(scorer, prompts, texts, negate=self.recipe.scorers[name].negate, name=name, cache=self.cache)
+            name: score_texts(scorer, prompts, texts, negate=self.scorer_settings[name].negate, name=name, cache=self.cache)
             for name, scorer in self.scorers.items()
         }
         return responses.assign(**columns)
@@ -135,7 +153,7 @@ class LoraLearner:
             prompts = [self.prompt_texts[pid] for pid in ids]
             scores = {
                 name: np.stack([scorer.score([p] * len(texts), texts) for p in prompts])
-                * (-1.0 if self.recipe.scorers[name].negate else 1.0)
+                * (-1.0 if self.scorer_settings[name].negate else 1.0)
                 for name, scorer in self.scorers.items()
             }
             problem = self.recipe.problem

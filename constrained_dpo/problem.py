@@ -3,7 +3,8 @@
     maximize   E_x[ E_{y~π} r(x,y) − β KL(π(·|x) ‖ π_ref(·|x)) ]
     subject to E_x[ E_{y~π} g_i(x,y) − E_{y~π_ref} g_i(x,y) ] ≥ b_i   (margin)   or   E_x E_{y~π} g_i ≥ c_i   (threshold)
 
-Source: CAID, arXiv:2505.19387, problem (1). Utilities are higher-is-better; a cost enters negated, once, at its scorer.
+Source: the constrained alignment problem of CAID, arXiv:2505.19387. Utilities are higher-is-better; a cost enters
+negated, once, at its scorer.
 """
 
 from dataclasses import dataclass

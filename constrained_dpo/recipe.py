@@ -93,6 +93,9 @@ class FitSettings(Settings):
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third slower")
     warm_start: bool = Field(True, description="start from the last round's adapter (the KL stays to the reference policy)")
     max_length: int = Field(512, ge=2, description="longest prompt + response in tokens; nothing is truncated, longer is an error")
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="trackers of the loss curves and of each round's λ, u, reward, KL and objective, under RUN/logs (wandb offline)"
+    )
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> "FitSettings":
@@ -259,8 +262,8 @@ def _resolve_paths(raw: dict, folder: Path) -> None:
             if isinstance(node, dict) and key in node:
                 node[key] = absolute(node[key])
 
-    if isinstance(raw.get("policy"), dict) and raw["policy"].get("model") != QUICKSTART:
-        visit(raw["policy"], ("model",))
+    if isinstance(raw.get("policy"), dict):
+        visit(raw["policy"], ("reference_adapter",) if raw["policy"].get("model") == QUICKSTART else ("model", "reference_adapter"))
     visit(raw.get("prompts"), ("source", "train", "test", "eval"))
     objective = raw.get("objective")
     if isinstance(objective, dict):
@@ -274,7 +277,7 @@ def _describe(error: ValidationError) -> list[str]:
     """One line per error: key, what is wrong, the value, and a suggestion for a misspelt key."""
     lines = []
     for item in error.errors():
-        scorer_types = ("python", "column", "classifier")
+        scorer_types = ("python", "column", "classifier", "beaver")
         parts = [str(p) for p in item["loc"] if not (p in scorer_types or "[" in str(p) or p in ("DatasetSource", "str", "float"))]
         key = ".".join(parts)
         if item["type"] == "extra_forbidden":

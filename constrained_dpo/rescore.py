@@ -25,10 +25,12 @@ def collect(
     shard_size: int,
     objectives: list[str],
     seed: int,
+    known: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Scored responses to `prompts` (num_prompts × K rows), each shard committed as a file before the next is drawn.
 
-    A shard's prompts and seed are pure functions of the arguments, so a killed run that resumes draws the same responses.
+    A shard's prompts and seed are pure functions of the arguments, so a killed run that resumes draws the same responses. With `known`
+    (responses of the same policy and law to these prompts) nothing is drawn; they are only scored.
     """
     per_shard = max(1, shard_size // responses_per_prompt)
     folder = run.shard_folder(phase)
@@ -37,13 +39,17 @@ def collect(
     for number, start in enumerate(tqdm(starts, desc=f"{phase}: sample and score", unit="shard", disable=None, leave=False)):
         path = folder / f"{number:05d}.parquet"
         if not path.exists():
-            drawn = learner.sample(
-                prompts.iloc[start : start + per_shard],
-                responses_per_prompt=responses_per_prompt,
-                adapter=adapter,
-                source=source,
-                seed=derive_seed(seed, round_number, phase, number),
-            )
+            chosen = prompts.iloc[start : start + per_shard]
+            if known is not None:
+                drawn = known[known["prompt_id"].isin(chosen["prompt_id"])].reset_index(drop=True)
+            else:
+                drawn = learner.sample(
+                    chosen,
+                    responses_per_prompt=responses_per_prompt,
+                    adapter=adapter,
+                    source=source,
+                    seed=derive_seed(seed, round_number, phase, number),
+                )
             write_parquet(validate_responses(learner.score(drawn), objectives, phase), path)
         parts.append(read_parquet(path))
     return pd.concat(parts, ignore_index=True)

@@ -4,6 +4,7 @@ The learner is an argument: anything with fit, sample and score. `LoraLearner` t
 maximizer over an enumerated world.
 """
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,28 @@ from constrained_dpo.dual import ScoreTable, auto_step_scale, dual_step, solve_o
 from constrained_dpo.recipe import Recipe
 from constrained_dpo.rescore import collect, measure
 from constrained_dpo.run_directory import RunDirectory
+from constrained_dpo.tracking import log_round
 from data_prep.preferences import label_pairs
 from data_prep.sampling import is_policy_law
 from data_prep.settings import UserError, derive_seed
 from data_prep.tables import hash_file, read_parquet, validate_pairs, write_atomically, write_json, write_parquet
+
+Announce = Callable[[str, float | None], None]
+"""Told a phase's name with None when it begins, and with its seconds when it is done."""
+
+
+def silent(phase: str, seconds: float | None) -> None:
+    """The `Announce` that says nothing."""
+
+
+def timed(announce: Announce, phase: str, action: Callable[[], None]) -> float:
+    """Runs a phase and announces it; returns its seconds."""
+    announce(phase, None)
+    start = time.perf_counter()
+    action()
+    seconds = round(time.perf_counter() - start, 2)
+    announce(phase, seconds)
+    return seconds
 
 
 class Learner(Protocol):
@@ -42,7 +61,7 @@ class Learner(Protocol):
     def optimum(self) -> dict[str, dict] | None: ...
 
 
-def prepare(run: RunDirectory, recipe: Recipe, learner: Learner, left_out: dict[str, int]) -> Recipe:
+def prepare(run: RunDirectory, recipe: Recipe, learner: Learner, left_out: dict[str, int], announce: Announce = silent) -> Recipe:
     """Everything before round 0: prompts, π_ref's scored responses, ḡ_ref, the step's scale, λ_0. Returns the resolved recipe.
 
     left_out: counts of prompts left out, for state.json. Raises UserError for a score that is constant on the reference pool.
@@ -53,22 +72,33 @@ def prepare(run: RunDirectory, recipe: Recipe, learner: Learner, left_out: dict[
         write_parquet(prompts, run.prompts_file)
     elif not read_parquet(run.prompts_file).equals(prompts.reset_index(drop=True)):
         raise UserError(f"{run.prompts_file}: the prompt source changed while the run was being prepared; restore it or start another run")
-    identity = learner.identity()
+    identity: dict[str, object] = {}
+    timed(announce, "prepare: load policy and scorers", lambda: identity.update(learner.identity()))
+    inherited = run.state().get("inherited", {})
+    for key in ("policy", "law"):
+        if inherited and identity[key] != inherited[key]:
+            raise UserError(f"{run.path}: {key} is not that of {inherited['from']}, whose responses it takes over; init it without --from")
 
     def reference_samples(phase: str, chosen: pd.DataFrame, count: int) -> pd.DataFrame:
         return collect(
             run, learner, chosen, phase=phase, round_number=0, responses_per_prompt=count, adapter=None, source=f"reference-{phase}",
             shard_size=sampling.batch_size, objectives=problem.objectives, seed=recipe.seed,
+            known=read_parquet(run.inherited_file(phase)) if inherited else None,
         )  # fmt: skip
 
-    if not run.pool_file(None).exists():
+    def sample_pool() -> None:
         pool = reference_samples("pool", prompts[prompts["split"] != "test"], sampling.responses_per_prompt)
         _require_varying(pool, problem.objectives)
-        _commit(run, pool, run.pool_file(None), "pool")
+        write_parquet(pool, run.pool_file(None))
+
+    def sample_reference() -> None:
+        reference = reference_samples("reference", prompts[prompts["split"] != "fit"], dual.responses_per_prompt)
+        write_parquet(_with_split(reference, prompts), run.reference_file)
+
+    if not run.pool_file(None).exists():
+        timed(announce, "prepare: sample and score π_ref on fit prompts", sample_pool)
     if not run.reference_file.exists():
-        chosen = prompts[prompts["split"] != "fit"]
-        reference = reference_samples("reference", chosen, dual.responses_per_prompt)
-        _commit(run, _with_split(reference, prompts), run.reference_file, "reference")
+        timed(announce, "prepare: sample and score π_ref on dual and test prompts", sample_reference)
     optimum = learner.optimum()
     if optimum is not None and not run.exact_file.exists():
         write_json(run.exact_file, optimum)
@@ -80,15 +110,15 @@ def prepare(run: RunDirectory, recipe: Recipe, learner: Learner, left_out: dict[
             "left_out": left_out,
             "lambda": [initial_multipliers(run, recipe).to_dict()],
         }
+        _drop_shards(run, "pool", "reference")
         run.write_state(state)
     return recipe
 
 
-def _commit(run: RunDirectory, table: pd.DataFrame, path: Path, phase: str) -> None:
-    """Writes a phase's table, then drops the shards it was made of."""
-    write_parquet(table, path)
-    for shard in run.shard_folder(phase).glob("*.parquet"):
-        shard.unlink()
+def _drop_shards(run: RunDirectory, *phases: str) -> None:
+    """Drops the shards that whole tables were made of; before the state is written, so that a kill in between only repeats it."""
+    for phase in phases:
+        shutil.rmtree(run.shard_folder(phase), ignore_errors=True)
 
 
 def _with_split(responses: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
@@ -142,9 +172,7 @@ def next_multipliers(recipe: Recipe, lambda_: pd.Series, u: dict[str, float], ro
     return dual_step(lambda_, pd.Series(u, dtype=float), step, dual.max_lambda)
 
 
-def play_round(
-    run: RunDirectory, recipe: Recipe, learner: Learner, announce: Callable[[str], None] = lambda line: None
-) -> dict[str, object]:
+def play_round(run: RunDirectory, recipe: Recipe, learner: Learner, announce: Announce = silent) -> dict[str, object]:
     """One dual iteration: relabel, fit, re-score, dual step. Returns the round's record (round.json); resumes what a kill left undone."""
     state = run.state()
     number = len(state["lambda"]) - 1
@@ -152,12 +180,8 @@ def play_round(
     seconds: dict[str, float | None] = dict.fromkeys(("relabel", "fit", "rescore"))
 
     def phase(name: str, done: bool, action: Callable[[], None]) -> None:
-        if done:
-            return
-        announce(f"round {number}: {name}")
-        start = time.perf_counter()
-        action()
-        seconds[name] = round(time.perf_counter() - start, 2)
+        if not done:
+            seconds[name] = timed(announce, f"round {number}: {name}", action)
 
     phase("relabel", run.pairs_file(number).exists(), lambda: _relabel(run, recipe, lambda_, number))
     phase("fit", run.adapter_folder(number).exists(), lambda: _fit(run, recipe, learner, lambda_, number))
@@ -173,7 +197,9 @@ def play_round(
             record["truncated_scores"] = truncated
         write_json(run.round_file(number), record)
     record = run.round_record(number)
+    log_round(run, recipe, record)
     state["lambda"].append(record["lambda_next"])
+    _drop_shards(run, _rescore_phase(number))
     run.write_state(state)
     return record
 
@@ -204,15 +230,19 @@ def _fit(run: RunDirectory, recipe: Recipe, learner: Learner, lambda_: pd.Series
     )
 
 
+def _rescore_phase(number: int) -> str:
+    return f"round-{number:03d}"
+
+
 def _rescore(run: RunDirectory, recipe: Recipe, learner: Learner, number: int) -> None:
     prompts = run.prompts()
-    phase = f"round-{number:03d}"
+    phase = _rescore_phase(number)
     samples = collect(
         run, learner, prompts[prompts["split"] != "fit"], phase=phase, round_number=number,
         responses_per_prompt=recipe.dual.responses_per_prompt, adapter=run.adapter_folder(number), source=f"round:{number}",
         shard_size=recipe.sampling.batch_size, objectives=recipe.problem.objectives, seed=recipe.seed,
     )  # fmt: skip
-    _commit(run, _with_split(samples, prompts), run.samples_file(number), phase)
+    write_parquet(_with_split(samples, prompts), run.samples_file(number))
 
 
 def round_record(run: RunDirectory, recipe: Recipe, lambda_: pd.Series, number: int) -> dict[str, object]:

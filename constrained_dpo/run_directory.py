@@ -5,8 +5,9 @@ import fcntl
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +15,19 @@ import pandas as pd
 
 from constrained_dpo.recipe import Recipe, load_recipe
 from data_prep.settings import UserError
-from data_prep.tables import read_parquet, write_atomically, write_json
+from data_prep.tables import RESPONSES, read_parquet, write_atomically, write_json, write_parquet
 
 VERSION = 1
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """runs/NAME: recipe.yaml, state.json, prompts.parquet, pool/, reference.parquet, exact.json, rounds/NNN/, scores.sqlite."""
+    """runs/NAME: recipe.yaml, state.json, prompts.parquet, pool/, reference.parquet, exact.json, rounds/NNN/, scores.sqlite, logs/."""
 
     path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))  # a plain string is welcome
 
     @property
     def recipe_file(self) -> Path:
@@ -46,6 +50,10 @@ class RunDirectory:
     def exact_file(self) -> Path:
         """The exact optimum, where the world can be enumerated."""
         return self.path / "exact.json"
+
+    def inherited_file(self, phase: str) -> Path:
+        """π_ref's responses taken over from another run (`init --from`), without scores; phase is pool or reference."""
+        return self.path / "inherited" / f"{phase}.parquet"
 
     @property
     def score_cache(self) -> Path:
@@ -71,9 +79,17 @@ class RunDirectory:
     def round_file(self, round_number: int) -> Path:
         return self.round_folder(round_number) / "round.json"
 
+    def evaluation_folder(self, key: str) -> Path:
+        """samples.parquet, reference.parquet and evaluation.json of one `cdpo evaluate` or merged export."""
+        return self.path / "evaluations" / key
+
     def shard_folder(self, phase: str) -> Path:
         """Committed shards of a phase still under way."""
         return self.path / "shards" / phase
+
+    def logs_folder(self, name: str) -> Path:
+        """What trackers wrote: `rounds`, or `round-NNN` for a round's fit."""
+        return self.path / "logs" / name
 
     def recipe(self) -> Recipe:
         """The frozen recipe; raises UserError when it was edited after init."""
@@ -90,14 +106,14 @@ class RunDirectory:
     def state(self) -> dict:
         """state.json: version, recipe_hash, lambda (one dict per round begun), hashes of inputs, left_out counts."""
         self._require()
-        try:
-            state = json.loads(self.state_file.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self.state_file}:{error.lineno}: not valid JSON ({error.msg}); restore it from a backup") from error
+        state = _read_json(self.state_file)
         if state.get("version") != VERSION:
             raise UserError(
                 f"{self.state_file}: version {state.get('version')}, this program reads {VERSION}; use the release that wrote it"
             )
+        missing = [key for key in ("recipe_hash", "asked_step_scale", "lambda", "hashes", "left_out") if key not in state]
+        if missing:
+            raise UserError(f"{self.state_file}: lacks {', '.join(missing)}; restore it from a backup")
         return state
 
     def write_state(self, state: dict) -> None:
@@ -107,11 +123,22 @@ class RunDirectory:
         return read_parquet(self.prompts_file)
 
     def round_record(self, round_number: int) -> dict:
-        return json.loads(self.round_file(round_number).read_text())
+        return _read_json(self.round_file(round_number))
 
     def rounds_done(self) -> int:
         """Number of rounds whose dual step is in state.json."""
         return max(len(self.state()["lambda"]) - 1, 0)
+
+    def chosen_round(self, choice: str) -> int:
+        """The round that `--round K` or `--round last` means; raises UserError where it has not been played."""
+        played = self.rounds_done()
+        if not played:
+            raise UserError(f"{self.path}: no round has been played yet; `cdpo round {self.path}` plays one")
+        if choice == "last":
+            return played - 1
+        if not choice.isdigit() or int(choice) >= played:
+            raise UserError(f"--round {choice}: give a round from 0 to {played - 1}, or last")
+        return int(choice)
 
     def pool(self, before_round: int) -> pd.DataFrame:
         """The scored responses a round's pairs are drawn from: π_ref's, and those of earlier rounds that grew it."""
@@ -145,23 +172,45 @@ class RunDirectory:
             yield
 
 
-def init_run(recipe_file: Path, path: Path, overrides: list[str]) -> RunDirectory:
-    """Freezes a recipe into a new run directory; the same recipe again is no error. Raises UserError if another recipe's run is there."""
+def _read_json(path: Path) -> dict:
+    """A JSON object that this program wrote; raises UserError where it is gone, damaged or something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); restore it from a backup") from error
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore it from a backup") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; restore it from a backup")
+    return content
+
+
+def init_run(recipe_file: Path, path: Path, overrides: list[str], source: RunDirectory | None = None) -> RunDirectory:
+    """Freezes a recipe into a new run directory; the same recipe again is no error. Raises UserError if another recipe's run is there.
+
+    source: a prepared run whose π_ref responses and scores are taken over (another margin, β or set of constraints); UserError where its
+    recipe differs in anything those responses depend on.
+    """
     recipe = load_recipe(recipe_file, overrides)
-    run = RunDirectory(Path(path))
+    run = RunDirectory(path)
     asked = recipe.model_dump(mode="json")["dual"]["step_scale"]
     if run.state_file.exists():
         state = run.state()
         if state["recipe_hash"] != recipe.hash() or state["asked_step_scale"] != asked:
             raise UserError(f"{path}: is a run of another recipe (or other -s settings); choose another run directory")
         return run
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError(f"{path}: cannot be written (it is a file); choose a run directory")
     if run.path.exists() and any(run.path.iterdir()) and not run.recipe_file.exists():
         raise UserError(f"{path}: exists and is not a run directory; choose an empty or new folder")
+    state = {"version": VERSION, "recipe_hash": recipe.hash(), "asked_step_scale": asked, "lambda": [], "hashes": {}, "left_out": {}}
+    if source is not None:
+        state["inherited"] = _inheritance(recipe, source)
     try:
         write_atomically(run.recipe_file, recipe.to_yaml().encode())
-        run.write_state(
-            {"version": VERSION, "recipe_hash": recipe.hash(), "asked_step_scale": asked, "lambda": [], "hashes": {}, "left_out": {}}
-        )
+        if source is not None:
+            _take_over(run, source)
+        run.write_state(state)
     except OSError as error:
         raise _unwritable(run.path, error) from error
     return run
@@ -172,3 +221,32 @@ def _unwritable(path: Path, error: OSError) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return error
     return UserError(f"{path}: cannot be written ({error.strerror}); choose a writable run directory")
+
+
+# What π_ref's stored responses depend on. The adapter's shape does not enter: π_ref has none.
+_SAMPLED_WITH = ("seed", "policy", "prompts", "sampling", "dual.prompts_per_round", "dual.responses_per_prompt", "fit.max_length")
+
+
+def _inheritance(recipe: Recipe, source: RunDirectory) -> dict[str, object]:
+    """Path and hashes of the run that is taken over; raises UserError when it is not prepared or was sampled otherwise."""
+    state, theirs, ours = source.state(), source.recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
+    if not state["lambda"]:
+        raise UserError(f"--from {source.path}: is not prepared yet; run `cdpo prepare {source.path}` first")
+    for content in (theirs, ours):
+        del content["policy"]["lora"]
+    for key in _SAMPLED_WITH:
+        block, _, name = key.partition(".")
+        mine, other = (content[block][name] if name else content[block] for content in (ours, theirs))
+        if mine != other:
+            raise UserError(f"--from {source.path}: {key} differs ({other} there, {mine} here), so its responses cannot be used again")
+    return {"from": str(source.path.resolve()), "policy": state["hashes"]["policy"], "law": state["hashes"]["law"]}
+
+
+def _take_over(run: RunDirectory, source: RunDirectory) -> None:
+    """Copies prompts, π_ref's responses without their scores, and the cache that knows the scores."""
+    write_parquet(source.prompts(), run.prompts_file)
+    for phase, file in (("pool", source.pool_file(None)), ("reference", source.reference_file)):
+        write_parquet(read_parquet(file)[list(RESPONSES)], run.inherited_file(phase))
+    if source.score_cache.exists():
+        with closing(sqlite3.connect(source.score_cache)) as theirs, closing(sqlite3.connect(run.score_cache)) as ours:
+            theirs.backup(ours)

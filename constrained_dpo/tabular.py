@@ -1,7 +1,8 @@
 """Worlds whose every response is listed: the exact optimum, the exact value of any policy, and the exact Lagrangian maximizer as a learner.
 
-With all responses enumerated, expectations are sums: λ* and P* = D(λ*) (strong duality over all policies, CAID Lemma 1), E[r], E[g] and KL
-of a policy follow from its table of log-probabilities. Arrays are (num_prompts, num_responses), one row per prompt.
+With all responses enumerated, expectations are sums: λ* and P* = D(λ*) (strong duality over all policies, CAID,
+arXiv:2505.19387), E[r], E[g] and KL of a policy follow from its table of
+log-probabilities. Arrays are (num_prompts, num_responses), one row per prompt.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,14 @@
-"""What a person reads: the table of a round, the status of a run. Every number comes from round.json, state.json or exact.json."""
+"""What a person reads: phases as they pass, the table of a round, the status of a run, the findings of a check.
+
+Every number comes from round.json, state.json, exact.json or the check itself.
+"""
 
 import json
+import sys
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.run_directory import RunDirectory
@@ -14,9 +19,32 @@ MEANING = {
     "violated": "the utility is below its level on unseen prompts, at the stated confidence",
 }
 
+COLOURS = {"satisfied": "green", "undecided": "yellow", "violated": "red"}  # rich drops them under NO_COLOR and in files and pipes
+
+
+def print_phase(phase: str, seconds: float | None) -> None:
+    """A line per phase on stderr (an `Announce`): when it begins, and its seconds when done; on a terminal in place of the first."""
+    live = sys.stderr.isatty()
+    if seconds is None:
+        print(f"{phase} ...", end="\r" if live else "\n", file=sys.stderr, flush=True)
+    else:
+        erase = "\r\x1b[K" if live else ""
+        print(f"{erase}{phase}: {duration(seconds)}", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit a person would use."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:+.3f}"
+
+
+def _verdict(word: str) -> Text:
+    return Text(word, style=COLOURS[word])
 
 
 def describe_problem(problem: ConstrainedProblem) -> str:
@@ -40,7 +68,7 @@ def print_round(console: Console, run: RunDirectory, record: dict, problem: Cons
         cells = [name, f"{record['lambda'][name]:.4f}", f"{record['lambda_next'][name]:.4f}"]
         for part in (record, record["test"]):
             cells.append(f"{part['u'][name]:+.3f} [{part['u_ci_low'][name]:+.3f}, {part['u_ci_high'][name]:+.3f}]")
-        table.add_row(*cells, record["test"]["verdicts"][name])
+        table.add_row(*cells, _verdict(record["test"]["verdicts"][name]))
         if exact and optimum:
             for split in exact:
                 best = f"{optimum[split]['lambda'][name]:.4f}"
@@ -67,7 +95,7 @@ def print_round(console: Console, run: RunDirectory, record: dict, problem: Cons
     console.print(values)
     if record["kl"] is None:
         console.print(f"KL and objective are null: {record['kl_reason']}.")
-    console.print(f"verdict on the test prompts: {record['verdict']} ({MEANING[record['verdict']]})")
+    console.print(Text.assemble("verdict on the test prompts: ", _verdict(record["verdict"]), f" ({MEANING[record['verdict']]})"))
     if exact and optimum:
         from constrained_dpo.rounds import share_of_gap_closed
 
@@ -97,6 +125,28 @@ def print_samples(console: Console, run: RunDirectory, number: int, objectives: 
     console.print(table)
 
 
+def print_evaluation(console: Console, record: dict, problem: ConstrainedProblem, confidence: float) -> None:
+    """Every score before and after with its paired difference, u and verdict where it is a constraint, then KL and lengths."""
+    table = Table(title=f"{record['key']}: {record['num_prompts']} prompts, {record['num_samples']} responses", title_justify="left")
+    percent = f"{100 * confidence:g} %"
+    for column in ("score", "π_ref", "policy", f"difference [{percent}]", f"u [{percent}]", "verdict"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    for name, row in record["change"].items():
+        slack = verdict = ""
+        if name in problem.names:
+            slack = f"{record['u'][name]:+.3f} [{record['u_ci_low'][name]:+.3f}, {record['u_ci_high'][name]:+.3f}]"
+            verdict = record["verdicts"][name]
+        change = f"{row['difference']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+        table.add_row(name, f"{row['reference']:+.3f}", f"{row['policy']:+.3f}", change, slack, verdict)
+    console.print(table)
+    console.print(
+        f"KL {_number(record['kl'])} nats; mean length {record['mean_length']:.1f} tokens, {100 * record['cut_off_fraction']:.0f} % cut off"
+    )
+    if record["kl"] is None:
+        console.print(f"KL and objective are null: {record['kl_reason']}.")
+    console.print(f"verdict: {record['verdict']} ({MEANING[record['verdict']]})")
+
+
 def next_step(run: RunDirectory, rounds: int) -> str:
     """What happens next, in words."""
     state = run.state()
@@ -114,11 +164,28 @@ def next_step(run: RunDirectory, rounds: int) -> str:
     return f"round {number} of {rounds}: dual step (cdpo round)"
 
 
+TEST_KEYS = ("u", "u_ci_low", "u_ci_high", "reward", "kl", "objective", "verdicts")
+
+
+def expected_round_seconds(rounds: list[dict]) -> float | None:
+    """Seconds of a round: the sum over phases of their mean in the rounds that ran them whole (a resumed round has none); None before."""
+    total = 0.0
+    for phase in ("relabel", "fit", "rescore"):
+        known = [r["seconds"][phase] for r in rounds if r["seconds"][phase] is not None]
+        if not known:
+            return None
+        total += sum(known) / len(known)
+    return round(total, 2)
+
+
 def status(run: RunDirectory) -> dict[str, object]:
     """The run's state as JSON-ready values: rounds with λ, u, reward, KL, objective and verdict, and what happens next."""
     recipe, state = run.recipe(), run.state()
     keys = ("round", "lambda", "lambda_next", "u", "u_ci_low", "u_ci_high", "reward", "kl", "objective", "verdict")
-    rounds = [{k: run.round_record(t)[k] for k in keys} for t in range(run.rounds_done())]
+    records = [run.round_record(t) for t in range(run.rounds_done())]
+    rounds = [{k: r[k] for k in keys} | {"test": {k: r["test"][k] for k in TEST_KEYS}, "seconds": r["seconds"]} for r in records]
+    per_round = expected_round_seconds(rounds)
+    left = max(recipe.dual.rounds - len(rounds), 0)
     return {
         "name": recipe.name,
         "problem": describe_problem(recipe.problem),
@@ -126,6 +193,9 @@ def status(run: RunDirectory) -> dict[str, object]:
         "left_out": state["left_out"],
         "rounds": rounds,
         "next": next_step(run, recipe.dual.rounds),
+        "rounds_left": left,
+        "seconds_per_round": per_round,
+        "seconds_left": None if per_round is None else round(left * per_round, 2),
     }
 
 
@@ -133,14 +203,16 @@ def print_status(console: Console, content: dict[str, object]) -> None:
     console.print(f"{content['name']}\n{content['problem']}")
     if content["rounds"]:
         table = Table()
-        for column in ("round", "λ", "u on dual prompts", "E[r]", "KL", "objective", "verdict"):
+        for column in ("round", "λ", "u on dual prompts", "u on test prompts", "E[r]", "KL", "objective", "verdict on test"):
             table.add_column(column, justify="right")
         for row in content["rounds"]:
             lambdas = "\n".join(f"{n} {v:.4f}" for n, v in row["lambda"].items())
-            slacks = "\n".join(f"{v:+.3f} [{row['u_ci_low'][n]:+.3f}, {row['u_ci_high'][n]:+.3f}]" for n, v in row["u"].items())
-            table.add_row(
-                str(row["round"]), lambdas, slacks, _number(row["reward"]), _number(row["kl"]), _number(row["objective"]), row["verdict"]
-            )
+            slacks = [
+                "\n".join(f"{v:+.3f} [{part['u_ci_low'][n]:+.3f}, {part['u_ci_high'][n]:+.3f}]" for n, v in part["u"].items())
+                for part in (row, row["test"])
+            ]
+            values = (_number(row[k]) for k in ("reward", "kl", "objective"))
+            table.add_row(str(row["round"]), lambdas, *slacks, *values, _verdict(row["verdict"]))
         console.print(table)
     if content["lambda"]:
         console.print("λ for the next round: " + ", ".join(f"{n} {v:.4f}" for n, v in content["lambda"].items()))
@@ -148,3 +220,70 @@ def print_status(console: Console, content: dict[str, object]) -> None:
     if left_out:
         console.print("prompts left out: " + ", ".join(f"{v} {k}" for k, v in left_out.items()))
     console.print(f"next: {content['next']}")
+    if content["rounds_left"] and content["seconds_per_round"] is not None:
+        console.print(
+            f"expected from the rounds so far: {duration(content['seconds_per_round'])} a round, "
+            f"{duration(content['seconds_left'])} for the {content['rounds_left']} left"
+        )
+
+
+def print_check(console: Console, report: dict) -> None:
+    """What `check_recipe` found, in words and two tables."""
+    if "prompts" in report:
+        counts = ", ".join(f"{n} {split}" for split, n in report["prompts"].items())
+        console.print(f"prompts: {counts}; left out: {', '.join(f'{n} {why}' for why, n in report['left_out'].items())}")
+    if "lengths" in report:
+        lengths = report["lengths"]
+        total = lengths["longest_prompt"] + lengths["max_new_tokens"]
+        console.print(
+            f"lengths in tokens: longest prompt {lengths['longest_prompt']} + max_new_tokens {lengths['max_new_tokens']} = {total}; "
+            f"fit.max_length {lengths['max_length']}, the policy's window {lengths['policy_window'] or 'not stated'}"
+        )
+        for name, own in lengths["scorers"].items():
+            cut = ", longer texts are cut" if own["truncate"] else ""
+            console.print(f"  scorer of {name}: longest prompt {own['longest_prompt']} of its tokens, window {own['window']}{cut}")
+    if "policy" in report:
+        policy = report["policy"]
+        console.print(f"policy: {policy['model']}, {policy['quantization']}, fingerprint {policy['fingerprint']}")
+        if policy["overridden_generation"]:
+            console.print(f"  sampling ignores the checkpoint's own generation settings: {policy['overridden_generation']}")
+    for name, found in report["scorers"].items():
+        scores = "" if found["polite"] is None else f"polite answer {found['polite']:+.3g}, rude answer {found['rude']:+.3g}: "
+        console.print(f"scorer of {name} ({found['type']}): {scores}{found['direction']}")
+    if "pilot" in report:
+        _print_pilot(console, report["pilot"])
+    if "memory_gib" in report:
+        parts = dict(report["memory_gib"])
+        measured = parts.pop("measured_peak", None)
+        peak = parts.pop("peak")
+        console.print(f"memory, estimated: {', '.join(f'{k} {_gib(v)}' for k, v in parts.items())}; peak {_gib(peak)}")
+        if measured is not None:
+            console.print(f"  peak of this check, measured: {_gib(measured)} (on a CPU with the libraries' own 0.5 to 1 GiB)")
+    for line in report["not_checked"]:
+        console.print(f"not checked: {line}")
+    console.print("the recipe is valid" + (" as far as it was checked" if report["not_checked"] else ""))
+
+
+def _gib(value: float) -> str:
+    return f"{value:.1f} GiB" if value >= 1 else f"{1024 * value:.0f} MiB"
+
+
+def _print_pilot(console: Console, pilot: dict) -> None:
+    console.print(
+        f"pilot: {pilot['prompts']} dual prompts × {pilot['responses_per_prompt']} responses of π_ref, "
+        f"{100 * pilot['cut_off_fraction']:.0f} % cut off"
+    )
+    if pilot["precision"]:
+        table = Table(title="expected standard error of u, in score units", title_justify="left")
+        for column in ("constraint", "std within a prompt", "std between prompts", "dual", "test", "target", "prompts needed"):
+            table.add_column(column, justify="left" if column == "constraint" else "right")
+        for name, row in pilot["precision"].items():
+            numbers = [row["std_within"], row["std_between"], row["se"]["dual"], row["se"]["test"], row["target_se"]]
+            needed = "–" if row["prompts_needed"] is None else str(row["prompts_needed"])
+            table.add_row(name, *("–" if v is None else f"{v:.3g}" for v in numbers), needed)
+        console.print(table)
+    seconds = pilot["seconds"]
+    console.print(
+        f"expected time: prepare {duration(seconds['prepare'])}; each round: fit {duration(seconds['fit'])}, "
+        f"rescore {duration(seconds['rescore'])}; the whole run {duration(seconds['run'])}"
+    )

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from data_prep.policy import check_model_folder, fingerprint_model
-from data_prep.scoring import ClassifierScorerSettings
+from data_prep.checkpoints import check_model_folder, explained_loading, fingerprint_model, resolve_device
+from data_prep.scoring import ClassifierScorerSettings, fill_template
 from data_prep.settings import UserError
 
 
@@ -17,38 +18,39 @@ class ClassifierScorer:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         self.settings = settings
+        key = f"scorer {settings.model}"
+        device = resolve_device(settings.device, f"{key}: device")
         if Path(settings.model).is_dir():
-            check_model_folder(Path(settings.model), f"scorer {settings.model}", "AutoModelForSequenceClassification")
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(settings.model, revision=settings.revision)
+            check_model_folder(Path(settings.model), key, "AutoModelForSequenceClassification", settings.allow_pickle)
+        with explained_loading(key, settings.model):
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+            )
             self.model, loading = AutoModelForSequenceClassification.from_pretrained(
                 settings.model,
                 revision=settings.revision,
                 dtype=getattr(torch, settings.dtype),
-                use_safetensors=True,
+                use_safetensors=None if settings.allow_pickle else True,
+                trust_remote_code=settings.trust_remote_code,
                 output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"scorer {settings.model}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
         fresh = sorted(set(loading["missing_keys"]) | {str(k) for k in loading.get("mismatched_keys", ())})
         if fresh:
             raise UserError(
                 f"scorer {settings.model}: weights {', '.join(fresh[:3])} are not in the checkpoint and were newly initialised, so its "
                 "scores would be noise; use a checkpoint saved with its classification head"
             )
-        self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.eval().to(device)
         self.label = self._label_index()
         self._set_padding()
-        if settings.text == "template" and not (
-            settings.template and "{prompt}" in settings.template and "{response}" in settings.template
-        ):
-            raise UserError(f"scorer {settings.model}: text: template needs a template with {{prompt}} and {{response}}")
+        if settings.text == "template" and "{response}" not in (settings.template or ""):
+            raise UserError(f"scorer {settings.model}: text: template needs a template with {{response}} (and mostly {{prompt}})")
         if settings.text == "chat" and not self.tokenizer.chat_template:
             raise UserError(f"scorer {settings.model}: text: chat, but its tokenizer has no chat template; use pair or template")
         window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = min(v for v in (settings.max_length, window, self.tokenizer.model_max_length) if v)
         self.truncated = 0
-        shape = settings.model_dump_json(exclude={"model", "revision", "batch_size", "negate"})
+        shape = settings.model_dump_json(exclude={"model", "revision", "batch_size", "negate", "device", "allow_pickle"})
         self.fingerprint = f"classifier:{fingerprint_model(settings.model, settings.revision)}:{self.label}:{shape}"
 
     def _label_index(self) -> int:
@@ -71,18 +73,27 @@ class ClassifierScorer:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
 
-    def _encode(self, prompt: str, response: str) -> dict[str, list[int]]:
-        settings, eos = self.settings, self.tokenizer.eos_token or ""
-        response += eos if settings.append_eos else ""
+    def text_length(self, prompt: str, response: str) -> int:
+        """Tokens that the model would read for this text, its format's own included; nothing is cut."""
+        return len(self._tokenize(prompt, self._closed(response))["input_ids"])
+
+    def _closed(self, response: str) -> str:
+        return response + (self.tokenizer.eos_token or "" if self.settings.append_eos else "")
+
+    def _tokenize(self, prompt: str, response: str) -> dict[str, list[int]]:
+        settings = self.settings
         if settings.text == "pair":
-            encoded = self.tokenizer(prompt, response)
-        elif settings.text == "template":
-            text = settings.template.replace("{prompt}", prompt).replace("{response}", response)
+            return self.tokenizer(prompt, response)
+        if settings.text == "template":
+            text = fill_template(settings.template, prompt, response)
             has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-            encoded = self.tokenizer(text, add_special_tokens=not has_bos)
-        else:
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            encoded = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+            return self.tokenizer(text, add_special_tokens=not has_bos)
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+
+    def _encode(self, prompt: str, response: str) -> dict[str, list[int]]:
+        settings, response = self.settings, self._closed(response)
+        encoded = self._tokenize(prompt, response)
         length = len(encoded["input_ids"])
         if length > self.max_length:
             if not settings.truncate:
@@ -115,7 +126,7 @@ class ClassifierScorer:
         alone = [i for i in order if encoded[i]["input_ids"][-1] == pad]
         batched = [i for i in order if encoded[i]["input_ids"][-1] != pad]
         scores = np.empty(len(encoded))
-        for begin in range(0, len(batched), self.settings.batch_size):
+        for begin in tqdm(range(0, len(batched), self.settings.batch_size), desc="score", unit="batch", disable=None, leave=False):
             rows = batched[begin : begin + self.settings.batch_size]
             scores[rows] = self._forward([encoded[i] for i in rows])
         config = self.model.config.get_text_config()

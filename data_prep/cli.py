@@ -9,12 +9,11 @@ import typer
 
 from data_prep.settings import UserError
 
-app = typer.Typer(
-    name="data-prep", help="Turn prompts, a policy and scorers into validated tables.", no_args_is_help=True, add_completion=False
-)
+app = typer.Typer(name="data-prep", help="Turn prompts, a policy and scorers into validated tables.", no_args_is_help=True)
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="parquet file to write")]
 Format = Annotated[str, typer.Option("--format", help="text or chat")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable summary")]
 
 
 def run_app(application: typer.Typer) -> None:
@@ -46,6 +45,19 @@ def run_app(application: typer.Typer) -> None:
         sys.exit(1)
 
 
+def quiet_libraries() -> None:
+    """Results and our own progress only: the libraries' notices about their defaults do not apply (every default is set)."""
+    import logging
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def parse_assignments(pairs: list[str], option: str) -> dict[str, float]:
     """NAME=NUMBER options as a dict; raises UserError."""
     values = {}
@@ -69,6 +81,7 @@ def prompts(
     num_dual: Annotated[int, typer.Option(help="how many fit prompts are dual prompts")] = 600,
     max_fit: Annotated[int | None, typer.Option(help="keep at most so many fit prompts")] = None,
     max_test: Annotated[int | None, typer.Option(help="keep at most so many test prompts")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Read prompts, drop duplicates, split them by hash into fit, dual and test."""
     from data_prep.sources import PromptSettings, split_prompts
@@ -77,7 +90,11 @@ def prompts(
     settings = _validated(PromptSettings, source=source, format=format, test=_fraction_or_file(test), max_fit=max_fit, max_test=max_test)
     table, left_out = split_prompts(settings, num_dual)
     write_parquet(table, output)
-    counts = ", ".join(f"{n} {split}" for split, n in table["split"].value_counts().items())
+    splits = {split: int(n) for split, n in table["split"].value_counts().items()}
+    if as_json:
+        print(json.dumps({"output": str(output), "prompts": splits, "left_out": left_out}))
+        return
+    counts = ", ".join(f"{n} {split}" for split, n in splits.items())
     print(f"{output}: {counts}; left out: {', '.join(f'{n} {why}' for why, n in left_out.items())}")
 
 
@@ -115,6 +132,7 @@ def sample(
     top_p: Annotated[float, typer.Option(help="nucleus")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="sequences at once")] = 32,
     seed: Annotated[int, typer.Option(help="seed")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Sample responses with their log-probabilities under the sampling law, the policy and the reference."""
     from data_prep.policy import PolicySettings, load_policy
@@ -129,6 +147,7 @@ def sample(
     )  # fmt: skip
     how = _validated(PromptSettings, source=str(prompts), format=format, template=template)
     table = validate_prompts(read_table(prompts), str(prompts))
+    quiet_libraries()
     policy = load_policy(_validated(PolicySettings, model=model, quantization=quantization, dtype=dtype))
     tokens = tokenize_prompts(table, how, policy.tokenizer)
     drawn = sample_shard(
@@ -136,6 +155,10 @@ def sample(
         source="policy" if adapter else "reference", seed=derive_seed(seed, 0, "sample"),
     )  # fmt: skip
     write_parquet(drawn.assign(prompt=drawn["prompt_id"].map(table.set_index("prompt_id")["prompt"])), output)
+    if as_json:
+        cut = float((~drawn["ended"]).mean())
+        print(json.dumps({"output": str(output), "prompts": len(table), "responses": len(drawn), "cut_off_fraction": cut}))
+        return
     print(f"{output}: {len(drawn)} responses, {100 * (~drawn['ended']).mean():.0f} % cut off at {max_new_tokens} tokens")
 
 
@@ -146,29 +169,28 @@ def score(
     name: Annotated[str, typer.Option(help="column to add")],
     scorer: Annotated[str, typer.Option(help="as in a recipe, e.g. '{type: python, target: \"file.py:function\"}'")],
     cache: Annotated[Path | None, typer.Option(help="SQLite file of known scores")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Add one score column (higher is better) to a table of prompts and responses."""
-    import yaml
-    from pydantic import TypeAdapter, ValidationError
-
-    from data_prep.scoring import ScoreCache, ScorerSettings, make_scorer, score_texts
+    from data_prep.scoring import ScoreCache, make_scorer, parse_scorer, score_texts
     from data_prep.tables import RESERVED_NAMES, read_table, require_columns, write_parquet
 
     if name in RESERVED_NAMES:
         raise UserError(f"--name {name}: is a reserved column name; choose another")
-    try:
-        settings = TypeAdapter(ScorerSettings).validate_python(yaml.safe_load(scorer))
-    except (ValidationError, yaml.YAMLError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        detail = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip() if first else str(error).splitlines()[0]
-        raise UserError(f"--scorer {scorer}: {detail}") from error
+    settings = parse_scorer(scorer, "--scorer")
     table = read_table(responses)
     require_columns(table, ["prompt", "response"], str(responses))
+    if settings.type == "classifier":
+        quiet_libraries()
     values = score_texts(
         make_scorer(settings), table["prompt"].astype(str).tolist(), table["response"].astype(str).tolist(),
         negate=settings.negate, name=name, cache=ScoreCache(cache),
     )  # fmt: skip
     write_parquet(table.assign(**{name: values}), output)
+    if as_json:
+        facts = {k: _plain(getattr(values, k)()) for k in ("mean", "std", "min", "max")}
+        print(json.dumps({"output": str(output), "name": name, "rows": len(values), **facts}))
+        return
     print(f"{output}: {name} mean {values.mean():.4g}, std {values.std():.4g}, {values.min():.4g} to {values.max():.4g}")
 
 
@@ -182,6 +204,7 @@ def relabel(
     pairs_per_prompt: Annotated[str, typer.Option(help="a number, or all")] = "all",
     seed: Annotated[int, typer.Option(help="seed of pairs and draws")] = 0,
     text: Annotated[bool, typer.Option("--text", help="add prompt, chosen, rejected texts")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Pseudo-preference pairs under given multipliers: P(y1 ≻ y2) = σ(s(y1) − s(y2)), s = reward + Σ λ·utility."""
     import pandas as pd
@@ -201,7 +224,11 @@ def relabel(
     )  # fmt: skip
     singles = int((table.groupby("prompt_id").size() < 2).sum())
     write_parquet(attach_text(pairs, table, None) if text else pairs, output)
-    ambiguous = (pairs["prob"].sub(0.5).abs() < 0.45).mean()
+    ambiguous = float((pairs["prob"].sub(0.5).abs() < 0.45).mean())
+    if as_json:
+        facts = {"pairs": len(pairs), "prompts": int(pairs["prompt_id"].nunique()), "ambiguous_fraction": _plain(ambiguous)}
+        print(json.dumps({"output": str(output), **facts, "left_out": {"single_response": singles}}))
+        return
     print(
         f"{output}: {len(pairs)} pairs of {pairs['prompt_id'].nunique()} prompts, "
         f"{100 * ambiguous:.0f} % with P between 0.05 and 0.95; left out: {singles} prompts with a single response"

@@ -1,7 +1,7 @@
 """The policy: a base model (nf4, int8 or unquantized), its tokenizer, and LoRA adapters from disk.
 
-The reference policy π_ref is the base with no adapter. The base is loaded once, frozen, and never merged into; an adapter
-is attached for as long as a `with` block lasts.
+The reference policy π_ref is the base with no adapter (that base may itself be base + supervised adapter, merged before it is quantized:
+data_prep/merging.py). It is loaded once, frozen, and never merged into; an adapter is attached for as long as a `with` block lasts.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from data_prep.checkpoints import check_adapter_folder, check_model_folder, explained_loading, fingerprint_model, resolve_device
 from data_prep.settings import Settings, UserError
-from data_prep.tables import hash_file
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +38,14 @@ class PolicySettings(Settings):
 
     model: str = Field(description="local folder or hub id of a causal language model; `quickstart` is the embedded world's")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    reference_adapter: str | None = Field(
+        None, description="LoRA adapter (PEFT folder) merged into the unquantized base: the reference policy is base + adapter"
+    )
     quantization: Literal["nf4", "int8", "none"] = Field("nf4", description="storage of the frozen base")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="compute dtype")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the policy runs; auto: the GPU where there is one")
+    trust_remote_code: bool = Field(False, description="run modelling code that comes with the checkpoint")
+    allow_pickle: bool = Field(False, description="accept pickled weights (pytorch_model.bin) where there are no safetensors")
     lora: LoraSettings = Field(default_factory=LoraSettings, description="the adapter")
 
 
@@ -70,44 +76,31 @@ class Policy:
 
 
 def resolve_model(settings: PolicySettings) -> str:
-    """The folder or hub id to load; builds the embedded world's policy when asked for it. Raises UserError for an unusable folder."""
+    """The folder or hub id of the unquantized π_ref: the base, or base and `reference_adapter` merged. Built now where it has to be.
+
+    Raises UserError for an unusable folder or adapter.
+    """
+    base = _resolve_base(settings)
+    if settings.reference_adapter is None:
+        return base
+    from data_prep.merging import merged_reference
+
+    return str(merged_reference(settings, base))
+
+
+def _resolve_base(settings: PolicySettings) -> str:
+    """The folder or hub id of the base; builds the embedded world's policy when asked for it."""
     if settings.model == QUICKSTART:
         from data_prep.quickstart import build_policy
 
         return str(build_policy())
     folder = Path(settings.model).expanduser()
     if folder.is_dir():
-        check_model_folder(folder, "policy.model", "AutoModelForCausalLM")
+        check_model_folder(folder, "policy.model", "AutoModelForCausalLM", settings.allow_pickle)
         return str(folder)
     if settings.model.startswith((".", "/", "~")) or folder.exists():
         raise UserError(f"policy.model: {settings.model} is not a folder; give a model folder or a hub id")
     return settings.model
-
-
-def check_model_folder(folder: Path, key: str, loader: str) -> None:
-    """Raises UserError naming the first part (config, weights, tokenizer) that a local model folder lacks."""
-    if not (folder / "config.json").exists():
-        raise UserError(f"{key}: {folder} has no config.json, so {loader} cannot load it; point to a saved model")
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{key}: {folder} has no *.safetensors weights; save the model with safe_serialization")
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        raise UserError(f"{key}: {folder} has no tokenizer (tokenizer.json); save it beside the model")
-
-
-def fingerprint_model(source: str, revision: str | None) -> str:
-    """Hash of a model's identity: contents of a local folder, or the resolved commit of a hub model."""
-    folder = Path(source)
-    digest = hashlib.sha256()
-    if folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            if path.suffix in (".safetensors", ".json", ".jinja", ".txt", ".model") and path.name != "generation_config.json":
-                digest.update(f"{path.name}:{hash_file(path)}\n".encode())
-    else:
-        from transformers.utils import cached_file
-
-        config = cached_file(source, "config.json", revision=revision)
-        digest.update(f"{source}@{Path(config).parent.name}".encode())
-    return digest.hexdigest()[:16]
 
 
 def load_policy(settings: PolicySettings) -> Policy:
@@ -119,21 +112,25 @@ def load_policy(settings: PolicySettings) -> Policy:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    device = resolve_device(settings.device, "policy.device")
     source = resolve_model(settings)
     dtype = getattr(torch, settings.dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=settings.revision)
-        model = AutoModelForCausalLM.from_pretrained(
+    with explained_loading("policy.model", source):
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+        model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             revision=settings.revision,
             dtype=dtype,
             quantization_config=_quantization_config(settings, dtype),
             device_map={"": device},
-            use_safetensors=True,
+            use_safetensors=None if settings.allow_pickle else True,
+            trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"policy.model: {source} cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    if fresh := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"policy.model: {source}: weights {', '.join(fresh[:3])} are not in the checkpoint and were newly initialised; save it whole"
+        )
     _check_quantization(model, settings)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -149,7 +146,7 @@ def load_policy(settings: PolicySettings) -> Policy:
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=list(eos_ids), pad_token_id=tokenizer.pad_token_id
     )
-    identity = json.dumps([fingerprint_model(source, settings.revision), settings.quantization, settings.dtype])
+    identity = json.dumps([fingerprint_model(source, settings.revision), settings.quantization, settings.dtype, settings.trust_remote_code])
     return Policy(model, tokenizer, settings, eos_ids, hashlib.sha256(identity.encode()).hexdigest()[:16], overridden)
 
 
@@ -203,9 +200,11 @@ def attached_adapter(policy: Policy, adapter: Path | None) -> Iterator["torch.nn
     if adapter is None:
         yield policy.model
         return
+    check_adapter_folder(Path(adapter), "adapter")
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(policy.model, str(adapter), is_trainable=False)
+    with explained_loading("adapter", f"{adapter} (of another base, or damaged?)"):
+        model = PeftModel.from_pretrained(policy.model, str(adapter), is_trainable=False)
     model.eval()
     try:
         yield model

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 from pydantic import Field
+from tqdm import tqdm
 
 from data_prep.policy import Policy, attached_adapter
 from data_prep.settings import Settings, UserError
@@ -173,7 +174,9 @@ def sample_shard(
     law = {"temperature": settings.temperature, "top_p": settings.top_p}
     with attached_adapter(policy, adapter) as model:
         drawn = []
-        for begin in range(0, len(rows), size):
+        # A run commits one batch per shard and shows the shards; only a caller that draws several batches at once needs a bar here.
+        hidden = True if len(rows) <= size else None
+        for begin in tqdm(range(0, len(rows), size), desc="sample", unit="batch", disable=hidden, leave=False):
             drawn += generate(policy, model, tokens[begin : begin + size], settings, seed + begin)
         policy_logp, sample_logp = response_logps(model, tokens, drawn, pad_id=pad_id, batch_size=size, **law)
     ref_logp = policy_logp

@@ -88,7 +88,9 @@ def _prompt_of(row: dict, chat: bool) -> str:
         messages = parse_hh(row["chosen"])
         while messages[-1]["role"] == "assistant":  # a few published rows end with two assistant turns
             messages = messages[:-1]
-        prompt = messages if chat else "\n\n".join(m["content"] for m in messages)
+        # Without its opening "Human:", which the template puts back; further turns keep their marks, or the roles would be lost.
+        turns = [f"\n\n{'Human' if m['role'] == 'user' else 'Assistant'}: {m['content']}" for m in messages]
+        prompt = messages if chat else "".join(turns).removeprefix("\n\nHuman: ")
     else:
         raise ValueError(f"no `prompt` (it has {', '.join(row)})")
     for message in messages:

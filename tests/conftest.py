@@ -1,6 +1,7 @@
 """Shared parts of the tests: everything runs offline on two threads; real models are built once per session."""
 
 import os
+import subprocess
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -46,6 +47,22 @@ def quickstart_policy():
     from data_prep.policy import PolicySettings, load_policy
 
     return load_policy(PolicySettings(model="quickstart", dtype="float32"))
+
+
+# A real run that takes seconds a round.
+SMALL = ("sampling.responses_per_prompt=8", "dual.responses_per_prompt=8", "sampling.batch_size=64", "fit.steps=30", "dual.rounds=2")
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """Two rounds of the embedded world, played by the CLI in a process of its own; read-only for tests."""
+    from test_cli import CDPO
+
+    from constrained_dpo.run_directory import init_run
+
+    run = init_run(QUICKSTART, tmp_path_factory.mktemp("small") / "run", list(SMALL))
+    subprocess.run([*CDPO, "run", str(run.path)], check=True, stdout=subprocess.DEVNULL)
+    return run
 
 
 def scored_frame(seed: int, prompts: int, responses: int, names: tuple[str, ...] = ("r", "g")) -> pd.DataFrame:

@@ -1,15 +1,18 @@
 """The commands as a user types them: real processes, exit codes, one-line errors, no torch where none is needed."""
 
+import contextlib
+import io
 import json
-import os
 import subprocess
 import sys
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import QUICKSTART, scored_frame
 
+from constrained_dpo.cli import main
 from constrained_dpo.dual import ScoreTable, solve_one_shot
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 
@@ -17,10 +20,17 @@ CDPO = [sys.executable, "-c", "from constrained_dpo.cli import main; main()"]
 
 
 def cdpo(*arguments, check=None) -> subprocess.CompletedProcess:
-    result = subprocess.run([*CDPO, *map(str, arguments)], capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"})
+    """The command as `main` runs it, in this process (importing torch anew takes seconds); an unexpected exception fails the test."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    words = ["cdpo", *map(str, arguments)]
+    with patch.object(sys, "argv", words), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+    result = subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
     if check is not None:
         assert result.returncode == check, result.stderr + result.stdout
-        assert "Traceback" not in result.stderr
     return result
 
 
@@ -121,9 +131,20 @@ def test_prompts_sample_score_relabel_from_the_shell(tmp_path):
     cdpo("data", "prompts", tmp_path / "p.jsonl", "-o", prompts, "--test", "0.5", "--num-dual", 1)
     frame = pd.read_json(tmp_path / "p.jsonl", lines=True).assign(prompt_id=list("abcd"), split="fit")
     frame.to_parquet(prompts)
-    cdpo("data", "sample", prompts, "-o", drawn, "--model", "quickstart", "--dtype", "float32", "--max-new-tokens", 3, "-k", 4, check=0)
+    options = ["--model", "quickstart", "--dtype", "float32", "--max-new-tokens", 3, "-k", 4, "--json"]
+    assert json.loads(cdpo("data", "sample", prompts, "-o", drawn, *options, check=0).stdout)["responses"] == 16
     for name, source in (("helpful", drawn), ("harmless", scored)):
         scorer = f"{{type: python, target: 'data_prep.quickstart:{name}'}}"
-        cdpo("data", "score", source, "-o", scored, "--name", name, "--scorer", scorer, check=0)
-    cdpo("data", "relabel", scored, "--reward", "helpful", "--lambda", "harmless=0.5", "-o", pairs, check=0)
-    assert len(pd.read_parquet(pairs)) == 4 * 6
+        summary = json.loads(cdpo("data", "score", source, "-o", scored, "--name", name, "--scorer", scorer, "--json", check=0).stdout)
+        assert summary["rows"] == 16 and summary["mean"] == pytest.approx(pd.read_parquet(scored)[name].mean())
+    relabelled = cdpo("data", "relabel", scored, "--reward", "helpful", "--lambda", "harmless=0.5", "-o", pairs, "--json", check=0)
+    assert json.loads(relabelled.stdout)["pairs"] == len(pd.read_parquet(pairs)) == 4 * 6
+
+
+def test_init_and_prompts_answer_in_json(tmp_path):
+    made = json.loads(cdpo("init", QUICKSTART, tmp_path / "run", "--json", check=0).stdout)
+    assert made["name"] == "quickstart" and made["recipe_hash"] == json.loads((tmp_path / "run" / "state.json").read_text())["recipe_hash"]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"prompt {i % 40}"}) + "\n" for i in range(50)))
+    split = cdpo("data", "prompts", tmp_path / "p.jsonl", "-o", tmp_path / "p.parquet", "--num-dual", 5, "--json", check=0)
+    found = json.loads(split.stdout)
+    assert sum(found["prompts"].values()) == 40 and found["prompts"]["dual"] == 5 and found["left_out"]["duplicates"] == 10

@@ -102,7 +102,7 @@ def test_parity_with_trl_over_twenty_steps(plain_policy, tmp_path):
         else:
             trainer = PlainTRL(
                 model=policy.model,
-                args=training_config(settings, 0.3, 3, tmp_path),
+                args=training_config(settings, 0.3, 3, tmp_path, policy.device.type),
                 train_dataset=rows.remove_columns(["ref_chosen_logps", "ref_rejected_logps", "target"]),
                 processing_class=policy.tokenizer,
                 peft_config=LoraConfig(r=LORA.r, lora_alpha=LORA.alpha, target_modules="all-linear", task_type="CAUSAL_LM"),

@@ -7,18 +7,10 @@ import subprocess
 import time
 
 import pandas as pd
-import pytest
-from conftest import QUICKSTART
+from conftest import QUICKSTART, SMALL
 from test_cli import CDPO, cdpo
 
-from constrained_dpo.run_directory import RunDirectory
-
-SMALL = ["sampling.responses_per_prompt=8", "dual.responses_per_prompt=8", "sampling.batch_size=64", "fit.steps=30", "dual.rounds=2"]
-
-
-def init(path) -> RunDirectory:
-    cdpo("init", QUICKSTART, path, *[part for s in SMALL for part in ("-s", s)], check=0)
-    return RunDirectory(path)
+from constrained_dpo.run_directory import RunDirectory, init_run
 
 
 def content(run: RunDirectory) -> dict:
@@ -40,15 +32,8 @@ def kill_when(run: RunDirectory, moment) -> bool:
     return False
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    run = init(tmp_path_factory.mktemp("whole") / "run")
-    cdpo("run", run.path, check=0)
-    return run
-
-
-def test_a_run_killed_three_times_equals_one_never_killed(uninterrupted, tmp_path):
-    run = init(tmp_path / "run")
+def test_a_run_killed_three_times_equals_one_never_killed(small_run, tmp_path):
+    run = init_run(QUICKSTART, tmp_path / "run", list(SMALL))
     moments = {
         "sampling the reference": lambda: any(run.shard_folder("pool").glob("*.parquet")) and not run.pool_file(None).exists(),
         "inside the fit": lambda: run.pairs_file(0).exists() and (run.round_folder(0) / ".adapter.tmp").exists(),
@@ -61,29 +46,29 @@ def test_a_run_killed_three_times_equals_one_never_killed(uninterrupted, tmp_pat
                 pd.read_parquet(file)  # nothing half-written is in view
         json.loads(run.state_file.read_text())
     cdpo("run", run.path, check=0)
-    assert content(run) == content(uninterrupted)
+    assert content(run) == content(small_run)
     assert not list(run.path.rglob(".*.tmp")) and not list(run.path.rglob("shards/*/*"))
 
 
-def test_check_replays_the_history_and_status_says_what_is_next(uninterrupted):
-    assert "equal to state.json" in cdpo("check", uninterrupted.path, check=0).stdout
-    status = json.loads(cdpo("status", uninterrupted.path, "--json", check=0).stdout)
+def test_check_replays_the_history_and_status_says_what_is_next(small_run):
+    assert "equal to state.json" in cdpo("check", small_run.path, check=0).stdout
+    status = json.loads(cdpo("status", small_run.path, "--json", check=0).stdout)
     assert len(status["rounds"]) == 2 and "all 2 rounds of the recipe are done" in status["next"]
-    record = uninterrupted.round_record(1)
+    record = small_run.round_record(1)
     for key in ("round", "lambda", "lambda_next", "u", "u_se", "u_ci_low", "u_ci_high", "reward", "kl", "objective", "test", "verdict",
                 "num_prompts", "num_samples", "cut_off_fraction", "mean_length", "seconds", "sampling_law", "hashes", "exact"):  # fmt: skip
         assert record[key] is not None, key
-    table = cdpo("status", uninterrupted.path, check=0).stdout
+    table = cdpo("status", small_run.path, check=0).stdout
     assert "E[helpful] − 0.25·KL" in table and f"{record['lambda']['harmless']:.4f}" in table
 
 
-def test_a_fresh_process_finds_the_run_done(uninterrupted):
-    assert "all 2 rounds are done" in cdpo("run", uninterrupted.path, check=0).stdout
+def test_a_fresh_process_finds_the_run_done(small_run):
+    assert "all 2 rounds are done" in cdpo("run", small_run.path, check=0).stdout
 
 
-def test_estimates_agree_with_the_exact_values(uninterrupted):
+def test_estimates_agree_with_the_exact_values(small_run):
     """Monte-Carlo u, E[r] and KL of a real LoRA policy against full enumeration through the same forward."""
-    record, optimum = uninterrupted.round_record(1), json.loads(uninterrupted.exact_file.read_text())
+    record, optimum = small_run.round_record(1), json.loads(small_run.exact_file.read_text())
     for split, part in (("dual", record), ("test", record["test"])):
         exact = record["exact"][split]
         assert abs(part["u"]["harmless"] - exact["u"]["harmless"]) < 5 * part["u_se"]["harmless"]

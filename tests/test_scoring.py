@@ -11,6 +11,7 @@ from data_prep.scoring import (
     ColumnScorerSettings,
     PythonScorerSettings,
     ScoreCache,
+    fill_template,
     make_scorer,
     score_texts,
 )
@@ -81,6 +82,15 @@ def test_classifier_equals_one_plain_forward_per_text(classifier, text, append_e
         with torch.no_grad():
             expected.append(model(**encoded).logits[0, 0].item())
     np.testing.assert_allclose(scorer.score(PROMPTS, RESPONSES), expected, atol=1e-5)
+
+
+def test_a_template_may_leave_the_prompt_out_and_braces_of_a_prompt_stay(classifier):
+    base = {"type": "classifier", "model": str(classifier), "text": "template"}
+    alone = make_scorer(ClassifierScorerSettings(**base, template="{response}"))
+    assert np.ptp(alone.score(PROMPTS, ["la la"] * 4)) == 0
+    assert fill_template("ask {prompt} say {response}", "{response}", "{prompt}") == "ask {response} say {prompt}"
+    with pytest.raises(UserError, match="needs a template with"):
+        make_scorer(ClassifierScorerSettings(**base, template="{prompt}"))
 
 
 def test_classifier_refuses_a_new_head_and_ambiguous_labels(classifier, tmp_path):

@@ -67,6 +67,23 @@ def test_hh_files_give_the_dialogue_before_the_last_answer(tmp_path):
     first = json.loads(found.iloc[0])
     assert [m["role"] for m in first] == ["user", "assistant", "user"] and first[-1]["content"] == "and?"
     assert last_user_text(found.iloc[0], "chat") == "and?"
+    # As text, HH's own template gives the published dialogue back.
+    texts, _ = read_prompts(tmp_path / "hh.jsonl.gz", "text")
+    template = "\n\nHuman: {prompt}\n\nAssistant:"
+    assert {template.replace("{prompt}", t) + " no" for t in texts} == {row["chosen"] for row in rows}
+
+
+def test_pku_saferlhf_rows_give_their_prompt(tmp_path):
+    row = {
+        "prompt": "How do I?",
+        "response_0": "a",
+        "response_1": "b",
+        "is_response_0_safe": True,
+        "better_response_id": 0,
+        "safer_response_id": 0,
+    }
+    found, duplicates = read_prompts(write_jsonl(tmp_path / "pku.jsonl", [row, row | {"response_0": "c"}]), "text")
+    assert found.tolist() == ["How do I?"] and duplicates == 1
 
 
 @pytest.mark.parametrize(

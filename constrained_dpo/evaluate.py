@@ -1,0 +1,105 @@
+"""`cdpo evaluate`: fresh samples of a round's policy on the test prompts or on another prompt file, by the run's scorers and extra ones."""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+
+from constrained_dpo.certificate import judge, overall
+from constrained_dpo.dual import estimate_subgradient
+from constrained_dpo.learner import LoraLearner
+from constrained_dpo.problem import ConstrainedProblem, Constraint
+from constrained_dpo.recipe import Recipe
+from constrained_dpo.rescore import collect, summarize
+from constrained_dpo.run_directory import RunDirectory
+from data_prep.sampling import is_policy_law
+from data_prep.settings import UserError
+from data_prep.sources import read_prompts
+from data_prep.tables import RESERVED_NAMES, RESPONSES, read_parquet, validate_prompts, write_json, write_parquet
+
+
+def evaluation_prompts(run: RunDirectory, recipe: Recipe, source: Path | None) -> pd.DataFrame:
+    """The run's test prompts, or those of another file (same layouts and format as in the recipe), all with split test."""
+    if source is None:
+        prompts = run.prompts()
+        return prompts[prompts["split"] == "test"].reset_index(drop=True)
+    series, _ = read_prompts(str(source), recipe.prompts.format)
+    return validate_prompts(pd.DataFrame({"prompt_id": series.index, "prompt": series.to_numpy(), "split": "test"}), str(source))
+
+
+def check_names(extra: list[str], problem: ConstrainedProblem) -> None:
+    """Raises UserError for an extra scorer's name that is reserved or an objective's already."""
+    for name in extra:
+        if name in RESERVED_NAMES or name in problem.objectives:
+            raise UserError(f"--scorer {name}: is a reserved or already used column name; choose another")
+
+
+def evaluate_round(
+    run: RunDirectory, recipe: Recipe, learner: LoraLearner, number: int, *, label: str, responses_per_prompt: int, seed: int
+) -> dict[str, object]:
+    """Samples π_θ of a round afresh on the learner's prompts, scores with all of the learner's scorers, and keeps tables and estimates.
+
+    The reference policy's responses are the stored ones on the run's test prompts, and drawn as well on other prompts. The same arguments
+    again give the stored result; `seed` draws others. Returns the record of evaluation.json.
+    """
+    prompts, objectives = learner.prompts, list(learner.scorer_settings)
+    identity = [number, prompts["prompt_id"].tolist(), responses_per_prompt, seed, {n: s.fingerprint for n, s in learner.scorers.items()}]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
+    key = f"round-{number:03d}-{re.sub('[^A-Za-z0-9]+', '-', label)}-{digest}"
+    if (run.evaluation_folder(key) / "evaluation.json").exists():
+        return json.loads((run.evaluation_folder(key) / "evaluation.json").read_text())
+    stored = read_parquet(run.reference_file)
+    stored = stored[stored["prompt_id"].isin(prompts["prompt_id"]) & (stored["split"] == "test")]
+    known = stored[list(RESPONSES)] if set(stored["prompt_id"]) == set(prompts["prompt_id"]) else None
+
+    def draw(who: str, adapter: Path | None, given: pd.DataFrame | None) -> pd.DataFrame:
+        return collect(
+            run, learner, prompts, phase=f"{key}-{who}", round_number=number, responses_per_prompt=responses_per_prompt, adapter=adapter,
+            source=f"{key}-{who}", shard_size=recipe.sampling.batch_size, objectives=objectives, seed=recipe.seed + seed, known=given,
+        )  # fmt: skip
+
+    samples, reference = draw("policy", run.adapter_folder(number), None), draw("reference", None, known)
+    record = write_evaluation(run, key, recipe, samples, reference, objectives)
+    for who in ("policy", "reference"):
+        shutil.rmtree(run.shard_folder(f"{key}-{who}"))
+    return record
+
+
+def write_evaluation(
+    run: RunDirectory, key: str, recipe: Recipe, samples: pd.DataFrame, reference: pd.DataFrame, objectives: list[str]
+) -> dict[str, object]:
+    """Estimates and verdicts from two scored tables on the same prompts; commits the tables and evaluation.json, the latter last.
+
+    `change` holds, for every objective and extra score, the means under both policies and the paired difference with its t-interval.
+    """
+    problem, confidence = recipe.problem, recipe.dual.confidence
+    verdicts = judge(estimate_subgradient(samples, reference, problem, confidence), confidence)
+    record = {
+        "key": key,
+        **summarize(samples, reference, problem, confidence=confidence, policy_law=is_policy_law(recipe.sampling)),
+        "verdicts": verdicts,
+        "verdict": overall(verdicts),
+        "change": _changes(samples, reference, objectives, confidence),
+    }
+    folder = run.evaluation_folder(key)
+    write_parquet(samples, folder / "samples.parquet")
+    write_parquet(reference, folder / "reference.parquet")
+    write_json(folder / "evaluation.json", record)
+    return record
+
+
+def _changes(samples: pd.DataFrame, reference: pd.DataFrame, objectives: list[str], confidence: float) -> dict[str, dict[str, float]]:
+    # A margin of 0 over the reference makes u the paired difference itself.
+    differences = ConstrainedProblem("none", 1.0, tuple(Constraint(name, margin=0.0) for name in objectives))
+    table = estimate_subgradient(samples, reference, differences, confidence)
+    return {
+        name: {
+            "reference": float(reference.groupby("prompt_id")[name].mean().mean()),
+            "policy": float(samples.groupby("prompt_id")[name].mean().mean()),
+            "difference": float(row["u"]), "se": float(row["se"]), "ci_low": float(row["low"]), "ci_high": float(row["high"]),
+        }
+        for name, row in table.iterrows()
+    }  # fmt: skip

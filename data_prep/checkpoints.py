@@ -1,0 +1,97 @@
+"""Model checkpoints before they are loaded: what may be loaded, what identifies it, and on which device.
+
+Two things run foreign code when a checkpoint is opened, and both are off unless the recipe names them for that one model: pickled weights
+(`allow_pickle`; unpickled with torch's weights_only then) and modelling code shipped with the checkpoint (`trust_remote_code`).
+"""
+
+import contextlib
+import hashlib
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep.settings import UserError
+from data_prep.tables import hash_file
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLED_WEIGHTS = "pytorch_model*.bin"
+
+
+def check_model_folder(folder: Path, key: str, loader: str, allow_pickle: bool = False) -> None:
+    """Raises UserError naming the first part (config, weights, tokenizer) that a local model folder lacks, or weights that are pickled."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"{key}: {folder} has no config.json, so {loader} cannot load it; point to a saved model")
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(folder.glob(PICKLED_WEIGHTS))
+        if not pickled:
+            raise UserError(f"{key}: {folder} has no *.safetensors weights; save the model with safe_serialization")
+        if not allow_pickle:
+            raise UserError(f"{key}: {folder} has only pickled weights ({pickled[0].name}); {_pickle_advice(key)}")
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise UserError(f"{key}: {folder} has no tokenizer (tokenizer.json); save it beside the model")
+
+
+def check_adapter_folder(folder: Path, key: str) -> None:
+    """Raises UserError where a folder is not an adapter in PEFT's format with safetensors weights."""
+    if not folder.is_dir():
+        raise UserError(f"{key}: {folder} is not a folder; give the folder of a LoRA adapter in PEFT's format")
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).exists():
+            raise UserError(f"{key}: {folder} has no {name}; save the adapter with PEFT's save_pretrained (safetensors)")
+
+
+def _pickle_advice(key: str) -> str:
+    return f"save it as safetensors, or set {_sibling(key, 'allow_pickle')}: true if you trust whoever made it"
+
+
+def _sibling(key: str, name: str) -> str:
+    """The dotted key beside policy.model; a scorer's message names the scorer already."""
+    return f"{key.rpartition('.')[0]}.{name}" if key.startswith("policy.") else f"the scorer's {name}"
+
+
+@contextlib.contextmanager
+def explained_loading(key: str, source: str) -> Iterator[None]:
+    """What transformers cannot load inside the block becomes one line that names the recipe's key."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+        text = str(error).strip() or type(error).__name__
+        if "trust_remote_code" in text:
+            raise UserError(
+                f"{key}: {source} needs modelling code of its own, which is not run; read that code and set "
+                f"{_sibling(key, 'trust_remote_code')}: true, or use a model that transformers knows"
+            ) from error
+        if "use_safetensors" in text:
+            raise UserError(f"{key}: {source} has no safetensors weights; {_pickle_advice(key)}") from error
+        raise UserError(f"{key}: {source} cannot be loaded ({text.splitlines()[0]})") from error
+
+
+def fingerprint_model(source: str, revision: str | None) -> str:
+    """Hash of a model's identity: contents of a local folder (code included, pickled weights where there are no others), or the commit
+    that a hub model resolved to."""
+    folder = Path(source)
+    digest = hashlib.sha256()
+    if folder.is_dir():
+        suffixes = {".safetensors", ".json", ".jinja", ".txt", ".model", ".py"}
+        pickled = set() if any(folder.glob("*.safetensors")) else set(folder.glob(PICKLED_WEIGHTS))
+        for path in sorted(folder.iterdir()):
+            if (path.suffix in suffixes and path.name != "generation_config.json") or path in pickled:
+                digest.update(f"{path.name}:{hash_file(path)}\n".encode())
+    else:
+        from transformers.utils import cached_file
+
+        config = cached_file(source, "config.json", revision=revision)
+        digest.update(f"{source}@{Path(config).parent.name}".encode())
+    return digest.hexdigest()[:16]
+
+
+def resolve_device(device: str, key: str) -> str:
+    """`cpu` or `cuda` for auto, cpu or cuda. Raises UserError where a GPU is asked for and absent."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{key}: cuda was asked for but torch sees no GPU; set it to auto or cpu, or mend the driver")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

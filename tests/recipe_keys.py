@@ -1,0 +1,70 @@
+"""The table of every recipe key in recipes/README.md, generated from the schema: `python tests/recipe_keys.py` writes it anew."""
+
+import json
+import types
+from pathlib import Path
+from typing import Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from constrained_dpo.recipe import Recipe, schema_blocks
+from data_prep.settings import Settings
+
+README = Path(__file__).resolve().parents[1] / "recipes" / "README.md"
+BEGIN, END = "<!-- keys: begin -->\n", "<!-- keys: end -->"
+
+
+def values_of(annotation: object) -> list[str]:
+    """What a key may hold, in words."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return [str(a) for a in get_args(annotation)]
+    if origin in (Union, types.UnionType):
+        return list(dict.fromkeys(v for part in get_args(annotation) for v in values_of(part)))
+    if origin is list:
+        return [f"list of {' or '.join(values_of(get_args(annotation)[0]))}s"]
+    if origin is dict:
+        return ["{name: number}"]
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return ["block"]
+    if annotation in (str, int, float, bool, type(None)):
+        return {str: ["text"], int: ["integer"], float: ["number"], bool: ["true", "false"], type(None): ["null"]}[annotation]
+    return values_of(get_args(annotation)[0])  # Annotated
+
+
+def default_of(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if field.default_factory is not None:
+        return ""
+    return f"`{field.default if isinstance(field.default, str) else json.dumps(field.default)}`"
+
+
+def title_of(name: str, block: type[Settings]) -> str:
+    if "type" in block.model_fields:
+        return f"scorer `type: {get_args(block.model_fields['type'].annotation)[0]}`"
+    if "dataset" in block.model_fields:
+        return "`prompts.source` and `prompts.test` as a block"
+    parts = [p for p in name.split(".") if p and not p[0].isupper()]
+    return f"`{'.'.join(parts)}`" if parts else "the recipe"
+
+
+def key_table() -> str:
+    """Markdown, one table per block of the schema."""
+    lines, seen = [], set()
+    for name, block in schema_blocks(Recipe).items():
+        if block in seen:
+            continue
+        seen.add(block)
+        lines += [f"**{title_of(name, block)}**: {block.__doc__.splitlines()[0]}", ""]
+        lines += ["| key | values | default | meaning |", "|---|---|---|---|"]
+        for key, field in block.model_fields.items():
+            cells = (f"`{key}`", ", ".join(values_of(field.annotation)), default_of(field), field.description or "")
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    before, rest = README.read_text().split(BEGIN)
+    README.write_text(f"{before}{BEGIN}{key_table()}{END}{rest.split(END)[1]}")
