@@ -581,3 +581,17 @@ def test_prompts_longer_than_max_length_and_scores_that_never_vary(refused, base
     app(["init", str(tmp_path / "r.yaml"), str(tmp_path / "run")], standalone_mode=False)
     refused("prepare", tmp_path / "run", match="scorer of kind: gives 1.5 to all")
     assert RunDirectory(tmp_path / "run").state()["lambda"] == []
+
+
+def test_a_gpu_that_is_not_there(refused, base, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    own_recipe(tmp_path, base)
+    app(["init", str(tmp_path / "r.yaml"), str(tmp_path / "run"), "-s", "policy.device=cuda"], standalone_mode=False)
+    refused("prepare", tmp_path / "run", match="policy.device: cuda was asked for but torch sees no GPU")
+
+
+def test_a_run_that_another_process_holds(refused, base, tmp_path):
+    own_recipe(tmp_path, base)
+    app(["init", str(tmp_path / "r.yaml"), str(tmp_path / "run")], standalone_mode=False)
+    with RunDirectory(tmp_path / "run").locked():
+        refused("round", tmp_path / "run", match=f"is being worked on by process {os.getpid()}")
