@@ -312,7 +312,7 @@ def disk_full(folder: Path, seed: int, exact: bool) -> int:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", mount], check=True)
     try:
         run, status, size, before = new_run(mount / "run", exact), 1, 0, -1
-        while status != 0:
+        while status != 0 and tally.counts["full disks"] < 60:
             used = used_bytes(mount)
             size = (size if used == before else used) + 4096 * draw.randint(2, 14)
             before = used
