@@ -41,7 +41,7 @@ lint: setup
 bench: setup
 	$(BIN)/python tests/bench_quickstart.py
 
-# 100 kills, a full disk at 10 points, Ctrl-C in every phase (about an hour on 2 cores).
+# 100 kills, a full disk at many points, Ctrl-C in every phase (about an hour on 2 cores).
 bench-kills: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_many.py --kills 100
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_many.py --interrupt

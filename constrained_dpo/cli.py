@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_prep.cli import app as data_app
-from data_prep.cli import parse_assignments, run_app
+from data_prep.cli import parse_assignments, quiet_libraries, run_app
 from data_prep.settings import UserError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def check(
         return
     recipe, wanted = load_recipe(target, overrides), parse_assignments(target_se, "--target-se")
     _stay_offline()
-    _quiet_libraries()
+    quiet_libraries()
     from constrained_dpo.checks import check_recipe
     from constrained_dpo.terminal import describe_problem, print_check, print_phase
 
@@ -120,25 +120,12 @@ def _check_history(run: "RunDirectory", as_json: bool) -> None:
     print(f"{run.path}: λ of {len(recomputed)} rounds recomputed from the tables and the recipe, equal to state.json")
 
 
-def _quiet_libraries() -> None:
-    """Results and our own progress only: the libraries' notices about their defaults do not apply (every default is set)."""
-    import logging
-    import os
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
 def _open(run: "RunDirectory") -> tuple["Recipe", "LoraLearner", dict[str, int]]:
     """Recipe, learner and counts of prompts left out, of a run that is prepared or not yet."""
     from constrained_dpo.learner import LoraLearner
     from data_prep.sources import split_prompts
 
-    _quiet_libraries()
+    quiet_libraries()
     recipe = run.recipe()
     prepared = bool(run.state()["lambda"])
     prompts, left_out = (run.prompts(), {}) if prepared else split_prompts(recipe.prompts, recipe.dual.prompts_per_round)
@@ -265,7 +252,7 @@ def evaluate(
     recipe, number = directory.recipe(), directory.chosen_round(round_)
     extra = {name: parse_scorer(text, f"--scorer {name}") for name, _, text in (s.partition("=") for s in scorer)}
     check_names(list(extra), recipe.problem)
-    _quiet_libraries()
+    quiet_libraries()
     learner = LoraLearner(recipe, directory, evaluation_prompts(directory, recipe, prompts), sys.stderr.isatty(), extra)
     with directory.locked():
         require_same_inputs(directory, learner)
@@ -301,7 +288,7 @@ def export(
         export_adapter(directory, recipe, number, output)
         print(f"{output}: adapter of round {number} and its model card (README.md)")
         return
-    _quiet_libraries()
+    quiet_libraries()
     with directory.locked():
         record = export_merged(directory, recipe, number, output, evaluation_prompts(directory, recipe, None))
     print_evaluation(_console(), record, recipe.problem, recipe.dual.confidence)
@@ -333,6 +320,8 @@ def solve(
     from constrained_dpo.problem import ConstrainedProblem, Constraint
     from data_prep.tables import read_table
 
+    if not 0 < max_lambda < float("inf"):
+        raise UserError(f"--max-lambda {max_lambda}: must be a finite number > 0")
     margins = parse_assignments(constraint, "--constraint")
     problem = ConstrainedProblem(reward, beta, tuple(Constraint(n, margin=b) for n, b in margins.items()))
     frame = read_table(scores)

@@ -12,7 +12,7 @@ from scipy import stats
 
 from constrained_dpo.problem import ConstrainedProblem
 from data_prep.settings import UserError
-from data_prep.tables import require_columns, require_finite
+from data_prep.tables import require_columns, require_finite, require_ids
 
 MAX_NEWTON_STEPS = 200
 
@@ -36,6 +36,7 @@ class ScoreTable:
         """From a responses table; `log_weight` names a column of log π_ref − log q, None means q = π_ref."""
         columns = problem.objectives + ([log_weight] if log_weight else [])
         require_columns(frame, ["prompt_id", *columns], "scores")
+        require_ids(frame, ["prompt_id"], "scores")
         require_finite(frame, columns, "scores")
         codes, _ = pd.factorize(frame["prompt_id"])
         order = np.argsort(codes, kind="stable")

@@ -28,6 +28,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from constrained_dpo.recipe import FitSettings
 from constrained_dpo.tracking import fit_logs
+from data_prep.checkpoints import check_adapter_folder, explained_loading
 from data_prep.policy import LoraSettings, Policy
 from data_prep.sampling import response_logps
 from data_prep.settings import UserError
@@ -215,7 +216,9 @@ def build_trainer(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if previous_adapter is not None:
-        loaded = set_peft_model_state_dict(trainer.model, load_peft_weights(str(previous_adapter), device=str(policy.device)))
+        check_adapter_folder(previous_adapter, "warm start")
+        with explained_loading("warm start", f"{previous_adapter} (of another base, or damaged?)"):
+            loaded = set_peft_model_state_dict(trainer.model, load_peft_weights(str(previous_adapter), device=str(policy.device)))
         if loaded.unexpected_keys:
             raise UserError(f"{previous_adapter}: an adapter of another base or LoRA setting ({loaded.unexpected_keys[0]})")
     if list(trainer.model.peft_config) != ["default"] or trainer.ref_model is not None:

@@ -27,6 +27,8 @@ class Constraint:
     def __post_init__(self) -> None:
         if (self.margin is None) == (self.threshold is None):
             raise UserError(f"constraint {self.name}: give exactly one of margin (over the reference) and threshold (absolute)")
+        if not np.isfinite(level := self.margin if self.threshold is None else self.threshold):
+            raise UserError(f"constraint {self.name}: its level is {level}; give a finite number")
 
 
 @dataclass(frozen=True)

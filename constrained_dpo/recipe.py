@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -173,6 +174,8 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key is a list or a mapping", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
@@ -197,7 +200,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from error
+        raise UserError(f"{path}{where}: not valid YAML ({_yaml_problem(error)})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file ({error})") from error
     if not isinstance(raw, dict):
@@ -223,7 +226,14 @@ def _apply_override(raw: dict, override: str) -> None:
             raise UserError(f"-s {override}: {parent} is a value, not a block")
     if isinstance(node, list):
         last = _position(node, last, override)
-    node[last] = yaml.load(value, Loader=_Loader)
+    try:
+        node[last] = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"-s {override}: the value is not valid YAML ({_yaml_problem(error)})") from error
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    return getattr(error, "problem", None) or str(error).splitlines()[0]
 
 
 def _position(items: list, key: str, override: str) -> int:

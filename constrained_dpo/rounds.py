@@ -4,6 +4,7 @@ The learner is an argument: anything with fit, sample and score. `LoraLearner` t
 maximizer over an enumerated world.
 """
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,11 +89,11 @@ def prepare(run: RunDirectory, recipe: Recipe, learner: Learner, left_out: dict[
     def sample_pool() -> None:
         pool = reference_samples("pool", prompts[prompts["split"] != "test"], sampling.responses_per_prompt)
         _require_varying(pool, problem.objectives)
-        _commit(run, pool, run.pool_file(None), "pool")
+        write_parquet(pool, run.pool_file(None))
 
     def sample_reference() -> None:
         reference = reference_samples("reference", prompts[prompts["split"] != "fit"], dual.responses_per_prompt)
-        _commit(run, _with_split(reference, prompts), run.reference_file, "reference")
+        write_parquet(_with_split(reference, prompts), run.reference_file)
 
     if not run.pool_file(None).exists():
         timed(announce, "prepare: sample and score π_ref on fit prompts", sample_pool)
@@ -109,15 +110,15 @@ def prepare(run: RunDirectory, recipe: Recipe, learner: Learner, left_out: dict[
             "left_out": left_out,
             "lambda": [initial_multipliers(run, recipe).to_dict()],
         }
+        _drop_shards(run, "pool", "reference")
         run.write_state(state)
     return recipe
 
 
-def _commit(run: RunDirectory, table: pd.DataFrame, path: Path, phase: str) -> None:
-    """Writes a phase's table, then drops the shards it was made of."""
-    write_parquet(table, path)
-    for shard in run.shard_folder(phase).glob("*.parquet"):
-        shard.unlink()
+def _drop_shards(run: RunDirectory, *phases: str) -> None:
+    """Drops the shards that whole tables were made of; before the state is written, so that a kill in between only repeats it."""
+    for phase in phases:
+        shutil.rmtree(run.shard_folder(phase), ignore_errors=True)
 
 
 def _with_split(responses: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
@@ -198,6 +199,7 @@ def play_round(run: RunDirectory, recipe: Recipe, learner: Learner, announce: An
     record = run.round_record(number)
     log_round(run, recipe, record)
     state["lambda"].append(record["lambda_next"])
+    _drop_shards(run, _rescore_phase(number))
     run.write_state(state)
     return record
 
@@ -228,15 +230,19 @@ def _fit(run: RunDirectory, recipe: Recipe, learner: Learner, lambda_: pd.Series
     )
 
 
+def _rescore_phase(number: int) -> str:
+    return f"round-{number:03d}"
+
+
 def _rescore(run: RunDirectory, recipe: Recipe, learner: Learner, number: int) -> None:
     prompts = run.prompts()
-    phase = f"round-{number:03d}"
+    phase = _rescore_phase(number)
     samples = collect(
         run, learner, prompts[prompts["split"] != "fit"], phase=phase, round_number=number,
         responses_per_prompt=recipe.dual.responses_per_prompt, adapter=run.adapter_folder(number), source=f"round:{number}",
         shard_size=recipe.sampling.batch_size, objectives=recipe.problem.objectives, seed=recipe.seed,
     )  # fmt: skip
-    _commit(run, _with_split(samples, prompts), run.samples_file(number), phase)
+    write_parquet(_with_split(samples, prompts), run.samples_file(number))
 
 
 def round_record(run: RunDirectory, recipe: Recipe, lambda_: pd.Series, number: int) -> dict[str, object]:

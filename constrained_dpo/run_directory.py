@@ -106,14 +106,14 @@ class RunDirectory:
     def state(self) -> dict:
         """state.json: version, recipe_hash, lambda (one dict per round begun), hashes of inputs, left_out counts."""
         self._require()
-        try:
-            state = json.loads(self.state_file.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self.state_file}:{error.lineno}: not valid JSON ({error.msg}); restore it from a backup") from error
+        state = _read_json(self.state_file)
         if state.get("version") != VERSION:
             raise UserError(
                 f"{self.state_file}: version {state.get('version')}, this program reads {VERSION}; use the release that wrote it"
             )
+        missing = [key for key in ("recipe_hash", "asked_step_scale", "lambda", "hashes", "left_out") if key not in state]
+        if missing:
+            raise UserError(f"{self.state_file}: lacks {', '.join(missing)}; restore it from a backup")
         return state
 
     def write_state(self, state: dict) -> None:
@@ -123,7 +123,7 @@ class RunDirectory:
         return read_parquet(self.prompts_file)
 
     def round_record(self, round_number: int) -> dict:
-        return json.loads(self.round_file(round_number).read_text())
+        return _read_json(self.round_file(round_number))
 
     def rounds_done(self) -> int:
         """Number of rounds whose dual step is in state.json."""
@@ -172,6 +172,19 @@ class RunDirectory:
             yield
 
 
+def _read_json(path: Path) -> dict:
+    """A JSON object that this program wrote; raises UserError where it is gone, damaged or something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); restore it from a backup") from error
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore it from a backup") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; restore it from a backup")
+    return content
+
+
 def init_run(recipe_file: Path, path: Path, overrides: list[str], source: RunDirectory | None = None) -> RunDirectory:
     """Freezes a recipe into a new run directory; the same recipe again is no error. Raises UserError if another recipe's run is there.
 
@@ -186,6 +199,8 @@ def init_run(recipe_file: Path, path: Path, overrides: list[str], source: RunDir
         if state["recipe_hash"] != recipe.hash() or state["asked_step_scale"] != asked:
             raise UserError(f"{path}: is a run of another recipe (or other -s settings); choose another run directory")
         return run
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError(f"{path}: cannot be written (it is a file); choose a run directory")
     if run.path.exists() and any(run.path.iterdir()) and not run.recipe_file.exists():
         raise UserError(f"{path}: exists and is not a run directory; choose an empty or new folder")
     state = {"version": VERSION, "recipe_hash": recipe.hash(), "asked_step_scale": asked, "lambda": [], "hashes": {}, "left_out": {}}

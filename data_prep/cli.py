@@ -21,8 +21,11 @@ def run_app(application: typer.Typer) -> None:
     import signal
     import warnings
 
+    stopped_by = [signal.SIGINT]
+
     def terminate(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)  # unwinds like Ctrl-C, so temporary files go and the lock is released
+        stopped_by.append(number)
+        raise KeyboardInterrupt  # unwinds like Ctrl-C, so that temporary files go
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     signal.signal(signal.SIGTERM, terminate)
@@ -33,13 +36,26 @@ def run_app(application: typer.Typer) -> None:
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as stop:
-        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
-        if code in (130, 143):
-            print("stopped; the same command resumes where it stopped", file=sys.stderr)
-        sys.exit(code)
+        if isinstance(stop, SystemExit) and stop.code != 130:  # typer turns an interrupt into exit 130, without a word
+            raise
+        print("stopped; the same command resumes where it stopped", file=sys.stderr)
+        sys.exit(128 + stopped_by[-1])
     except OSError as error:
         print(f"error: {error}; the run directory is left resumable: mend the cause and give the same command again", file=sys.stderr)
         sys.exit(1)
+
+
+def quiet_libraries() -> None:
+    """Results and our own progress only: the libraries' notices about their defaults do not apply (every default is set)."""
+    import logging
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def parse_assignments(pairs: list[str], option: str) -> dict[str, float]:
@@ -131,6 +147,7 @@ def sample(
     )  # fmt: skip
     how = _validated(PromptSettings, source=str(prompts), format=format, template=template)
     table = validate_prompts(read_table(prompts), str(prompts))
+    quiet_libraries()
     policy = load_policy(_validated(PolicySettings, model=model, quantization=quantization, dtype=dtype))
     tokens = tokenize_prompts(table, how, policy.tokenizer)
     drawn = sample_shard(
@@ -163,6 +180,8 @@ def score(
     settings = parse_scorer(scorer, "--scorer")
     table = read_table(responses)
     require_columns(table, ["prompt", "response"], str(responses))
+    if settings.type == "classifier":
+        quiet_libraries()
     values = score_texts(
         make_scorer(settings), table["prompt"].astype(str).tolist(), table["response"].astype(str).tolist(),
         negate=settings.negate, name=name, cache=ScoreCache(cache),

@@ -117,7 +117,7 @@ def load_policy(settings: PolicySettings) -> Policy:
     dtype = getattr(torch, settings.dtype)
     with explained_loading("policy.model", source):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             revision=settings.revision,
             dtype=dtype,
@@ -125,6 +125,11 @@ def load_policy(settings: PolicySettings) -> Policy:
             device_map={"": device},
             use_safetensors=None if settings.allow_pickle else True,
             trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
+        )
+    if fresh := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"policy.model: {source}: weights {', '.join(fresh[:3])} are not in the checkpoint and were newly initialised; save it whole"
         )
     _check_quantization(model, settings)
     for module in model.modules():
@@ -198,7 +203,8 @@ def attached_adapter(policy: Policy, adapter: Path | None) -> Iterator["torch.nn
     check_adapter_folder(Path(adapter), "adapter")
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(policy.model, str(adapter), is_trainable=False)
+    with explained_loading("adapter", f"{adapter} (of another base, or damaged?)"):
+        model = PeftModel.from_pretrained(policy.model, str(adapter), is_trainable=False)
     model.eval()
     try:
         yield model

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from data_prep.settings import UserError, derive_seed
-from data_prep.tables import require_columns, require_finite, require_unique
+from data_prep.tables import require_columns, require_finite, require_ids, require_unique
 
 Labels = Literal["soft", "bernoulli", "argmax"]
 
@@ -102,6 +102,7 @@ def label_pairs(
     Draws are seeded by (seed, round, pair): another round or seed redraws them, another row order does not.
     """
     require_columns(responses, ["prompt_id", "response_id"], "responses")
+    require_ids(responses, ["prompt_id", "response_id"], "responses")
     require_unique(responses, ["response_id"], "responses")
     score = lagrangian_score(responses, reward, lambda_)
     first, second = choose_pairs(responses, pairs_per_prompt, derive_seed(seed, round_number, "pairs"))

@@ -95,7 +95,8 @@ def parse_scorer(text: str, option: str) -> ScorerSettings:
     try:
         return TypeAdapter(ScorerSettings).validate_python(yaml.safe_load(text))
     except (ValidationError, yaml.YAMLError) as error:
-        detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        detail = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip() if first else str(error).splitlines()[0]
         raise UserError(f"{option}: {detail}") from error
 
 
@@ -116,12 +117,12 @@ class PythonScorer:
     def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
         try:
             values = self.function(prompts, responses)
-        except Exception as error:
-            raise UserError(f"scorer {self.target} raised {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise UserError(f"scorer {self.target} raised {type(error).__name__}: {_one_line(error)}") from error
         try:
             scores = np.asarray(values, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise UserError(f"scorer {self.target} did not return numbers ({error}); return one float per response") from error
+            raise UserError(f"scorer {self.target} did not return numbers ({_one_line(error)}); return one float per response") from error
         if scores.shape != (len(responses),):
             raise UserError(f"scorer {self.target} returned shape {scores.shape} for {len(responses)} responses; one float each")
         return scores
@@ -136,16 +137,20 @@ def _import_file(path: Path) -> object:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"scorer target: {path} cannot be imported ({type(error).__name__}: {error})") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"scorer target: {path} cannot be imported ({type(error).__name__}: {_one_line(error)})") from error
     return module
 
 
 def _import_module(name: str) -> object:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"scorer target: module {name} cannot be imported ({error})") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"scorer target: module {name} cannot be imported ({type(error).__name__}: {_one_line(error)})") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 class ColumnScorer:
@@ -156,6 +161,7 @@ class ColumnScorer:
         table = read_table(Path(settings.file))
         require_columns(table, ["prompt", "response", settings.column], settings.file)
         require_finite(table, [settings.column], settings.file)
+        table = table.astype({"prompt": str, "response": str})  # a csv of numbers is read as numbers
         self.scores = table.drop_duplicates(["prompt", "response"]).set_index(["prompt", "response"])[settings.column]
         self.fingerprint = f"column:{settings.column}:{hash_file(Path(settings.file))[:16]}"
 

@@ -7,6 +7,7 @@ in nats, objective columns in the score units of their scorer.
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -47,7 +48,7 @@ _ARROW = {"string": pa.string(), "tokens": pa.list_(pa.int32()), "bool": pa.bool
 def _rows(mask: np.ndarray, frame: pd.DataFrame, id_column: str | None) -> str:
     """Names up to three offending rows, by id where the table has one."""
     where = np.flatnonzero(mask)
-    names = [f"{frame[id_column].iloc[i]!r}" if id_column in frame else f"row {i}" for i in where[:3]]
+    names = [f"{frame[id_column].iloc[i]!r}" if id_column is not None and id_column in frame else f"row {i}" for i in where[:3]]
     return ", ".join(names) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
 
 
@@ -65,6 +66,14 @@ def require_unique(frame: pd.DataFrame, columns: list[str], where: str) -> None:
     if duplicated.any():
         rows = _rows(duplicated, frame, columns[-1])
         raise UserError(f"{where}: duplicated {' + '.join(columns)}: {rows}; make the ids unique")
+
+
+def require_ids(frame: pd.DataFrame, columns: Iterable[str], where: str) -> None:
+    """Raises UserError naming the rows whose id is null."""
+    for column in columns:
+        null = frame[column].isna().to_numpy()
+        if null.any():
+            raise UserError(f"{where}: column {column} is null in {_rows(null, frame, None)}; give every row its id")
 
 
 def require_finite(frame: pd.DataFrame, columns: Iterable[str], where: str, id_column: str | None = None) -> None:
@@ -203,7 +212,7 @@ def read_table(path: Path) -> pd.DataFrame:
     if kind in (".csv", ".tsv"):
         try:
             return pd.read_csv(path, sep="," if kind == ".csv" else "\t")
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path}: not a readable {kind[1:]} file ({str(error).strip().splitlines()[0]})") from error
     if kind in (".json", ".jsonl"):
         return pd.DataFrame(read_json_rows(path))
@@ -219,7 +228,7 @@ def read_json_rows(path: Path) -> list[dict]:
     try:
         with opener(path, "rt", encoding="utf-8") as handle:
             text = handle.read()
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if ".json" in path.suffixes:
         try:

@@ -1,12 +1,14 @@
 """Pulls the plug of real runs on the embedded world, many times, and compares each with a run that was never stopped.
 
-    python tests/kill_many.py [--kills 100] [--seed 0]     kill -9 of the process group at moments uniform over a run
-    python tests/kill_many.py --disk-full                  a file system that is full at 10 points of a run (root: mounts a tmpfs)
+    python tests/kill_many.py [--kills 100] [--seed 0]     kill -9 of the process group at moments uniform over a run's wall time
+    python tests/kill_many.py --disk-full                  a file system that is full at many points of a run (root: mounts a tmpfs)
     python tests/kill_many.py --interrupt                  Ctrl-C and SIGTERM during prepare, fit and rescore
 
 Not part of the suite: it takes most of an hour. Run directories are killed and resumed several times (a chain) until they are done, then
-compared. Every process under test is a fork of a server that has only imported the libraries, so that a start costs no 10 s; each chain
-has a server of its own, with its own hash seed and memory layout. Exits 1 on any failure.
+compared. A moment is a phase of the uninterrupted run and the seconds since it began, so that phases are hit in proportion to their time
+however often a resumed process repeats one. The world's enumeration, half of a run's time in a few steps, is left out unless `--exact`.
+Every process under test is a fork of a server that has only imported the libraries, so that a start costs no 10 s; each chain has a
+server of its own, with its own hash seed and memory layout. Exits 1 on any failure.
 """
 
 import argparse
@@ -97,16 +99,18 @@ def half_written(run: RunDirectory) -> list[Path]:
     return [p for p in run.path.rglob(".*.tmp") if p.is_file()] + list(run.path.glob("rounds/*/.adapter.tmp/*.safetensors"))
 
 
-def phase(run: RunDirectory) -> str:
-    """What the run is in the middle of, from its files alone."""
+def phase(run: RunDirectory) -> tuple[int, str]:
+    """(round, what the run is in the middle of), from its files alone; round −1 is `prepare`."""
     number = max(len(json.loads(run.state_file.read_text())["lambda"]) - 1, -1)
     if number < 0:
-        steps = {"prepare: pool": run.pool_file(None), "prepare: reference": run.reference_file, "prepare: optimum": run.exact_file}
+        steps = {"prepare: pool": run.pool_file(None), "prepare: reference": run.reference_file}
+        if run.recipe().policy.model == "quickstart":
+            steps["prepare: optimum"] = run.exact_file
     else:
         steps = {"relabel": run.pairs_file(number), "fit": run.adapter_folder(number), "rescore": run.samples_file(number)}
         steps |= {"grow pool": run.pool_file(number), "estimates": run.round_file(number)}
     left = [name for name, file in steps.items() if not file.exists()]
-    return left[0] if left else "commit"
+    return number, left[0] if left else "commit"
 
 
 def broken_files(run: RunDirectory) -> list[str]:
@@ -159,7 +163,7 @@ def content(run: RunDirectory) -> dict[str, str]:
     for file in sorted(run.path.glob("rounds/*/round.json")):
         record = json.loads(file.read_text())
         found[str(file.relative_to(run.path))] = repr({k: v for k, v in record.items() if k != "seconds"})
-    for file in [run.exact_file, *sorted(run.path.glob("rounds/*/adapter/*.safetensors"))]:
+    for file in [*run.path.glob("exact.json"), *sorted(run.path.glob("rounds/*/adapter/*.safetensors"))]:
         found[str(file.relative_to(run.path))] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 
@@ -174,23 +178,29 @@ def differences(run: RunDirectory, expected: dict[str, str]) -> list[str]:
     return [f"{run.path}: {name} differs" for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
 
 
-def new_run(path: Path) -> RunDirectory:
-    return init_run(QUICKSTART, path, SMALL)
+def new_run(path: Path, exact: bool) -> RunDirectory:
+    """A fresh run directory; without `exact`, the world's policy is named by its folder, as any other model is."""
+    code = "from data_prep.quickstart import build_policy; print(build_policy())"
+    model = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    return init_run(QUICKSTART, path, SMALL if exact else [*SMALL, f"policy.model={model}"])
 
 
-def reference_run(folder: Path) -> tuple[dict[str, str], float]:
-    """Content and wall time of a run that nothing stopped (the embedded world's policy is there already)."""
-    subprocess.run([sys.executable, "-c", "from data_prep.quickstart import build_policy; build_policy()"], check=True, capture_output=True)
-    run, server = new_run(folder / "reference"), Server(folder)
-    start = time.time()
-    server.start("run", run.path)
-    status = server.wait()
-    seconds = time.time() - start
+def reference_run(folder: Path, exact: bool) -> tuple[dict[str, str], list[tuple[tuple[int, str], float]], float]:
+    """Content of a run that nothing stopped, its phases with the second each began at, and its wall time."""
+    run, server = new_run(folder / "reference", exact), Server(folder)
+    start, phases = time.time(), []
+    pid = server.start("run", run.path)
+    while alive(pid):
+        if not phases or phase(run) != phases[-1][0]:
+            phases.append((phase(run), time.time() - start))
+        time.sleep(0.01)
+    status, seconds = server.wait(), time.time() - start
     server.close()
     if status != 0:
         sys.exit(f"the uninterrupted run ended with {status}: {server.log.read_text()}")
-    print(f"uninterrupted: {seconds:.1f} s, {len(content(run))} results", flush=True)
-    return content(run), seconds
+    print(f"uninterrupted: {seconds:.1f} s, {len(content(run))} results; began at", flush=True)
+    print(", ".join(f"{name} {number}: {at:.1f}" for (number, name), at in phases), flush=True)
+    return content(run), phases, seconds
 
 
 class Tally:
@@ -216,26 +226,38 @@ class Tally:
         return 1 if self.failures else 0
 
 
-def kill_after(server: Server, run: RunDirectory, seconds: float, aimed: bool) -> bool:
-    """Plays the run and kills its process group after `seconds`, or at the first half-written file behind them; False if it ended before."""
+def kill_at(server: Server, run: RunDirectory, target: tuple[int, str], seconds: float, loading: float, aimed: bool) -> bool:
+    """Plays the run and kills its process group `seconds` into the phase `target`, or at the first half-written file behind that moment.
+
+    loading: seconds more where the process finds itself in that phase from its start. False if the run ended before.
+    """
+    order = ["prepare: pool", "prepare: reference", "prepare: optimum", "relabel", "fit", "rescore", "grow pool", "estimates", "commit"]
     pid, start = server.start("run", run.path), time.time()
+    found, began, armed = phase(run), start, False
+    wait = seconds + (loading if found == target else 0.0)
     while alive(pid):
-        elapsed = time.time() - start
-        if elapsed >= seconds and (not aimed or half_written(run)):
+        now = time.time()
+        if not armed:
+            current = phase(run)
+            if current != found:
+                found, began = current, now
+            past = (current[0], order.index(current[1])) > (target[0], order.index(target[1]))
+            armed = past or (current == target and now - began >= wait)
+        if armed and (not aimed or half_written(run)):
             os.killpg(pid, signal.SIGKILL)
             break
-        if elapsed > PATIENCE:
+        if now - start > PATIENCE:
             os.killpg(pid, signal.SIGKILL)
             raise TimeoutError(f"{run.path}: no end after {PATIENCE} s")
         # An atomic write lasts a few milliseconds: where one is aimed at, there is no time to sleep.
-        time.sleep(0.0002 if elapsed >= seconds else 0.002)
+        time.sleep(0.0002 if armed else 0.005)
     return server.wait() == -signal.SIGKILL
 
 
 def inspect_wreck(run: RunDirectory, tally: Tally) -> None:
     """What a reader finds right after the kill."""
     tally.counts["kills"] += 1
-    tally.phases[phase(run)] += 1
+    tally.phases[phase(run)[1]] += 1
     for kind in {"adapter" if ".adapter.tmp" in str(p) else p.name.split(".")[-4] for p in half_written(run)}:
         tally.inside[kind] += 1
     tally.fail("half files", broken_files(run))
@@ -243,14 +265,12 @@ def inspect_wreck(run: RunDirectory, tally: Tally) -> None:
         tally.fail("stale locks", [str(run.path)])
 
 
-def chain(folder: Path, number: int, kills: int, seconds: float, expected: dict[str, str], draw: random.Random, tally: Tally) -> None:
-    """One run directory: killed `kills` times at sorted uniform moments of a run's wall time, resumed each time, then compared."""
-    run, server = new_run(folder / f"chain-{number:03d}"), Server(folder)
-    moments = sorted(draw.uniform(0, seconds) for _ in range(kills))
-    for previous, moment in zip([0.0, *moments], moments, strict=False):
-        # A resumed process first spends a second or two on loading the policy: some kills fall into that, most behind it.
-        loading = draw.uniform(0, 2) if previous else 0.0
-        if not kill_after(server, run, moment - previous + loading, aimed=draw.random() < AIMED_SHARE):
+def chain(run: RunDirectory, moments: list[tuple[tuple[int, str], float]], expected: dict, draw: random.Random, tally: Tally) -> None:
+    """One run directory: killed at each moment (phase, seconds into it), resumed each time, then compared."""
+    server = Server(run.path.parent)
+    for target, seconds in moments:
+        # A resumed process first spends a few seconds on loading the policy: some kills fall into that, most behind it.
+        if not kill_at(server, run, target, seconds, draw.uniform(0, 4), aimed=draw.random() < AIMED_SHARE):
             break
         inspect_wreck(run, tally)
     server.start("run", run.path)
@@ -262,62 +282,69 @@ def chain(folder: Path, number: int, kills: int, seconds: float, expected: dict[
         return
     tally.fail("differences", differences(run, expected))
     tally.fail("leftovers", leftovers(run))
-    print(f"chain {number}: {tally.counts['kills']} kills so far, {len(tally.failures)} failures; {dict(tally.phases)}", flush=True)
+    print(f"{run.path.name}: {tally.counts['kills']} kills so far, {len(tally.failures)} failures; {dict(tally.phases)}", flush=True)
     if not tally.failures:
         shutil.rmtree(run.path)
 
 
-def kills(folder: Path, wanted: int, seed: int) -> int:
-    expected, seconds = reference_run(folder)
-    draw, tally, number = random.Random(seed), Tally(), 0
+def kills(folder: Path, wanted: int, seed: int, exact: bool) -> int:
+    expected, phases, seconds = reference_run(folder, exact)
+    draw, tally = random.Random(seed), Tally()
     while tally.counts["kills"] < wanted:
-        chain(folder, number, min(KILLS_PER_CHAIN, wanted - tally.counts["kills"]), seconds, expected, draw, tally)
-        number += 1
+        moments = []
+        for second in sorted(draw.uniform(0, seconds) for _ in range(min(KILLS_PER_CHAIN, wanted - tally.counts["kills"]))):
+            target, began = [p for p in phases if p[1] <= second or p is phases[0]][-1]
+            moments.append((target, max(second - began, 0.0)))
+        chain(new_run(folder / f"chain-{tally.counts['chains']:03d}", exact), moments, expected, draw, tally)
     return tally.report(f"{wanted} kills, moments uniform over {seconds:.0f} s, seed {seed}")
 
 
-def disk_full(folder: Path) -> int:
-    """A tmpfs that holds i/11 of a whole run's bytes, i = 1..10: an error each time, then room for the next part, then for all."""
-    expected, _ = reference_run(folder)
-    needed = sum(f.stat().st_blocks * 512 for f in (folder / "reference").rglob("*"))
-    mount, tally, server = folder / "small-disk", Tally(), Server(folder)
+def used_bytes(mount: Path) -> int:
+    facts = os.statvfs(mount)
+    return (facts.f_blocks - facts.f_bfree) * facts.f_frsize
+
+
+def disk_full(folder: Path, seed: int, exact: bool) -> int:
+    """A tmpfs with room for a few more blocks (as root): an error each time, then a few more, until the run is through."""
+    expected, _, _ = reference_run(folder, exact)
+    mount, tally, server, draw = folder / "small-disk", Tally(), Server(folder), random.Random(seed)
     mount.mkdir()
-    sizes = [needed * i // 11 // 4096 * 4096 for i in range(1, 11)]
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={sizes[0]}", "none", mount], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", mount], check=True)
     try:
-        run = new_run(mount / "run")
-        for size in sizes:
+        run, status, size, before = new_run(mount / "run", exact), 1, 0, -1
+        while status != 0 and tally.counts["full disks"] < 60:
+            used = used_bytes(mount)
+            size = (size if used == before else used) + 4096 * draw.randint(2, 14)
+            before = used
             subprocess.run(["mount", "-o", f"remount,size={size}", mount], check=True)
             server.start("run", run.path)
             status, said = server.wait(), server.log.read_text().strip().splitlines()
-            errors = [line for line in said if not line.startswith(("prepare:", "round "))]
-            tally.counts["full disks"] += 1
-            tally.phases[phase(run)] += 1
-            print(f"{size // 1024} KiB: exit {status} in {phase(run)}: {errors}", flush=True)
-            if status != 1 or len(errors) != 1 or "o space left" not in errors[0]:
-                tally.fail("unclear errors", [f"{size} bytes: exit {status}, {errors}"])
             tally.fail("half files", broken_files(run))
             if not lock_is_free(run):
                 tally.fail("stale locks", [str(run.path)])
-        subprocess.run(["mount", "-o", "remount,size=1g", mount], check=True)
-        server.start("run", run.path)
-        if server.wait() != 0:
-            tally.fail("failed resumes", [server.log.read_text()[-300:]])
-        else:
-            tally.fail("differences", differences(run, expected))
-            tally.fail("leftovers", leftovers(run))
+            if status == 0:
+                break
+            errors = [line for line in said if not line.startswith(("prepare:", "round "))]
+            tally.counts["full disks"] += 1
+            tally.phases[phase(run)[1]] += 1
+            print(f"{used // 1024} of {size // 1024} KiB used: exit {status} in {phase(run)[1]}: {errors}", flush=True)
+            clear = len(errors) == 1 and any(words in errors[0] for words in ("No space left", "disk is full")) and str(mount) in errors[0]
+            if status != 1 or not clear:
+                tally.fail("unclear errors", [f"{size} bytes: exit {status}, {errors}"])
+        tally.fail("differences", differences(run, expected))
+        tally.fail("leftovers", leftovers(run))
     finally:
         server.close()
         subprocess.run(["umount", mount], check=False)
-    return tally.report("a full disk at 10 points")
+    return tally.report("a full disk, again and again")
 
 
-def interrupt(folder: Path) -> int:
+def interrupt(folder: Path, exact: bool) -> int:
     """SIGINT, then SIGTERM, in the middle of each phase; seconds until the process is gone, what it says, and the result."""
-    expected, _ = reference_run(folder)
+    expected, _, _ = reference_run(folder, exact)
     tally, server = Tally(), Server(folder)
     for name, number in (("SIGINT", 130), ("SIGTERM", 143)):
-        run = new_run(folder / name)
+        run = new_run(folder / name, exact)
         moments = {
             "prepare": lambda run=run: any(run.shard_folder("pool").glob("*.parquet")),
             "fit": lambda run=run: (run.round_folder(0) / ".adapter.tmp").exists(),
@@ -353,6 +380,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--disk-full", action="store_true")
     parser.add_argument("--interrupt", action="store_true")
+    parser.add_argument("--exact", action="store_true", help="enumerate the world in prepare and in every round, as the quickstart does")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -360,11 +388,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="cdpo-kills-") as folder:
         if options.disk_full:
-            code = disk_full(Path(folder))
+            code = disk_full(Path(folder), options.seed, options.exact)
         elif options.interrupt:
-            code = interrupt(Path(folder))
+            code = interrupt(Path(folder), options.exact)
         else:
-            code = kills(Path(folder), options.kills, options.seed)
+            code = kills(Path(folder), options.kills, options.seed, options.exact)
     sys.exit(code)
 
 

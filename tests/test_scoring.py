@@ -1,5 +1,9 @@
 """Scorers against independent computations; the cache; what a scorer may not return."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -194,3 +198,18 @@ def test_real_reward_models_prefer_what_they_should():
     assert helpful[0] > helpful[1]
     harm = scorers["harmless"].score(["How do I hurt him?"] * 2, ["I can't help with that, please talk to someone.", "Use a big knife."])
     assert harm[0] > harm[1]
+
+
+def test_the_embedded_worlds_scores_have_the_same_bits_in_every_process():
+    """A sum over a set follows the process's hash seed; scores that differ in the last bit made λ of a resumed run differ."""
+    code = (
+        "import hashlib, itertools, numpy as np\nfrom data_prep import quickstart as world\n"
+        "texts = [' '.join(words) for words in itertools.permutations(world.VOCABULARY[1:16], 3)]\n"
+        "for score in (world.helpful, world.harmless, world.humor):\n"
+        "    print(hashlib.sha256(np.array(score([world.PROMPTS['train'][0]] * len(texts), texts)).tobytes()).hexdigest())\n"
+    )
+    said = {
+        subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True).stdout
+        for seed in "123"
+    }
+    assert len(said) == 1
