@@ -180,7 +180,7 @@ def score(
     settings = parse_scorer(scorer, "--scorer")
     table = read_table(responses)
     require_columns(table, ["prompt", "response"], str(responses))
-    if settings.type == "classifier":
+    if settings.type in ("classifier", "beaver"):
         quiet_libraries()
     values = score_texts(
         make_scorer(settings), table["prompt"].astype(str).tolist(), table["response"].astype(str).tolist(),
