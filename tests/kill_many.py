@@ -50,6 +50,7 @@ def serve() -> None:
         pid = os.fork()
         if pid == 0:
             os.setpgid(0, 0)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would this one
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(output, 1)
@@ -355,7 +356,8 @@ def interrupt(folder: Path, exact: bool) -> int:
             while alive(pid) and not reached():
                 time.sleep(0.002)
             start = time.time()
-            os.killpg(pid, getattr(signal, name))
+            if alive(pid):
+                os.killpg(pid, getattr(signal, name))
             status, seconds = server.wait(), time.time() - start
             said = server.log.read_text().strip().splitlines()
             print(f"{name} in {where}: exit {status} after {seconds:.2f} s: {said[-1:]}", flush=True)
