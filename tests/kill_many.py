@@ -363,7 +363,7 @@ def interrupt(folder: Path, exact: bool) -> int:
             print(f"{name} in {where}: exit {status} after {seconds:.2f} s: {said[-1:]}", flush=True)
             tally.counts[name] += 1
             tally.phases[where] += 1
-            if status != number or seconds > 5 or "resumes" not in said[-1] or "Traceback" in "\n".join(said):
+            if status != number or seconds > 15 or "resumes" not in said[-1] or "Traceback" in "\n".join(said):
                 tally.fail("bad stops", [f"{name} in {where}: exit {status} after {seconds:.1f} s: {said[-3:]}"])
             tally.fail("half files", broken_files(run))
         server.start("run", run.path)

@@ -35,7 +35,7 @@ def test_a_signal_stops_prepare_within_seconds_and_says_how_to_resume(number, co
     start = time.time()
     os.killpg(process.pid, number)
     _, stderr = process.communicate(timeout=20)
-    assert process.returncode == code and time.time() - start < 5
+    assert process.returncode == code and time.time() - start < 15
     assert "the same command resumes" in stderr.splitlines()[-1] and "Traceback" not in stderr
     assert not list(run.path.rglob(".*.tmp"))
     with run.locked():
