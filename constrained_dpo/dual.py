@@ -75,8 +75,7 @@ class DualPoint:
 
 def evaluate_dual(table: ScoreTable, lambda_: np.ndarray, beta: float, levels: np.ndarray) -> DualPoint:
     """One pass over the table. lambda_, levels: (m,) in the order of the table's utilities."""
-    # Elementwise sums instead of BLAS products: BLAS rounds differently with memory alignment, so a resumed process could differ in the
-    # last bit of λ.
+    # Elementwise sums instead of BLAS products, whose rounding may depend on alignment and threads: a resumed process computes the same λ.
     score = (table.reward + (table.utilities * lambda_).sum(axis=1)) / beta
     exponent = score + table.log_weight
     top = np.maximum.reduceat(exponent, table.starts)

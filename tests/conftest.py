@@ -71,3 +71,25 @@ def scored_frame(seed: int, prompts: int, responses: int, names: tuple[str, ...]
     ids = np.repeat(np.arange(prompts), responses)
     frame = pd.DataFrame({"prompt_id": [f"p{i}" for i in ids], "response_id": [f"y{i}" for i in range(len(ids))]})
     return frame.assign(**{n: rng.normal(size=len(ids)) for n in names})
+
+
+@pytest.fixture
+def refused():
+    """Asserts that a command is refused in one clear line; returns the line."""
+    from test_cli import cdpo
+
+    def run(*arguments, match: str) -> str:
+        stderr = cdpo(*arguments, check=2).stderr
+        lines = [line for line in stderr.strip().splitlines() if not line.startswith(("prepare:", "round "))]
+        assert len(lines) == 1, stderr
+        assert lines[0].startswith("error: ") and match in lines[0] and "Traceback" not in stderr, lines[0]
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def answers(tmp_path):
+    path = tmp_path / "answers.parquet"
+    pd.DataFrame({"prompt_id": list("abc"), "response_id": list("xyz"), "prompt": "q", "response": ["1", "2", "3"]}).to_parquet(path)
+    return path

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import signal
 import subprocess
 import sys
 from unittest.mock import patch
@@ -22,12 +23,14 @@ CDPO = [sys.executable, "-c", "from constrained_dpo.cli import main; main()"]
 def cdpo(*arguments, check=None) -> subprocess.CompletedProcess:
     """The command as `main` runs it, in this process (importing torch anew takes seconds); an unexpected exception fails the test."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    words = ["cdpo", *map(str, arguments)]
+    words, handler = ["cdpo", *map(str, arguments)], signal.getsignal(signal.SIGTERM)
     with patch.object(sys, "argv", words), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main()
         except SystemExit as stop:
             code = stop.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, handler)
     result = subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
     if check is not None:
         assert result.returncode == check, result.stderr + result.stdout
