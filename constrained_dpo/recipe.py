@@ -161,10 +161,11 @@ class Recipe(Settings):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def hash(self) -> str:
-        """Identity of the recipe; without dual.step_scale, which `prepare` resolves from `auto` into numbers."""
-        content = self.model_dump(mode="json")
-        del content["dual"]["step_scale"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        """Identity of the recipe: what differs from the defaults, so that a later release's new keys leave it as it is; without
+        dual.step_scale, which `prepare` resolves from `auto` into numbers."""
+        content = self.model_dump(mode="json", exclude_defaults=True)
+        dual = {key: value for key, value in content.pop("dual", {}).items() if key != "step_scale"}
+        return hashlib.sha256(json.dumps([content, dual], sort_keys=True).encode()).hexdigest()[:16]
 
 
 class _Loader(yaml.SafeLoader):

@@ -19,6 +19,16 @@ def test_every_recipe_loads_and_survives_its_own_yaml(path, tmp_path):
     assert load_recipe(tmp_path / "again.yaml") == recipe
 
 
+def test_the_hash_is_of_what_differs_from_the_defaults(tmp_path):
+    """A key that a later release adds, at its default, leaves old runs as they are; any value that differs is another recipe."""
+    recipe = load_recipe(QUICKSTART)
+    (tmp_path / "all.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "all.yaml").hash() == recipe.hash()
+    assert load_recipe(QUICKSTART, ["fit.weight_decay=0.0", "dual.step_scale={harmless: 2.0}"]).hash() == recipe.hash()
+    for change in ("fit.weight_decay=0.1", "dual.step_size=0.4", "policy.lora.r=4", "objective.constraints.harmless.margin=0.4"):
+        assert load_recipe(QUICKSTART, [change]).hash() != recipe.hash(), change
+
+
 def test_all_errors_are_shown_at_once_with_keys_and_suggestions(tmp_path):
     raw = yaml.safe_load(QUICKSTART.read_text())
     raw["fit"]["learning_rat"] = raw["fit"].pop("learning_rate")
