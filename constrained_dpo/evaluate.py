@@ -62,10 +62,7 @@ def evaluate_round(
         )  # fmt: skip
 
     samples, reference = draw("policy", run.adapter_folder(number), None), draw("reference", None, known)
-    record = write_evaluation(run, key, recipe, samples, reference, objectives)
-    for who in ("policy", "reference"):
-        shutil.rmtree(run.shard_folder(f"{key}-{who}"))
-    return record
+    return write_evaluation(run, key, recipe, samples, reference, objectives)
 
 
 def write_evaluation(
@@ -73,6 +70,7 @@ def write_evaluation(
 ) -> dict[str, object]:
     """Estimates and verdicts from two scored tables on the same prompts; commits the tables and evaluation.json, the latter last.
 
+    Drops the shards KEY-policy and KEY-reference that they were made of before that, so that a kill in between only draws them again.
     `change` holds, for every objective and extra score, the means under both policies and the paired difference with its t-interval.
     """
     problem, confidence = recipe.problem, recipe.dual.confidence
@@ -87,6 +85,8 @@ def write_evaluation(
     folder = run.evaluation_folder(key)
     write_parquet(samples, folder / "samples.parquet")
     write_parquet(reference, folder / "reference.parquet")
+    for who in ("policy", "reference"):
+        shutil.rmtree(run.shard_folder(f"{key}-{who}"), ignore_errors=True)
     write_json(folder / "evaluation.json", record)
     return record
 

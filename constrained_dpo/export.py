@@ -67,8 +67,6 @@ def export_merged(run: RunDirectory, recipe: Recipe, number: int, output: Path, 
         batch_size=recipe.sampling.batch_size,
     )
     measurement = write_evaluation(run, key, recipe, samples.assign(ref_logp=ref_logp), reference, recipe.problem.objectives)
-    for who in ("policy", "reference"):
-        shutil.rmtree(run.shard_folder(f"{key}-{who}"))
     (temporary / "measurement.json").write_text(json.dumps(measurement, indent=2) + "\n")
     (temporary / "README.md").write_text(model_card(run, recipe, number, measurement, merged=True), encoding="utf-8")
     _publish(temporary, output)
