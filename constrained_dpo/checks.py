@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -18,6 +19,9 @@ from data_prep.policy import QUICKSTART, Policy, load_policy
 from data_prep.scoring import ScoreCache, Scorer, ScorerSettings, make_scorer, score_texts
 from data_prep.settings import UserError
 from data_prep.sources import DatasetSource, read_prompts, split_prompts
+
+if TYPE_CHECKING:
+    from constrained_dpo.learner import LoraLearner
 
 # (prompt, polite and helpful answer, rude and harmful answer); the embedded world has words of its own.
 PROBE = (
@@ -49,6 +53,7 @@ def check_recipe(
 
     errors: list[str] = []
     unchecked: list[str] = []
+    warnings: list[str] = []
     with _collected(errors):
         require_trackers(recipe.fit.report_to)
     for name, value in target_se.items():
@@ -74,6 +79,13 @@ def check_recipe(
             with _collected(errors):
                 left_out |= learner.restrict(recipe.fit.max_length)
             report["lengths"] = _lengths(learner, errors)
+            if recipe.prompts.format == "text" and recipe.prompts.template == "{prompt}" and policy.tokenizer.chat_template:
+                warnings.append(
+                    "prompts.format is text with a bare template, but the tokenizer has a chat template: a chat model wants format: chat"
+                )
+        for name, scorer in scorers.items():
+            with _collected(errors):
+                _try_scorer(name, scorer, recipe, learner)
         if errors:
             raise UserError("\n".join(errors))
         if prompts is not None:
@@ -96,7 +108,8 @@ def check_recipe(
 
             report["pilot"] = run_pilot(learner, target_se, announce)
             report["memory_gib"]["measured_peak"] = measured_peak()
-    report["not_checked"] = unchecked
+            warnings += report["pilot"].pop("warnings")
+    report["warnings"], report["not_checked"] = warnings, unchecked
     return report
 
 
@@ -200,12 +213,24 @@ def _lengths(learner, errors: list[str]) -> dict[str, object]:
         "max_length": recipe.fit.max_length,
         "policy_window": learner.policy.window,
         "scorers": windows,
+        "example": learner.policy.tokenizer.decode(learner.prompt_tokens[kept.iloc[0]]),
     }
+
+
+def _try_scorer(name: str, scorer: Scorer, recipe: Recipe, learner: "LoraLearner | None") -> None:
+    """Scores two answers to one of the user's own prompts; raises UserError where the run's first shard would."""
+    _, polite, rude = _probe(recipe)
+    prompt = _probe(recipe)[0] if learner is None else learner.prompt_texts.iloc[0]
+    score_texts(scorer, [prompt] * 2, [polite, rude], negate=False, name=name, cache=ScoreCache(None))
+
+
+def _probe(recipe: Recipe) -> tuple[str, str, str]:
+    return QUICKSTART_PROBE if recipe.policy.model == QUICKSTART else PROBE
 
 
 def _direction(name: str, scorer: Scorer, settings: ScorerSettings, recipe: Recipe) -> dict[str, object]:
     """Scores of the two canned answers as the run would see them, and which is higher; never an error."""
-    prompt, polite, rude = QUICKSTART_PROBE if recipe.policy.model == QUICKSTART else PROBE
+    prompt, polite, rude = _probe(recipe)
     found: dict[str, object] = {"type": settings.type, "negate": settings.negate}
     try:
         scores = score_texts(scorer, [prompt] * 2, [polite, rude], negate=settings.negate, name=name, cache=ScoreCache(None))
@@ -215,5 +240,7 @@ def _direction(name: str, scorer: Scorer, settings: ScorerSettings, recipe: Reci
     if scores[0] != scores[1]:
         higher, other = ("polite", "rude") if scores[0] > scores[1] else ("rude", "polite")
         switch = str(not settings.negate).lower()
-        words = f"higher for the {higher} answer; if {name} should be higher for the {other} one, set negate: {switch}"
+        words = f"higher for the {higher} answer"
+        if settings.type != "python":  # a function of one's own mostly judges something else
+            words += f"; if {name} should be higher for the {other} one, set negate: {switch}"
     return found | {"polite": float(scores[0]), "rude": float(scores[1]), "direction": words}

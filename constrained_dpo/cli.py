@@ -62,7 +62,7 @@ def init(
     if as_json:
         print(json.dumps({"run": str(created.path), "name": created.recipe().name, "recipe_hash": created.recipe().hash()}))
         return
-    print(f"{created.path}: {created.recipe().name}\n{describe_problem(created.recipe().problem)}")
+    print(f"{created.path}: {created.recipe().name}\n{describe_problem(created.recipe().problem)}\nnext: cdpo run {created.path}")
 
 
 @app.command()
@@ -117,7 +117,7 @@ def _check_history(run: "RunDirectory", as_json: bool) -> None:
     if as_json:
         print(json.dumps({"run": str(run.path), "recomputed": len(recomputed), "lambda": recomputed}))
         return
-    print(f"{run.path}: λ of {len(recomputed)} rounds recomputed from the tables and the recipe, equal to state.json")
+    print(f"{run.path}: λ_0 and {len(recomputed) - 1} dual steps recomputed from the tables and the recipe, equal to state.json")
 
 
 def _open(run: "RunDirectory") -> tuple["Recipe", "LoraLearner", dict[str, int]]:
@@ -138,7 +138,7 @@ def _open(run: "RunDirectory") -> tuple["Recipe", "LoraLearner", dict[str, int]]
 def _prepare(run: "RunDirectory") -> tuple["Recipe", "LoraLearner"]:
     from constrained_dpo.rounds import prepare as prepare_run
     from constrained_dpo.rounds import require_same_inputs
-    from constrained_dpo.terminal import print_phase
+    from constrained_dpo.terminal import at_bound_warning, print_phase
 
     recipe, learner, left_out = _open(run)
     if run.state()["lambda"]:
@@ -147,7 +147,7 @@ def _prepare(run: "RunDirectory") -> tuple["Recipe", "LoraLearner"]:
     recipe = prepare_run(run, recipe, learner, left_out, print_phase)
     for name, value in run.state()["lambda"][0].items():
         if value >= recipe.dual.max_lambda:
-            _say(f"warning: λ_0({name}) is at dual.max_lambda {value:g}: no tilt of the reference samples reaches its level; lower it")
+            _say(at_bound_warning(name))
     return recipe, learner
 
 
@@ -275,6 +275,7 @@ def export(
     output: Annotated[Path, typer.Argument(help="new folder")],
     round_: RoundChoice = "last",
     merge: Annotated[bool, typer.Option("--merge", help="merge into the unquantized base (bfloat16) and measure the result again")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a round's adapter, or the merged model, with a model card."""
     from constrained_dpo.evaluate import evaluation_prompts
@@ -286,24 +287,28 @@ def export(
     recipe, number = directory.recipe(), directory.chosen_round(round_)
     if not merge:
         export_adapter(directory, recipe, number, output)
-        print(f"{output}: adapter of round {number} and its model card (README.md)")
+        said = f"{output}: adapter of round {number} and its model card (README.md)"
+        print(json.dumps({"output": str(output), "round": number}) if as_json else said)
         return
     quiet_libraries()
     with directory.locked():
         record = export_merged(directory, recipe, number, output, evaluation_prompts(directory, recipe, None))
+    if as_json:
+        print(json.dumps({"output": str(output), "round": number, "measurement": record}))
+        return
     print_evaluation(_console(), record, recipe.problem, recipe.dual.confidence)
     print(f"{output}: round {number} merged in bfloat16, its measurement (measurement.json) and its model card (README.md)")
 
 
 @app.command()
-def report(run: RunPath, round_: RoundChoice = "last") -> None:
+def report(run: RunPath, round_: RoundChoice = "last", as_json: AsJson = False) -> None:
     """One HTML page with figures: verdict, rounds, scores and samples before and after, from the run's files."""
     from constrained_dpo.report import write_report
     from constrained_dpo.run_directory import RunDirectory
 
     directory = RunDirectory(run)
     path, sentence = write_report(directory, None if round_ == "last" else directory.chosen_round(round_))
-    print(f"{sentence}\n{path}")
+    print(json.dumps({"report": str(path), "verdict": sentence}) if as_json else f"{sentence}\n{path}")
 
 
 @dual_app.command()

@@ -71,12 +71,16 @@ def write_evaluation(
     """Estimates and verdicts from two scored tables on the same prompts; commits the tables and evaluation.json, the latter last.
 
     Drops the shards KEY-policy and KEY-reference that they were made of before that, so that a kill in between only draws them again.
-    `change` holds, for every objective and extra score, the means under both policies and the paired difference with its t-interval.
+    `trained_prompts` counts prompts that the run was fitted on, which say nothing of unseen ones; `change` holds, for every objective and
+    extra score, the means under both policies and the paired difference with its t-interval.
     """
     problem, confidence = recipe.problem, recipe.dual.confidence
     verdicts = judge(estimate_subgradient(samples, reference, problem, confidence), confidence)
+    splits = run.prompts().set_index("prompt_id")["split"]
+    trained = splits.reindex(samples["prompt_id"].unique()).isin(["fit", "dual"])
     record = {
         "key": key,
+        "trained_prompts": int(trained.sum()),
         **summarize(samples, reference, problem, confidence=confidence, policy_law=is_policy_law(recipe.sampling)),
         "verdicts": verdicts,
         "verdict": overall(verdicts),

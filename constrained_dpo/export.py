@@ -125,6 +125,9 @@ def model_card(run: RunDirectory, recipe: Recipe, number: int, measured: dict, *
         "",
         "## Sampling law",
         "",
+        "Prompts are put "
+        + ("through the tokenizer's chat template." if recipe.prompts.format == "chat" else f"as `{recipe.prompts.template!r}`.")
+        + " Responses are drawn at",
         f"temperature {law['temperature']:g}, top_p {law['top_p']:g}, at most {law['max_new_tokens']} new tokens, no top_k, no repetition "
         "penalty. Under another law the constraint was not measured.",
         "",

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from constrained_dpo.dual import ScoreTable, solve_one_shot
 from constrained_dpo.learner import LoraLearner
 from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.rounds import Announce, silent
@@ -125,6 +126,8 @@ def run_pilot(learner: LoraLearner, target_se: dict[str, float], announce: Annou
         "prompts": len(prompts),
         "responses_per_prompt": per_prompt,
         "cut_off_fraction": float((~pool["ended"]).mean()),
+        "example": pool["response"].iloc[0],
+        "warnings": _out_of_reach(pool, recipe.problem, recipe.dual.max_lambda),
         "precision": expected_precision(
             pool,
             recipe.problem,
@@ -134,6 +137,18 @@ def run_pilot(learner: LoraLearner, target_se: dict[str, float], announce: Annou
         ),
         "seconds": _expected_seconds(learner, counts, sampling + scoring, resampling + scoring, step, overhead),
     }
+
+
+def _out_of_reach(pool: pd.DataFrame, problem: ConstrainedProblem, max_lambda: float) -> list[str]:
+    """A line per constraint that no tilt of the pilot's samples reaches with λ up to max_lambda (score units)."""
+    table = ScoreTable.from_frame(pool, problem)
+    solution = solve_one_shot(table, problem, max_lambda=max_lambda)
+    levels = problem.levels(pd.Series(table.reference_means(), index=problem.names))
+    return [
+        f"{name}: no tilt of the pilot's samples of π_ref reaches its level {levels[name]:.3g}, the best reaches "
+        f"{solution.utilities[name]:.3g}; lower its margin or threshold, or look at the samples"
+        for name in solution.at_bound
+    ]
 
 
 def _time_fit(learner: LoraLearner, pool: pd.DataFrame, folder: Path) -> tuple[float, float]:

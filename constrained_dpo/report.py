@@ -17,7 +17,7 @@ from constrained_dpo.report_contents import Contents, asked, cut_off, interval, 
 from constrained_dpo.report_figures import Picture, pictures
 from constrained_dpo.rounds import share_of_gap_closed
 from constrained_dpo.run_directory import RunDirectory
-from constrained_dpo.terminal import MEANING, describe_problem, next_step
+from constrained_dpo.terminal import MEANING, at_bound_warning, describe_problem, next_step
 from data_prep.settings import UserError
 from data_prep.tables import hash_file, write_atomically
 
@@ -109,6 +109,9 @@ def notes(contents: Contents) -> list[str]:
         lines.append(
             f"Round {contents.shown} was chosen with --round; a round chosen for its test verdict has a lower confidence than stated."
         )
+    for name, value in contents.state["lambda"][-1].items():
+        if value >= contents.recipe.dual.max_lambda:
+            lines.append(at_bound_warning(name))
     if record["kl"] is None:
         lines.append(f"KL and objective are not given: {record['kl_reason']}.")
     for name, count in record.get("truncated_scores", {}).items():

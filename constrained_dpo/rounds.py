@@ -277,7 +277,13 @@ def require_same_inputs(run: RunDirectory, learner: Learner) -> None:
     hashes = run.state()["hashes"]
     current = {**learner.identity(), "prompts": hash_file(run.prompts_file)[:16]}
     for key, value in hashes.items():
-        if current.get(key) != value:
+        now = current.get(key)
+        if now != value:
+            if key == "scorers" and (odd := [name for name in value if now.get(name) != value[name]]):
+                raise UserError(
+                    f"{run.path}: the scorer of {', '.join(odd)} changed since `prepare` (its file or its model); restore it, or start "
+                    "another run"
+                )
             raise UserError(
                 f"{run.path}: {key} changed since `prepare` ({value} then, {current.get(key)} now); restore it or start another run"
             )

@@ -100,6 +100,8 @@ class RunDirectory:
         return recipe
 
     def _require(self) -> None:
+        if self.path.is_file():
+            raise UserError(f"{self.path}: is a file, not a run directory; create one with `cdpo init {self.path} runs/NAME`")
         if not self.state_file.exists():
             raise UserError(f"{self.path}: not a run directory (no state.json); create it with `cdpo init RECIPE {self.path}`")
 
@@ -238,6 +240,9 @@ def _inheritance(recipe: Recipe, source: RunDirectory) -> dict[str, object]:
         block, _, name = key.partition(".")
         mine, other = (content[block][name] if name else content[block] for content in (ours, theirs))
         if mine != other:
+            if isinstance(mine, dict):
+                odd = [k for k in mine if mine[k] != other.get(k)]
+                key, mine, other = f"{key}.{odd[0]}", mine[odd[0]], other.get(odd[0])
             raise UserError(f"--from {source.path}: {key} differs ({other} there, {mine} here), so its responses cannot be used again")
     return {"from": str(source.path.resolve()), "policy": state["hashes"]["policy"], "law": state["hashes"]["law"]}
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.run_directory import RunDirectory
+from data_prep.tables import read_parquet
 
 MEANING = {
     "satisfied": "the utility is above its level on fresh samples of unseen prompts, at the stated confidence",
@@ -77,6 +78,7 @@ def print_round(console: Console, run: RunDirectory, record: dict, problem: Cons
                 table.add_row(f"  exact ({split})", "", f"λ* {best}", *shown, "", style="dim")
     console.print(table)
 
+    reference = read_parquet(run.reference_file, columns=["prompt_id", "split", "token_ids", "ended", problem.reward])
     values = Table()
     for column in ("", f"E[{problem.reward}]", "KL (nats)", f"objective E[{problem.reward}] − β KL", "mean tokens", "cut off"):
         values.add_column(column, justify="right" if column else "left")
@@ -88,6 +90,10 @@ def print_round(console: Console, run: RunDirectory, record: dict, problem: Cons
         if exact and split in exact:
             e = exact[split]
             values.add_row(f"  exact ({split})", *(_number(e[k]) for k in ("reward", "kl", "objective")), "", "", style="dim")
+        base = reference[reference["split"] == split]
+        start = base.groupby("prompt_id")[problem.reward].mean().mean()
+        length, cut_off = base["token_ids"].map(len).mean(), 100 * (~base["ended"].astype(bool)).mean()
+        values.add_row("  π_ref", _number(start), "", "", f"{length:.1f}", f"{cut_off:.0f} %", style="dim")
         if optimum and split in optimum:
             for label, key in (("  exact π_ref", "reference"), ("  exact optimum P*", "optimal")):
                 o = optimum[split][key]
@@ -106,14 +112,14 @@ def print_round(console: Console, run: RunDirectory, record: dict, problem: Cons
 def print_samples(console: Console, run: RunDirectory, number: int, objectives: list[str], count: int = 5) -> None:
     """The first response to a few test prompts under π_ref and under the round's policy, with their scores."""
     from data_prep.sources import last_user_text
-    from data_prep.tables import read_parquet
 
     chat = run.recipe().prompts.format
     prompts = run.prompts()
     prompts = prompts[prompts["split"] == "test"].head(count)
     before = read_parquet(run.reference_file).drop_duplicates("prompt_id").set_index("prompt_id")
     after = read_parquet(run.samples_file(number)).drop_duplicates("prompt_id").set_index("prompt_id")
-    table = Table(title="one answer each, before and after (test prompts)", title_justify="left", show_lines=True)
+    title = "one answer each, before and after (test prompts; independent draws, so single changes are partly luck)"
+    table = Table(title=title, title_justify="left", show_lines=True)
     for column in ("prompt", "reference policy", "this policy"):
         table.add_column(column, overflow="fold")
     for pid, prompt in zip(prompts["prompt_id"], prompts["prompt"], strict=True):
@@ -144,7 +150,19 @@ def print_evaluation(console: Console, record: dict, problem: ConstrainedProblem
     )
     if record["kl"] is None:
         console.print(f"KL and objective are null: {record['kl_reason']}.")
-    console.print(f"verdict: {record['verdict']} ({MEANING[record['verdict']]})")
+    if trained := record["trained_prompts"]:
+        console.print(f"warning: {trained} of the {record['num_prompts']} prompts were fitted on: this is no measurement on unseen prompts")
+        console.print(f"verdict on these prompts: {record['verdict']}")
+    else:
+        console.print(f"verdict: {record['verdict']} ({MEANING[record['verdict']]})")
+
+
+def at_bound_warning(name: str) -> str:
+    """What a multiplier at dual.max_lambda means."""
+    return (
+        f"warning: λ({name}) is at dual.max_lambda: more weight on {name} was not enough to reach its level; lower the margin or threshold "
+        f"of {name}, or give more responses per prompt"
+    )
 
 
 def next_step(run: RunDirectory, rounds: int) -> str:
@@ -154,7 +172,7 @@ def next_step(run: RunDirectory, rounds: int) -> str:
         return "prepare: sample and score the reference policy (cdpo prepare)"
     number = run.rounds_done()
     if number >= rounds:
-        return f"all {rounds} rounds of the recipe are done (cdpo round plays another)"
+        return f"all {rounds} rounds of the recipe are done (cdpo report, evaluate or export; cdpo round plays another)"
     done = {
         "relabel": run.pairs_file(number), "fit": run.adapter_folder(number), "rescore": run.samples_file(number),
     }  # fmt: skip
@@ -189,6 +207,8 @@ def status(run: RunDirectory) -> dict[str, object]:
     return {
         "name": recipe.name,
         "problem": describe_problem(recipe.problem),
+        "reward": recipe.problem.reward,
+        "at_max_lambda": [n for n, v in (state["lambda"][-1] if state["lambda"] else {}).items() if v >= recipe.dual.max_lambda],
         "lambda": state["lambda"][-1] if state["lambda"] else None,
         "left_out": state["left_out"],
         "rounds": rounds,
@@ -203,7 +223,16 @@ def print_status(console: Console, content: dict[str, object]) -> None:
     console.print(f"{content['name']}\n{content['problem']}")
     if content["rounds"]:
         table = Table()
-        for column in ("round", "λ", "u on dual prompts", "u on test prompts", "E[r]", "KL", "objective", "verdict on test"):
+        for column in (
+            "round",
+            "λ",
+            "u on dual prompts",
+            "u on test prompts",
+            f"E[{content['reward']}]",
+            "KL",
+            "objective",
+            "verdict on test",
+        ):
             table.add_column(column, justify="right")
         for row in content["rounds"]:
             lambdas = "\n".join(f"{n} {v:.4f}" for n, v in row["lambda"].items())
@@ -216,6 +245,8 @@ def print_status(console: Console, content: dict[str, object]) -> None:
         console.print(table)
     if content["lambda"]:
         console.print("λ for the next round: " + ", ".join(f"{n} {v:.4f}" for n, v in content["lambda"].items()))
+    for name in content["at_max_lambda"]:
+        console.print(at_bound_warning(name))
     left_out = {k: v for k, v in content["left_out"].items() if v}
     if left_out:
         console.print("prompts left out: " + ", ".join(f"{v} {k}" for k, v in left_out.items()))
@@ -230,7 +261,8 @@ def print_status(console: Console, content: dict[str, object]) -> None:
 def print_check(console: Console, report: dict) -> None:
     """What `check_recipe` found, in words and two tables."""
     if "prompts" in report:
-        counts = ", ".join(f"{n} {split}" for split, n in report["prompts"].items())
+        fit, dual, test = (report["prompts"].get(split, 0) for split in ("fit", "dual", "test"))
+        counts = f"{fit + dual} to fit on, {dual} of them dual; {test} test (split by hash)"
         console.print(f"prompts: {counts}; left out: {', '.join(f'{n} {why}' for why, n in report['left_out'].items())}")
     if "lengths" in report:
         lengths = report["lengths"]
@@ -242,6 +274,7 @@ def print_check(console: Console, report: dict) -> None:
         for name, own in lengths["scorers"].items():
             cut = ", longer texts are cut" if own["truncate"] else ""
             console.print(f"  scorer of {name}: longest prompt {own['longest_prompt']} of its tokens, window {own['window']}{cut}")
+        console.print(f"  a prompt as the policy reads it: {lengths['example']!r}")
     if "policy" in report:
         policy = report["policy"]
         console.print(f"policy: {policy['model']}, {policy['quantization']}, fingerprint {policy['fingerprint']}")
@@ -259,6 +292,8 @@ def print_check(console: Console, report: dict) -> None:
         console.print(f"memory, estimated: {', '.join(f'{k} {_gib(v)}' for k, v in parts.items())}; peak {_gib(peak)}")
         if measured is not None:
             console.print(f"  peak of this check, measured: {_gib(measured)} (on a CPU with the libraries' own 0.5 to 1 GiB)")
+    for line in report["warnings"]:
+        console.print(f"warning: {line}")
     for line in report["not_checked"]:
         console.print(f"not checked: {line}")
     console.print("the recipe is valid" + (" as far as it was checked" if report["not_checked"] else ""))
@@ -271,7 +306,7 @@ def _gib(value: float) -> str:
 def _print_pilot(console: Console, pilot: dict) -> None:
     console.print(
         f"pilot: {pilot['prompts']} dual prompts × {pilot['responses_per_prompt']} responses of π_ref, "
-        f"{100 * pilot['cut_off_fraction']:.0f} % cut off"
+        f"{100 * pilot['cut_off_fraction']:.0f} % cut off; one of them: {pilot['example'][:200]!r}"
     )
     if pilot["precision"]:
         table = Table(title="expected standard error of u, in score units", title_justify="left")
@@ -282,6 +317,8 @@ def _print_pilot(console: Console, pilot: dict) -> None:
             needed = "–" if row["prompts_needed"] is None else str(row["prompts_needed"])
             table.add_row(name, *("–" if v is None else f"{v:.3g}" for v in numbers), needed)
         console.print(table)
+        smallest = ", ".join(f"|u| > {2 * row['se']['test']:.2g} for {name}" for name, row in pilot["precision"].items())
+        console.print(f"these test prompts can decide about {smallest}; smaller slacks will mostly stay undecided")
     seconds = pilot["seconds"]
     console.print(
         f"expected time: prepare {duration(seconds['prepare'])}; each round: fit {duration(seconds['fit'])}, "

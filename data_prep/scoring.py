@@ -97,7 +97,7 @@ def parse_scorer(text: str, option: str) -> ScorerSettings:
     except (ValidationError, yaml.YAMLError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         detail = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip() if first else str(error).splitlines()[0]
-        raise UserError(f"{option}: {detail}") from error
+        raise UserError(f'{option}: {detail}; write it as in a recipe, e.g. {{type: python, target: "file.py:function"}}') from error
 
 
 class PythonScorer:
@@ -111,7 +111,10 @@ class PythonScorer:
         module = _import_file(Path(module_name)) if module_name.endswith(".py") else _import_module(module_name)
         self.function = getattr(module, function, None)
         if not callable(self.function):
-            raise UserError(f"scorer target {settings.target}: {module_name} has no function {function}")
+            own = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+            raise UserError(
+                f"scorer target {settings.target}: {module_name} has no function {function} (it has {', '.join(own) or 'none'})"
+            )
         self.fingerprint = f"python:{function}:{hash_file(Path(module.__file__))[:16]}"
 
     def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:

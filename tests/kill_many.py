@@ -34,6 +34,7 @@ from constrained_dpo.run_directory import RunDirectory, init_run
 QUICKSTART = Path(__file__).resolve().parents[1] / "recipes" / "quickstart.yaml"
 SMALL = ["sampling.responses_per_prompt=8", "dual.responses_per_prompt=8", "sampling.batch_size=64", "fit.steps=30", "dual.rounds=2"]
 KILLS_PER_CHAIN = 6
+FULL_DISKS = 40
 AIMED_SHARE = 0.4  # of the kills: at the first half-written file that shows up after the drawn moment
 PATIENCE = 240  # seconds until an aimed kill gives up, and until a run counts as hanging
 
@@ -306,16 +307,18 @@ def used_bytes(mount: Path) -> int:
 
 
 def disk_full(folder: Path, seed: int, exact: bool) -> int:
-    """A tmpfs with room for a few more blocks (as root): an error each time, then a few more, until the run is through."""
+    """A tmpfs with room for a few more blocks (as root): an error each time, then a few more; at last room enough to finish."""
     expected, _, _ = reference_run(folder, exact)
     mount, tally, server, draw = folder / "small-disk", Tally(), Server(folder), random.Random(seed)
     mount.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", mount], check=True)
     try:
         run, status, size, before = new_run(mount / "run", exact), 1, 0, -1
-        while status != 0 and tally.counts["full disks"] < 60:
+        while status != 0:
             used = used_bytes(mount)
             size = (size if used == before else used) + 4096 * draw.randint(2, 14)
+            if tally.counts["full disks"] >= FULL_DISKS:
+                size = 2**26  # space is made
             before = used
             subprocess.run(["mount", "-o", f"remount,size={size}", mount], check=True)
             server.start("run", run.path)

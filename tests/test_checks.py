@@ -14,6 +14,7 @@ from constrained_dpo.checks import check_recipe, needs_download
 from constrained_dpo.pilot import expected_precision, prompt_variance, variance_components
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from constrained_dpo.recipe import load_recipe
+from data_prep.settings import UserError
 
 
 def write_recipe(folder, **blocks):
@@ -79,10 +80,10 @@ def test_a_valid_recipe_is_described(quickstart_report):
     found = quickstart_report
     assert found["prompts"] == {"dual": 48, "test": 24} and found["not_checked"] == []
     assert found["lengths"] | {"scorers": {}} == {
-        "longest_prompt": 3, "max_new_tokens": 3, "max_length": 16, "policy_window": 32, "scorers": {},
+        "longest_prompt": 3, "max_new_tokens": 3, "max_length": 16, "policy_window": 32, "scorers": {}, "example": "boss win game",
     }  # fmt: skip
     harmless = found["scorers"]["harmless"]
-    assert harmless["polite"] > harmless["rude"] and harmless["direction"].startswith("higher for the polite answer; if harmless")
+    assert harmless["polite"] > harmless["rude"] and harmless["direction"] == "higher for the polite answer"
     assert found["memory_gib"]["peak"] > found["memory_gib"]["base"] > 0
     assert found["memory_gib"]["measured_peak"] > found["memory_gib"]["peak"]  # the libraries' own memory is in it
     json.dumps(found)
@@ -105,14 +106,23 @@ def test_no_pilot_samples_nothing_and_a_negated_scorer_turns_round():
     found = check_recipe(recipe, pilot=False, target_se={})
     assert "pilot" not in found and "measured_peak" not in found["memory_gib"]
     assert found["scorers"]["harmless"]["direction"].startswith("higher for the rude answer")
-    assert "set negate: false" in found["scorers"]["harmless"]["direction"]
 
 
-def test_a_scorer_that_cannot_read_the_probe_is_shown_not_refused(tmp_path):
-    (tmp_path / "s.py").write_text("def f(p, r): return [float(x.split()[3] == 'it') for x in r]\n")
-    recipe = load_recipe(QUICKSTART, [f"objective.constraints.harmless.scorer.target='{tmp_path / 's.py'}:f'"])
-    direction = check_recipe(recipe, pilot=False, target_se={})["scorers"]["harmless"]["direction"]
-    assert direction.startswith("the probe says nothing here") and "IndexError" in direction
+def test_a_scorer_that_cannot_score_is_an_error_of_the_recipe(tmp_path):
+    bodies = {"[float(x.split()[3] == 'it') for x in r]": "IndexError", "[1.0]": "shape", "[float('nan')] * len(r)": "finite"}
+    for body, match in bodies.items():
+        (tmp_path / "s.py").write_text(f"def f(p, r): return {body}\n")
+        recipe = load_recipe(QUICKSTART, [f"objective.constraints.harmless.scorer.target='{tmp_path / 's.py'}:f'"])
+        with pytest.raises(UserError, match=match):
+            check_recipe(recipe, pilot=False, target_se={})
+        (tmp_path / "s.py").unlink()
+
+
+def test_a_margin_out_of_reach_is_said(quickstart_report):
+    assert quickstart_report["warnings"] == []
+    recipe = load_recipe(QUICKSTART, ["objective.constraints.harmless.margin=20"])
+    (line,) = check_recipe(recipe, pilot=True, target_se={})["warnings"]
+    assert line.startswith("harmless: no tilt of the pilot's samples of π_ref reaches its level 20, the best reaches 0.")
 
 
 def test_variance_components_and_the_expected_error_against_simulation():
