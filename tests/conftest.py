@@ -5,6 +5,7 @@ import subprocess
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the commands set it
 
 from pathlib import Path
 

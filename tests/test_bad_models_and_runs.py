@@ -157,7 +157,7 @@ RUNS = {
     "prompts gone": (lambda run: (run / "prompts.parquet").unlink(), "round", "prompts.parquet: no such file"),
     "NaN in the samples": (lambda run: scores_of(run, "rounds/000/samples.parquet", "kind", np.nan), "check", "not a finite number"),
     "prompts changed": (lambda run: scores_of(run, "prompts.parquet", "prompt", "x"), "round", "prompts changed since"),
-    "scorer changed": (lambda run: (run.parent / "s.py").write_text(SCORER + "# other\n"), "round", "scorers changed since"),
+    "scorer changed": (lambda run: (run.parent / "s.py").write_text(SCORER + "# other\n"), "round", "changed since `prepare`"),
     "scorer gone": (lambda run: (run.parent / "s.py").unlink(), "round", "s.py"),
     "adapter gone": (lambda run: shutil.rmtree(run / "rounds/000/adapter"), "round", "rounds/000/adapter"),
     "adapter truncated": (cut("rounds/000/adapter/adapter_model.safetensors"), "round", "rounds/000/adapter"),

@@ -79,7 +79,7 @@ print(json.dumps({"measured": (peak[0] - baseline) / 2**30, "expected": expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read and trimmed the Linux way")
-@pytest.mark.parametrize(("quantization", "checkpointing"), [("none", "false"), ("nf4", "true")])
+@pytest.mark.parametrize(("quantization", "checkpointing"), [pytest.param("none", "false", marks=pytest.mark.slow), ("nf4", "true")])
 def test_the_estimate_is_near_the_measured_peak_of_a_fit(quantization, checkpointing, tmp_path):
     from conftest import QUICKSTART
 

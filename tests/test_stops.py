@@ -27,15 +27,17 @@ def largest_file():
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_prepare_within_seconds_and_says_how_to_resume(number, code, tmp_path):
+def test_a_signal_stops_prepare_and_says_how_to_resume(number, code, tmp_path):
     run = init_run(QUICKSTART, tmp_path / "run", list(SMALL))
     process = subprocess.Popen([*CDPO, "run", str(run.path)], stderr=subprocess.PIPE, text=True, start_new_session=True)
     while process.poll() is None and not any(run.shard_folder("pool").glob("*.parquet")):
         time.sleep(0.01)
-    start = time.time()
     os.killpg(process.pid, number)
-    _, stderr = process.communicate(timeout=20)
-    assert process.returncode == code and time.time() - start < 15
+    try:
+        _, stderr = process.communicate(timeout=60)  # how many seconds it takes is measured by kill_many.py --interrupt
+    finally:
+        process.kill()
+    assert process.returncode == code
     assert "the same command resumes" in stderr.splitlines()[-1] and "Traceback" not in stderr
     assert not list(run.path.rglob(".*.tmp"))
     with run.locked():
