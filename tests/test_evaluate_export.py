@@ -159,7 +159,7 @@ def test_init_from_samples_and_scores_nothing_twice(small_run, tmp_path):
 
 
 def test_init_from_refuses_what_was_sampled_otherwise(small_run, tmp_path):
-    with pytest.raises(UserError, match="sampling differs"):
+    with pytest.raises(UserError, match=r"sampling\.temperature differs \(1\.0 there, 0\.9 here\)"):
         init_run(QUICKSTART, tmp_path / "a", [*SMALL, "sampling.temperature=0.9"], small_run)
     unprepared = init_run(QUICKSTART, tmp_path / "b", list(SMALL))
     with pytest.raises(UserError, match="is not prepared yet"):
