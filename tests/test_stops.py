@@ -29,7 +29,10 @@ def largest_file():
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_prepare_and_says_how_to_resume(number, code, tmp_path):
     run = init_run(QUICKSTART, tmp_path / "run", list(SMALL))
-    process = subprocess.Popen([*CDPO, "run", str(run.path)], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [*CDPO, "run", str(run.path)], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the tests may run in a shell's background, which ignores it
+    )  # fmt: skip
     while process.poll() is None and not any(run.shard_folder("pool").glob("*.parquet")):
         time.sleep(0.01)
     os.killpg(process.pid, number)
