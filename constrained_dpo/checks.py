@@ -69,12 +69,7 @@ def check_recipe(
         # Texts scored by the pilot are not kept: a run's score cache is its own.
         learner = None
         if prompts is not None and policy is not None:
-            learner = LoraLearner(
-                recipe.model_copy(update={"fit": recipe.fit.model_copy(update={"report_to": []})}),
-                RunDirectory(Path(folder)),
-                prompts,
-                show_progress,
-            )
+            learner = LoraLearner(recipe, RunDirectory(Path(folder)), prompts, show_progress)
             learner.policy, learner.scorers = policy, scorers
             with _collected(errors):
                 left_out |= learner.restrict(recipe.fit.max_length)
@@ -219,8 +214,8 @@ def _lengths(learner, errors: list[str]) -> dict[str, object]:
 
 def _try_scorer(name: str, scorer: Scorer, recipe: Recipe, learner: "LoraLearner | None") -> None:
     """Scores two answers to one of the user's own prompts; raises UserError where the run's first shard would."""
-    _, polite, rude = _probe(recipe)
-    prompt = _probe(recipe)[0] if learner is None else learner.prompt_texts.iloc[0]
+    canned, polite, rude = _probe(recipe)
+    prompt = canned if learner is None else learner.prompt_texts.iloc[0]
     score_texts(scorer, [prompt] * 2, [polite, rude], negate=False, name=name, cache=ScoreCache(None))
 
 

@@ -123,10 +123,12 @@ def _check_history(run: "RunDirectory", as_json: bool) -> None:
 def _open(run: "RunDirectory") -> tuple["Recipe", "LoraLearner", dict[str, int]]:
     """Recipe, learner and counts of prompts left out, of a run that is prepared or not yet."""
     from constrained_dpo.learner import LoraLearner
+    from constrained_dpo.tracking import require_trackers
     from data_prep.sources import split_prompts
 
     quiet_libraries()
     recipe = run.recipe()
+    require_trackers(recipe.fit.report_to)  # before hours of sampling, not after
     prepared = bool(run.state()["lambda"])
     prompts, left_out = (run.prompts(), {}) if prepared else split_prompts(recipe.prompts, recipe.dual.prompts_per_round)
     learner = LoraLearner(recipe, run, prompts, show_progress=sys.stderr.isatty())
@@ -253,10 +255,11 @@ def evaluate(
     extra = {name: parse_scorer(text, f"--scorer {name}") for name, _, text in (s.partition("=") for s in scorer)}
     check_names(list(extra), recipe.problem)
     quiet_libraries()
-    learner = LoraLearner(recipe, directory, evaluation_prompts(directory, recipe, prompts), sys.stderr.isatty(), extra)
+    chosen, duplicates = evaluation_prompts(directory, recipe, prompts)
+    learner = LoraLearner(recipe, directory, chosen, sys.stderr.isatty(), extra)
     with directory.locked():
         require_same_inputs(directory, learner)
-        left_out = learner.restrict(recipe.fit.max_length)
+        left_out = {"duplicates": duplicates} | learner.restrict(recipe.fit.max_length)
         count = responses or recipe.dual.responses_per_prompt
         label = prompts.stem if prompts else "test"
         record = evaluate_round(directory, recipe, learner, number, label=label, responses_per_prompt=count, seed=seed)
@@ -264,8 +267,8 @@ def evaluate(
         print(json.dumps(record | {"left_out": left_out}))
         return
     print_evaluation(_console(), record, recipe.problem, recipe.dual.confidence)
-    if left_out["too_long"]:
-        print(f"left out: {left_out['too_long']} prompts too long")
+    if any(left_out.values()):
+        print(f"prompts left out: {', '.join(f'{n} {why}' for why, n in left_out.items())}")
     print(f"tables: {directory.evaluation_folder(record['key'])}")
 
 
@@ -292,7 +295,7 @@ def export(
         return
     quiet_libraries()
     with directory.locked():
-        record = export_merged(directory, recipe, number, output, evaluation_prompts(directory, recipe, None))
+        record = export_merged(directory, recipe, number, output, evaluation_prompts(directory, recipe, None)[0])
     if as_json:
         print(json.dumps({"output": str(output), "round": number, "measurement": record}))
         return

@@ -21,13 +21,15 @@ from data_prep.sources import read_prompts
 from data_prep.tables import RESERVED_NAMES, RESPONSES, read_parquet, validate_prompts, write_json, write_parquet
 
 
-def evaluation_prompts(run: RunDirectory, recipe: Recipe, source: Path | None) -> pd.DataFrame:
-    """The run's test prompts, or those of another file (same layouts and format as in the recipe), all with split test."""
+def evaluation_prompts(run: RunDirectory, recipe: Recipe, source: Path | None) -> tuple[pd.DataFrame, int]:
+    """The run's test prompts, or those of another file (same layouts and format as in the recipe), all with split test; and how many
+    duplicates of the file were left out."""
     if source is None:
         prompts = run.prompts()
-        return prompts[prompts["split"] == "test"].reset_index(drop=True)
-    series, _ = read_prompts(str(source), recipe.prompts.format)
-    return validate_prompts(pd.DataFrame({"prompt_id": series.index, "prompt": series.to_numpy(), "split": "test"}), str(source))
+        return prompts[prompts["split"] == "test"].reset_index(drop=True), 0
+    series, duplicates = read_prompts(str(source), recipe.prompts.format)
+    table = pd.DataFrame({"prompt_id": series.index, "prompt": series.to_numpy(), "split": "test"})
+    return validate_prompts(table, str(source)), duplicates
 
 
 def check_names(extra: list[str], problem: ConstrainedProblem) -> None:

@@ -57,7 +57,8 @@ def export_merged(run: RunDirectory, recipe: Recipe, number: int, output: Path, 
         )  # fmt: skip
 
     samples = draw(merged, "policy")
-    merged.unload()  # one policy in memory at a time
+    merged.unload()  # one policy in memory at a time, and the scorers once
+    base.scorers = merged.scorers
     reference = draw(base, "reference")
     ref_logp, _ = response_logps(
         base.policy.model,

@@ -8,9 +8,8 @@ import pandas as pd
 
 from constrained_dpo.recipe import Recipe
 from constrained_dpo.run_directory import RunDirectory
-from constrained_dpo.tracking import require_trackers
 from data_prep.policy import QUICKSTART, Policy, load_policy
-from data_prep.sampling import law_hash, sample_shard
+from data_prep.sampling import check_lengths, law_hash, sample_shard
 from data_prep.scoring import ScoreCache, Scorer, ScorerSettings, make_scorer, score_texts
 from data_prep.settings import UserError
 from data_prep.sources import last_user_text, tokenize_prompts
@@ -30,7 +29,6 @@ class LoraLearner:
         self.recipe, self.prompts, self.show_progress = recipe, prompts, show_progress
         self.run = run
         self.scorer_settings = recipe.scorers | (extra_scorers or {})
-        require_trackers(recipe.fit.report_to)  # before hours of sampling, not after
 
     @cached_property
     def policy(self) -> Policy:
@@ -55,17 +53,14 @@ class LoraLearner:
         return pd.Series(texts, index=self.prompts["prompt_id"])
 
     def unload(self) -> None:
-        """Frees policy and scorers; they load again when next needed."""
-        for name in ("policy", "scorers"):
-            self.__dict__.pop(name, None)
+        """Frees the policy; it loads again when next needed."""
+        self.__dict__.pop("policy", None)
 
     def restrict(self, limit: int) -> dict[str, int]:
         """Applies the length limit (tokens of prompt + response) to the prompts; returns how many were dropped.
 
         Raises UserError for prompts that are too long where the recipe does not say to drop them.
         """
-        from data_prep.sampling import check_lengths
-
         names = "fit.max_length"
         if self.policy.window is not None and self.policy.window < limit:
             limit, names = self.policy.window, "the policy's window"
