@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.dual import ScoreTable, solve_one_shot
+from constrained_dpo.dual import ScoreTable
 from constrained_dpo.learner import LoraLearner
+from constrained_dpo.one_shot import solve_one_shot
 from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.rounds import Announce, silent
 from data_prep.preferences import label_pairs

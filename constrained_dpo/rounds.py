@@ -13,7 +13,9 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.dual import ScoreTable, auto_step_scale, dual_step, solve_one_shot, step_size_at
+from constrained_dpo.dual import ScoreTable
+from constrained_dpo.dual_steps import auto_step_scale, dual_step, step_size_at
+from constrained_dpo.one_shot import solve_one_shot
 from constrained_dpo.recipe import Recipe
 from constrained_dpo.rescore import collect, measure
 from constrained_dpo.run_directory import RunDirectory

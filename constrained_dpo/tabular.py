@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.dual import OneShotSolution, ScoreTable, solve_one_shot
+from constrained_dpo.dual import ScoreTable
+from constrained_dpo.one_shot import OneShotSolution, solve_one_shot
 from constrained_dpo.problem import ConstrainedProblem
 
 

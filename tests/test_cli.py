@@ -14,7 +14,8 @@ import pytest
 from conftest import QUICKSTART, scored_frame
 
 from constrained_dpo.cli import main
-from constrained_dpo.dual import ScoreTable, solve_one_shot
+from constrained_dpo.dual import ScoreTable
+from constrained_dpo.one_shot import solve_one_shot
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 
 CDPO = [sys.executable, "-c", "from constrained_dpo.cli import main; main()"]

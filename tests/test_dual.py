@@ -7,7 +7,9 @@ from conftest import random_world, scored_frame
 from scipy import optimize, special
 
 from constrained_dpo.certificate import judge
-from constrained_dpo.dual import ScoreTable, auto_step_scale, dual_step, estimate_subgradient, evaluate_dual, solve_one_shot, step_size_at
+from constrained_dpo.dual import ScoreTable, estimate_subgradient, evaluate_dual
+from constrained_dpo.dual_steps import auto_step_scale, dual_step, step_size_at
+from constrained_dpo.one_shot import solve_one_shot
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from data_prep.settings import UserError
 
