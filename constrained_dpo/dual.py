@@ -100,14 +100,11 @@ def evaluate_dual(table: ScoreTable, lambda_: np.ndarray, beta: float, levels: n
     )
 
 
-def estimate_subgradient(
-    samples: pd.DataFrame, reference: pd.DataFrame, problem: ConstrainedProblem, confidence: float = 0.95
-) -> pd.DataFrame:
-    """u_i = Ê_{π_θ}[g_i] − a_i with clustered standard error and t-interval: columns u, se, low, high, num_prompts by constraint.
+def prompt_slack(samples: pd.DataFrame, reference: pd.DataFrame, problem: ConstrainedProblem) -> pd.DataFrame:
+    """The slack on every prompt, (num_prompts, m) by prompt_id: the policy's mean of g minus π_ref's and minus b (margin), or minus c.
 
-    samples, reference: responses of π_θ and π_ref on the same prompts, under one sampling law. A prompt is one cluster: the estimate is
-    the mean over prompts of the paired difference of prompt means (margin), or of the prompt mean minus c (threshold). Score units.
-    Source: CAID, arXiv:2505.19387, Algorithm 1, subgradient of the dual. Raises UserError when the prompts differ.
+    samples, reference: responses of π_θ and π_ref to the same prompts, under one sampling law. Score units. Raises UserError when the
+    prompts differ.
     """
     names = problem.names
     for frame, where in ((samples, "samples"), (reference, "reference")):
@@ -118,7 +115,18 @@ def estimate_subgradient(
     if not policy_means.index.equals(reference_means.index):
         odd = policy_means.index.symmetric_difference(reference_means.index)
         raise UserError(f"u is a paired difference, but {len(odd)} prompts are in only one of the two tables, e.g. {odd[0]!r}")
-    slack = policy_means - reference_means * problem.relative.astype(float) - problem.bounds
+    return policy_means - reference_means * problem.relative.astype(float) - problem.bounds
+
+
+def estimate_subgradient(
+    samples: pd.DataFrame, reference: pd.DataFrame, problem: ConstrainedProblem, confidence: float = 0.95
+) -> pd.DataFrame:
+    """u_i = Ê_{π_θ}[g_i] − a_i with clustered standard error and t-interval: columns u, se, low, high, num_prompts by constraint.
+
+    The mean over prompts of `prompt_slack`; a prompt is one cluster. Score units. Source: CAID, arXiv:2505.19387, Algorithm 1, subgradient
+    of the dual. Raises UserError when the prompts differ.
+    """
+    names, slack = problem.names, prompt_slack(samples, reference, problem)
     count = len(slack)
     mean = slack.mean()
     error = slack.std(ddof=1) / np.sqrt(count) if count > 1 else pd.Series(np.inf, index=names)

@@ -29,16 +29,17 @@ MIN_ESS = 4.0
 
 @dataclass(frozen=True)
 class Observation:
-    """One round: λ, the slack v measured under it and v's standard error (score units), by constraint."""
+    """One round: λ and the slack v that is steered on, by constraint; by_prompt: the slack on every dual prompt, (num_prompts, m) with the
+    same index in every round (score units)."""
 
     lambda_: pd.Series
     slack: pd.Series
-    se: pd.Series
+    by_prompt: pd.DataFrame
 
 
 @dataclass(frozen=True)
 class Theory:
-    """What theory says of the current round before any step of λ was measured.
+    """What theory says of a round before any step of λ was measured.
 
     target: where complementary slackness is expected, (m,), or None where samples cannot say; slope: ∂E[g]/∂λ, (m, m), in utility units
     per λ; response: the share of theory's log-ratio that the fit delivers (`response_factor`).
@@ -139,9 +140,10 @@ def measured_slope(history: list[Observation], start: np.ndarray) -> tuple[np.nd
     for before, after in list(itertools.pairwise(history))[-(len(start) + 2) :]:
         names = after.lambda_.index
         moved = (after.lambda_ - before.lambda_).to_numpy(float)
-        change = (after.slack - before.slack).reindex(names).to_numpy(float)
-        variance = (after.se**2 + before.se**2).reindex(names).to_numpy(float)
-        noise, seen, expected = np.sqrt(np.sum(moved**2 * variance)), moved @ change, moved @ slope @ moved
+        change = (after.by_prompt - before.by_prompt)[names].to_numpy(float)
+        along = change @ moved  # the same prompts in both rounds: what they differ in cancels
+        noise, change = along.std(ddof=1) / np.sqrt(len(along)), change.mean(axis=0)
+        seen, expected = moved @ change, moved @ slope @ moved
         if seen > 2 * noise:
             slope *= 1.0 if measured else seen / expected
             pushed = slope @ moved
