@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.certificate import best_bound, one_sided_bounds
+from constrained_dpo.certificate import best_bound, one_sided_bounds, recorded_slack
 from constrained_dpo.dual import ScoreTable, prompt_slack
 from constrained_dpo.dual_steps import Observation, auto_step_scale, dual_step, newton_step, predict, step_size_at
 from constrained_dpo.one_shot import solve_one_shot
@@ -46,8 +46,7 @@ def steered_on(recipe: Recipe, record: dict) -> dict[str, float]:
     """v, the slack that moves λ: u itself, or its one-sided lower bound (dual.confidence_side)."""
     if recipe.dual.confidence_side == "none":
         return record["u"]
-    u = pd.DataFrame({"u": record["u"], "se": record["u_se"]}, dtype=float).assign(num_prompts=record["num_prompts"])
-    return one_sided_bounds(u, recipe.dual.confidence)["low"].to_dict()
+    return one_sided_bounds(recorded_slack(record), recipe.dual.confidence)["low"].to_dict()
 
 
 def _observation(run: RunDirectory, recipe: Recipe, record: dict) -> Observation:
