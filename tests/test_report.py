@@ -219,7 +219,7 @@ def test_no_constraint_is_reported_too(tmp_path):
     play(run, recipe, learner, 1)
     page, _ = reported(run)
     _, sentence = write_report(run)
-    assert sentence.startswith("No constraint was set: round 0 reaches E[r]") and len(page.captions) == 2
+    assert sentence.startswith("No constraint was set: round 0 reaches E[r]") and len(page.captions) == 3
 
 
 def test_where_there_is_nothing_to_report_one_line_says_so(tmp_path, long_run):
