@@ -69,9 +69,10 @@ def _centred(values: pd.Series, prompts: pd.Series) -> pd.Series:
 def response_factor(samples: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series) -> float | None:
     """Share of theory's log-ratio that a fit delivered: slope of log π_θ/π_ref on s_λ/β within prompts; 1 at the maximizer, where
     β log π_θ/π_ref = s_λ − β log Z(x). None where s_λ does not vary within prompts."""
-    wanted = _centred(score(samples, problem, lambda_) / problem.beta, samples["prompt_id"])
-    given = _centred(log_ratio(samples), samples["prompt_id"])
-    return float((wanted * given).sum() / total) if (total := float((wanted**2).sum())) > 0 else None
+    wanted_raw = score(samples, problem, lambda_) / problem.beta
+    wanted, given = (_centred(values, samples["prompt_id"]) for values in (wanted_raw, log_ratio(samples)))
+    total = float((wanted**2).sum())
+    return float((wanted * given).sum() / total) if total > 1e-20 * float((wanted_raw**2).sum()) else None
 
 
 def off_policy_residual(table: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series) -> float:
