@@ -68,7 +68,10 @@ def _centred(values: pd.Series, prompts: pd.Series) -> pd.Series:
 
 def response_factor(samples: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series) -> float | None:
     """Share of theory's log-ratio that a fit delivered: slope of log π_θ/π_ref on s_λ/β within prompts; 1 at the maximizer, where
-    β log π_θ/π_ref = s_λ − β log Z(x). None where s_λ does not vary within prompts."""
+    β log π_θ/π_ref = s_λ − β log Z(x). None where s_λ does not vary within prompts.
+
+    samples: best π_ref's, with π_θ's log-probabilities; among π_θ's own the slope is too small, because they were selected by it.
+    """
     wanted_raw = score(samples, problem, lambda_) / problem.beta
     wanted, given = (_centred(values, samples["prompt_id"]) for values in (wanted_raw, log_ratio(samples)))
     total = float((wanted**2).sum())
@@ -164,7 +167,7 @@ def certify(
     ess, fewest = float(estimates["policy", "ess"].mean()), int(samples.groupby("prompt_id").size().min())
     record: dict[str, object] = {
         "lagrangian": _mean_se(lagrangian)[0], "lagrangian_se": _mean_se(lagrangian)[1], "ess": ess,
-        "response_factor": response_factor(samples, problem, lambda_),
+        "response_factor": response_factor(samples if off_policy is None else off_policy, problem, lambda_),
         "residual": None if off_policy is None else off_policy_residual(off_policy, problem, lambda_),
     }  # fmt: skip
     if fewest < MIN_RESPONSES:

@@ -80,6 +80,7 @@ def _play(folder: Path, world: str, method: str, step: float, init: str, seed: i
     recipe |= {"objective": WORLDS[world], "seed": seed}
     recipe["dual"] |= {"method": method, "step_size": step, "init": init, "rounds": rounds}
     recipe["dual"]["responses_per_prompt"] = recipe["sampling"]["responses_per_prompt"] = 128
+    recipe["prompts"] |= {"max_fit": 24, "max_test": 4}  # the test prompts play no part here
     recipe["fit"] |= {"steps": 150, "learning_rate": 3e-4}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     cdpo = [sys.executable, "-c", "from constrained_dpo.cli import main; main()"]
