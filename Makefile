@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup init round run status report test lint bench bench-kills clean
+.PHONY: setup init round run status report test lint bench bench-dual bench-kills clean
 .DEFAULT_GOAL := round
 
 setup: $(VENV)/.installed
@@ -40,6 +40,13 @@ lint: setup
 # The tables of docs/benchmarks.md, measured anew (about 40 minutes on 2 cores).
 bench: setup
 	$(BIN)/python tests/bench_quickstart.py
+
+# Rounds of the dual steps, coverage of intervals and verdicts (simulated; about an hour on 2 cores), then real fits (hours; goes on where it stopped).
+bench-dual: setup
+	$(BIN)/python tests/bench_steps.py
+	$(BIN)/python tests/bench_coverage.py
+	$(BIN)/python tests/bench_dual.py fits runs/bench-dual.jsonl
+	$(BIN)/python tests/bench_dual.py table runs/bench-dual.jsonl
 
 # 100 kills, a full disk at many points, Ctrl-C in every phase (about an hour on 2 cores).
 bench-kills: setup

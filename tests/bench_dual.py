@@ -1,8 +1,7 @@
-"""`make bench-dual`: dual steps compared by rounds, on simulated learners and on enumerable worlds with real LoRA fits.
+"""`make bench-dual`: rounds of the dual steps and the certificate on enumerable worlds with real LoRA fits.
 
-    python tests/bench_dual.py simulate          # seconds per run: minutes in all
-    python tests/bench_dual.py fits FILE.jsonl   # real runs (about two hours); goes on where FILE stops
-    python tests/bench_dual.py table FILE.jsonl  # the tables of rounds and of the certificate from it
+    python tests/bench_dual.py fits FILE.jsonl                  # real runs (hours on one core); goes on where FILE stops
+    python tests/bench_dual.py table FILE.jsonl [--plot PNG]    # the tables of rounds and of the certificate from it
 
 Rounds are counted until the exact u of the round's policy is within 5 % of the margin for every constraint (or λ = 0 and u > 0).
 """
@@ -15,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 REPO = Path(__file__).resolve().parents[1]
@@ -117,15 +117,82 @@ def rounds_needed(records: list[dict], world: str) -> int | None:
     return hits[0] + 1 if hits else None
 
 
+def _counts(values: list[int | None]) -> str:
+    """Median and all values; a run that did not get there counts as more than it played."""
+    ranked = sorted(np.inf if v is None else v for v in values)
+    return f"{np.median(ranked):g} ({', '.join('–' if v is None else str(v) for v in values)})"
+
+
+def print_rounds(results: list[dict]) -> None:
+    print(
+        "| world | newton from 0 | newton from one_shot | subgradient from 0, by η: "
+        + ", ".join(f"{s:g}" for s in STEPS)
+        + " |\n|---|---|---|---|"
+    )
+    for world in WORLDS:
+        cells = []
+        for method, init, step in (("newton", "zeros", 0.3), ("newton", "one_shot", 0.3), *(("subgradient", "zeros", s) for s in STEPS)):
+            chosen = [r for r in results if r["task"][:4] == [world, method, step, init]]
+            cells.append(_counts([rounds_needed(r["rounds"], world) for r in chosen]) if chosen else "not run")
+        print(f"| {world} | {cells[0]} | {cells[1]} | {'; '.join(cells[2:])} |")
+
+
+def print_certificate(results: list[dict], plot: Path | None) -> None:
+    """Exact gap against the reported one, by scale; a round's exact gap is that of its dual prompts."""
+    rows = [
+        r | {"scale": "std 10, β 0.1" if "std 10" in result["task"][0] else "std 1, β 0.25"} for result in results for r in result["rounds"]
+    ]
+    print(
+        "\n| scale | rounds | null | exact ≤ reported + 2 SE | exact gap 0.02–0.2: rounds, within ±30 % | median reported/exact |\n|---|---|---|---|---|---|"
+    )
+    for scale in sorted({r["scale"] for r in rows}):
+        mine = [r for r in rows if r["scale"] == scale]
+        known = [r for r in mine if r["lagrangian_gap"] is not None]
+        exact = np.array([r["exact"]["lagrangian_gap"] for r in known])
+        said, se = (np.array([r[key] for r in known]) for key in ("lagrangian_gap", "lagrangian_gap_se"))
+        narrow = (exact >= 0.02) & (exact <= 0.2)
+        close = int((np.abs(said[narrow] / exact[narrow] - 1) <= 0.3).sum())
+        covered = f"{int((exact <= said + 2 * se).sum())} of {len(known)}"
+        ratio = f"{np.median(said / exact):.2f}" if len(known) else "–"
+        print(f"| {scale} | {len(mine)} | {len(mine) - len(known)} | {covered} | {int(narrow.sum())}, {close} | {ratio} |")
+    if plot is not None:
+        _plot(rows, plot)
+
+
+def _plot(rows: list[dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for scale, marker in (("std 1, β 0.25", "o"), ("std 10, β 0.1", "s")):
+        known = [r for r in rows if r["scale"] == scale and r["lagrangian_gap"] is not None]
+        exact, said, se = (
+            [r["exact"]["lagrangian_gap"] for r in known], [r["lagrangian_gap"] for r in known], [2 * r["lagrangian_gap_se"] for r in known],
+        )  # fmt: skip
+        axes.errorbar(exact, said, yerr=se, fmt=marker, markersize=4, capsize=2, linewidth=1, label=scale)
+    axes.axline((1, 1), slope=1, color="grey", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="exact Lagrangian gap (score units)", ylabel="estimated, ± 2 SE")
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     fits = commands.add_parser("fits")
     fits.add_argument("output", type=Path)
     fits.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    table = commands.add_parser("table")
+    table.add_argument("output", type=Path)
+    table.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "fits":
         play_fits(arguments.output, arguments.seeds)
+        return
+    results = [json.loads(line) for line in arguments.output.read_text().splitlines()]
+    print_rounds(results)
+    print_certificate(results, arguments.plot)
 
 
 if __name__ == "__main__":
