@@ -139,17 +139,18 @@ def print_rounds(results: list[dict]) -> None:
 
 def print_certificate(results: list[dict], plot: Path | None) -> None:
     """Exact gap against the reported one, by scale; a round's exact gap is that of its dual prompts."""
+    scale_of = {world: "std 10, β 0.1" if "std 10" in world else "std 1, β 0.25" for world in WORLDS}
     rows = [
-        r | {"scale": "std 10, β 0.1" if "std 10" in result["task"][0] else "std 1, β 0.25"} for result in results for r in result["rounds"]
+        r | {"scale": scale_of[result["task"][0]], "exact_gap": r["exact"]["lagrangian_gap"]}
+        for result in results
+        for r in result["rounds"]
     ]
-    print(
-        "\n| scale | rounds | null | exact ≤ reported + 2 SE | exact gap 0.02–0.2: rounds, within ±30 % | median reported/exact |\n|---|---|---|---|---|---|"
-    )
+    columns = ("scale", "rounds", "null", "exact ≤ reported + 2 SE", "exact gap 0.02–0.2: rounds, within ±30 %", "median reported/exact")
+    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for scale in sorted({r["scale"] for r in rows}):
         mine = [r for r in rows if r["scale"] == scale]
         known = [r for r in mine if r["lagrangian_gap"] is not None]
-        exact = np.array([r["exact"]["lagrangian_gap"] for r in known])
-        said, se = (np.array([r[key] for r in known]) for key in ("lagrangian_gap", "lagrangian_gap_se"))
+        exact, said, se = (np.array([r[key] for r in known]) for key in ("exact_gap", "lagrangian_gap", "lagrangian_gap_se"))
         narrow = (exact >= 0.02) & (exact <= 0.2)
         close = int((np.abs(said[narrow] / exact[narrow] - 1) <= 0.3).sum())
         covered = f"{int((exact <= said + 2 * se).sum())} of {len(known)}"
@@ -166,9 +167,8 @@ def _plot(rows: list[dict], path: Path) -> None:
     axes = figure.subplots()
     for scale, marker in (("std 1, β 0.25", "o"), ("std 10, β 0.1", "s")):
         known = [r for r in rows if r["scale"] == scale and r["lagrangian_gap"] is not None]
-        exact, said, se = (
-            [r["exact"]["lagrangian_gap"] for r in known], [r["lagrangian_gap"] for r in known], [2 * r["lagrangian_gap_se"] for r in known],
-        )  # fmt: skip
+        exact, said = ([r[key] for r in known] for key in ("exact_gap", "lagrangian_gap"))
+        se = [2 * r["lagrangian_gap_se"] for r in known]
         axes.errorbar(exact, said, yerr=se, fmt=marker, markersize=4, capsize=2, linewidth=1, label=scale)
     axes.axline((1, 1), slope=1, color="grey", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="exact Lagrangian gap (score units)", ylabel="estimated, ± 2 SE")
