@@ -140,11 +140,9 @@ def print_rounds(results: list[dict]) -> None:
 def print_certificate(results: list[dict], plot: Path | None) -> None:
     """Exact gap against the reported one, by scale; a round's exact gap is that of its dual prompts."""
     scale_of = {world: "std 10, β 0.1" if "std 10" in world else "std 1, β 0.25" for world in WORLDS}
-    rows = [
-        r | {"scale": scale_of[result["task"][0]], "exact_gap": r["exact"]["lagrangian_gap"]}
-        for result in results
-        for r in result["rounds"]
-    ]
+    rows = []
+    for result in results:
+        rows += [r | {"scale": scale_of[result["task"][0]], "exact_gap": r["exact"]["lagrangian_gap"]} for r in result["rounds"]]
     columns = ("scale", "rounds", "null", "exact ≤ reported + 2 SE", "exact gap 0.02–0.2: rounds, within ±30 %", "median reported/exact")
     print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for scale in sorted({r["scale"] for r in rows}):
