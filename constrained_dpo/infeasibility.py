@@ -100,11 +100,11 @@ def diagnose_feasibility(table: ScoreTable, problem: ConstrainedProblem, levels:
     # A constraint that nearly fails alone may fail firmly together with others, so only firm words end the search here.
     if firm := [single for single in singles if single.verdict in (INFEASIBLE, NO_EVIDENCE)]:
         return _together(firm)
-    direction, ess = _least_direction(table, target, unit)
+    direction, ess = _least_slack(table, target, unit)
     share = direction / unit
     values = _best(table, [share]).value - (share[:, None] * offsets).sum(axis=0)
-    involved = [name for name, mu in zip(names, direction, strict=True) if mu > 1e-6]
-    return _judge(involved, len(involved) > 1, largest, values, pd.Series(unit, index=names)[involved], ess)
+    conflict = [name for name, mu in zip(names, direction, strict=True) if mu > 0]
+    return _judge(conflict, len(conflict) > 1, largest, values, pd.Series(unit, index=names)[conflict], ess)
 
 
 def _together(firm: list[Feasibility]) -> Feasibility:
@@ -134,8 +134,9 @@ def _judge(names: list[str], together: bool, largest: pd.Series, values: np.ndar
     return Feasibility(verdict, tuple(names), together, largest, max(-slack, 0.0) * unit, slack, se, ess, count)
 
 
-def _best(table: ScoreTable, directions: list[np.ndarray], shares: list[float] | None = None) -> _Best:
-    """The responses that maximize Σ_i μ_i g_i on each prompt, for one direction μ (m,) or a mixture of several with the given shares."""
+def _best(table: ScoreTable, directions: list[np.ndarray], shares: list[float] | None = None, tie: float = 1e-12) -> _Best:
+    """The responses that maximize Σ_i μ_i g_i on each prompt, for one direction μ (m,) or a mixture of several with the given shares.
+    A score within `tie` of the largest, relative to 1 + |largest|, counts as equal."""
     m, prompts = table.utilities.shape[1], len(table.counts)
     best = _Best(np.zeros(prompts), np.zeros((m, prompts)), np.empty(prompts))
     for block in table.blocks():
@@ -146,8 +147,7 @@ def _best(table: ScoreTable, directions: list[np.ndarray], shares: list[float] |
         for direction, share in zip(directions, shares or [1.0], strict=True):
             score = sum((mu * column for mu, column in zip(direction, columns, strict=True)), np.zeros_like(law))
             top = block.max(score)
-            # Ties share the weight as the samples' law does; a score within rounding of the largest is a tie.
-            tied = law * (score >= block.spread(top - 1e-12 * (1 + np.abs(top))))
+            tied = law * (score >= block.spread(top - tie * (1 + np.abs(top))))  # ties share the weight as the samples' law does
             mixture += share * tied / block.spread(block.sum(tied))
             best.value[at] += share * top
         best.ess[at] = 1.0 / block.dot(mixture, mixture)
@@ -156,16 +156,27 @@ def _best(table: ScoreTable, directions: list[np.ndarray], shares: list[float] |
     return best
 
 
-def _least_direction(table: ScoreTable, target: np.ndarray, unit: np.ndarray) -> tuple[np.ndarray, float]:
-    """The minimizing μ on the simplex (m,), and the mean effective sample size of the policy that attains the value.
+def _least_slack(table: ScoreTable, target: np.ndarray, unit: np.ndarray) -> tuple[np.ndarray, float]:
+    """The minimizing μ on the simplex (m,), exactly 0 for constraints that do not limit the slack, and the mean effective sample size of
+    the policy that attains it."""
+    direction, ess = _cutting_planes(table, target, unit, np.full(len(target), 1.0 / len(target)))
+    involved = direction > 1e-6
+    if not involved.all():
+        # Among the policies that attain the slack of these, the one that spreads most: the others' scores choose no response.
+        part = ScoreTable(table.reward, table.utilities[:, involved], table.log_weight, table.starts, table.counts)
+        start = direction[involved] / direction[involved].sum()
+        direction = np.zeros_like(direction)
+        direction[involved], ess = _cutting_planes(part, target[involved], unit[involved], start)
+    return direction, ess
+
+
+def _cutting_planes(table: ScoreTable, target: np.ndarray, unit: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, float]:
+    """`_least_slack` from the direction `start`.
 
     Kelley's cutting planes: each μ tried gives a policy (the best responses under it) with slack vector v; the next μ minimizes the
     largest μ·v, a linear program of size m, whose dual mixes those policies into the one that attains the least slack.
     """
-    m = len(target)
-    if m == 1:
-        return np.ones(1), float(_best(table, [np.ones(1)]).ess.mean())
-    direction, tried, cuts = np.full(m, 1.0 / m), [], []
+    m, direction, tried, cuts = len(target), start, [], []
     value, best_direction, mixture = np.inf, direction, np.ones(1)
     for _ in range(MAX_CUTS):
         vertex = _best(table, [direction / unit])
@@ -187,4 +198,4 @@ def _least_direction(table: ScoreTable, target: np.ndarray, unit: np.ndarray) ->
             break
     used = [i for i, share in enumerate(mixture) if share > 1e-9]
     shares = [float(mixture[i] / mixture[used].sum()) for i in used]
-    return best_direction, float(_best(table, [tried[i] / unit for i in used], shares).ess.mean())
+    return best_direction, float(_best(table, [tried[i] / unit for i in used], shares, tie=1e-7).ess.mean())
