@@ -1,29 +1,43 @@
-"""What may be claimed of a policy: the verdict on the test prompts. numpy and scipy only."""
+"""What may be claimed of a policy: verdicts, D(λ) and the gaps to the optimum with their limits. numpy and scipy only.
+
+The Lagrangian gap D(λ) − L(π_θ, λ) = β E_x KL(π_θ ‖ π*_λ) ≥ 0 is estimated on the dual prompts from y_k ~ π_θ with
+w_k = s_λ(y_k)/β − log π_θ(y_k)/π_ref(y_k) as β E_x[log mean_k exp(w_k) − mean_k w_k]: log Z by importance weights (the bound of importance-
+weighted autoencoders, arXiv:1509.00519), applied to the dual of MoCAN (arXiv:2405.19544).
+"""
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from constrained_dpo.problem import ConstrainedProblem
+
 SATISFIED, VIOLATED, UNDECIDED = "satisfied", "violated", "undecided"
+MIN_RESPONSES = 4
+MIN_ESS = 4.0
+"""Below MIN_RESPONSES samples of a prompt, or this mean effective sample size, log mean exp is no estimate of log Z."""
+
+
+def one_sided_bounds(u: pd.DataFrame, confidence: float) -> pd.DataFrame:
+    """Columns low and high by constraint: one-sided t-bounds of u at the stated level over all constraints together (Bonferroni).
+
+    u: `estimate_subgradient` (columns u, se, num_prompts); score units.
+    """
+    quantile = stats.t.ppf(1 - (1 - confidence) / max(len(u), 1), np.maximum(u["num_prompts"] - 1, 1))
+    half = pd.Series(np.where(np.isfinite(u["se"]), quantile * u["se"].where(np.isfinite(u["se"]), 0.0), np.inf), index=u.index)
+    return pd.DataFrame({"low": u["u"] - half, "high": u["u"] + half})
 
 
 def judge(u: pd.DataFrame, confidence: float) -> dict[str, str]:
-    """Verdict by constraint on fresh test samples: satisfied, violated or undecided.
+    """Verdict by constraint on fresh samples: satisfied, violated or undecided.
 
-    u: `estimate_subgradient` on the test prompts (columns u, se, num_prompts). One-sided t-tests at the stated level over all
-    constraints together (Bonferroni): satisfied where the lower bound of u is > 0 (≥ 0 without sampling error), violated where the
-    upper bound is < 0.
+    u: `estimate_subgradient` (columns u, se, num_prompts). Satisfied where the one-sided lower bound of u is > 0 (≥ 0 without
+    sampling error), violated where the upper bound is < 0, at the stated level over all constraints together (Bonferroni).
     """
+    bounds = one_sided_bounds(u, confidence)
     verdicts = {}
-    for name, row in u.iterrows():
-        quantile = stats.t.ppf(1 - (1 - confidence) / len(u), max(row["num_prompts"] - 1, 1))
-        half = quantile * row["se"] if np.isfinite(row["se"]) else np.inf
-        if row["u"] - half > 0 or (half == 0 and row["u"] == 0):
-            verdicts[name] = SATISFIED
-        elif row["u"] + half < 0:
-            verdicts[name] = VIOLATED
-        else:
-            verdicts[name] = UNDECIDED
+    for name, row in bounds.iterrows():
+        exactly_met = row["low"] == row["high"] == 0
+        verdicts[name] = SATISFIED if row["low"] > 0 or exactly_met else VIOLATED if row["high"] < 0 else UNDECIDED
     return verdicts
 
 
@@ -31,3 +45,171 @@ def overall(verdicts: dict[str, str]) -> str:
     """One word for all constraints: violated if any is, satisfied only if all are."""
     values = set(verdicts.values())
     return VIOLATED if VIOLATED in values else UNDECIDED if UNDECIDED in values else SATISFIED
+
+
+def log_ratio(table: pd.DataFrame) -> pd.Series:
+    """log π_θ − log π_ref of every response (nats)."""
+    return table["policy_logp"] - table["ref_logp"]
+
+
+def score(table: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series) -> pd.Series:
+    """s_λ = r + λ·g of every response (score units of the reward)."""
+    return table[problem.reward] + (table[problem.names] * lambda_.reindex(problem.names)).sum(axis=1)
+
+
+def _centred(values: pd.Series, prompts: pd.Series) -> pd.Series:
+    return values - values.groupby(prompts).transform("mean")
+
+
+def response_factor(samples: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series) -> float | None:
+    """Share of theory's log-ratio that a fit delivered: slope of log π_θ/π_ref on s_λ/β within prompts; 1 at the maximizer, where
+    β log π_θ/π_ref = s_λ − β log Z(x). None where s_λ does not vary within prompts."""
+    wanted = _centred(score(samples, problem, lambda_) / problem.beta, samples["prompt_id"])
+    given = _centred(log_ratio(samples), samples["prompt_id"])
+    return float((wanted * given).sum() / total) if (total := float((wanted**2).sum())) > 0 else None
+
+
+def off_policy_residual(table: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series) -> float:
+    """Std within prompts of s_λ − β log π_θ/π_ref over responses of *any* sampling law (score units): 0 at the maximizer.
+
+    table: responses with policy_logp of the policy in question; prompts with one response say nothing and are left out.
+    """
+    rest = _centred(score(table, problem, lambda_) - problem.beta * log_ratio(table), table["prompt_id"])
+    free = len(table) - table["prompt_id"].nunique()
+    return float(np.sqrt((rest**2).sum() / free)) if free > 0 else float("nan")
+
+
+def log_mean_exp(values: pd.Series, prompts: pd.Series) -> pd.DataFrame:
+    """log mean_k exp(values) by prompt: columns plain, jackknife (its bias of order 1/K removed), ess, count.
+
+    A mean of logs is at most the log of the mean, so both are biased low; the jackknife less.
+    """
+    codes, index = pd.factorize(prompts, sort=True)
+    order = np.argsort(codes, kind="stable")
+    counts = np.bincount(codes)
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    exponent = values.to_numpy(np.float64)[order]
+    top = np.maximum.reduceat(exponent, starts)
+    weight = np.exp(exponent - np.repeat(top, counts))
+    total = np.add.reduceat(weight, starts)
+    plain = top + np.log(total / counts)
+    # Without one response each; a prompt whose whole weight is one response has no finite value there, and keeps the plain estimate.
+    rest = np.repeat(total, counts) - weight
+    with np.errstate(divide="ignore", invalid="ignore"):
+        left_out = np.repeat(top, counts) + np.log(rest / np.repeat(np.maximum(counts - 1, 1), counts))
+        mean = np.add.reduceat(left_out, starts) / counts
+        jackknife = np.where(np.isfinite(mean) & (counts > 1), counts * plain - (counts - 1) * mean, plain)
+    ess = total**2 / np.add.reduceat(weight**2, starts)
+    return pd.DataFrame({"plain": plain, "jackknife": jackknife, "ess": ess, "count": counts}, index=pd.Index(index, name="prompt_id"))
+
+
+def dual_estimates(
+    samples: pd.DataFrame, others: dict[str, pd.DataFrame], off_policy: pd.DataFrame | None, problem: ConstrainedProblem, lambda_: pd.Series
+) -> pd.DataFrame:
+    """β log Z(x) by prompt from every source that its law is known of: columns (source, log_z | ess), rows the samples' prompts.
+
+    samples: y ~ π_θ. others: responses of other policies to the same prompts with the log-probability under their own law (`sample_logp`).
+    off_policy: π_ref's responses with π_θ's log-probabilities; with the samples they are draws of a mixture of both policies, whose
+    weights are bounded where π_ref has mass (balance heuristic, Veach and Guibas 1995). Jackknifed where the mean effective sample size is
+    at least MIN_ESS; else plain, which is biased low: still a bound from below.
+    """
+    tables = {"policy": (samples, samples["policy_logp"])} | {name: (table, table["sample_logp"]) for name, table in others.items()}
+    if off_policy is not None and len(off_policy):
+        both = pd.concat([samples, off_policy], ignore_index=True)
+        share = len(samples) / len(both)
+        tables["mixture"] = (both, np.logaddexp(both["policy_logp"] + np.log(share), both["ref_logp"] + np.log(1 - share)))
+    prompts, columns = np.sort(samples["prompt_id"].unique()), {}
+    for name, (table, law) in tables.items():
+        if not np.array_equal(np.sort(table["prompt_id"].unique()), prompts):
+            continue
+        value = log_mean_exp(score(table, problem, lambda_) / problem.beta + table["ref_logp"] - law, table["prompt_id"])
+        credible = value["ess"].mean() >= MIN_ESS and value["count"].min() >= MIN_RESPONSES
+        columns[name, "log_z"] = problem.beta * (value["jackknife"] if credible else value["plain"])
+        columns[name, "ess"] = value["ess"]
+    return pd.DataFrame(columns)
+
+
+def _mean_se(values: pd.Series) -> tuple[float, float]:
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("inf")
+
+
+def certify(
+    samples: pd.DataFrame,
+    reference: pd.DataFrame,
+    others: dict[str, pd.DataFrame],
+    off_policy: pd.DataFrame | None,
+    problem: ConstrainedProblem,
+    lambda_: pd.Series,
+) -> dict[str, object]:
+    """The certificate of one round on the dual prompts, JSON-ready; score units of the reward, standard errors clustered by prompt.
+
+    samples: y ~ π_θ; reference: y ~ π_ref; others: earlier rounds' samples by name; off_policy: π_ref's responses with π_θ's
+    log-probabilities; all scored, all on the same prompts. dual_value is the largest estimate of D(λ) over the sources, because every
+    one is biased low and none sees a mode that it never sampled; lagrangian_gap = dual_value − L(π_θ, λ). `disagreement` names the source
+    where it exceeds the estimate from π_θ's own samples by more than two standard errors. All of it is null, with the reason, with fewer
+    than MIN_RESPONSES samples of a prompt or a mean effective sample size under MIN_ESS.
+    """
+    estimates = dual_estimates(samples, {"reference": reference, **others}, off_policy, problem, lambda_)
+    prompt_of, lam = samples["prompt_id"], lambda_.reindex(problem.names)
+    base = reference.groupby("prompt_id")[problem.names].mean()
+    levels = (base * problem.relative.astype(float) + problem.bounds).mul(lam).sum(axis=1)
+    lagrangian = (score(samples, problem, lambda_) - problem.beta * log_ratio(samples)).groupby(prompt_of).mean() - levels
+    objective = (samples[problem.reward] - problem.beta * log_ratio(samples)).groupby(prompt_of).mean()
+    ess, fewest = float(estimates["policy", "ess"].mean()), int(samples.groupby("prompt_id").size().min())
+    record: dict[str, object] = {
+        "lagrangian": _mean_se(lagrangian)[0], "lagrangian_se": _mean_se(lagrangian)[1], "ess": ess,
+        "response_factor": response_factor(samples, problem, lambda_),
+        "residual": None if off_policy is None else off_policy_residual(off_policy, problem, lambda_),
+    }  # fmt: skip
+    if fewest < MIN_RESPONSES:
+        return record | nothing(f"{fewest} responses of a prompt are too few (at least {MIN_RESPONSES}): raise dual.responses_per_prompt")
+    if ess < MIN_ESS:
+        return record | nothing(
+            f"the effective sample size is {ess:.1f} of {fewest} responses per prompt (at least {MIN_ESS:g}): the policy is far from the "
+            "maximizer at this β, or the scores are too widely spread for so few responses"
+        )
+    names = [name for name, part in estimates.columns if part == "log_z"]
+    source = max(names, key=lambda name: estimates[name, "log_z"].mean())
+    dual = estimates[source, "log_z"] - levels
+    excess = _mean_se(estimates[source, "log_z"] - estimates["policy", "log_z"])
+    gap, optimality = _mean_se(dual - lagrangian), _mean_se(dual - objective)
+    return record | {
+        "dual_value": _mean_se(dual)[0], "dual_value_se": _mean_se(dual)[1], "dual_value_source": source,
+        "dual_values": {name: _mean_se(estimates[name, "log_z"] - levels)[0] for name in names},
+        "lagrangian_gap": gap[0], "lagrangian_gap_se": gap[1], "optimality_gap": optimality[0], "optimality_gap_se": optimality[1],
+        "disagreement": source if excess[0] > 2 * excess[1] else None, "certificate_reason": None,
+    }  # fmt: skip
+
+
+def nothing(reason: str) -> dict[str, object]:
+    """A certificate that claims nothing, and why."""
+    keys = ("dual_value", "dual_value_se", "dual_value_source", "dual_values", "lagrangian_gap", "lagrangian_gap_se", "optimality_gap")
+    return {**dict.fromkeys((*keys, "optimality_gap_se", "disagreement")), "certificate_reason": reason}
+
+
+def best_bound(records: list[dict]) -> dict[str, object] | None:
+    """The smallest D over rounds, which bounds P*: its round, value and se; None where no round has one."""
+    known = [r for r in records if r.get("dual_value") is not None]
+    if not known:
+        return None
+    best = min(known, key=lambda r: r["dual_value"])
+    return {"round": best["round"], "dual_value": best["dual_value"], "dual_value_se": best["dual_value_se"]}
+
+
+def sentence(record: dict, records: list[dict], meets_constraints: bool) -> str:
+    """What the certificate of a round bounds, in words, and when it is loose. records: all rounds done."""
+    if record.get("dual_value") is None:
+        return f"no certificate: {record.get('certificate_reason') or 'none was computed'}"
+    best = best_bound(records)
+    gap, se = record["lagrangian_gap"], record["lagrangian_gap_se"]
+    text = f"the fit is {gap:.3f} ± {2 * se:.3f} from the best policy at this λ"
+    if meets_constraints:
+        most = best["dual_value"] - record["objective"]
+        spread = 2 * float(np.hypot(best["dual_value_se"], record["lagrangian_se"]))
+        text += f"; no policy that meets the constraints has an objective more than {max(most, 0.0):.3f} ± {spread:.3f} higher"
+        text += f" (D of round {best['round']}; loose where λ is far from optimal)"
+    else:
+        text += "; the constraints are not met, so its objective is compared with no bound"
+    if record["disagreement"]:
+        text += f"; samples of {record['disagreement']} show mass that this policy's own samples miss"
+    return text

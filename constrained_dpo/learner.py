@@ -8,8 +8,8 @@ import pandas as pd
 
 from constrained_dpo.recipe import Recipe
 from constrained_dpo.run_directory import RunDirectory
-from data_prep.policy import QUICKSTART, Policy, load_policy
-from data_prep.sampling import check_lengths, law_hash, sample_shard
+from data_prep.policy import QUICKSTART, Policy, attached_adapter, load_policy
+from data_prep.sampling import check_lengths, law_hash, response_logps, sample_shard
 from data_prep.scoring import ScoreCache, Scorer, ScorerSettings, make_scorer, score_texts
 from data_prep.settings import UserError
 from data_prep.sources import last_user_text, tokenize_prompts
@@ -119,6 +119,14 @@ class LoraLearner:
             seed=seed,
         )
 
+    def log_probabilities(self, responses: pd.DataFrame, adapter: Path) -> np.ndarray:
+        """log π_θ of stored responses by their token ids (nats, T = 1), shape (num_responses,)."""
+        tokens = [self.prompt_tokens[pid] for pid in responses["prompt_id"]]
+        drawn = [ids.tolist() for ids in responses["token_ids"]]
+        with attached_adapter(self.policy, adapter) as model:
+            pad_id, size = self.policy.tokenizer.pad_token_id, self.recipe.sampling.batch_size
+            return response_logps(model, tokens, drawn, pad_id=pad_id, batch_size=size)[0]
+
     def score(self, responses: pd.DataFrame) -> pd.DataFrame:
         prompts = responses["prompt_id"].map(self.prompt_texts).tolist()
         texts = responses["response"].tolist()
@@ -159,8 +167,8 @@ class LoraLearner:
     def _prompts_of(self, split: str) -> list[str]:
         return self.prompts["prompt_id"][self.prompts["split"] == split].tolist()
 
-    def exact(self, adapter: Path | None) -> dict[str, dict] | None:
-        """Exact values of a policy by split, or None where responses cannot be enumerated."""
+    def exact(self, adapter: Path, lambda_: pd.Series) -> dict[str, dict] | None:
+        """Exact values of a policy by split, its Lagrangian gap at λ among them; None where responses cannot be enumerated."""
         if self.recipe.policy.model != QUICKSTART:
             return None
         from data_prep.quickstart import exact_logps
@@ -168,7 +176,8 @@ class LoraLearner:
         values = {}
         for split, world in self.worlds.items():
             tokens = {pid: self.prompt_tokens[pid] for pid in self._prompts_of(split)}
-            values[split] = world.evaluate(exact_logps(self.policy, adapter, tokens))
+            logp = exact_logps(self.policy, adapter, tokens)
+            values[split] = world.evaluate(logp) | {"lagrangian_gap": world.lagrangian_gap(logp, lambda_)}
         return values
 
     def optimum(self) -> dict[str, dict] | None:

@@ -13,17 +13,19 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.dual import ScoreTable
-from constrained_dpo.dual_steps import auto_step_scale, dual_step, step_size_at
-from constrained_dpo.one_shot import solve_one_shot
+from constrained_dpo.certificate import certify, nothing
 from constrained_dpo.recipe import Recipe
 from constrained_dpo.rescore import collect, measure
 from constrained_dpo.run_directory import RunDirectory
+from constrained_dpo.steering import initial_multipliers, next_multipliers, resolve_step_scale, steered_on
 from constrained_dpo.tracking import log_round
 from data_prep.preferences import label_pairs
 from data_prep.sampling import is_policy_law
 from data_prep.settings import UserError, derive_seed
-from data_prep.tables import hash_file, read_parquet, validate_pairs, write_atomically, write_json, write_parquet
+from data_prep.tables import hash_file, read_parquet, validate_pairs, write_json, write_parquet
+
+OFF_POLICY_RESPONSES = 64
+"""Responses of π_ref per dual prompt that a round's policy is asked about: enough for the residual, and a bound on its cost."""
 
 Announce = Callable[[str, float | None], None]
 """Told a phase's name with None when it begins, and with its seconds when it is done."""
@@ -56,9 +58,11 @@ class Learner(Protocol):
 
     def score(self, responses: pd.DataFrame) -> pd.DataFrame: ...
 
+    def log_probabilities(self, responses: pd.DataFrame, adapter: Path) -> np.ndarray: ...
+
     def identity(self) -> dict[str, object]: ...
 
-    def exact(self, adapter: Path | None) -> dict[str, dict] | None: ...
+    def exact(self, adapter: Path, lambda_: pd.Series) -> dict[str, dict] | None: ...
 
     def optimum(self) -> dict[str, dict] | None: ...
 
@@ -104,7 +108,7 @@ def prepare(run: RunDirectory, recipe: Recipe, learner: Learner, left_out: dict[
     optimum = learner.optimum()
     if optimum is not None and not run.exact_file.exists():
         write_json(run.exact_file, optimum)
-    recipe = _resolve_step_scale(run, recipe)
+    recipe = resolve_step_scale(run, recipe)
     state = run.state()
     if not state["lambda"]:
         state |= {
@@ -134,52 +138,12 @@ def _require_varying(pool: pd.DataFrame, objectives: list[str]) -> None:
             raise UserError(f"scorer of {name}: gives {value} to all {len(pool)} reference responses; it cannot tell responses apart")
 
 
-def _reference_table(run: RunDirectory, recipe: Recipe) -> ScoreTable:
-    """All of π_ref's samples on fit and dual prompts."""
-    reference = read_parquet(run.reference_file)
-    samples = pd.concat([read_parquet(run.pool_file(None)), reference[reference["split"] == "dual"]], ignore_index=True)
-    return ScoreTable.from_frame(samples, recipe.problem)
-
-
-def _resolve_step_scale(run: RunDirectory, recipe: Recipe) -> Recipe:
-    """Turns step_scale auto into numbers, in recipe.yaml."""
-    if recipe.dual.step_scale != "auto":
-        return recipe
-    scale = auto_step_scale(_reference_table(run, recipe), recipe.problem)
-    dual = recipe.dual.model_copy(update={"step_scale": scale.to_dict()})
-    recipe = recipe.model_copy(update={"dual": dual})
-    write_atomically(run.recipe_file, recipe.to_yaml().encode())
-    return recipe
-
-
-def initial_multipliers(run: RunDirectory, recipe: Recipe) -> pd.Series:
-    """λ_0: zeros, the given values, or the one-shot minimizer of D on π_ref's samples (MoCAN, arXiv:2405.19544)."""
-    init = "one_shot" if recipe.dual.method == "one_shot" else recipe.dual.init
-    if isinstance(init, dict):
-        return recipe.problem.multipliers(init).clip(upper=recipe.dual.max_lambda)
-    if init == "zeros":
-        return pd.Series(0.0, index=recipe.problem.names)
-    return solve_one_shot(_reference_table(run, recipe), recipe.problem, max_lambda=recipe.dual.max_lambda).lambda_
-
-
-def next_multipliers(recipe: Recipe, lambda_: pd.Series, u: dict[str, float], round_number: int) -> pd.Series:
-    """λ_{t+1} from λ_t and u_t: the subgradient step, or λ_t itself where the method keeps it."""
-    dual = recipe.dual
-    if dual.method != "subgradient":
-        return lambda_
-    if dual.step_scale == "auto":
-        raise ValueError("dual.step_scale is not resolved yet; pass the recipe that `prepare` returned, or the run's own")
-    scale = pd.Series(dual.step_scale, dtype=float) if isinstance(dual.step_scale, dict) else 1.0
-    step = step_size_at(dual.step_size, dual.step_schedule, round_number) * scale
-    return dual_step(lambda_, pd.Series(u, dtype=float), step, dual.max_lambda)
-
-
 def play_round(run: RunDirectory, recipe: Recipe, learner: Learner, announce: Announce = silent) -> dict[str, object]:
     """One dual iteration: relabel, fit, re-score, dual step. Returns the round's record (round.json); resumes what a kill left undone."""
     state = run.state()
     number = len(state["lambda"]) - 1
     lambda_ = recipe.problem.multipliers(state["lambda"][-1])
-    seconds: dict[str, float | None] = dict.fromkeys(("relabel", "fit", "rescore"))
+    seconds: dict[str, float | None] = dict.fromkeys(("relabel", "fit", "rescore", "off_policy"))
 
     def phase(name: str, done: bool, action: Callable[[], None]) -> None:
         if not done:
@@ -188,12 +152,14 @@ def play_round(run: RunDirectory, recipe: Recipe, learner: Learner, announce: An
     phase("relabel", run.pairs_file(number).exists(), lambda: _relabel(run, recipe, lambda_, number))
     phase("fit", run.adapter_folder(number).exists(), lambda: _fit(run, recipe, learner, lambda_, number))
     phase("rescore", run.samples_file(number).exists(), lambda: _rescore(run, recipe, learner, number))
+    if is_policy_law(recipe.sampling):
+        phase("off_policy", run.off_policy_file(number).exists(), lambda: _off_policy(run, learner, number))
     if recipe.pool.grow and not run.pool_file(number).exists():
         samples = read_parquet(run.samples_file(number))
         write_parquet(samples[samples["split"] == "dual"].drop(columns="split"), run.pool_file(number))
     if not run.round_file(number).exists():
-        record = round_record(run, recipe, lambda_, number)
-        record |= {"exact": learner.exact(run.adapter_folder(number)), "seconds": seconds, "hashes": state["hashes"]}
+        record = round_record(run, recipe, lambda_, [run.round_record(t) for t in range(number)])
+        record |= {"exact": learner.exact(run.adapter_folder(number), lambda_), "seconds": seconds, "hashes": state["hashes"]}
         truncated = getattr(learner, "truncated", dict)()
         if truncated:
             record["truncated_scores"] = truncated
@@ -247,30 +213,55 @@ def _rescore(run: RunDirectory, recipe: Recipe, learner: Learner, number: int) -
     write_parquet(_with_split(samples, prompts), run.samples_file(number))
 
 
-def round_record(run: RunDirectory, recipe: Recipe, lambda_: pd.Series, number: int) -> dict[str, object]:
-    """round.json's estimates: a pure function of the run's tables, the recipe and λ_t."""
-    record = measure(
+def _off_policy(run: RunDirectory, learner: Learner, number: int) -> None:
+    """π_θ's log-probabilities of π_ref's responses to the dual prompts, at most OFF_POLICY_RESPONSES of each prompt."""
+    reference = read_parquet(run.reference_file)
+    chosen = reference[reference["split"] == "dual"].groupby("prompt_id", sort=False).head(OFF_POLICY_RESPONSES)
+    policy_logp = learner.log_probabilities(chosen, run.adapter_folder(number))
+    write_parquet(chosen[["prompt_id", "response_id"]].assign(policy_logp=policy_logp), run.off_policy_file(number))
+
+
+def certificate_record(run: RunDirectory, recipe: Recipe, lambda_: pd.Series, number: int) -> dict[str, object]:
+    """What `certify` says of a round, from the run's tables; null where the sampling law is not the policy."""
+    if not is_policy_law(recipe.sampling):
+        reason = "sampled at temperature ≠ 1 or top_p < 1, so the samples are not from the policy itself"
+        return dict.fromkeys(("lagrangian", "lagrangian_se", "ess", "response_factor", "residual")) | nothing(reason)
+
+    def on_dual(path: Path) -> pd.DataFrame:
+        table = read_parquet(path)
+        return table[table["split"] == "dual"]
+
+    reference = on_dual(run.reference_file)
+    off_policy = reference.drop(columns="policy_logp").merge(read_parquet(run.off_policy_file(number)), on=["prompt_id", "response_id"])
+    others = {f"round {t}": on_dual(run.samples_file(t)) for t in range(number)}
+    return certify(on_dual(run.samples_file(number)), reference, others, off_policy, recipe.problem, lambda_)
+
+
+def round_record(run: RunDirectory, recipe: Recipe, lambda_: pd.Series, earlier: list[dict]) -> dict[str, object]:
+    """round.json's estimates: a pure function of the run's tables, the recipe, λ_t and the records of the earlier rounds."""
+    number = len(earlier)
+    record = {"round": number, "lambda": lambda_.to_dict()} | measure(
         read_parquet(run.samples_file(number)),
         read_parquet(run.reference_file),
         recipe.problem,
         confidence=recipe.dual.confidence,
         policy_law=is_policy_law(recipe.sampling),
     )
-    following = next_multipliers(recipe, lambda_, record["u"], number)
+    record |= certificate_record(run, recipe, lambda_, number)
+    record["steered_on"] = steered_on(recipe, record)
+    following, record["step"] = next_multipliers(run, recipe, [*earlier, record])
     sampling = recipe.sampling
     law = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_new_tokens": sampling.max_new_tokens}
-    return {
-        "round": number, "lambda": lambda_.to_dict(), "lambda_next": following.to_dict(), **record, "sampling_law": law,
-    }  # fmt: skip
+    return record | {"lambda_next": following.to_dict(), "sampling_law": law}
 
 
 def replay(run: RunDirectory) -> list[dict[str, float]]:
     """The λ history recomputed from the run's tables and recipe alone; equals state.json's (DESIGN invariant 3)."""
-    recipe = run.recipe()
+    recipe, records = run.recipe(), []
     history = [initial_multipliers(run, recipe)]
-    for number in range(run.rounds_done()):
-        record = round_record(run, recipe, history[-1], number)
-        history.append(recipe.problem.multipliers(record["lambda_next"]))
+    for _ in range(run.rounds_done()):
+        records.append(round_record(run, recipe, history[-1], records))
+        history.append(recipe.problem.multipliers(records[-1]["lambda_next"]))
     return [lambda_.to_dict() for lambda_ in history]
 
 

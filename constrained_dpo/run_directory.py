@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from constrained_dpo.recipe import Recipe, load_recipe
+from constrained_dpo.selection import CHOICES, best_dual_round, best_round
 from data_prep.settings import UserError
 from data_prep.tables import RESPONSES, read_parquet, write_atomically, write_json, write_parquet
 
@@ -76,6 +77,10 @@ class RunDirectory:
         """π_θ's responses on dual and test prompts, scored, with their split."""
         return self.round_folder(round_number) / "samples.parquet"
 
+    def off_policy_file(self, round_number: int) -> Path:
+        """π_θ's log-probabilities of π_ref's responses to the dual prompts."""
+        return self.round_folder(round_number) / "off_policy.parquet"
+
     def round_file(self, round_number: int) -> Path:
         return self.round_folder(round_number) / "round.json"
 
@@ -132,14 +137,17 @@ class RunDirectory:
         return max(len(self.state()["lambda"]) - 1, 0)
 
     def chosen_round(self, choice: str) -> int:
-        """The round that `--round K` or `--round last` means; raises UserError where it has not been played."""
+        """The round that `--round K`, `best`, `best-dual` or `last` means; raises UserError where there is none."""
         played = self.rounds_done()
         if not played:
             raise UserError(f"{self.path}: no round has been played yet; `cdpo round {self.path}` plays one")
         if choice == "last":
             return played - 1
+        if choice in CHOICES:
+            records = [self.round_record(t) for t in range(played)]
+            return best_round(records, self.recipe().dual.confidence) if choice == "best" else best_dual_round(records)
         if not choice.isdigit() or int(choice) >= played:
-            raise UserError(f"--round {choice}: give a round from 0 to {played - 1}, or last")
+            raise UserError(f"--round {choice}: give a round from 0 to {played - 1}, or {', '.join(CHOICES)}")
         return int(choice)
 
     def pool(self, before_round: int) -> pd.DataFrame:

@@ -56,6 +56,10 @@ class TabularWorld:
         logp = self.ref_logp + score / self.problem.beta
         return logp - np.logaddexp.reduce(logp, axis=1, keepdims=True)
 
+    def lagrangian_gap(self, logp: np.ndarray, lambda_: pd.Series) -> float:
+        """D(λ) − L(π, λ) = β E_x KL(π ‖ π*_λ) of the policy with this table (score units)."""
+        return self.problem.beta * float((np.exp(logp) * (logp - self.maximizer(lambda_))).sum(1).mean())
+
     def evaluate(self, logp: np.ndarray) -> dict[str, object]:
         """Exact means over prompts of the policy with this table: reward, utilities, u, kl (nats), objective E[r] − β KL."""
         weight = np.exp(logp)
@@ -122,11 +126,17 @@ class TabularLearner:
         scored = responses.assign(**{self.world.problem.reward: self.world.reward[rows, columns]})
         return scored.assign(**{n: self.world.utilities[n][rows, columns] for n in self.world.problem.names})
 
+    def log_probabilities(self, responses: pd.DataFrame, adapter: Path) -> np.ndarray:
+        row_of = {pid: i for i, pid in enumerate(self.prompts["prompt_id"])}
+        columns = responses["token_ids"].map(lambda ids: int(ids[0])).to_numpy()
+        return self.table(adapter)[responses["prompt_id"].map(row_of).to_numpy(), columns]
+
     def identity(self) -> dict[str, object]:
         return {"policy": "tabular", "law": "tabular"}
 
-    def exact(self, adapter: Path | None) -> dict[str, dict] | None:
-        return {"all": self.world.evaluate(self.table(adapter))}
+    def exact(self, adapter: Path, lambda_: pd.Series) -> dict[str, dict] | None:
+        logp = self.table(adapter)
+        return {"all": self.world.evaluate(logp) | {"lagrangian_gap": self.world.lagrangian_gap(logp, lambda_)}}
 
     def optimum(self) -> dict[str, dict] | None:
         return {"all": exact_optimum(self.world)}

@@ -189,7 +189,7 @@ def expected_round_seconds(rounds: list[dict]) -> float | None:
     """Seconds of a round: the sum over phases of their mean in the rounds that ran them whole (a resumed round has none); None before."""
     total = 0.0
     for phase in ("relabel", "fit", "rescore"):
-        known = [r["seconds"][phase] for r in rounds if r["seconds"][phase] is not None]
+        known = [s for r in rounds if (s := r["seconds"].get(phase)) is not None]
         if not known:
             return None
         total += sum(known) / len(known)

@@ -1,0 +1,81 @@
+"""From a run's tables to the next multipliers: what is steered on, which step is taken, when to stop."""
+
+import numpy as np
+import pandas as pd
+
+from constrained_dpo.certificate import one_sided_bounds
+from constrained_dpo.dual import ScoreTable
+from constrained_dpo.dual_steps import Observation, auto_step_scale, dual_step, newton_step, predict, step_size_at
+from constrained_dpo.one_shot import solve_one_shot
+from constrained_dpo.recipe import Recipe
+from constrained_dpo.run_directory import RunDirectory
+from data_prep.sampling import is_policy_law
+from data_prep.tables import read_parquet, write_atomically
+
+
+def reference_table(run: RunDirectory, recipe: Recipe) -> ScoreTable:
+    """All of π_ref's samples on fit and dual prompts."""
+    reference = read_parquet(run.reference_file)
+    samples = pd.concat([read_parquet(run.pool_file(None)), reference[reference["split"] == "dual"]], ignore_index=True)
+    return ScoreTable.from_frame(samples, recipe.problem)
+
+
+def resolve_step_scale(run: RunDirectory, recipe: Recipe) -> Recipe:
+    """Turns step_scale auto into numbers, in recipe.yaml."""
+    if recipe.dual.step_scale != "auto":
+        return recipe
+    scale = auto_step_scale(reference_table(run, recipe), recipe.problem)
+    dual = recipe.dual.model_copy(update={"step_scale": scale.to_dict()})
+    recipe = recipe.model_copy(update={"dual": dual})
+    write_atomically(run.recipe_file, recipe.to_yaml().encode())
+    return recipe
+
+
+def initial_multipliers(run: RunDirectory, recipe: Recipe) -> pd.Series:
+    """λ_0: zeros, the given values, or the one-shot minimizer of D on π_ref's samples (MoCAN, arXiv:2405.19544)."""
+    init = "one_shot" if recipe.dual.method == "one_shot" else recipe.dual.init
+    if isinstance(init, dict):
+        return recipe.problem.multipliers(init).clip(upper=recipe.dual.max_lambda)
+    if init == "zeros":
+        return pd.Series(0.0, index=recipe.problem.names)
+    return solve_one_shot(reference_table(run, recipe), recipe.problem, max_lambda=recipe.dual.max_lambda).lambda_
+
+
+def steered_on(recipe: Recipe, record: dict) -> dict[str, float]:
+    """v, the slack that moves λ: u itself, or its one-sided lower bound (dual.confidence_side)."""
+    if recipe.dual.confidence_side == "none":
+        return record["u"]
+    u = pd.DataFrame({"u": record["u"], "se": record["u_se"]}, dtype=float).assign(num_prompts=record["num_prompts"])
+    return one_sided_bounds(u, recipe.dual.confidence)["low"].to_dict()
+
+
+def next_multipliers(run: RunDirectory, recipe: Recipe, records: list[dict]) -> tuple[pd.Series, str]:
+    """λ_{t+1} and how it was found, from the records of rounds 0 … t (the last one without its λ_next) and the run's tables."""
+    dual, problem, record = recipe.dual, recipe.problem, records[-1]
+    lambda_ = problem.multipliers(record["lambda"])
+    if dual.method in ("one_shot", "fixed"):
+        return lambda_, "kept"
+    if dual.step_scale == "auto":
+        raise ValueError("dual.step_scale is not resolved yet; pass the recipe that `prepare` returned, or the run's own")
+    unit = pd.Series(dual.step_scale if isinstance(dual.step_scale, dict) else 1.0, index=problem.names, dtype=float)
+    step = step_size_at(dual.step_size, dual.step_schedule, record["round"]) * unit
+    if dual.method == "subgradient":
+        return dual_step(lambda_, pd.Series(record["steered_on"], dtype=float), step, dual.max_lambda), "subgradient"
+    history = [
+        Observation(*(pd.Series(r[key], index=problem.names, dtype=float) for key in ("lambda", "steered_on", "u_se"))) for r in records
+    ]
+    theory = None
+    if is_policy_law(recipe.sampling) and record["response_factor"] is not None and problem.names:
+        samples = read_parquet(run.samples_file(record["round"]))
+        table = ScoreTable.from_frame(samples[samples["split"] == "dual"], problem)
+        theory = predict(history[-1], table, reference_table(run, recipe), problem, record["response_factor"], dual.max_lambda)
+    return newton_step(history, theory, step, unit, dual.max_lambda)
+
+
+def demanded(run: RunDirectory, recipe: Recipe) -> tuple[pd.Series, pd.Series]:
+    """By constraint: the rise over π_ref that is asked for, |a − ḡ_ref|, at least a tenth of std(g) (score units); std(r)/std(g)."""
+    table, problem = reference_table(run, recipe), recipe.problem
+    means = pd.Series(table.reference_means(), index=problem.names)
+    spread = pd.Series(table.utilities.std(axis=0), index=problem.names)
+    needed = np.maximum((problem.levels(means) - means).abs(), spread / 10)
+    return needed, table.reward.std() / spread

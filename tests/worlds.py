@@ -1,0 +1,40 @@
+"""Random enumerable worlds for trials: the embedded world's policy and prompts with random rewards and utilities, as python scorers.
+
+`reward_1`, `utility_1a`, `utility_1b`, ... `reward_5`: sums over an answer's distinct words of random weights that depend on the prompt's
+verb and object; the utilities pull against the reward. Score std about 1 under the embedded policy.
+"""
+
+import numpy as np
+
+from data_prep.quickstart import OBJECTS, VERBS, VOCABULARY
+
+SEEDS = (1, 2, 3, 4, 5)
+
+
+def _weights(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Weight of every word, alone and beside every verb and object: one row of (1 + verbs + objects) per kind of neighbour."""
+    parts = {"": 0.55, **dict.fromkeys(VERBS, 0.3), **dict.fromkeys(OBJECTS, 0.3)}
+    return {key: scale * rng.normal(size=len(VOCABULARY)) for key, scale in parts.items()}
+
+
+def _scorer(weights: dict[str, np.ndarray]):
+    index = {word: i for i, word in enumerate(VOCABULARY)}
+
+    def score(prompts: list[str], responses: list[str]) -> list[float]:
+        scores = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            _, verb, thing = prompt.split()
+            row = weights[""] + weights[verb] + weights[thing]
+            scores.append(float(sum(row[index[word]] for word in dict.fromkeys(response.split()))))
+        return scores
+
+    return score
+
+
+for _seed in SEEDS:
+    _rng = np.random.default_rng(_seed)
+    _reward = _weights(_rng)
+    globals()[f"reward_{_seed}"] = _scorer(_reward)
+    for _letter in "ab":
+        _own = _weights(_rng)
+        globals()[f"utility_{_seed}{_letter}"] = _scorer({key: 0.85 * _own[key] - 0.5 * _reward[key] for key in _own})
