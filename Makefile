@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup init round run status report test lint bench bench-kills clean
+.PHONY: setup init round run status report test lint bench bench-one-shot bench-kills clean
 .DEFAULT_GOAL := round
 
 setup: $(VENV)/.installed
@@ -40,6 +40,10 @@ lint: setup
 # The tables of docs/benchmarks.md, measured anew (about 40 minutes on 2 cores).
 bench: setup
 	$(BIN)/python tests/bench_quickstart.py
+
+# The one-shot dual beside gradient descent and L-BFGS-B (about 25 minutes, one core).
+bench-one-shot: setup
+	$(BIN)/python tests/bench_one_shot.py
 
 # 100 kills, a full disk at many points, Ctrl-C in every phase (about an hour on 2 cores).
 bench-kills: setup

@@ -28,16 +28,17 @@ class Feasibility:
     """What samples say about the constraints.
 
     verdict: feasible, "nearly infeasible, undecided" (the slack is within 2 se of 0), infeasible, or "not enough evidence". constraints:
-    those the verdict is about; together: each alone can be met, but not all of them at once. largest: the largest margin (or threshold)
-    that the samples support, by constraint, for that constraint alone. shortfall: by how much to lower each of `constraints` (score
-    units; 0 where feasible). slack, se: the largest least slack over those constraints, in stds of the utilities, and its
-    prompt-clustered standard error (inf for one prompt). ess: mean over prompts of the effective sample size of the maximizing weights,
-    ties sharing them; the smallest over the constraints named.
+    those the verdict is about; together: each alone can be met, but not all of them at once. asked: the margin (or threshold) by
+    constraint; largest: the largest one that the samples support, for that constraint alone. shortfall: by how much to lower each of
+    `constraints` (score units; 0 where feasible). slack, se: the largest least slack over those constraints, in stds of the utilities,
+    and its prompt-clustered standard error (inf for one prompt). ess: mean over prompts of the effective sample size of the maximizing
+    weights, ties sharing them; the smallest over the constraints named.
     """
 
     verdict: str
     constraints: tuple[str, ...]
     together: bool
+    asked: pd.Series
     largest: pd.Series
     shortfall: pd.Series
     slack: float
@@ -48,10 +49,10 @@ class Feasibility:
     def sentence(self) -> str:
         """The verdict, what it rests on and what to do, in one line."""
         names, plural = " and ".join(self.constraints), "s" * (len(self.constraints) > 1)
-        limits = " and ".join(f"{self.largest[n]:.4g}" for n in self.constraints)
+        limits = " and ".join(f"{self.largest[n]:.4g} of {self.asked[n]:.4g} asked" for n in self.constraints)
         cuts = " and ".join(f"{self.shortfall[n]:.4g}" for n in self.constraints)
         found = f"slack {self.slack:+.3g} ± {self.se:.2g} std at best, ESS {self.ess:.1f}, {self.num_prompts} prompts"
-        reach = f"these samples support at most {limits}{' each alone' * self.together} ({found})"
+        reach = f"these samples reach {limits}{', each alone' * self.together} ({found})"
         lower = f"lower the level{plural} by at least {cuts}"
         head = f"{names}: {self.verdict}{' together' * self.together}"
         if self.verdict == FEASIBLE:
@@ -94,7 +95,7 @@ def diagnose_feasibility(table: ScoreTable, problem: ConstrainedProblem, levels:
     alone = [_best(table, [axis]) for axis in np.eye(m)]
     largest = pd.Series([float(best.value.mean()) for best in alone], index=names, dtype=float) + problem.bounds - target
     singles = [
-        _judge([name], False, largest, (best.value - offset) / scale, pd.Series(scale, index=[name]), float(best.ess.mean()))
+        _judge([name], problem.bounds, largest, (best.value - offset) / scale, pd.Series(scale, index=[name]), float(best.ess.mean()))
         for name, best, offset, scale in zip(names, alone, offsets, unit, strict=True)
     ]
     # A constraint that nearly fails alone may fail firmly together with others, so only firm words end the search here.
@@ -104,7 +105,7 @@ def diagnose_feasibility(table: ScoreTable, problem: ConstrainedProblem, levels:
     share = direction / unit
     values = _best(table, [share]).value - (share[:, None] * offsets).sum(axis=0)
     conflict = [name for name, mu in zip(names, direction, strict=True) if mu > 0]
-    return _judge(conflict, len(conflict) > 1, largest, values, pd.Series(unit, index=names)[conflict], ess)
+    return _judge(conflict, problem.bounds, largest, values, pd.Series(unit, index=names)[conflict], ess)
 
 
 def _together(firm: list[Feasibility]) -> Feasibility:
@@ -120,7 +121,7 @@ def _together(firm: list[Feasibility]) -> Feasibility:
     )
 
 
-def _judge(names: list[str], together: bool, largest: pd.Series, values: np.ndarray, unit: pd.Series, ess: float) -> Feasibility:
+def _judge(names: list[str], asked: pd.Series, largest: pd.Series, values: np.ndarray, unit: pd.Series, ess: float) -> Feasibility:
     """The verdict from the slack by prompt, values (num_prompts,) in units of `unit` (by constraint), and the effective sample size."""
     slack, count = float(values.mean()), len(values)
     slack = 0.0 if abs(slack) < 1e-10 else slack  # rounding
@@ -131,7 +132,7 @@ def _judge(names: list[str], together: bool, largest: pd.Series, values: np.ndar
         verdict = NEARLY
     else:
         verdict = INFEASIBLE if ess >= MIN_ESS and count > 1 else NO_EVIDENCE
-    return Feasibility(verdict, tuple(names), together, largest, max(-slack, 0.0) * unit, slack, se, ess, count)
+    return Feasibility(verdict, tuple(names), len(names) > 1, asked, largest, max(-slack, 0.0) * unit, slack, se, ess, count)
 
 
 def _best(table: ScoreTable, directions: list[np.ndarray], shares: list[float] | None = None, tie: float = 1e-12) -> _Best:
