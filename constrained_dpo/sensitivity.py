@@ -50,11 +50,11 @@ def bootstrap_multipliers(
     about other prompts, not about other responses: the bias of few responses per prompt stays in it (see `stability`).
     """
     terms = prompt_terms(table, solution.lambda_.to_numpy(), problem.beta)
-    reference, relative = table.prompt_reference_means(), problem.relative.to_numpy(float)
+    reference, relative, bounds = table.prompt_reference_means(), problem.relative.to_numpy(float), problem.bounds.to_numpy()
     prompts, draws = len(table.counts), np.empty((replicates, len(problem.names)))
     for draw in draws:
         times = rng.multinomial(prompts, np.full(prompts, 1.0 / prompts)).astype(float)
-        levels = problem.bounds.to_numpy() + relative * (reference * times).sum(axis=1) / prompts
+        levels = bounds + relative * (reference * times).sum(axis=1) / prompts
         start = terms.point(levels, times)
         draw[:] = minimize_dual(
             table, problem.beta, levels, max_lambda, terms.lambda_, start, prompt_weight=times, tolerance=REPLICATE_TOLERANCE

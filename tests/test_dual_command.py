@@ -29,7 +29,7 @@ def test_bootstrap_interval_covers_and_its_replicates_are_resampled_tables():
     for _ in range(replications):
         table = population.take(rng.integers(0, 4000, 80))
         solution = solve_one_shot(table, problem)
-        found = bootstrap_multipliers(table, problem, solution, 100, rng)
+        found = bootstrap_multipliers(table, problem, solution, 60, rng)
         covered += found.interval.loc["g", "low"] <= truth <= found.interval.loc["g", "high"]
     assert 0.88 <= covered / replications <= 0.99  # 95 % ± 3 standard errors of 100 replications; percentile intervals run a little low
     # One replicate by hand: the solver on the table with the prompts that were drawn.
