@@ -137,7 +137,7 @@ def _codes(ids: pa.Array, numbers: dict[object, int]) -> np.ndarray:
     encoded = ids if pa.types.is_dictionary(ids.type) else ids.dictionary_encode()
     indices = encoded.indices.to_numpy()
     met, first = np.unique(indices, return_index=True)
+    met = met[np.argsort(first)]
     translation = np.empty(len(encoded.dictionary), np.int32)
-    for index in met[np.argsort(first)]:
-        translation[index] = numbers.setdefault(encoded.dictionary[int(index)].as_py(), len(numbers))
+    translation[met] = [numbers.setdefault(name, len(numbers)) for name in encoded.dictionary.take(pa.array(met)).to_pylist()]
     return translation[indices]

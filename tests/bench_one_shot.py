@@ -125,6 +125,25 @@ def measure(folder: Path, method: str, scale: float, beta: float, m: int) -> dic
     return more | {"seconds": seconds, "passes": passes, "lambda": lam, "peak": int(status["VmHWM"].split()[0]) / 1024}
 
 
+def bootstrap_coverage(prompts: int, replications: int, seed: int) -> tuple[float, float]:
+    """Share of 95 % bootstrap intervals (200 resamples) of λ* that cover the λ* of the population the prompts are drawn from, and the mean
+    width; 20,000 prompts with 8 responses each, two kinds of prompts."""
+    from constrained_dpo.sensitivity import bootstrap_multipliers
+
+    rng = np.random.default_rng(seed)
+    level = rng.choice([-0.7, 0.7], size=(20_000, 1))
+    reward = rng.normal(size=(20_000, 8)) + level
+    population = ScoreTable.from_arrays(reward, (-0.6 * reward + 0.8 * rng.normal(size=reward.shape) + level)[None])
+    problem = ConstrainedProblem("r", 0.5, (Constraint("g", margin=0.3),))
+    truth, covered, widths = solve_one_shot(population, problem).lambda_["g"], 0, []
+    for _ in range(replications):
+        table = population.take(rng.integers(0, 20_000, prompts))
+        low, high = bootstrap_multipliers(table, problem, solve_one_shot(table, problem), 200, rng).interval.loc["g", ["low", "high"]]
+        covered += low <= truth <= high
+        widths.append(high - low)
+    return covered / replications, float(np.mean(widths))
+
+
 def spread(values: list[float], digits: int = 2) -> str:
     """Mean and 95 % t-interval over seeds."""
     from scipy import stats
@@ -158,11 +177,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--prompts", type=int, default=30_000)
     parser.add_argument("--responses", type=int, default=128)
+    parser.add_argument("--coverage", action="store_true", help="coverage of the bootstrap interval instead, 400 replications")
     parser.add_argument("--one", nargs=5, metavar=("FOLDER", "METHOD", "SCALE", "BETA", "M"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         folder, method, scale, beta, m = arguments.one
         print(json.dumps(measure(Path(folder), method, float(scale), float(beta), int(m))))
+        return
+    if arguments.coverage:
+        print("| prompts | 95 % intervals that cover λ* | mean width |\n|---|---|---|")
+        for prompts in (30, 100, 1000):
+            covered, width = bootstrap_coverage(prompts, 400, seed=0)
+            print(
+                f"| {prompts} | {100 * covered:.1f} % ± {100 * 1.96 * np.sqrt(covered * (1 - covered) / 400):.1f} % | {width:.3f} |",
+                flush=True,
+            )
         return
     print(f"{arguments.prompts} prompts × {arguments.responses} responses, seeds {arguments.seeds}; mean [95 % interval] over seeds")
     results: dict[tuple, list[dict]] = {}
