@@ -7,8 +7,8 @@ weighted autoencoders, arXiv:1509.00519), applied to the dual of MoCAN (arXiv:24
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
+from constrained_dpo.dual import confidence_bound
 from constrained_dpo.problem import ConstrainedProblem
 
 SATISFIED, VIOLATED, UNDECIDED = "satisfied", "violated", "undecided"
@@ -17,20 +17,25 @@ MIN_ESS = 4.0
 """Below MIN_RESPONSES samples of a prompt, or this mean effective sample size, log mean exp is no estimate of log Z."""
 
 
-def one_sided_bounds(u: pd.DataFrame, confidence: float) -> pd.DataFrame:
-    """Columns low and high by constraint: one-sided t-bounds of u at the stated level over all constraints together (Bonferroni).
+def recorded_slack(record: dict) -> pd.DataFrame:
+    """u of a record as `estimate_subgradient` gave it: columns u, se, skew, num_prompts by constraint."""
+    columns = {"u": record["u"], "se": record["u_se"], "skew": record["u_skew"]}
+    return pd.DataFrame(columns, dtype=float).assign(num_prompts=record["num_prompts"])
 
-    u: `estimate_subgradient` (columns u, se, num_prompts); score units.
+
+def one_sided_bounds(u: pd.DataFrame, confidence: float) -> pd.DataFrame:
+    """Columns low and high by constraint: one-sided bounds of u at the stated level over all constraints together (Bonferroni).
+
+    u: `estimate_subgradient` (columns u, se, skew, num_prompts); score units.
     """
-    quantile = stats.t.ppf(1 - (1 - confidence) / max(len(u), 1), np.maximum(u["num_prompts"] - 1, 1))
-    half = pd.Series(np.where(np.isfinite(u["se"]), quantile * u["se"].where(np.isfinite(u["se"]), 0.0), np.inf), index=u.index)
-    return pd.DataFrame({"low": u["u"] - half, "high": u["u"] + half})
+    tail = (1 - confidence) / max(len(u), 1)
+    return pd.DataFrame({"low": confidence_bound(u, tail), "high": confidence_bound(u, 1 - tail)})
 
 
 def judge(u: pd.DataFrame, confidence: float) -> dict[str, str]:
     """Verdict by constraint on fresh samples: satisfied, violated or undecided.
 
-    u: `estimate_subgradient` (columns u, se, num_prompts). Satisfied where the one-sided lower bound of u is > 0 (≥ 0 without
+    u: `estimate_subgradient` (columns u, se, skew, num_prompts). Satisfied where the one-sided lower bound of u is > 0 (≥ 0 without
     sampling error), violated where the upper bound is < 0, at the stated level over all constraints together (Bonferroni).
     """
     bounds = one_sided_bounds(u, confidence)
@@ -63,10 +68,14 @@ def _centred(values: pd.Series, prompts: pd.Series) -> pd.Series:
 
 def response_factor(samples: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series) -> float | None:
     """Share of theory's log-ratio that a fit delivered: slope of log π_θ/π_ref on s_λ/β within prompts; 1 at the maximizer, where
-    β log π_θ/π_ref = s_λ − β log Z(x). None where s_λ does not vary within prompts."""
-    wanted = _centred(score(samples, problem, lambda_) / problem.beta, samples["prompt_id"])
-    given = _centred(log_ratio(samples), samples["prompt_id"])
-    return float((wanted * given).sum() / total) if (total := float((wanted**2).sum())) > 0 else None
+    β log π_θ/π_ref = s_λ − β log Z(x). None where s_λ does not vary within prompts.
+
+    samples: best π_ref's, with π_θ's log-probabilities; among π_θ's own the slope is too small, because they were selected by it.
+    """
+    wanted_raw = score(samples, problem, lambda_) / problem.beta
+    wanted, given = (_centred(values, samples["prompt_id"]) for values in (wanted_raw, log_ratio(samples)))
+    total = float((wanted**2).sum())
+    return float((wanted * given).sum() / total) if total > 1e-20 * float((wanted_raw**2).sum()) else None
 
 
 def off_policy_residual(table: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series) -> float:
@@ -158,7 +167,7 @@ def certify(
     ess, fewest = float(estimates["policy", "ess"].mean()), int(samples.groupby("prompt_id").size().min())
     record: dict[str, object] = {
         "lagrangian": _mean_se(lagrangian)[0], "lagrangian_se": _mean_se(lagrangian)[1], "ess": ess,
-        "response_factor": response_factor(samples, problem, lambda_),
+        "response_factor": response_factor(samples if off_policy is None else off_policy, problem, lambda_),
         "residual": None if off_policy is None else off_policy_residual(off_policy, problem, lambda_),
     }  # fmt: skip
     if fewest < MIN_RESPONSES:

@@ -29,7 +29,7 @@ app.add_typer(data_app, name="data")
 
 RunPath = Annotated[Path, typer.Argument(help="run directory")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
-RoundChoice = Annotated[str, typer.Option("--round", help="a round's number, or last")]
+RoundChoice = Annotated[str, typer.Option("--round", help="a round's number, best, best-dual or last")]
 Overrides = Annotated[list[str], typer.Option("-s", "--set", help="KEY=VALUE, dotted keys, e.g. objective.beta=0.1")]
 
 
@@ -169,10 +169,14 @@ def prepare(run: RunPath, as_json: AsJson = False) -> None:
     print(f"{run}: prepared; λ_0 = {state['lambda'][0]}")
 
 
-def _play(path: Path, rounds: int | None, as_json: bool) -> None:
-    """Plays up to `rounds` more rounds (None: as many as the recipe's dual.rounds leaves) and prints the last one's table."""
+def _play(path: Path, rounds: int | None, as_json: bool, until_converged: bool = False) -> None:
+    """Plays up to `rounds` more rounds (None: as many as the recipe's dual.rounds leaves) and prints the last one's table.
+
+    Stops earlier where the run has converged (if asked to) or where no λ can meet the constraints.
+    """
     from constrained_dpo.rounds import play_round
     from constrained_dpo.run_directory import RunDirectory
+    from constrained_dpo.steering import reason_to_stop
     from constrained_dpo.terminal import print_phase, print_round, print_samples
 
     run = RunDirectory(path)
@@ -185,13 +189,17 @@ def _play(path: Path, rounds: int | None, as_json: bool) -> None:
                 print(f"{path}: all {total} rounds are done; `cdpo round` plays another, `cdpo status` shows them")
             return
         recipe, learner = _prepare(run)
-        while run.rounds_done() < total:
+        stop = None
+        while run.rounds_done() < total and stop is None:
             record = play_round(run, recipe, learner, print_phase)
             problem = recipe.problem
             summary = "; ".join(
                 f"{n}: λ {record['lambda'][n]:.4f} → {record['lambda_next'][n]:.4f}, u {record['u'][n]:+.3f}" for n in problem.names
             )
             _say(f"round {record['round']} done: {summary}; E[{problem.reward}] {record['reward']:+.3f}; {record['verdict']} on test")
+            stop = reason_to_stop(run, recipe, until_converged)
+    if stop:
+        _say(stop)
     if as_json:
         print(json.dumps(record))
         return
@@ -210,12 +218,15 @@ def play_one(run: RunPath, as_json: AsJson = False) -> None:
 def play_all(
     run: RunPath,
     rounds: Annotated[int | None, typer.Option(help="how many more rounds; default: up to the recipe's dual.rounds")] = None,
+    until_converged: Annotated[
+        bool, typer.Option("--until-converged", help="stop when the constraints are met and λ rests (dual.tolerance, dual.target_gap)")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """All rounds of the recipe."""
+    """All rounds of the recipe; fewer where the margins turn out to be out of reach."""
     if rounds is not None and rounds < 1:
         raise UserError(f"--rounds {rounds}: must be at least 1")
-    _play(run, rounds, as_json)
+    _play(run, rounds, as_json, until_converged)
 
 
 @app.command()

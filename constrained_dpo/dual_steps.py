@@ -29,23 +29,26 @@ MIN_ESS = 4.0
 
 @dataclass(frozen=True)
 class Observation:
-    """One round: λ, the slack v measured under it and v's standard error (score units), by constraint."""
+    """One round: λ and the slack v that is steered on, by constraint; by_prompt: the slack on every dual prompt, (num_prompts, m) with the
+    same index in every round (score units)."""
 
     lambda_: pd.Series
     slack: pd.Series
-    se: pd.Series
+    by_prompt: pd.DataFrame
 
 
 @dataclass(frozen=True)
 class Theory:
-    """What theory says of the current round before any step of λ was measured.
+    """What theory says of a round before any step of λ was measured.
 
     target: where complementary slackness is expected, (m,), or None where samples cannot say; slope: ∂E[g]/∂λ, (m, m), in utility units
-    per λ; response: the share of theory's log-ratio that the fit delivers (`response_factor`).
+    per λ; ceiling: that of a fit that reaches the maximizer, E_x Cov_{π_θ}(g|x)/β; response: the share of theory's log-ratio that the fit
+    delivered (`certificate.response_factor`).
     """
 
     target: np.ndarray | None
     slope: np.ndarray
+    ceiling: np.ndarray
     response: float
 
 
@@ -65,11 +68,11 @@ def predict(
     covariance = evaluate_dual(replace(samples, reward=np.zeros_like(samples.reward)), zero, beta, zero).hessian
     covariance *= np.sum(samples.counts / np.maximum(samples.counts - 1, 1)) / len(samples.counts)
     if here.ess.mean() < MIN_ESS:
-        return Theory(None, covariance, response)
+        return Theory(None, covariance, covariance / response, response)
     levels = pd.Series(here.utilities, index=problem.names) - now.slack.reindex(problem.names)
     solution = solve_one_shot(reference, replace(problem, beta=beta), levels, max_lambda)
     believed = solution.ess >= MIN_ESS and not solution.at_bound
-    return Theory(solution.lambda_.to_numpy(float) if believed else None, here.hessian, response)
+    return Theory(solution.lambda_.to_numpy(float) if believed else None, here.hessian, covariance / response, response)
 
 
 def auto_step_scale(table: ScoreTable, problem: ConstrainedProblem) -> pd.Series:
@@ -109,7 +112,8 @@ def newton_step(
     if not names:
         return subgradient, "no constraints"
     lam, v, units = (series.reindex(names).to_numpy(float) for series in (now.lambda_, now.slack, unit))
-    slope, measured = measured_slope(history, np.diag(1 / units) if theory is None else theory.slope)
+    known = (np.diag(1 / units), None) if theory is None else (theory.slope, theory.ceiling)
+    slope, measured = measured_slope(history, *known)
     if theory is None and not measured:
         return subgradient, "subgradient: no usable curvature"
     if measured:
@@ -128,20 +132,23 @@ def newton_step(
     return pd.Series(target, index=names), kind
 
 
-def measured_slope(history: list[Observation], start: np.ndarray) -> tuple[np.ndarray, bool]:
+def measured_slope(history: list[Observation], start: np.ndarray, ceiling: np.ndarray | None) -> tuple[np.ndarray, bool]:
     """∂v/∂λ, shape (m, m), and whether a step of λ measured it; start: the slope before any measurement.
 
     BFGS over the last m + 2 steps, symmetric because the slope is the Hessian of a dual function (Nocedal & Wright, Numerical Optimization,
     §6.1, with their initial scaling); for m = 1 the secant. A step whose effect is within two standard errors of 0 only bounds the slope
-    from above.
+    from above, and one whose effect is beyond them larger than `ceiling` allows says nothing: it was the fit that moved.
     """
     slope, measured = start.copy(), False
     for before, after in list(itertools.pairwise(history))[-(len(start) + 2) :]:
         names = after.lambda_.index
         moved = (after.lambda_ - before.lambda_).to_numpy(float)
-        change = (after.slack - before.slack).reindex(names).to_numpy(float)
-        variance = (after.se**2 + before.se**2).reindex(names).to_numpy(float)
-        noise, seen, expected = np.sqrt(np.sum(moved**2 * variance)), moved @ change, moved @ slope @ moved
+        change = (after.by_prompt - before.by_prompt)[names].to_numpy(float)
+        along = change @ moved  # the same prompts in both rounds: what they differ in cancels
+        noise, change = along.std(ddof=1) / np.sqrt(len(along)), change.mean(axis=0)
+        seen, expected = moved @ change, moved @ slope @ moved
+        if ceiling is not None and seen - 2 * noise > moved @ ceiling @ moved:
+            continue
         if seen > 2 * noise:
             slope *= 1.0 if measured else seen / expected
             pushed = slope @ moved

@@ -82,6 +82,29 @@ def _whole_rounds(axes: "Axes", last: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
 
 
+def draw_certificate(style: Style, rounds: pd.DataFrame, optimum: float | None, shown: int) -> "Figure":
+    """Objective and dual value by round. rounds: (num_rounds, 4), columns objective, dual_value, dual_value_se, exact (NaN where unknown);
+    optimum: the exact P* or None."""
+    figure = _figure(3.3)
+    axes = figure.subplots()
+    handles = axes.plot(rounds.index, rounds["objective"], color=style.colour(0), marker="o", markersize=5, label="objective")
+    handles.append(
+        axes.errorbar(
+            rounds.index, rounds["dual_value"], yerr=2 * rounds["dual_value_se"], color=style.colour(1), marker="v", markersize=5,
+            capsize=3, label="D(λ)",
+        )
+    )  # fmt: skip
+    if rounds["exact"].notna().any():
+        handles += axes.plot(rounds.index, rounds["exact"], "x", color=style.neutral, markersize=7, label="exact objective")
+    if optimum is not None:
+        handles.append(axes.axhline(optimum, color=style.neutral, linestyle="--", linewidth=1.2, label="exact P*"))
+    axes.axvline(shown, color=style.neutral, linewidth=5, alpha=0.25, zorder=0)
+    _whole_rounds(axes, int(rounds.index[-1]))
+    axes.set_ylabel("E[r] − β KL (score units)")
+    _legend(figure, handles, 2)
+    return figure
+
+
 def draw_multipliers(style: Style, history: pd.DataFrame, optimal: dict[str, float], shown: int) -> "Figure":
     """λ by round, one line per constraint; the last, hollow point is the λ that the next round would use.
 

@@ -17,7 +17,7 @@ from constrained_dpo.report_contents import Contents, asked, cut_off, interval, 
 from constrained_dpo.report_figures import Picture, pictures
 from constrained_dpo.rounds import share_of_gap_closed
 from constrained_dpo.run_directory import RunDirectory
-from constrained_dpo.terminal import MEANING, at_bound_warning, describe_problem, next_step
+from constrained_dpo.terminal import MEANING, at_bound_warning, certificate_line, describe_problem, next_step
 from data_prep.settings import UserError
 from data_prep.tables import hash_file, write_atomically
 
@@ -107,8 +107,11 @@ def notes(contents: Contents) -> list[str]:
         )
     if contents.shown != len(contents.records) - 1:
         lines.append(
-            f"Round {contents.shown} was chosen with --round; a round chosen for its test verdict has a lower confidence than stated."
+            f"Round {contents.shown} was chosen with --round. `best` and `best-dual` do not look at test prompts; a round chosen for its "
+            "test verdict has a lower confidence than stated."
         )
+    if "lagrangian" in record:
+        lines.append(certificate_line(contents.run, record, contents.recipe.dual.confidence).capitalize() + ".")
     for name, value in contents.state["lambda"][-1].items():
         if value >= contents.recipe.dual.max_lambda:
             lines.append(at_bound_warning(name))
@@ -151,7 +154,8 @@ def round_rows(contents: Contents) -> list[dict]:
     rows = [
         {
             "round": "π_ref", "shown": False, "reward": signed(means[problem.reward]), "kl": signed(0.0),
-            "objective": signed(means[problem.reward]), "length": f"{lengths(before).mean():.1f}", "cut": f"{100 * cut_off(before):.0f} %",
+            "objective": signed(means[problem.reward]), "gap": "", "residual": "", "length": f"{lengths(before).mean():.1f}",
+            "cut": f"{100 * cut_off(before):.0f} %",
             "constraints": [
                 {"name": n, "lambda": "", "next": "", "dual": "", "test": signed(means[n] - levels[n]), "verdict": ""}
                 for n in problem.names
@@ -163,7 +167,9 @@ def round_rows(contents: Contents) -> list[dict]:
         rows.append(
             {
                 "round": record["round"], "shown": record["round"] == contents.shown, "reward": signed(test["reward"]),
-                "kl": signed(test["kl"]), "objective": signed(test["objective"]), "length": f"{test['mean_length']:.1f}",
+                "kl": signed(test["kl"]), "gap": _gap(record), "residual": signed(record.get("residual")),
+                "objective": signed(test["objective"]),
+                "length": f"{test['mean_length']:.1f}",
                 "cut": f"{100 * test['cut_off_fraction']:.0f} %",
                 "constraints": [
                     {
@@ -175,6 +181,13 @@ def round_rows(contents: Contents) -> list[dict]:
             }
         )  # fmt: skip
     return rows
+
+
+def _gap(record: dict) -> str:
+    """The Lagrangian gap with twice its standard error, or a dash where there is none."""
+    if record.get("lagrangian_gap") is None:
+        return "–"
+    return f"{record['lagrangian_gap']:.3f} ± {2 * record['lagrangian_gap_se']:.3f}"
 
 
 def choose_samples(changes: pd.DataFrame, names: list[str]) -> dict[tuple[str, int], list[str]]:

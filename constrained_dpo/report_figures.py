@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.figures import DARK, LIGHT, Style, draw_histogram, draw_multipliers, draw_path, draw_slack, render
+from constrained_dpo.figures import DARK, LIGHT, Style, draw_certificate, draw_histogram, draw_multipliers, draw_path, draw_slack, render
 from constrained_dpo.report_contents import Contents, cut_off, interval, lengths, signed
 
 
@@ -40,6 +40,8 @@ def pictures(contents: Contents) -> Iterator[Picture]:
         yield _slack(contents, index, name)
     for index, name in enumerate(names, 1):
         yield _path(contents, index, name)
+    if any(record.get("dual_value") is not None for record in contents.records):
+        yield _certificate(contents)
     yield from _histograms(contents)
 
 
@@ -106,6 +108,25 @@ def _path(contents: Contents, index: int, name: str) -> Picture:
         partial(
             draw_path, rounds=rounds, names=(name, reward), reference=tuple(means), level=level, optimum=optimum, shown=contents.shown
         ),
+    )  # fmt: skip
+
+
+def _certificate(contents: Contents) -> Picture:
+    keys = ("objective", "dual_value", "dual_value_se")
+    rounds = pd.DataFrame([{k: record.get(k) for k in keys} for record in contents.records], dtype=float)
+    exact = [contents.exact_of(record.get("exact"), "dual") for record in contents.records]
+    rounds["exact"] = [values["objective"] if values else np.nan for values in exact]
+    optimum = (contents.exact_of(contents.optimum, "dual") or {}).get("objective")
+    best = rounds["dual_value"].min()
+    known = "" if optimum is None else f"; the exact optimum is {signed(optimum)}"
+    return Picture(
+        "certificate", "certificate", "Objective and bound",
+        f"Objective by round against the dual value, an estimated bound from above; the smallest bound is {signed(best)}{known}",
+        "E[r] − β KL of each round's policy on the dual prompts, and D(λ) with two standard errors: no policy that meets the "
+        "constraints is above the lowest D. A round below it may still be the best there is: D is tight only at the optimal λ."
+        + ("" if optimum is None else " Crosses and dashes: exact values."),
+        [*contents.round_files, *_exact_source(contents)],
+        partial(draw_certificate, rounds=rounds, optimum=optimum, shown=contents.shown),
     )  # fmt: skip
 
 

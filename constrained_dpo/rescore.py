@@ -71,6 +71,7 @@ def summarize(
     record = {
         "u": u["u"].to_dict(),
         "u_se": u["se"].to_dict(),
+        "u_skew": u["skew"].to_dict(),
         "u_ci_low": u["low"].to_dict(),
         "u_ci_high": u["high"].to_dict(),
         "reward": reward,

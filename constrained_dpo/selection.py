@@ -6,7 +6,7 @@ Nothing here looks at test prompts, so that the choice leaves the test's verdict
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.certificate import SATISFIED, judge, overall
+from constrained_dpo.certificate import SATISFIED, VIOLATED, judge, overall, recorded_slack
 from data_prep.settings import UserError
 
 CHOICES = ("best", "best-dual", "last")
@@ -14,8 +14,12 @@ CHOICES = ("best", "best-dual", "last")
 
 def satisfied_on_dual(record: dict, confidence: float) -> bool:
     """Whether every constraint is satisfied on the dual prompts, one-sided at the stated level."""
-    u = pd.DataFrame({"u": record["u"], "se": record["u_se"]}, dtype=float).assign(num_prompts=record["num_prompts"])
-    return overall(judge(u, confidence)) == SATISFIED
+    return overall(judge(recorded_slack(record), confidence)) == SATISFIED
+
+
+def violated_on_dual(record: dict, confidence: float) -> bool:
+    """Whether some constraint is violated on the dual prompts: its estimate is below 0 beyond its error at the stated level."""
+    return overall(judge(recorded_slack(record), confidence)) == VIOLATED
 
 
 def best_round(records: list[dict], confidence: float) -> int:

@@ -3,12 +3,13 @@
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.certificate import one_sided_bounds
-from constrained_dpo.dual import ScoreTable
+from constrained_dpo.certificate import best_bound, one_sided_bounds, recorded_slack
+from constrained_dpo.dual import ScoreTable, prompt_slack
 from constrained_dpo.dual_steps import Observation, auto_step_scale, dual_step, newton_step, predict, step_size_at
 from constrained_dpo.one_shot import solve_one_shot
 from constrained_dpo.recipe import Recipe
 from constrained_dpo.run_directory import RunDirectory
+from constrained_dpo.selection import converged
 from data_prep.sampling import is_policy_law
 from data_prep.tables import read_parquet, write_atomically
 
@@ -45,8 +46,14 @@ def steered_on(recipe: Recipe, record: dict) -> dict[str, float]:
     """v, the slack that moves λ: u itself, or its one-sided lower bound (dual.confidence_side)."""
     if recipe.dual.confidence_side == "none":
         return record["u"]
-    u = pd.DataFrame({"u": record["u"], "se": record["u_se"]}, dtype=float).assign(num_prompts=record["num_prompts"])
-    return one_sided_bounds(u, recipe.dual.confidence)["low"].to_dict()
+    return one_sided_bounds(recorded_slack(record), recipe.dual.confidence)["low"].to_dict()
+
+
+def _observation(run: RunDirectory, recipe: Recipe, record: dict) -> Observation:
+    columns, names = ["prompt_id", "split", *recipe.problem.names], recipe.problem.names
+    samples, reference = (read_parquet(path, columns) for path in (run.samples_file(record["round"]), run.reference_file))
+    slack = prompt_slack(samples[samples["split"] == "dual"], reference[reference["split"] == "dual"], recipe.problem)
+    return Observation(*(pd.Series(record[key], index=names, dtype=float) for key in ("lambda", "steered_on")), slack)
 
 
 def next_multipliers(run: RunDirectory, recipe: Recipe, records: list[dict]) -> tuple[pd.Series, str]:
@@ -61,9 +68,7 @@ def next_multipliers(run: RunDirectory, recipe: Recipe, records: list[dict]) -> 
     step = step_size_at(dual.step_size, dual.step_schedule, record["round"]) * unit
     if dual.method == "subgradient":
         return dual_step(lambda_, pd.Series(record["steered_on"], dtype=float), step, dual.max_lambda), "subgradient"
-    history = [
-        Observation(*(pd.Series(r[key], index=problem.names, dtype=float) for key in ("lambda", "steered_on", "u_se"))) for r in records
-    ]
+    history = [_observation(run, recipe, r) for r in records]
     theory = None
     if is_policy_law(recipe.sampling) and record["response_factor"] is not None and problem.names:
         samples = read_parquet(run.samples_file(record["round"]))
@@ -79,3 +84,19 @@ def demanded(run: RunDirectory, recipe: Recipe) -> tuple[pd.Series, pd.Series]:
     spread = pd.Series(table.utilities.std(axis=0), index=problem.names)
     needed = np.maximum((problem.levels(means) - means).abs(), spread / 10)
     return needed, table.reward.std() / spread
+
+
+def reason_to_stop(run: RunDirectory, recipe: Recipe, until_converged: bool) -> str | None:
+    """Why no further round should be played, in a line, or None."""
+    records = [run.round_record(t) for t in range(run.rounds_done())]
+    if until_converged:
+        needed, unit = demanded(run, recipe)
+        bound = best_bound(records)
+        met = converged(
+            records[-1], needed, unit, recipe.dual.tolerance, recipe.dual.target_gap, None if bound is None else bound["dual_value"]
+        )
+        if met:
+            return (
+                f"converged in round {records[-1]['round']}: the constraints are met within {100 * recipe.dual.tolerance:g} % and λ rests"
+            )
+    return None

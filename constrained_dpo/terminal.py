@@ -5,13 +5,17 @@ Every number comes from round.json, state.json, exact.json or the check itself.
 
 import json
 import sys
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from constrained_dpo.certificate import sentence
 from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.run_directory import RunDirectory
+from constrained_dpo.selection import best_dual_round, best_round, violated_on_dual
+from data_prep.settings import UserError
 from data_prep.tables import read_parquet
 
 MEANING = {
@@ -101,12 +105,27 @@ def print_round(console: Console, run: RunDirectory, record: dict, problem: Cons
     console.print(values)
     if record["kl"] is None:
         console.print(f"KL and objective are null: {record['kl_reason']}.")
+    console.print(certificate_line(run, record, confidence))
     console.print(Text.assemble("verdict on the test prompts: ", _verdict(record["verdict"]), f" ({MEANING[record['verdict']]})"))
     if exact and optimum:
         from constrained_dpo.rounds import share_of_gap_closed
 
         shares = [f"{100 * share_of_gap_closed(exact[s], optimum[s]):.0f} % on {s} prompts" for s in exact]
         console.print(f"way from π_ref to the exact optimum P*, in exact objective: {', '.join(shares)}")
+
+
+def certificate_line(run: RunDirectory, record: dict, confidence: float) -> str:
+    """The certificate of a round in a sentence, with what a reader needs to weigh it."""
+    records = [run.round_record(t) for t in range(record["round"] + 1)]
+    said = sentence(record, records, not violated_on_dual(record, confidence))
+    if record.get("ess") is None:
+        return f"certificate (dual prompts): {said}"
+    details = f"effective sample size {record['ess']:.1f}"
+    if record["residual"] is not None:
+        details += f", off-policy residual {record['residual']:.3f}"
+    if (exact := (record.get("exact") or {}).get("dual")) and "lagrangian_gap" in exact:
+        details += f"; exact distance from the best policy at this λ {exact['lagrangian_gap']:.3f}"
+    return f"certificate (dual prompts): {said} ({details})"
 
 
 def print_samples(console: Console, run: RunDirectory, number: int, objectives: list[str], count: int = 5) -> None:
@@ -199,9 +218,10 @@ def expected_round_seconds(rounds: list[dict]) -> float | None:
 def status(run: RunDirectory) -> dict[str, object]:
     """The run's state as JSON-ready values: rounds with λ, u, reward, KL, objective and verdict, and what happens next."""
     recipe, state = run.recipe(), run.state()
-    keys = ("round", "lambda", "lambda_next", "u", "u_ci_low", "u_ci_high", "reward", "kl", "objective", "verdict")
+    keys = ("round", "lambda", "lambda_next", "u", "u_ci_low", "u_ci_high", "reward", "kl", "objective", "verdict", "step")
+    keys += ("dual_value", "lagrangian", "lagrangian_gap", "optimality_gap", "residual", "ess", "certificate_reason")
     records = [run.round_record(t) for t in range(run.rounds_done())]
-    rounds = [{k: r[k] for k in keys} | {"test": {k: r["test"][k] for k in TEST_KEYS}, "seconds": r["seconds"]} for r in records]
+    rounds = [{k: r.get(k) for k in keys} | {"test": {k: r["test"][k] for k in TEST_KEYS}, "seconds": r["seconds"]} for r in records]
     per_round = expected_round_seconds(rounds)
     left = max(recipe.dual.rounds - len(rounds), 0)
     return {
@@ -212,11 +232,22 @@ def status(run: RunDirectory) -> dict[str, object]:
         "lambda": state["lambda"][-1] if state["lambda"] else None,
         "left_out": state["left_out"],
         "rounds": rounds,
+        "best": _or_none(best_round, records, recipe.dual.confidence),
+        "best_dual": _or_none(best_dual_round, records),
+        "certificate": certificate_line(run, records[-1], recipe.dual.confidence) if records else None,
         "next": next_step(run, recipe.dual.rounds),
         "rounds_left": left,
         "seconds_per_round": per_round,
         "seconds_left": None if per_round is None else round(left * per_round, 2),
     }
+
+
+def _or_none(choose: Callable[..., int], *arguments: object) -> int | None:
+    """The round that is chosen, or None where none qualifies."""
+    try:
+        return choose(*arguments)
+    except UserError:
+        return None
 
 
 def print_status(console: Console, content: dict[str, object]) -> None:
@@ -231,6 +262,7 @@ def print_status(console: Console, content: dict[str, object]) -> None:
             f"E[{content['reward']}]",
             "KL",
             "objective",
+            "gap at λ",
             "verdict on test",
         ):
             table.add_column(column, justify="right")
@@ -240,9 +272,13 @@ def print_status(console: Console, content: dict[str, object]) -> None:
                 "\n".join(f"{v:+.3f} [{part['u_ci_low'][n]:+.3f}, {part['u_ci_high'][n]:+.3f}]" for n, v in part["u"].items())
                 for part in (row, row["test"])
             ]
-            values = (_number(row[k]) for k in ("reward", "kl", "objective"))
+            values = (_number(row[k]) for k in ("reward", "kl", "objective", "lagrangian_gap"))
             table.add_row(str(row["round"]), lambdas, *slacks, *values, _verdict(row["verdict"]))
         console.print(table)
+        console.print(content["certificate"])
+        chosen = {"best": content["best"], "best-dual": content["best_dual"]}
+        said = [f"--round {name}: " + ("none qualifies" if number is None else f"round {number}") for name, number in chosen.items()]
+        console.print("; ".join(said))
     if content["lambda"]:
         console.print("λ for the next round: " + ", ".join(f"{n} {v:.4f}" for n, v in content["lambda"].items()))
     for name in content["at_max_lambda"]:

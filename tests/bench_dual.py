@@ -15,7 +15,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import yaml
 
 REPO = Path(__file__).resolve().parents[1]
@@ -43,7 +42,6 @@ WORLDS = {
     "embedded": _embedded("", 0.25, {"harmless": 0.5}),
     "embedded, two": _embedded("", 0.25, {"harmless": 0.5, "humor": 0.3}),
     "random 1": _random_world(1, "a"),
-    "random 2, two": _random_world(2, "ab"),
     "embedded std 10": _embedded("_x10", 0.1, {"harmless": 5.0}),
 }
 
@@ -54,13 +52,13 @@ def met(exact: dict, lambda_: dict, margins: dict[str, float]) -> bool:
 
 
 def tasks(seeds: list[int]) -> list[tuple[str, str, float, str, int, int]]:
-    """(world, method, step size, init, seed, rounds), the cheap and telling ones first."""
+    """(world, method, step size, init, seed, rounds): newton with every seed, the five subgradient step sizes with the first one."""
     chosen = []
     for seed in seeds:
         for world in WORLDS:
-            chosen += [(world, "newton", 0.3, init, seed, rounds) for init, rounds in (("zeros", 5), ("one_shot", 4))]
-    for seed in seeds[:2]:
-        chosen += [(world, "subgradient", step, "zeros", seed, 6) for world in WORLDS if "std 10" not in world for step in STEPS]
+            chosen += [(world, "newton", 0.3, init, seed, rounds) for init, rounds in (("zeros", 5), ("one_shot", 3))]
+        if seed == seeds[0]:
+            chosen += [(world, "subgradient", step, "zeros", seed, 5) for world in WORLDS if "std 10" not in world for step in STEPS]
     return chosen
 
 
@@ -81,7 +79,9 @@ def _play(folder: Path, world: str, method: str, step: float, init: str, seed: i
     recipe = yaml.safe_load((REPO / "recipes" / "quickstart.yaml").read_text())
     recipe |= {"objective": WORLDS[world], "seed": seed}
     recipe["dual"] |= {"method": method, "step_size": step, "init": init, "rounds": rounds}
-    recipe["fit"] |= {"steps": 150, "learning_rate": 5e-4}
+    recipe["dual"]["responses_per_prompt"] = recipe["sampling"]["responses_per_prompt"] = 128
+    recipe["prompts"] |= {"max_fit": 24, "max_test": 4}  # the test prompts play no part here
+    recipe["fit"] |= {"steps": 150, "learning_rate": 3e-4}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     cdpo = [sys.executable, "-c", "from constrained_dpo.cli import main; main()"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "check": True}

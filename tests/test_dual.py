@@ -156,7 +156,7 @@ def test_projected_subgradient_with_the_exact_maximizer_converges_to_lambda_star
 
 
 def test_verdicts_are_one_sided_with_bonferroni():
-    frame = lambda us, se: pd.DataFrame({"u": us, "se": se, "num_prompts": 10_000}, index=[f"g{i}" for i in range(len(us))])  # noqa: E731
+    frame = lambda us, se: pd.DataFrame({"u": us, "se": se, "skew": 0.0, "num_prompts": 10_000}, index=[f"g{i}" for i in range(len(us))])  # noqa: E731
     assert judge(frame([1.7], 1.0), 0.95)["g0"] == "satisfied"  # one-sided 5 %: 1.645
     assert judge(frame([1.7, 1.7], 1.0), 0.95)["g0"] == "undecided"  # over two constraints: 1.960
     assert judge(frame([-1.7], 1.0), 0.95)["g0"] == "violated"

@@ -98,7 +98,7 @@ def test_the_page_is_self_contained_and_every_image_names_its_files(long_run, lo
     assert len(page.scripts) == 1 and all("src" not in attrs for attrs in page.of("script"))
     images = page.of("img") + page.of("source")
     assert all(attrs.get("src", attrs.get("srcset")).startswith("data:image/png;base64,") for attrs in images)
-    assert len(page.of("img")) == len(page.of("source")) == len(page.of("figure")) == len(page.captions) == 1 + 3 + 3 + 4 + 1
+    assert len(page.of("img")) == len(page.of("source")) == len(page.of("figure")) == len(page.captions) == 1 + 3 + 3 + 1 + 4 + 1
     assert all(attrs["alt"] for attrs in page.of("img"))
     for caption in page.captions:
         drawn, saved = re.search(r"Drawn from (.*); saved as (.*)\.$", caption).groups()
@@ -219,7 +219,7 @@ def test_no_constraint_is_reported_too(tmp_path):
     play(run, recipe, learner, 1)
     page, _ = reported(run)
     _, sentence = write_report(run)
-    assert sentence.startswith("No constraint was set: round 0 reaches E[r]") and len(page.captions) == 2
+    assert sentence.startswith("No constraint was set: round 0 reaches E[r]") and len(page.captions) == 3
 
 
 def test_where_there_is_nothing_to_report_one_line_says_so(tmp_path, long_run):
