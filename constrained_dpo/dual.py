@@ -132,6 +132,11 @@ class ScoreTable:
             codes, rows = codes[responses[rows]], rows[responses[rows]]
         return ScoreTable.from_columns(codes, self.reward[rows], self.utilities.T[:, rows], self.log_weight[rows])
 
+    def prompt_means(self, values: np.ndarray) -> np.ndarray:
+        """Mean over a prompt's responses, unweighted; (num_responses, ...) → (num_prompts, ...)."""
+        sums = np.add.reduceat(values, self.starts, axis=0)
+        return sums / self.counts.reshape(-1, *[1] * (values.ndim - 1))
+
     def prompt_reference_means(self) -> np.ndarray:
         """Mean utilities of π_ref by prompt, (m, num_prompts): plain means of samples of π_ref, self-normalised importance-weighted
         means Σ w g / Σ w, w = π_ref/q, of weighted ones."""
