@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup init round run status report test lint bench bench-dual bench-kills clean
+.PHONY: setup init round run status report test lint bench bench-dual bench-one-shot bench-kills clean
 .DEFAULT_GOAL := round
 
 setup: $(VENV)/.installed
@@ -47,6 +47,9 @@ bench-dual: setup
 	$(BIN)/python tests/bench_coverage.py
 	$(BIN)/python tests/bench_dual.py fits runs/bench-dual.jsonl
 	$(BIN)/python tests/bench_dual.py table runs/bench-dual.jsonl
+# The one-shot dual beside gradient descent and L-BFGS-B (about 25 minutes, one core).
+bench-one-shot: setup
+	$(BIN)/python tests/bench_one_shot.py
 
 # 100 kills, a full disk at many points, Ctrl-C in every phase (about an hour on 2 cores).
 bench-kills: setup
