@@ -47,6 +47,7 @@ bench-dual: setup
 	$(BIN)/python tests/bench_coverage.py
 	$(BIN)/python tests/bench_dual.py fits runs/bench-dual.jsonl
 	$(BIN)/python tests/bench_dual.py table runs/bench-dual.jsonl
+
 # The one-shot dual beside gradient descent and L-BFGS-B (about 25 minutes, one core).
 bench-one-shot: setup
 	$(BIN)/python tests/bench_one_shot.py
