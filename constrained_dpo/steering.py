@@ -6,10 +6,11 @@ import pandas as pd
 from constrained_dpo.certificate import best_bound, one_sided_bounds, recorded_slack
 from constrained_dpo.dual import ScoreTable, prompt_slack
 from constrained_dpo.dual_steps import Observation, auto_step_scale, dual_step, newton_step, predict, step_size_at
+from constrained_dpo.infeasibility import INFEASIBLE, Feasibility, diagnose_feasibility
 from constrained_dpo.one_shot import solve_one_shot
 from constrained_dpo.recipe import Recipe
 from constrained_dpo.run_directory import RunDirectory
-from constrained_dpo.selection import converged
+from constrained_dpo.selection import converged, violated_on_dual
 from data_prep.sampling import is_policy_law
 from data_prep.tables import read_parquet, write_atomically
 
@@ -86,17 +87,37 @@ def demanded(run: RunDirectory, recipe: Recipe) -> tuple[pd.Series, pd.Series]:
     return needed, table.reward.std() / spread
 
 
+def diagnose_run(run: RunDirectory, recipe: Recipe) -> Feasibility:
+    """What all responses seen so far say about the constraints: π_ref's and every round's on the dual prompts, levels from π_ref's.
+
+    Each response counts once: a policy that repeats itself is no evidence that nothing better exists.
+    """
+    columns = ["prompt_id", "split", "response", *recipe.problem.objectives]
+    parts = [read_parquet(path, columns) for path in (run.reference_file, *map(run.samples_file, range(run.rounds_done())))]
+    parts = [part[part["split"] == "dual"] for part in parts]
+    levels = recipe.problem.levels(parts[0].groupby("prompt_id")[recipe.problem.names].mean().mean())
+    seen = pd.concat(parts, ignore_index=True).drop_duplicates(["prompt_id", "response"])
+    return diagnose_feasibility(ScoreTable.from_frame(seen, recipe.problem), recipe.problem, levels)
+
+
 def reason_to_stop(run: RunDirectory, recipe: Recipe, until_converged: bool) -> str | None:
-    """Why no further round should be played, in a line, or None."""
+    """Why no further round should be played, in a line, or None.
+
+    While a constraint is violated on the dual prompts: all responses seen so far show that no policy can meet it (infeasible), or its λ
+    rests at dual.max_lambda.
+    """
     records = [run.round_record(t) for t in range(run.rounds_done())]
+    last, bound = records[-1], recipe.dual.max_lambda
+    if recipe.dual.method not in ("one_shot", "fixed") and violated_on_dual(last, recipe.dual.confidence):
+        found = diagnose_run(run, recipe)
+        stuck = [n for n, u in last["u"].items() if u < 0 and last["lambda"][n] >= bound]
+        if found.verdict == INFEASIBLE or stuck:
+            where = f"λ of {' and '.join(stuck)} is at dual.max_lambda {bound:g} and violated still. " if stuck else ""
+            return f"stopped after round {last['round']}: {where}{found.sentence()}"
     if until_converged:
         needed, unit = demanded(run, recipe)
-        bound = best_bound(records)
-        met = converged(
-            records[-1], needed, unit, recipe.dual.tolerance, recipe.dual.target_gap, None if bound is None else bound["dual_value"]
-        )
-        if met:
-            return (
-                f"converged in round {records[-1]['round']}: the constraints are met within {100 * recipe.dual.tolerance:g} % and λ rests"
-            )
+        best = best_bound(records)
+        lowest = None if best is None else best["dual_value"]
+        if converged(last, needed, unit, recipe.dual.tolerance, recipe.dual.target_gap, lowest):
+            return f"converged in round {last['round']}: the constraints are met within {100 * recipe.dual.tolerance:g} % and λ rests"
     return None

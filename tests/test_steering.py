@@ -10,7 +10,7 @@ from constrained_dpo.certificate import one_sided_bounds, recorded_slack
 from constrained_dpo.rounds import replay
 from constrained_dpo.run_directory import RunDirectory
 from constrained_dpo.selection import best_dual_round, best_round, converged, satisfied_on_dual
-from constrained_dpo.steering import demanded, reason_to_stop
+from constrained_dpo.steering import demanded, diagnose_run, reason_to_stop
 from data_prep.settings import UserError
 from data_prep.tables import read_parquet
 
@@ -92,6 +92,52 @@ def test_a_run_says_when_it_has_converged(tmp_path):
     assert reason_to_stop(run, recipe, False) is None
     needed, unit = demanded(run, recipe)
     assert needed["g0"] == pytest.approx(0.4) and unit["g0"] == pytest.approx(world.reward.std() / world.utilities["g0"].std(), rel=0.1)
+
+
+def test_an_infeasible_margin_stops_the_run_with_the_largest_margin_that_was_seen(tmp_path):
+    """A bounded utility that most responses reach: no policy gets above 1."""
+    world = random_world(3, 1, prompts=80, responses=50, margin=2.0)
+    world = type(world)(world.problem, world.ref_logp, world.reward, {"g0": (world.utilities["g0"] > 0).astype(float)})
+    run, recipe, learner = make_run(tmp_path / "run", world, ["dual.method=newton"])
+    play(run, recipe, learner, 1)
+    said = reason_to_stop(run, recipe, False)
+    assert said.startswith("stopped after round 0: g0: infeasible") and "of 2 asked" in said
+    largest = diagnose_run(run, recipe).largest["g0"]
+    assert largest == pytest.approx(1 - world.evaluate(world.ref_logp)["utilities"]["g0"], abs=0.03)
+
+
+def test_without_evidence_a_run_goes_on_until_its_multiplier_is_at_the_bound(tmp_path):
+    world = random_world(3, 1, prompts=80, responses=50, margin=9.0)
+    run, recipe, learner = make_run(tmp_path / "run", world, ["dual.method=newton", "dual.max_lambda=20"])
+    said = []
+    while not said or said[-1] is None:
+        assert len(said) < 6
+        play(run, recipe, learner, 1)
+        said.append(reason_to_stop(run, recipe, False))
+    assert run.round_record(len(said) - 1)["lambda"]["g0"] == 20.0
+    assert "is at dual.max_lambda 20 and violated still" in said[-1] and "not enough evidence" in said[-1]
+    fixed, recipe, learner = make_run(tmp_path / "fixed" / "run", world, ["dual.method=fixed"])
+    play(fixed, recipe, learner, 1)
+    assert reason_to_stop(fixed, recipe, False) is None
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0, 10.0])
+def test_newton_works_from_small_to_large_beta(tmp_path, beta):
+    world = random_world(3, 1, prompts=80, responses=50, beta=beta, margin=0.3)
+    run, recipe, learner = make_run(tmp_path / "run", world, ["dual.method=newton"])
+    records = play(run, recipe, learner, 4)
+    assert abs(records[-1]["exact"]["all"]["u"]["g0"]) < 0.1 and records[-1]["step"] != "subgradient: no usable curvature"
+
+
+def test_a_utility_equal_to_the_reward_needs_no_multiplier_and_two_equal_ones_share_it(tmp_path):
+    world = random_world(3, 2, prompts=80, responses=50)
+    same = type(world)(world.problem, world.ref_logp, world.reward, {"g0": world.reward, "g1": world.reward})
+    run, recipe, learner = make_run(tmp_path / "same" / "run", same, ["dual.method=newton"])
+    assert all(set(r["lambda_next"].values()) == {0.0} for r in play(run, recipe, learner, 2))
+    twins = type(world)(world.problem, world.ref_logp, world.reward, {"g0": world.utilities["g0"], "g1": world.utilities["g0"]})
+    run, recipe, learner = make_run(tmp_path / "twins" / "run", twins, ["dual.method=newton"])
+    last = play(run, recipe, learner, 4)[-1]
+    assert last["lambda"]["g0"] == pytest.approx(last["lambda"]["g1"]) and abs(last["exact"]["all"]["u"]["g0"]) < 0.1
 
 
 def test_at_another_temperature_the_certificate_is_null_and_newton_uses_the_secant_alone(tmp_path):
