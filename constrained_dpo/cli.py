@@ -169,10 +169,10 @@ def prepare(run: RunPath, as_json: AsJson = False) -> None:
     print(f"{run}: prepared; λ_0 = {state['lambda'][0]}")
 
 
-def _play(path: Path, rounds: int | None, as_json: bool, until_converged: bool = False) -> None:
+def _play(path: Path, rounds: int | None, as_json: bool, until_converged: bool = False, forced: bool = False) -> None:
     """Plays up to `rounds` more rounds (None: as many as the recipe's dual.rounds leaves) and prints the last one's table.
 
-    Stops earlier where the run has converged (if asked to) or where no λ can meet the constraints.
+    Stops earlier where the run has converged (if asked to) or where no λ can meet the constraints; `forced`: not before the first one.
     """
     from constrained_dpo.rounds import play_round
     from constrained_dpo.run_directory import RunDirectory
@@ -181,16 +181,18 @@ def _play(path: Path, rounds: int | None, as_json: bool, until_converged: bool =
 
     run = RunDirectory(path)
     with run.locked():
-        total = run.recipe().dual.rounds if rounds is None else run.rounds_done() + rounds
-        if run.rounds_done() >= total:
+        done = run.rounds_done()
+        total = run.recipe().dual.rounds if rounds is None else done + rounds
+        stop = reason_to_stop(run, run.recipe(), until_converged) if done and not forced else None
+        if done >= total or stop:
             if as_json:
-                print(json.dumps(run.round_record(run.rounds_done() - 1)))
+                print(json.dumps(run.round_record(done - 1) | {"stopped": stop}))
             else:
-                print(f"{path}: all {total} rounds are done; `cdpo round` plays another, `cdpo status` shows them")
+                said = stop or f"all {total} rounds are done"
+                print(f"{path}: {said}; `cdpo round` plays another, `cdpo status` shows them")
             return
         recipe, learner = _prepare(run)
-        stop = None
-        while run.rounds_done() < total and stop is None:
+        while run.rounds_done() < total and not stop:
             record = play_round(run, recipe, learner, print_phase)
             problem = recipe.problem
             summary = "; ".join(
@@ -198,11 +200,11 @@ def _play(path: Path, rounds: int | None, as_json: bool, until_converged: bool =
             )
             _say(f"round {record['round']} done: {summary}; E[{problem.reward}] {record['reward']:+.3f}; {record['verdict']} on test")
             stop = reason_to_stop(run, recipe, until_converged)
+    if as_json:
+        print(json.dumps(record | {"stopped": stop}))
+        return
     if stop:
         _say(stop)
-    if as_json:
-        print(json.dumps(record))
-        return
     console = _console()
     print_round(console, run, record, problem, recipe.dual.confidence)
     print_samples(console, run, record["round"], problem.objectives)
@@ -211,7 +213,7 @@ def _play(path: Path, rounds: int | None, as_json: bool, until_converged: bool =
 @app.command("round")
 def play_one(run: RunPath, as_json: AsJson = False) -> None:
     """One dual iteration: relabel, fit, re-score, dual step. Prepares first where needed; resumes a killed round."""
-    _play(run, 1, as_json)
+    _play(run, 1, as_json, forced=True)
 
 
 @app.command("run")
