@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup init round run status report test lint bench bench-kills clean
+.PHONY: setup init round run status report test lint bench bench-theory bench-kills clean
 .DEFAULT_GOAL := round
 
 setup: $(VENV)/.installed
@@ -40,6 +40,11 @@ lint: setup
 # The tables of docs/benchmarks.md, measured anew (about 40 minutes on 2 cores).
 bench: setup
 	$(BIN)/python tests/bench_quickstart.py
+
+# The tables and figures of docs/theory.md (10 minutes on one core; then 15 minutes of LoRA fits).
+bench-theory: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_theory.py --output docs/figures
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_one_shot.py --output docs/figures
 
 # 100 kills, a full disk at many points, Ctrl-C in every phase (about an hour on 2 cores).
 bench-kills: setup
