@@ -41,7 +41,7 @@ lint: setup
 bench: setup
 	$(BIN)/python tests/bench_quickstart.py
 
-# The tables and figures of docs/theory.md (10 minutes on one core; then 15 minutes of LoRA fits).
+# The tables and figures of docs/theory.md (4 minutes on one core, then 10 minutes of LoRA fits).
 bench-theory: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_theory.py --output docs/figures
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_one_shot.py --output docs/figures

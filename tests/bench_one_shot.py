@@ -65,7 +65,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--margins", type=float, nargs="+", default=[0.2, 0.35, 0.5, 0.65, 0.8])
+    parser.add_argument("--margins", type=float, nargs="+", default=[0.2, 0.5, 0.8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, help="folder for one_shot_lora.png")
     arguments = parser.parse_args()

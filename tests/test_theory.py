@@ -226,6 +226,24 @@ def test_one_shot_misses_the_margin_that_multi_shot_meets():
     assert min(misses["reward"]) < -0.01 and max(misses["reward"]) > 0.01
 
 
+def test_a_family_that_is_not_convex_can_have_a_gap_of_its_own():
+    """The one world of 24 in which the bench finds it: at λ_p* two policies are Lagrangian maximizers, one short of b and one over it, D_p
+    has a kink, no λ gives b, and the best feasible policy lies below D_p*. The theorems' inequalities hold all the same."""
+    world = with_margin(scaled_world(16, 1, prompts=8, responses=60), 1.0)
+    family = rough_family("noise on the utility", world, 16)
+    best = minimize_family_dual(family)
+    below, above = (family_dual(family, best.lam * f) for f in (1 - 1e-6, 1 + 1e-6))
+    assert below.slack[0] < -0.05 and above.slack[0] > 0.5
+    assert below.dual_value == pytest.approx(above.dual_value, abs=1e-5)
+    solved = solve(family)
+    primal = max(primal_by_slsqp(solved, seed) for seed in range(2))
+    assert primal < best.dual_value - 0.001
+    grid = [family.policy(np.array([a, b])) for a in np.linspace(0, 1.5, 25) for b in np.linspace(1.5, 5, 25)]
+    feasible = [f for f, u in (objective_and_slack(world, p) for p in grid) if u[0] >= 0]
+    assert max(feasible) <= primal + 1e-9
+    assert solved.optimal_value > best.dual_value
+
+
 def test_the_log_linear_primal_has_the_value_of_its_dual():
     """SLSQP on θ, which knows no multipliers, finds D_p* from below: no duality gap inside the family on these worlds."""
     for seed, world in worlds(1.0, 0.5):
