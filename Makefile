@@ -44,7 +44,7 @@ bench: setup
 # The tables and figures of docs/theory.md (4 minutes on one core, then 10 minutes of LoRA fits).
 bench-theory: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_theory.py --output docs/figures
-	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_one_shot.py --output docs/figures
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_margins.py --output docs/figures
 
 # 100 kills, a full disk at many points, Ctrl-C in every phase (about an hour on 2 cores).
 bench-kills: setup

@@ -1,6 +1,6 @@
 """One-shot against multi-shot with real LoRA fits on the embedded world, over a range of margins: how far each lands from b, exactly.
 
-    python tests/bench_one_shot.py --output docs/figures        # 2 whole runs per margin and seed, 90 s each on one core
+    python tests/bench_margins.py --output docs/figures        # 2 whole runs per margin and seed, 90 s each on one core
 
 Both play the same number of rounds with the same passes; one-shot keeps λ at its λ*, multi-shot moves it. Fits are shorter than the
 recipe's, samples fewer, dual steps twice as large. The figures are exact values of the last round (round.json: every answer of the world
