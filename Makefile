@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup init round run status report test lint bench bench-dual bench-one-shot bench-kills clean
+.PHONY: setup init round run status report test lint bench bench-dual bench-one-shot bench-theory bench-kills clean
 .DEFAULT_GOAL := round
 
 setup: $(VENV)/.installed
@@ -51,6 +51,11 @@ bench-dual: setup
 # The one-shot dual beside gradient descent and L-BFGS-B (about 25 minutes, one core).
 bench-one-shot: setup
 	$(BIN)/python tests/bench_one_shot.py
+
+# The tables and figures of docs/theory.md (4 minutes on one core, then 10 minutes of LoRA fits).
+bench-theory: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_theory.py --output docs/figures
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_margins.py --output docs/figures
 
 # 100 kills, a full disk at many points, Ctrl-C in every phase (about an hour on 2 cores).
 bench-kills: setup
