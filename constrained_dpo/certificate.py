@@ -13,8 +13,9 @@ from constrained_dpo.problem import ConstrainedProblem
 
 SATISFIED, VIOLATED, UNDECIDED = "satisfied", "violated", "undecided"
 MIN_RESPONSES = 4
-MIN_ESS = 4.0
-"""Below MIN_RESPONSES samples of a prompt, or this mean effective sample size, log mean exp is no estimate of log Z."""
+MIN_ESS, MIN_ESS_SHARE = 4.0, 1 / 16
+"""Below MIN_RESPONSES samples of a prompt, or a mean effective sample size under MIN_ESS or under this share of the samples, log mean exp
+is no estimate of log Z: the few heavy weights that were drawn say that heavier ones were not."""
 
 
 def recorded_slack(record: dict) -> pd.DataFrame:
@@ -115,12 +116,12 @@ def log_mean_exp(values: pd.Series, prompts: pd.Series) -> pd.DataFrame:
 def dual_estimates(
     samples: pd.DataFrame, others: dict[str, pd.DataFrame], off_policy: pd.DataFrame | None, problem: ConstrainedProblem, lambda_: pd.Series
 ) -> pd.DataFrame:
-    """β log Z(x) by prompt from every source that its law is known of: columns (source, log_z | ess), rows the samples' prompts.
+    """β log Z(x) by prompt from every source that its law is known of: columns (source, log_z | plain | ess), rows the samples' prompts.
 
     samples: y ~ π_θ. others: responses of other policies to the same prompts with the log-probability under their own law (`sample_logp`).
     off_policy: π_ref's responses with π_θ's log-probabilities; with the samples they are draws of a mixture of both policies, whose
-    weights are bounded where π_ref has mass (balance heuristic, Veach and Guibas 1995). Jackknifed where the mean effective sample size is
-    at least MIN_ESS; else plain, which is biased low: still a bound from below.
+    weights are bounded where π_ref has mass (balance heuristic, Veach and Guibas 1995). Jackknifed where the mean effective sample size
+    suffices; else plain, which is biased low: still a bound from below.
     """
     tables = {"policy": (samples, samples["policy_logp"])} | {name: (table, table["sample_logp"]) for name, table in others.items()}
     if off_policy is not None and len(off_policy):
@@ -132,10 +133,17 @@ def dual_estimates(
         if not np.array_equal(np.sort(table["prompt_id"].unique()), prompts):
             continue
         value = log_mean_exp(score(table, problem, lambda_) / problem.beta + table["ref_logp"] - law, table["prompt_id"])
-        credible = value["ess"].mean() >= MIN_ESS and value["count"].min() >= MIN_RESPONSES
+        credible = _carries(value)
         columns[name, "log_z"] = problem.beta * (value["jackknife"] if credible else value["plain"])
+        columns[name, "plain"] = problem.beta * value["plain"]
         columns[name, "ess"] = value["ess"]
     return pd.DataFrame(columns)
+
+
+def _carries(value: pd.DataFrame) -> bool:
+    """Whether `log_mean_exp` has enough responses and weights that are even enough."""
+    enough = max(MIN_ESS, MIN_ESS_SHARE * float(value["count"].mean()))
+    return bool(value["ess"].mean() >= enough and value["count"].min() >= MIN_RESPONSES)
 
 
 def _mean_se(values: pd.Series) -> tuple[float, float]:
@@ -150,13 +158,16 @@ def certify(
     problem: ConstrainedProblem,
     lambda_: pd.Series,
 ) -> dict[str, object]:
-    """The certificate of one round on the dual prompts, JSON-ready; score units of the reward, standard errors clustered by prompt.
+    """The certificate of one round on the dual prompts, JSON-ready; score units of the reward.
+
+    Standard errors are clustered by prompt; where log Z enters they hold the jackknife's correction too, since the bias that is left
+    may be of its size.
 
     samples: y ~ π_θ; reference: y ~ π_ref; others: earlier rounds' samples by name; off_policy: π_ref's responses with π_θ's
     log-probabilities; all scored, all on the same prompts. dual_value is the largest estimate of D(λ) over the sources, because every
     one is biased low and none sees a mode that it never sampled; lagrangian_gap = dual_value − L(π_θ, λ). `disagreement` names the source
     where it exceeds the estimate from π_θ's own samples by more than two standard errors. All of it is null, with the reason, with fewer
-    than MIN_RESPONSES samples of a prompt or a mean effective sample size under MIN_ESS.
+    than MIN_RESPONSES samples of a prompt or a mean effective sample size under MIN_ESS or MIN_ESS_SHARE of the samples.
     """
     estimates = dual_estimates(samples, {"reference": reference, **others}, off_policy, problem, lambda_)
     prompt_of, lam = samples["prompt_id"], lambda_.reindex(problem.names)
@@ -172,18 +183,19 @@ def certify(
     }  # fmt: skip
     if fewest < MIN_RESPONSES:
         return record | nothing(f"{fewest} responses of a prompt are too few (at least {MIN_RESPONSES}): raise dual.responses_per_prompt")
-    if ess < MIN_ESS:
+    if ess < (least := max(MIN_ESS, MIN_ESS_SHARE * len(samples) / len(estimates))):
         return record | nothing(
-            f"the effective sample size is {ess:.1f} of {fewest} responses per prompt (at least {MIN_ESS:g}): the policy is far from the "
+            f"the effective sample size is {ess:.1f} of {fewest} responses per prompt (at least {least:g}): the policy is far from the "
             "maximizer at this β, or the scores are too widely spread for so few responses"
         )
     names = [name for name, part in estimates.columns if part == "log_z"]
     source = max(names, key=lambda name: estimates[name, "log_z"].mean())
     dual = estimates[source, "log_z"] - levels
     excess = _mean_se(estimates[source, "log_z"] - estimates["policy", "log_z"])
-    gap, optimality = _mean_se(dual - lagrangian), _mean_se(dual - objective)
+    bias = float((estimates[source, "log_z"] - estimates[source, "plain"]).mean())
+    value, gap, optimality = ((mean, float(np.hypot(se, bias))) for mean, se in map(_mean_se, (dual, dual - lagrangian, dual - objective)))
     return record | {
-        "dual_value": _mean_se(dual)[0], "dual_value_se": _mean_se(dual)[1], "dual_value_source": source,
+        "dual_value": value[0], "dual_value_se": value[1], "dual_value_source": source,
         "dual_values": {name: _mean_se(estimates[name, "log_z"] - levels)[0] for name in names},
         "lagrangian_gap": gap[0], "lagrangian_gap_se": gap[1], "optimality_gap": optimality[0], "optimality_gap_se": optimality[1],
         "disagreement": source if excess[0] > 2 * excess[1] else None, "certificate_reason": None,

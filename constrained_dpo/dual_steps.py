@@ -19,6 +19,8 @@ FIRST_STEP = 4.0
 """A step whose response is not measured yet moves λ at most so many scaled subgradient steps of size 1, divided by the response factor."""
 GROWTH = 40.0
 """A measured step is at most so many times the last one: in MoCAN's published numbers theory over-states the response 30 times."""
+SKEW = 1.5
+"""How much more than all constraints together a single one may be held to lag behind theory."""
 REMEMBERED = 4
 """Rounds that a bracket is made of: the fit goes on improving, so what λ did long ago says little about what it does now."""
 MIN_RESPONSE = 0.01
@@ -118,8 +120,12 @@ def newton_step(
         return subgradient, "subgradient: no usable curvature"
     if measured:
         target, kind = _linear_root(lam, v, slope, max_lambda), "secant"
-        last = np.abs(lam - history[-2].lambda_.reindex(names).to_numpy(float))
-        radius = np.where(last > 0, GROWTH * last, np.inf)
+        last = lam - history[-2].lambda_.reindex(names).to_numpy(float)
+        radius = np.where(last != 0, GROWTH * np.abs(last), np.inf)
+        if theory is not None and (expected := last @ theory.slope @ last) > 0:
+            # No constraint's step may exceed theory's by much more than all of them together were seen to fall short of it.
+            short = max(expected / (last @ slope @ last), 1.0)
+            radius = np.minimum(radius, SKEW * short * np.abs(_linear_root(lam, v, theory.slope, max_lambda) - lam))
     else:
         target, kind = (_linear_root(lam, v, slope, max_lambda), "newton") if theory.target is None else (theory.target, "plug-in")
         radius = FIRST_STEP / theory.response * units * np.abs(v)
