@@ -42,6 +42,7 @@ WORLDS = {
     "embedded": _embedded("", 0.25, {"harmless": 0.5}),
     "embedded, two": _embedded("", 0.25, {"harmless": 0.5, "humor": 0.3}),
     "random 1": _random_world(1, "a"),
+    "embedded, β 1": _embedded("", 1.0, {"harmless": 0.3}),  # where fits come close enough to their maximizer to test small gaps
     "embedded std 10": _embedded("_x10", 0.1, {"harmless": 5.0}),
 }
 
@@ -51,22 +52,22 @@ def met(exact: dict, lambda_: dict, margins: dict[str, float]) -> bool:
     return all(abs(u) <= CLOSE * margins[n] or (lambda_[n] <= 0 and u > 0) for n, u in exact["u"].items())
 
 
-def tasks(seeds: list[int], methods: list[str]) -> list[tuple[str, str, float, str, int, int]]:
+def tasks(seeds: list[int], methods: list[str], worlds: list[str]) -> list[tuple[str, str, float, str, int, int]]:
     """(world, method, step size, init, seed, rounds): newton with every seed, the five subgradient step sizes with the first one."""
     chosen = []
     if "newton" in methods:
         starts = (("zeros", 5), ("one_shot", 3))
-        chosen += [(world, "newton", 0.3, init, seed, rounds) for seed in seeds for world in WORLDS for init, rounds in starts]
+        chosen += [(world, "newton", 0.3, init, seed, rounds) for seed in seeds for world in worlds for init, rounds in starts]
     if "subgradient" in methods:
-        worlds = [world for world in WORLDS if "std 10" not in world]
-        chosen += [(world, "subgradient", step, "zeros", seeds[0], 5) for world in worlds for step in STEPS]
+        few = [world for world in worlds if "std 10" not in world and "β 1" not in world]
+        chosen += [(world, "subgradient", step, "zeros", seeds[0], 5) for world in few for step in STEPS]
     return chosen
 
 
-def play_fits(output: Path, seeds: list[int], methods: list[str]) -> None:
+def play_fits(output: Path, seeds: list[int], methods: list[str], worlds: list[str]) -> None:
     """Real runs; one JSON line each: the task, and per round λ, exact values and what the certificate said."""
     done = {tuple(json.loads(line)["task"]) for line in output.read_text().splitlines()} if output.exists() else set()
-    for task in tasks(seeds, methods):
+    for task in tasks(seeds, methods, worlds):
         if task in done:
             continue
         with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +141,7 @@ def print_rounds(results: list[dict]) -> None:
 
 def print_certificate(results: list[dict], plot: Path | None) -> None:
     """Exact gap against the reported one, by scale; a round's exact gap is that of its dual prompts."""
-    scale_of = {world: "std 10, β 0.1" if "std 10" in world else "std 1, β 0.25" for world in WORLDS}
+    scale_of = {world: "std 10, β 0.1" if "std 10" in world else "std 1, β 1" if "β 1" in world else "std 1, β 0.25" for world in WORLDS}
     rows = []
     for result in results:
         rows += [r | {"scale": scale_of[result["task"][0]], "exact_gap": r["exact"]["lagrangian_gap"]} for r in result["rounds"]]
@@ -164,7 +165,7 @@ def _plot(rows: list[dict], path: Path) -> None:
 
     figure = Figure(figsize=(5, 4.5), layout="constrained")
     axes = figure.subplots()
-    for scale, marker in (("std 1, β 0.25", "o"), ("std 10, β 0.1", "s")):
+    for scale, marker in (("std 1, β 1", "^"), ("std 1, β 0.25", "o"), ("std 10, β 0.1", "s")):
         known = [r for r in rows if r["scale"] == scale and r["lagrangian_gap"] is not None]
         exact, said = ([r[key] for r in known] for key in ("exact_gap", "lagrangian_gap"))
         se = [2 * r["lagrangian_gap_se"] for r in known]
@@ -183,12 +184,13 @@ def main() -> None:
     fits.add_argument("output", type=Path)
     fits.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     fits.add_argument("--methods", nargs="+", choices=("newton", "subgradient"), default=["newton", "subgradient"])
+    fits.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     table = commands.add_parser("table")
     table.add_argument("output", type=Path)
     table.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "fits":
-        play_fits(arguments.output, arguments.seeds, arguments.methods)
+        play_fits(arguments.output, arguments.seeds, arguments.methods, arguments.worlds)
         return
     results = [json.loads(line) for line in arguments.output.read_text().splitlines()]
     print_rounds(results)
