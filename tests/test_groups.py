@@ -1,20 +1,25 @@
 """Groups: how they are drawn, their two losses, and a fit on them."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import scored_frame
+from conftest import QUICKSTART, scored_frame
 from scipy import special
+from test_cli import cdpo
 from test_fit import LORA, fit_settings, make_pool, prompt_tokens
 
 from constrained_dpo.fit import build_trainer, fit_adapter
 from constrained_dpo.fit_data import GroupCollator, group_dataset
 from constrained_dpo.losses import all_pairs_loss, listwise_loss, pair_loss
+from constrained_dpo.rounds import replay
+from constrained_dpo.run_directory import RunDirectory
 from data_prep.preferences import label_groups
 from data_prep.sampling import response_logps
 from data_prep.settings import UserError
-from data_prep.tables import validate_groups
+from data_prep.tables import read_parquet, validate_groups
 
 LAMBDA = pd.Series({"g": 0.7})
 
@@ -85,6 +90,35 @@ def test_both_losses_are_least_at_the_maximizer_and_ignore_the_order(loss):
         assert (loss(other, score, 0.25) > least).all()
         order = torch.randperm(6, generator=rng)
         torch.testing.assert_close(loss(other[:, order], score[:, order], 0.25), loss(other, score, 0.25))
+
+
+def test_relabel_writes_groups_from_the_shell(tmp_path):
+    scored_frame(0, 5, 6).to_parquet(tmp_path / "scores.parquet")
+    arguments = ("data", "relabel", tmp_path / "scores.parquet", "--reward", "r", "--lambda", "g=0.7", "--group-size", "3")
+    said = cdpo(*arguments, "--groups-per-prompt", "2", "--json", "-o", tmp_path / "groups.parquet", check=0).stdout
+    assert json.loads(said)["groups"] == 10
+    pd.testing.assert_frame_equal(read_parquet(tmp_path / "groups.parquet"), grouped(read_parquet(tmp_path / "scores.parquet"), count=2))
+    assert "groups hold scores" in cdpo(*arguments, "--text", "-o", tmp_path / "x.parquet", check=2).stderr
+
+
+def test_a_recipe_takes_soft_labels_alone_with_groups(tmp_path):
+    error = cdpo("init", QUICKSTART, tmp_path / "run", "-s", "fit.group_size=4", "-s", "fit.labels=argmax", check=2).stderr
+    assert "fit.labels argmax is about pairs" in error
+
+
+def test_a_run_on_groups_from_relabel_to_dual_step(tmp_path):
+    """`check` times such a fit, a round is played, its labels are groups.parquet, and λ is replayed from the tables."""
+    settings = ["fit.loss=listwise", "fit.group_size=4", "fit.groups_per_prompt=2", "fit.steps=5", "fit.batch_size=4", "prompts.max_fit=8"]
+    settings += ["prompts.max_test=4", "sampling.responses_per_prompt=8", "dual.responses_per_prompt=8", "sampling.batch_size=64"]
+    overrides = [part for s in settings for part in ("-s", s)]
+    assert json.loads(cdpo("check", QUICKSTART, *overrides, "--json", check=0).stdout)["pilot"]["seconds"]["fit"] > 0
+    cdpo("init", QUICKSTART, tmp_path / "run", *overrides, check=0)
+    cdpo("round", tmp_path / "run", check=0)
+    run = RunDirectory(tmp_path / "run")
+    groups = read_parquet(run.groups_file(0))
+    assert groups["group_id"].nunique() == 16 and not run.pairs_file(0).exists()
+    assert replay(run) == run.state()["lambda"]
+    assert "round 1 of 7: relabel" in cdpo("status", tmp_path / "run", check=0).stdout
 
 
 @pytest.fixture(scope="module")
