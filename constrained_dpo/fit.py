@@ -1,8 +1,7 @@
 """The Lagrangian maximizer: TRL's DPOTrainer on pseudo-preferences, with reference log-probabilities from the pool.
 
-Loss of a pair (CAID, arXiv:2505.19387, Lagrangian maximization by pseudo-preferences; with soft targets its expectation over the label):
-    −[t·log σ(βΔ) + (1−t)·log σ(−βΔ)],   Δ = log π_θ/π_ref (chosen) − log π_θ/π_ref (rejected)
-The KL anchor is π_ref (the base without adapter) in every round: the stored `ref_logp` enters the loss and no reference model runs here.
+The losses are in `losses.py`, the rows in `fit_data.py`. The KL anchor is π_ref (the base without adapter) in every round: the stored
+`ref_logp` enters the loss and no reference model runs here.
 """
 
 import json
@@ -10,22 +9,21 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from constrained_dpo.fit_data import GroupCollator, PairCollator, group_dataset, pair_dataset
+from constrained_dpo.losses import all_pairs_loss, listwise_loss, pair_loss
 from constrained_dpo.recipe import FitSettings
 from constrained_dpo.tracking import fit_logs
 from data_prep.checkpoints import check_adapter_folder, explained_loading
@@ -37,23 +35,11 @@ from data_prep.tables import sync_folder
 NUM_ANCHOR_ROWS = 16
 
 
-def pair_loss(scaled_difference: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of σ(βΔ) against the target probability; both of shape (num_pairs,), returns (num_pairs,)."""
-    return -(target * F.logsigmoid(scaled_difference) + (1 - target) * F.logsigmoid(-scaled_difference))
-
-
-@dataclass
-class PairCollator(DataCollatorForPreference):
-    """TRL's collator (chosen rows, then rejected rows, padded on the right) plus the soft target."""
-
-    def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        batch = super().torch_call(examples)
-        batch["target"] = torch.tensor([example["target"] for example in examples])
-        return batch
-
-
 class PseudoPreferenceTrainer(DPOTrainer):
-    """DPOTrainer on rows that are token ids already, with a target per pair and cached reference log-probabilities."""
+    """DPOTrainer on rows that are token ids already: pairs with a target each, or groups with scores; reference log-probabilities are
+    cached in both."""
+
+    listwise = False
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         return dataset
@@ -67,19 +53,28 @@ class PseudoPreferenceTrainer(DPOTrainer):
             use_cache=False,
             fused_lm_head=True,
         )
-        chosen, rejected = output.log_probs.float().sum(dim=1).chunk(2)
-        chosen, rejected = chosen - inputs["ref_chosen_logps"], rejected - inputs["ref_rejected_logps"]
-        loss = pair_loss(self.beta * (chosen - rejected), inputs["target"]).mean()
+        logps = output.log_probs.float().sum(dim=1)
+        loss, reported = self._pair_loss(logps, inputs) if "target" in inputs else self._group_loss(logps, inputs)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step}; lower fit.learning_rate")
         mode = "train" if self.model.training else "eval"
-        for name, value in (
-            ("rewards/chosen", chosen),
-            ("rewards/rejected", rejected),
-            ("rewards/margins", chosen - rejected),
-        ):
-            self._metrics[mode][name].append(self.beta * self.accelerator.gather(value.detach()).mean().item())
+        for name, value in reported.items():
+            self._metrics[mode][name].append(self.accelerator.gather(value.detach()).mean().item())
         return (loss, output) if return_outputs else loss
+
+    def _pair_loss(self, logps: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        chosen, rejected = logps.chunk(2)
+        chosen, rejected = chosen - inputs["ref_chosen_logps"], rejected - inputs["ref_rejected_logps"]
+        scaled = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
+        loss = pair_loss(self.beta * (chosen - rejected), inputs["target"]).mean()
+        return loss, {name: self.beta * value for name, value in scaled.items()}
+
+    def _group_loss(self, logps: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        log_ratio, scores = logps.view_as(inputs["scores"]) - inputs["ref_logps"], inputs["scores"]
+        loss = listwise_loss if self.listwise else all_pairs_loss
+        spread = self.beta * (log_ratio.amax(dim=1) - log_ratio.amin(dim=1))
+        reported = {"rewards/mean": self.beta * log_ratio, "rewards/spread": spread}
+        return loss(log_ratio, scores, self.beta).mean(), reported
 
 
 class FitProgress(TrainerCallback):
@@ -97,37 +92,6 @@ class FitProgress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
-
-
-def pair_dataset(pairs: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[str, list[int]], max_length: int) -> datasets.Dataset:
-    """Rows `prompt_ids, chosen_ids, rejected_ids, ref_chosen_logps, ref_rejected_logps, target`; num_pairs rows.
-
-    Raises UserError when a pair names a response that is not in the pool, has no ref_logp, or does not fit in max_length.
-    """
-    responses = pool.set_index("response_id")
-    for column in ("chosen_id", "rejected_id"):
-        unknown = ~pairs[column].isin(responses.index)
-        if unknown.any():
-            raise UserError(f"pairs: {column} {pairs[column][unknown].iloc[0]!r} is not in the pool ({unknown.sum()} rows)")
-    chosen, rejected = responses.loc[pairs["chosen_id"]], responses.loc[pairs["rejected_id"]]
-    if chosen["ref_logp"].isna().any() or rejected["ref_logp"].isna().any():
-        raise UserError("pool: ref_logp is null for responses that the pairs use; prepare the run again")
-    prompts = [prompt_tokens[pid] for pid in pairs["prompt_id"]]
-    longest = max(len(p) + max(len(c), len(r)) for p, c, r in zip(prompts, chosen["token_ids"], rejected["token_ids"], strict=True))
-    if longest > max_length:
-        raise UserError(
-            f"fit.max_length: a prompt with its response has {longest} tokens, over {max_length}; nothing is truncated, raise it"
-        )
-    return datasets.Dataset.from_dict(
-        {
-            "prompt_ids": prompts,
-            "chosen_ids": [ids.tolist() for ids in chosen["token_ids"]],
-            "rejected_ids": [ids.tolist() for ids in rejected["token_ids"]],
-            "ref_chosen_logps": chosen["ref_logp"].to_numpy(np.float32),
-            "ref_rejected_logps": rejected["ref_logp"].to_numpy(np.float32),
-            "target": pairs["target"].to_numpy(np.float32),
-        }
-    )
 
 
 def training_config(settings: FitSettings, beta: float, seed: int, output: Path, device: str, run_name: str | None = None) -> DPOConfig:
@@ -202,11 +166,12 @@ def build_trainer(
     trainer = PseudoPreferenceTrainer(
         model=policy.model,
         args=training_config(settings, beta, seed, output, policy.device.type, run_name),
-        data_collator=PairCollator(pad_token_id=policy.tokenizer.pad_token_id),
+        data_collator=(GroupCollator if settings.grouped else PairCollator)(pad_token_id=policy.tokenizer.pad_token_id),
         train_dataset=dataset,
         processing_class=policy.tokenizer,
         peft_config=LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target, task_type="CAUSAL_LM"),
     )
+    trainer.listwise = settings.loss == "listwise"
     for callback in (PrinterCallback, transformers.ProgressCallback):  # stdout is for results; progress is ours, on stderr
         trainer.remove_callback(callback)
     if show_progress:
@@ -231,19 +196,23 @@ def check_anchor(policy: Policy, model: PeftModel, rows: datasets.Dataset) -> fl
 
     Raises UserError above the dtype's tolerance: the pool was then scored by another base, template or quantization.
     """
-    chosen = rows.select(range(min(NUM_ANCHOR_ROWS, len(rows))))
+    some = rows.select(range(min(NUM_ANCHOR_ROWS, len(rows))))
+    if "scores" in some.column_names:
+        responses, stored = [row[0] for row in some["responses_ids"]], [row[0] for row in some["ref_logps"]]
+    else:
+        responses, stored = list(some["chosen_ids"]), some["ref_chosen_logps"]
     was_training = model.training
     model.eval()
     logps, _ = response_logps(
         model,
-        list(chosen["prompt_ids"]),
-        list(chosen["chosen_ids"]),
+        list(some["prompt_ids"]),
+        responses,
         pad_id=policy.tokenizer.pad_token_id,
         batch_size=NUM_ANCHOR_ROWS,
     )
     model.train(was_training)
-    error = float(np.abs(logps - np.asarray(chosen["ref_chosen_logps"])).max())
-    longest = max(map(len, chosen["chosen_ids"]))
+    error = float(np.abs(logps - np.asarray(stored)).max())
+    longest = max(map(len, responses))
     # Half precision, and int8 whose activation scales depend on the batch, reproduce a log-probability only to rounding.
     exact = policy.settings.dtype == "float32" and policy.settings.quantization != "int8"
     tolerance = 1e-3 if exact else 0.05 + 0.01 * longest
@@ -257,7 +226,7 @@ def check_anchor(policy: Policy, model: PeftModel, rows: datasets.Dataset) -> fl
 
 def fit_adapter(
     policy: Policy,
-    pairs: pd.DataFrame,
+    labels: pd.DataFrame,
     pool: pd.DataFrame,
     prompt_tokens: dict[str, list[int]],
     settings: FitSettings,
@@ -273,11 +242,11 @@ def fit_adapter(
 ) -> float | None:
     """Trains one round's adapter and saves it at `output` in PEFT's format; the folder appears whole or not at all.
 
-    pairs: (num_pairs,) rows of the pairs table; pool: the responses they name, with `ref_logp`. The optimizer starts fresh. Returns the
-    largest |log π_θ − stored ref_logp| before the first step in nats (None after a warm start); the log is beside the adapter. `logs` is
-    where the trackers of `settings.report_to` write, `run_name` what they call this fit.
+    labels: rows of the pairs table, or of the groups table where the settings say groups; pool: the responses they name, with `ref_logp`.
+    The optimizer starts fresh. Returns the largest |log π_θ − stored ref_logp| before the first step in nats (None after a warm start);
+    the log is beside the adapter. `logs` is where the trackers of `settings.report_to` write, `run_name` what they call this fit.
     """
-    dataset = pair_dataset(pairs, pool, prompt_tokens, settings.max_length)
+    dataset = (group_dataset if settings.grouped else pair_dataset)(labels, pool, prompt_tokens, settings.max_length)
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with _restored_base(policy), fit_logs(logs, settings.report_to):

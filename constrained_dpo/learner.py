@@ -86,14 +86,14 @@ class LoraLearner:
             "overridden_generation": self.policy.overridden,
         }
 
-    def fit(self, pairs: pd.DataFrame, pool: pd.DataFrame, *, lambda_: pd.Series, previous: Path | None, output: Path, seed: int) -> None:
-        """One round's adapter at `output`; the multipliers are in the pairs already."""
+    def fit(self, labels: pd.DataFrame, pool: pd.DataFrame, *, lambda_: pd.Series, previous: Path | None, output: Path, seed: int) -> None:
+        """One round's adapter at `output`; the multipliers are in the labels (pairs or groups) already."""
         from constrained_dpo.fit import fit_adapter
 
         name = f"round-{self.run.rounds_done():03d}"
         fit_adapter(
             self.policy,
-            pairs,
+            labels,
             pool,
             self.prompt_tokens,
             self.recipe.fit,

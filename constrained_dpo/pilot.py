@@ -17,7 +17,7 @@ from constrained_dpo.learner import LoraLearner
 from constrained_dpo.one_shot import solve_one_shot
 from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.rounds import Announce, silent
-from data_prep.preferences import label_pairs
+from data_prep.preferences import label_groups, label_pairs
 from data_prep.settings import derive_seed
 
 MIN_PROMPTS, MAX_PROMPTS, MAX_RESPONSES = 16, 64, 8
@@ -157,16 +157,19 @@ def _time_fit(learner: LoraLearner, pool: pd.DataFrame, folder: Path) -> tuple[f
     from constrained_dpo.fit import fit_adapter
 
     recipe = learner.recipe
-    pairs = label_pairs(
-        pool, recipe.problem.reward, pd.Series(0.0, index=recipe.problem.names), labels=recipe.fit.labels, pairs_per_prompt=None, seed=0
-    )
-    pairs = pairs.iloc[np.resize(np.arange(len(pairs)), TIMED_STEPS * recipe.fit.batch_size)]
+    reward, zero, rows = recipe.problem.reward, pd.Series(0.0, index=recipe.problem.names), TIMED_STEPS * recipe.fit.batch_size
+    if recipe.fit.grouped:
+        per_prompt = math.ceil(rows / pool["prompt_id"].nunique())
+        labels = label_groups(pool, reward, zero, group_size=recipe.fit.group_size, groups_per_prompt=per_prompt, seed=0)
+    else:
+        labels = label_pairs(pool, reward, zero, labels=recipe.fit.labels, pairs_per_prompt=None, seed=0)
+        labels = labels.iloc[np.resize(np.arange(len(labels)), rows)]
     # Every forward costs the same, so one per step is timed and multiplied.
     settings = recipe.fit.model_copy(update={"epochs": None, "gradient_accumulation": 1, "report_to": []})
     for name, steps in (("warmup", 1), ("adapter", TIMED_STEPS)):
         start = time.perf_counter()
         fit_adapter(
-            learner.policy, pairs, pool, learner.prompt_tokens, settings.model_copy(update={"steps": steps}), recipe.policy.lora,
+            learner.policy, labels, pool, learner.prompt_tokens, settings.model_copy(update={"steps": steps}), recipe.policy.lora,
             beta=recipe.objective.beta, seed=0, previous_adapter=None, output=folder / name,
         )  # fmt: skip
         total = time.perf_counter() - start
@@ -189,8 +192,8 @@ def _expected_seconds(
     if steps is None:
         all_pairs = drawn * (drawn - 1) // 2
         wanted = all_pairs if recipe.fit.pairs_per_prompt == "all" else min(recipe.fit.pairs_per_prompt, all_pairs)
-        pairs = (counts["fit"] + counts["dual"]) * wanted
-        steps = math.ceil(recipe.fit.epochs * pairs / (recipe.fit.batch_size * recipe.fit.gradient_accumulation))
+        rows = (counts["fit"] + counts["dual"]) * (recipe.fit.groups_per_prompt if recipe.fit.grouped else wanted)
+        steps = math.ceil(recipe.fit.epochs * rows / (recipe.fit.batch_size * recipe.fit.gradient_accumulation))
     prepare = ((counts["fit"] + counts["dual"]) * drawn + remeasured) * per_reference
     fit, rescore = steps * step + overhead, remeasured * per_response
     return {"prepare": prepare, "fit": fit, "rescore": rescore, "run": prepare + recipe.dual.rounds * (fit + rescore)}

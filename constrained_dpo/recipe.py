@@ -88,6 +88,13 @@ class FitSettings(Settings):
     """The DPO fit of one round. Defaults follow the paper where it reports them."""
 
     labels: Literal["soft", "bernoulli", "argmax"] = Field("soft", description="targets of the pairs: P(≻) itself, a draw, the larger")
+    loss: Literal["logistic", "listwise"] = Field(
+        "logistic",
+        description="logistic: pairs; listwise: softmax(log-ratio) over a group fitted to softmax(score/β), which keeps the scale where "
+        "pairs saturate",
+    )
+    group_size: int = Field(2, ge=2, description="responses of a prompt in one row; logistic takes all their pairs (2: pairs)")
+    groups_per_prompt: int = Field(4, ge=1, description="groups drawn from a prompt's pool, anew each round (pairs: pairs_per_prompt)")
     pairs_per_prompt: int | Literal["all"] = Field(8, description="pairs drawn from a prompt's pool, anew each round")
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of the adapter")
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field("cosine", description="over one round")
@@ -99,7 +106,7 @@ class FitSettings(Settings):
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
     steps: int | None = Field(None, ge=1, description="optimizer steps per round (give steps or epochs)")
     epochs: float | None = Field(None, gt=0, description="passes over the round's pairs (give steps or epochs)")
-    batch_size: int = Field(8, ge=1, description="pairs per forward")
+    batch_size: int = Field(8, ge=1, description="rows (pairs or groups) per forward")
     gradient_accumulation: int = Field(1, ge=1, description="forwards per optimizer step")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third slower")
     warm_start: bool = Field(True, description="start from the last round's adapter (the KL stays to the reference policy)")
@@ -114,7 +121,14 @@ class FitSettings(Settings):
             raise ValueError("give exactly one of fit.steps and fit.epochs")
         if isinstance(self.pairs_per_prompt, int) and self.pairs_per_prompt < 1:
             raise ValueError("fit.pairs_per_prompt must be at least 1, or all")
+        if self.grouped and self.labels != "soft":
+            raise ValueError(f"fit.labels {self.labels} is about pairs; groups (fit.group_size > 2, fit.loss listwise) take soft")
         return self
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a round's labels are groups (groups.parquet) instead of pairs (pairs.parquet)."""
+        return self.group_size > 2 or self.loss == "listwise"
 
 
 class Recipe(Settings):

@@ -19,10 +19,10 @@ from constrained_dpo.rescore import collect, measure
 from constrained_dpo.run_directory import RunDirectory
 from constrained_dpo.steering import initial_multipliers, next_multipliers, resolve_step_scale, steered_on
 from constrained_dpo.tracking import log_round
-from data_prep.preferences import label_pairs
+from data_prep.preferences import label_groups, label_pairs
 from data_prep.sampling import is_policy_law
 from data_prep.settings import UserError, derive_seed
-from data_prep.tables import hash_file, read_parquet, validate_pairs, write_json, write_parquet
+from data_prep.tables import hash_file, read_parquet, validate_groups, validate_pairs, write_json, write_parquet
 
 OFF_POLICY_RESPONSES = 64
 """Responses of π_ref per dual prompt that a round's policy is asked about: enough for the residual, and a bound on its cost."""
@@ -51,7 +51,7 @@ class Learner(Protocol):
     prompts: pd.DataFrame
 
     def fit(
-        self, pairs: pd.DataFrame, pool: pd.DataFrame, *, lambda_: pd.Series, previous: Path | None, output: Path, seed: int
+        self, labels: pd.DataFrame, pool: pd.DataFrame, *, lambda_: pd.Series, previous: Path | None, output: Path, seed: int
     ) -> None: ...
 
     def sample(self, prompts: pd.DataFrame, *, responses_per_prompt: int, adapter: Path | None, source: str, seed: int) -> pd.DataFrame: ...
@@ -149,7 +149,7 @@ def play_round(run: RunDirectory, recipe: Recipe, learner: Learner, announce: An
         if not done:
             seconds[name] = timed(announce, f"round {number}: {name}", action)
 
-    phase("relabel", run.pairs_file(number).exists(), lambda: _relabel(run, recipe, lambda_, number))
+    phase("relabel", run.labels_file(number, recipe.fit.grouped).exists(), lambda: _relabel(run, recipe, lambda_, number))
     phase("fit", run.adapter_folder(number).exists(), lambda: _fit(run, recipe, learner, lambda_, number))
     phase("rescore", run.samples_file(number).exists(), lambda: _rescore(run, recipe, learner, number))
     if is_policy_law(recipe.sampling):
@@ -173,23 +173,25 @@ def play_round(run: RunDirectory, recipe: Recipe, learner: Learner, announce: An
 
 
 def _relabel(run: RunDirectory, recipe: Recipe, lambda_: pd.Series, number: int) -> None:
-    pairs_per_prompt = recipe.fit.pairs_per_prompt
+    pool, fit = run.pool(number), recipe.fit
+    if fit.grouped:
+        groups = label_groups(
+            pool, recipe.problem.reward, lambda_, group_size=fit.group_size, groups_per_prompt=fit.groups_per_prompt, seed=recipe.seed,
+            round_number=number,
+        )  # fmt: skip
+        write_parquet(validate_groups(groups, f"groups of round {number}"), run.groups_file(number))
+        return
     pairs = label_pairs(
-        run.pool(number),
-        recipe.problem.reward,
-        lambda_,
-        labels=recipe.fit.labels,
-        pairs_per_prompt=None if pairs_per_prompt == "all" else pairs_per_prompt,
-        seed=recipe.seed,
-        round_number=number,
-    )
+        pool, recipe.problem.reward, lambda_, labels=fit.labels, seed=recipe.seed, round_number=number,
+        pairs_per_prompt=None if fit.pairs_per_prompt == "all" else fit.pairs_per_prompt,
+    )  # fmt: skip
     write_parquet(validate_pairs(pairs, f"pairs of round {number}"), run.pairs_file(number))
 
 
 def _fit(run: RunDirectory, recipe: Recipe, learner: Learner, lambda_: pd.Series, number: int) -> None:
     previous = run.adapter_folder(number - 1) if number and recipe.fit.warm_start else None
     learner.fit(
-        read_parquet(run.pairs_file(number)),
+        read_parquet(run.labels_file(number, recipe.fit.grouped)),
         run.pool(number),
         lambda_=lambda_,
         previous=previous,

@@ -70,6 +70,13 @@ class RunDirectory:
     def pairs_file(self, round_number: int) -> Path:
         return self.round_folder(round_number) / "pairs.parquet"
 
+    def groups_file(self, round_number: int) -> Path:
+        return self.round_folder(round_number) / "groups.parquet"
+
+    def labels_file(self, round_number: int, grouped: bool) -> Path:
+        """What a round's fit reads beside the pool: its groups, or its pairs."""
+        return self.groups_file(round_number) if grouped else self.pairs_file(round_number)
+
     def adapter_folder(self, round_number: int) -> Path:
         return self.round_folder(round_number) / "adapter"
 

@@ -85,7 +85,7 @@ class TabularLearner:
     world: TabularWorld
     prompts: pd.DataFrame
 
-    def fit(self, pairs: pd.DataFrame, pool: pd.DataFrame, *, lambda_: pd.Series, previous: Path | None, output: Path, seed: int) -> None:
+    def fit(self, labels: pd.DataFrame, pool: pd.DataFrame, *, lambda_: pd.Series, previous: Path | None, output: Path, seed: int) -> None:
         temporary = output.with_name(f".{output.name}.tmp")
         temporary.mkdir(parents=True, exist_ok=True)
         np.save(temporary / "policy_logp.npy", self.world.maximizer(lambda_))

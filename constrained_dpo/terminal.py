@@ -192,9 +192,8 @@ def next_step(run: RunDirectory, rounds: int) -> str:
     number = run.rounds_done()
     if number >= rounds:
         return f"all {rounds} rounds of the recipe are done (cdpo report, evaluate or export; cdpo round plays another)"
-    done = {
-        "relabel": run.pairs_file(number), "fit": run.adapter_folder(number), "rescore": run.samples_file(number),
-    }  # fmt: skip
+    labels = run.labels_file(number, run.recipe().fit.grouped)
+    done = {"relabel": labels, "fit": run.adapter_folder(number), "rescore": run.samples_file(number)}
     for name, path in done.items():
         if not path.exists():
             return f"round {number} of {rounds}: {name} (cdpo round, or cdpo run for all that are left)"

@@ -207,12 +207,14 @@ def relabel(
     pairs_per_prompt: Annotated[str, typer.Option(help="a number, or all")] = "all",
     seed: Annotated[int, typer.Option(help="seed of pairs and draws")] = 0,
     text: Annotated[bool, typer.Option("--text", help="add prompt, chosen, rejected texts")] = False,
+    group_size: Annotated[int | None, typer.Option(min=2, help="groups of so many responses with their scores s, instead of pairs")] = None,
+    groups_per_prompt: Annotated[int, typer.Option(min=1, help="groups per prompt, with --group-size")] = 4,
     as_json: AsJson = False,
 ) -> None:
     """Pseudo-preference pairs under given multipliers: P(y1 ≻ y2) = σ(s(y1) − s(y2)), s = reward + Σ λ·utility."""
     import pandas as pd
 
-    from data_prep.preferences import attach_text, label_pairs
+    from data_prep.preferences import attach_text, label_groups, label_pairs
     from data_prep.tables import read_table, write_parquet
 
     if labels not in ("soft", "bernoulli", "argmax"):
@@ -221,6 +223,19 @@ def relabel(
         raise UserError(f"--pairs-per-prompt {pairs_per_prompt}: write a number ≥ 1, or all")
     table = read_table(responses)
     multipliers = pd.Series(parse_assignments(lambda_, "--lambda"), dtype=float)
+    if group_size is not None:
+        if text or labels != "soft" or pairs_per_prompt != "all":
+            raise UserError("--group-size: groups hold scores; leave out --text, --labels and --pairs-per-prompt")
+        groups = label_groups(table, reward, multipliers, group_size=group_size, groups_per_prompt=groups_per_prompt, seed=seed)
+        write_parquet(groups, output)
+        left_out = int(table["prompt_id"].nunique() - groups["prompt_id"].nunique())
+        facts = {"groups": int(groups["group_id"].nunique()), "prompts": int(groups["prompt_id"].nunique())}
+        if as_json:
+            print(json.dumps({"output": str(output), **facts, "left_out": {"too_few_responses": left_out}}))
+        else:
+            said = f"{facts['groups']} groups of {group_size} responses of {facts['prompts']} prompts"
+            print(f"{output}: {said}; left out: {left_out} prompts with fewer responses")
+        return
     pairs = label_pairs(
         table, reward, multipliers, labels=labels,
         pairs_per_prompt=None if pairs_per_prompt == "all" else int(pairs_per_prompt), seed=seed,

@@ -128,6 +128,54 @@ def label_pairs(
     )
 
 
+def label_groups(
+    responses: pd.DataFrame, reward: str, lambda_: pd.Series, *, group_size: int, groups_per_prompt: int, seed: int, round_number: int = 0
+) -> pd.DataFrame:
+    """Groups of responses with their scores under λ (the `groups` table: prompt_id, group_id, response_id, score; score units).
+
+    responses: (num_responses,) rows with prompt_id, response_id, the reward's and the utilities' columns. A prompt's responses are put
+    into a random order that depends on (seed, round, pass, response ids) alone and cut into groups of `group_size`, pass after pass,
+    until there are `groups_per_prompt`: no response comes a second time before all have come once, up to the rest of a pass, which is
+    left out. A prompt with fewer responses gives none. Raises UserError where no prompt has `group_size`.
+    """
+    require_columns(responses, ["prompt_id", "response_id"], "responses")
+    require_ids(responses, ["prompt_id", "response_id"], "responses")
+    require_unique(responses, ["response_id"], "responses")
+    score = lagrangian_score(responses, reward, lambda_)
+    ids = responses["response_id"].to_numpy(object)
+    hashed = pd.util.hash_array(ids)
+    prompt_codes, prompts = pd.factorize(responses["prompt_id"], sort=True)
+    counts = np.bincount(prompt_codes)
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+    if counts.max(initial=0) < group_size:
+        raise UserError(
+            f"responses: no prompt has {group_size} responses, so there is no group of fit.group_size {group_size}; sample more per prompt"
+        )
+    rows, groups = [], []
+    for size in np.unique(counts[counts >= group_size]):
+        per_pass = int(size) // group_size
+        passes = -(-groups_per_prompt // per_pass)
+        for number in range(passes):
+            order = np.lexsort((_uniforms(derive_seed(seed, round_number, "groups", number), hashed), prompt_codes))
+            wanted = min(per_pass, groups_per_prompt - number * per_pass)
+            seats = starts[counts == size][:, None] + np.arange(wanted * group_size)
+            rows.append(order[seats].ravel())
+            index = number * per_pass + np.arange(wanted * group_size) // group_size
+            groups.append(np.tile(index, len(seats)))
+    rows, groups = np.concatenate(rows), np.concatenate(groups)
+    sequence = np.lexsort((groups, prompt_codes[rows]))
+    rows, groups = rows[sequence], groups[sequence]
+    names = prompts[prompt_codes[rows]].to_numpy(object)
+    return pd.DataFrame(
+        {
+            "prompt_id": names,
+            "group_id": [f"{name}/{group}" for name, group in zip(names, groups, strict=True)],
+            "response_id": ids[rows],
+            "score": score[rows],
+        }
+    )
+
+
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0.0, -x))
 

@@ -40,7 +40,13 @@ PAIRS = {
     "target": "probability",  # what the loss uses: prob for soft labels, 1 for drawn or given ones
     "margin": "float",  # s_λ(chosen) − s_λ(rejected), score units
 }
-RESERVED_NAMES = frozenset({*PROMPTS, *RESPONSES, *PAIRS, "score", "group_id", "chosen", "rejected"})
+GROUPS = {
+    "prompt_id": "string",
+    "group_id": "string",
+    "response_id": "string",
+    "score": "float",  # s_λ, score units
+}
+RESERVED_NAMES = frozenset({*PROMPTS, *RESPONSES, *PAIRS, *GROUPS, "chosen", "rejected"})
 
 _ARROW = {"string": pa.string(), "tokens": pa.list_(pa.int32()), "bool": pa.bool_()}
 
@@ -137,6 +143,15 @@ def validate_pairs(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     return frame
 
 
+def validate_groups(frame: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Checks a groups table; returns it with the schema's columns first. Every group has the same number of responses."""
+    _require_schema(frame, GROUPS, where, "response_id")
+    require_unique(frame, ["group_id", "response_id"], where)
+    if frame.groupby("group_id").size().nunique() > 1:
+        raise UserError(f"{where}: groups differ in size; every group_id must have the same number of rows")
+    return frame
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces `path` by `data`: a reader sees the old file or the whole new one, also after a power cut."""
     path = Path(path)
@@ -172,7 +187,7 @@ def write_json(path: Path, value: object) -> None:
 
 def write_parquet(frame: pd.DataFrame, path: Path) -> None:
     """Writes a table atomically (parquet, zstd). Token ids are int32 lists; log-probabilities float64, null where unknown."""
-    known = {**PROMPTS, **RESPONSES, **PAIRS}
+    known = {**PROMPTS, **RESPONSES, **PAIRS, **GROUPS}
     fields = []
     for column in frame.columns:
         kind = known.get(column)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from conftest import QUICKSTART
 
-from constrained_dpo.fit import build_trainer, check_anchor, fit_adapter, pair_dataset, pair_loss, training_config
+from constrained_dpo.fit import build_trainer, check_anchor, fit_adapter, training_config
+from constrained_dpo.fit_data import pair_dataset
+from constrained_dpo.losses import pair_loss
 from constrained_dpo.recipe import load_recipe
 from data_prep.policy import LoraSettings, PolicySettings, attached_adapter, load_policy
 from data_prep.preferences import label_pairs
