@@ -234,7 +234,10 @@ def certificate_record(run: RunDirectory, recipe: Recipe, lambda_: pd.Series, nu
         return table[table["split"] == "dual"]
 
     reference = on_dual(run.reference_file)
-    off_policy = reference.drop(columns="policy_logp").merge(read_parquet(run.off_policy_file(number)), on=["prompt_id", "response_id"])
+    off_policy = None
+    if run.off_policy_file(number).exists():  # rounds of older releases have none
+        known = read_parquet(run.off_policy_file(number))
+        off_policy = reference.drop(columns="policy_logp").merge(known, on=["prompt_id", "response_id"])
     others = {f"round {t}": on_dual(run.samples_file(t)) for t in range(number)}
     return certify(on_dual(run.samples_file(number)), reference, others, off_policy, recipe.problem, lambda_)
 

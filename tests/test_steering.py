@@ -11,8 +11,9 @@ from constrained_dpo.rounds import replay
 from constrained_dpo.run_directory import RunDirectory
 from constrained_dpo.selection import best_dual_round, best_round, converged, satisfied_on_dual
 from constrained_dpo.steering import demanded, diagnose_run, reason_to_stop
+from constrained_dpo.terminal import status
 from data_prep.settings import UserError
-from data_prep.tables import read_parquet
+from data_prep.tables import read_parquet, write_json
 
 
 def record(number: int, u: float, objective: float | None, lagrangian: float | None = 0.0, se: float = 0.01, **more) -> dict:
@@ -63,6 +64,18 @@ def test_newton_runs_are_replayed_from_their_tables(tmp_path, m):
     samples.loc[samples["split"] == "dual", "g0"] += 0.01
     samples.to_parquet(run.samples_file(1))
     assert replay(run) != run.state()["lambda"]
+
+
+def test_rounds_of_an_older_release_are_read_and_replayed(tmp_path):
+    run, recipe, learner = make_run(tmp_path / "run", random_world(5, 1, prompts=20))
+    play(run, recipe, learner, 2)
+    run.off_policy_file(0).unlink()
+    old = {k: v for k, v in run.round_record(0).items() if k not in ("u_skew", "steered_on", "lagrangian_gap", "dual_value", "lagrangian")}
+    write_json(run.round_file(0), old)
+    assert replay(run) == run.state()["lambda"]
+    play(run, recipe, learner, 1)
+    assert reason_to_stop(run, recipe, True) is None and RunDirectory(run.path).chosen_round("best-dual") in (1, 2)
+    assert status(run)["rounds"][0]["lagrangian_gap"] is None
 
 
 def test_newton_meets_the_constraint_in_few_rounds(tmp_path):
