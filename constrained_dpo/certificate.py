@@ -19,7 +19,7 @@ is no estimate of log Z: the few heavy weights that were drawn say that heavier 
 
 
 def recorded_slack(record: dict) -> pd.DataFrame:
-    """u of a record as `estimate_subgradient` gave it: columns u, se, skew, num_prompts by constraint (skew 0 in runs of older releases)."""
+    """u of a record as `estimate_subgradient` gave it: columns u, se, skew, num_prompts by constraint (skew 0 in older runs)."""
     columns = {"u": record["u"], "se": record["u_se"], "skew": record.get("u_skew", dict.fromkeys(record["u"], 0.0))}
     return pd.DataFrame(columns, dtype=float).assign(num_prompts=record["num_prompts"])
 
