@@ -111,7 +111,8 @@ def notes(contents: Contents) -> list[str]:
             "test verdict has a lower confidence than stated."
         )
     if "lagrangian" in record:
-        lines.append(certificate_line(contents.run, record, contents.recipe.dual.confidence).capitalize() + ".")
+        said = certificate_line(contents.run, record, contents.recipe.dual.confidence)
+        lines.append(f"{said[0].upper()}{said[1:]}.")
     for name, value in contents.state["lambda"][-1].items():
         if value >= contents.recipe.dual.max_lambda:
             lines.append(at_bound_warning(name))
