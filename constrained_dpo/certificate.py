@@ -150,6 +150,12 @@ def _mean_se(values: pd.Series) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("inf")
 
 
+def _exceeds(values: pd.Series, others: pd.Series) -> bool:
+    """Whether a mean over prompts is larger than another by more than two standard errors of the difference."""
+    mean, se = _mean_se(values - others)
+    return mean > 2 * se
+
+
 def certify(
     samples: pd.DataFrame,
     reference: pd.DataFrame,
@@ -164,9 +170,10 @@ def certify(
     may be of its size.
 
     samples: y ~ π_θ; reference: y ~ π_ref; others: earlier rounds' samples by name; off_policy: π_ref's responses with π_θ's
-    log-probabilities; all scored, all on the same prompts. dual_value is the largest estimate of D(λ) over the sources, because every
-    one is biased low and none sees a mode that it never sampled; lagrangian_gap = dual_value − L(π_θ, λ). `disagreement` names the source
-    where it exceeds the estimate from π_θ's own samples by more than two standard errors. All of it is null, with the reason, with fewer
+    log-probabilities; all scored, all on the same prompts. dual_value is the mixture's estimate of D(λ) (π_θ's own without off_policy), or
+    the largest of the other sources' that exceed it by more than two standard errors, because every one is biased low and none sees a
+    mode that it never sampled; dual_values holds them all; lagrangian_gap = dual_value − L(π_θ, λ). `disagreement` names the source that
+    exceeds the estimate from π_θ's own samples by more than two standard errors. All of it is null, with the reason, with fewer
     than MIN_RESPONSES samples of a prompt or a mean effective sample size under MIN_ESS or MIN_ESS_SHARE of the samples.
     """
     estimates = dual_estimates(samples, {"reference": reference, **others}, off_policy, problem, lambda_)
@@ -189,16 +196,18 @@ def certify(
             "maximizer at this β, or the scores are too widely spread for so few responses"
         )
     names = [name for name, part in estimates.columns if part == "log_z"]
-    source = max(names, key=lambda name: estimates[name, "log_z"].mean())
+    main = "mixture" if "mixture" in names else "policy"
+    higher = [name for name in names if _exceeds(estimates[name, "log_z"], estimates[main, "log_z"])]
+    source = max([main, *higher], key=lambda name: estimates[name, "log_z"].mean())
     dual = estimates[source, "log_z"] - levels
-    excess = _mean_se(estimates[source, "log_z"] - estimates["policy", "log_z"])
     bias = float((estimates[source, "log_z"] - estimates[source, "plain"]).mean())
     value, gap, optimality = ((mean, float(np.hypot(se, bias))) for mean, se in map(_mean_se, (dual, dual - lagrangian, dual - objective)))
     return record | {
         "dual_value": value[0], "dual_value_se": value[1], "dual_value_source": source,
         "dual_values": {name: _mean_se(estimates[name, "log_z"] - levels)[0] for name in names},
         "lagrangian_gap": gap[0], "lagrangian_gap_se": gap[1], "optimality_gap": optimality[0], "optimality_gap_se": optimality[1],
-        "disagreement": source if excess[0] > 2 * excess[1] else None, "certificate_reason": None,
+        "disagreement": source if _exceeds(estimates[source, "log_z"], estimates["policy", "log_z"]) else None,
+        "certificate_reason": None,
     }  # fmt: skip
 
 
