@@ -105,15 +105,17 @@ def newton_step(
     history: the rounds so far, the current one last. theory: `predict` for the current round, or None where it is unusable. step: η of
     the subgradient step in λ per unit of slack; unit: std(r)/var(g) alone; both by constraint. The first step is theory's; from the
     second round on the slope is what the last steps of λ did to v (`measured_slope`). Safeguards: an unmeasured step is at most
-    FIRST_STEP/response units, a measured one GROWTH times the last; for m = 1 a change of sign brackets the root; where a constraint
-    stays violated for a second round its multiplier rises at least by the subgradient step; without any usable slope the step is the
-    subgradient's.
+    FIRST_STEP/response units, a measured one GROWTH times the last and for no constraint SKEW times further ahead of theory than for
+    all together; for m = 1 a change of sign brackets the root; where a constraint stays violated for a second round its multiplier rises
+    at least by the subgradient step; without any usable slope the step is the subgradient's.
     """
     now, names = history[-1], list(history[-1].lambda_.index)
     subgradient = dual_step(now.lambda_, now.slack, step, max_lambda)
     if not names:
         return subgradient, "no constraints"
     lam, v, units = (series.reindex(names).to_numpy(float) for series in (now.lambda_, now.slack, unit))
+    if theory is not None and not np.trace(theory.slope) > 0:
+        theory = None  # every prompt's samples score alike
     known = (np.diag(1 / units), None) if theory is None else (theory.slope, theory.ceiling)
     slope, measured = measured_slope(history, *known)
     if theory is None and not measured:

@@ -14,6 +14,7 @@ from constrained_dpo.dual import ScoreTable, evaluate_dual
 from constrained_dpo.dual_steps import (
     FIRST_STEP,
     GROWTH,
+    SKEW,
     Observation,
     Theory,
     _linear_root,
@@ -175,6 +176,22 @@ def test_slope_of_the_dual_is_the_change_of_u_per_lambda():
 def test_few_rounds_on_simulated_learners(share, most):
     assert Simulation(7, 1, share, "underfit").rounds("newton", "zeros", 0.5)[0] <= most
     assert Simulation(7, 2, share, "underfit").rounds("newton", "one_shot", 0.5)[0] <= 3
+
+
+def test_samples_that_all_score_alike_leave_the_subgradient_step():
+    assert step([seen(0.2, -0.4)], theory(0.0)) == (pytest.approx(0.4), "subgradient: no usable curvature")
+
+
+def test_no_constraint_runs_ahead_of_theory_by_much_more_than_all_together():
+    """One utility did not answer at all: BFGS alone would send its multiplier up forty-fold."""
+    slope = np.eye(2)
+    history = [seen([0.0, 0.0], [-0.5, -0.4], 1e-3, "ab"), seen([0.5, 0.4], [-0.2, -0.39], 1e-3, "ab")]
+    said = Theory(None, slope, slope, 1.0)
+    unit = pd.Series({"a": 1.0, "b": 1.0})
+    lambda_, _ = newton_step(history, said, 0.1 * unit, unit, 50.0)
+    moved = lambda_.to_numpy() - [0.5, 0.4]
+    short = (0.5**2 + 0.4**2) / (0.5 * 0.3 + 0.4 * 0.01)
+    assert (moved <= SKEW * short * np.array([0.2, 0.39]) * 1.001).all() and (moved > 0).all()
 
 
 def test_no_constraints_no_step():
