@@ -72,7 +72,7 @@ def test_evaluate_on_another_prompt_file(run, tmp_path):
 @pytest.mark.parametrize(
     "arguments, match",
     [
-        (["evaluate", "RUN", "--round", "7"], "give a round from 0 to 1, or last"),
+        (["evaluate", "RUN", "--round", "7"], "give a round from 0 to 1, or best, best-dual, last"),
         (["evaluate", "RUN", "--prompts", "none.jsonl"], "no such file"),
         (["evaluate", "RUN", "--scorer", "harmless={type: python, target: 'a.py:b'}"], "already used column name"),
         (["evaluate", "RUN", "--scorer", "x={type: pyton}"], "--scorer x"),
