@@ -56,6 +56,7 @@ bench-one-shot: setup
 bench-theory: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_theory.py --output docs/figures
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_margins.py --output docs/figures
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_rank.py
 
 # 100 kills, a full disk at many points, Ctrl-C in every phase (about an hour on 2 cores).
 bench-kills: setup
