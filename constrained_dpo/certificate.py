@@ -8,8 +8,9 @@ weighted autoencoders, arXiv:1509.00519), applied to the dual of MoCAN (arXiv:24
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.dual import confidence_bound
+from constrained_dpo.dual import ScoreTable, confidence_bound, prompt_terms
 from constrained_dpo.problem import ConstrainedProblem
+from data_prep.preferences import lagrangian_score
 
 SATISFIED, VIOLATED, UNDECIDED = "satisfied", "violated", "undecided"
 MIN_RESPONSES = 4
@@ -58,9 +59,8 @@ def log_ratio(table: pd.DataFrame) -> pd.Series:
     return table["policy_logp"] - table["ref_logp"]
 
 
-def score(table: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series) -> pd.Series:
-    """s_λ = r + λ·g of every response (score units of the reward)."""
-    return table[problem.reward] + (table[problem.names] * lambda_.reindex(problem.names)).sum(axis=1)
+def _score(table: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series) -> pd.Series:
+    return pd.Series(lagrangian_score(table, problem.reward, lambda_.reindex(problem.names)), index=table.index)
 
 
 def _centred(values: pd.Series, prompts: pd.Series) -> pd.Series:
@@ -73,7 +73,7 @@ def response_factor(samples: pd.DataFrame, problem: ConstrainedProblem, lambda_:
 
     samples: best π_ref's, with π_θ's log-probabilities; among π_θ's own the slope is too small, because they were selected by it.
     """
-    wanted_raw = score(samples, problem, lambda_) / problem.beta
+    wanted_raw = _score(samples, problem, lambda_) / problem.beta
     wanted, given = (_centred(values, samples["prompt_id"]) for values in (wanted_raw, log_ratio(samples)))
     total = float((wanted**2).sum())
     return float((wanted * given).sum() / total) if total > 1e-20 * float((wanted_raw**2).sum()) else None
@@ -84,7 +84,7 @@ def off_policy_residual(table: pd.DataFrame, problem: ConstrainedProblem, lambda
 
     table: responses with policy_logp of the policy in question; prompts with one response say nothing and are left out.
     """
-    rest = _centred(score(table, problem, lambda_) - problem.beta * log_ratio(table), table["prompt_id"])
+    rest = _centred(_score(table, problem, lambda_) - problem.beta * log_ratio(table), table["prompt_id"])
     free = len(table) - table["prompt_id"].nunique()
     return float(np.sqrt((rest**2).sum() / free)) if free > 0 else float("nan")
 
@@ -92,25 +92,21 @@ def off_policy_residual(table: pd.DataFrame, problem: ConstrainedProblem, lambda
 def log_mean_exp(values: pd.Series, prompts: pd.Series) -> pd.DataFrame:
     """log mean_k exp(values) by prompt: columns plain, jackknife (its bias of order 1/K removed), ess, count.
 
-    A mean of logs is at most the log of the mean, so both are biased low; the jackknife less.
+    A mean of logs is at most the log of the mean, so both are biased low; the jackknife less. values: (num_responses,) in nats.
     """
     codes, index = pd.factorize(prompts, sort=True)
-    order = np.argsort(codes, kind="stable")
-    counts = np.bincount(codes)
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    exponent = values.to_numpy(np.float64)[order]
-    top = np.maximum.reduceat(exponent, starts)
-    weight = np.exp(exponent - np.repeat(top, counts))
-    total = np.add.reduceat(weight, starts)
-    plain = top + np.log(total / counts)
-    # Without one response each; a prompt whose whole weight is one response has no finite value there, and keeps the plain estimate.
-    rest = np.repeat(total, counts) - weight
+    exponents = values.to_numpy(np.float64)
+    table = ScoreTable.from_columns(codes, exponents, np.zeros((0, len(exponents))))
+    terms, counts = prompt_terms(table, np.zeros(0), 1.0), table.counts
+    # With mean_k exp(values) = 1, the mean without response i is (K − exp(value_i))/(K − 1); 0 where i has all the weight, and then the
+    # prompt keeps the plain estimate.
+    share = np.exp(table.reward - np.repeat(terms.log_mean, counts))
+    size = np.repeat(counts, counts)
     with np.errstate(divide="ignore", invalid="ignore"):
-        left_out = np.repeat(top, counts) + np.log(rest / np.repeat(np.maximum(counts - 1, 1), counts))
-        mean = np.add.reduceat(left_out, starts) / counts
-        jackknife = np.where(np.isfinite(mean) & (counts > 1), counts * plain - (counts - 1) * mean, plain)
-    ess = total**2 / np.add.reduceat(weight**2, starts)
-    return pd.DataFrame({"plain": plain, "jackknife": jackknife, "ess": ess, "count": counts}, index=pd.Index(index, name="prompt_id"))
+        change = np.add.reduceat(np.log((size - share) / np.maximum(size - 1, 1)), table.starts) / counts
+        jackknife = np.where(np.isfinite(change) & (counts > 1), terms.log_mean - (counts - 1) * change, terms.log_mean)
+    columns = {"plain": terms.log_mean, "jackknife": jackknife, "ess": terms.ess, "count": counts}
+    return pd.DataFrame(columns, index=pd.Index(index, name="prompt_id"))
 
 
 def dual_estimates(
@@ -132,7 +128,7 @@ def dual_estimates(
     for name, (table, law) in tables.items():
         if not np.array_equal(np.sort(table["prompt_id"].unique()), prompts):
             continue
-        value = log_mean_exp(score(table, problem, lambda_) / problem.beta + table["ref_logp"] - law, table["prompt_id"])
+        value = log_mean_exp(_score(table, problem, lambda_) / problem.beta + table["ref_logp"] - law, table["prompt_id"])
         credible = _carries(value)
         columns[name, "log_z"] = problem.beta * (value["jackknife"] if credible else value["plain"])
         columns[name, "plain"] = problem.beta * value["plain"]
@@ -180,7 +176,7 @@ def certify(
     prompt_of, lam = samples["prompt_id"], lambda_.reindex(problem.names)
     base = reference.groupby("prompt_id")[problem.names].mean()
     levels = (base * problem.relative.astype(float) + problem.bounds).mul(lam).sum(axis=1)
-    lagrangian = (score(samples, problem, lambda_) - problem.beta * log_ratio(samples)).groupby(prompt_of).mean() - levels
+    lagrangian = (_score(samples, problem, lambda_) - problem.beta * log_ratio(samples)).groupby(prompt_of).mean() - levels
     objective = (samples[problem.reward] - problem.beta * log_ratio(samples)).groupby(prompt_of).mean()
     ess, fewest = float(estimates["policy", "ess"].mean()), int(samples.groupby("prompt_id").size().min())
     record: dict[str, object] = {

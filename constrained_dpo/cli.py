@@ -181,9 +181,9 @@ def _play(path: Path, rounds: int | None, as_json: bool, until_converged: bool =
 
     run = RunDirectory(path)
     with run.locked():
-        done = run.rounds_done()
-        total = run.recipe().dual.rounds if rounds is None else done + rounds
-        stop = reason_to_stop(run, run.recipe(), until_converged) if done and not forced else None
+        recipe, done = run.recipe(), run.rounds_done()
+        total = recipe.dual.rounds if rounds is None else done + rounds
+        stop = reason_to_stop(run, recipe, until_converged) if done and not forced else None
         if done >= total or stop:
             if as_json:
                 print(json.dumps(run.round_record(done - 1) | {"stopped": stop}))
@@ -260,11 +260,12 @@ def evaluate(
     from constrained_dpo.learner import LoraLearner
     from constrained_dpo.rounds import require_same_inputs
     from constrained_dpo.run_directory import RunDirectory
+    from constrained_dpo.selection import chosen_round
     from constrained_dpo.terminal import print_evaluation
     from data_prep.scoring import parse_scorer
 
     directory = RunDirectory(run)
-    recipe, number = directory.recipe(), directory.chosen_round(round_)
+    recipe, number = directory.recipe(), chosen_round(directory, round_)
     extra = {name: parse_scorer(text, f"--scorer {name}") for name, _, text in (s.partition("=") for s in scorer)}
     check_names(list(extra), recipe.problem)
     quiet_libraries()
@@ -297,10 +298,11 @@ def export(
     from constrained_dpo.evaluate import evaluation_prompts
     from constrained_dpo.export import export_adapter, export_merged
     from constrained_dpo.run_directory import RunDirectory
+    from constrained_dpo.selection import chosen_round
     from constrained_dpo.terminal import print_evaluation
 
     directory = RunDirectory(run)
-    recipe, number = directory.recipe(), directory.chosen_round(round_)
+    recipe, number = directory.recipe(), chosen_round(directory, round_)
     if not merge:
         export_adapter(directory, recipe, number, output)
         said = f"{output}: adapter of round {number} and its model card (README.md)"
@@ -321,9 +323,10 @@ def report(run: RunPath, round_: RoundChoice = "last", as_json: AsJson = False) 
     """One HTML page with figures: verdict, rounds, scores and samples before and after, from the run's files."""
     from constrained_dpo.report import write_report
     from constrained_dpo.run_directory import RunDirectory
+    from constrained_dpo.selection import chosen_round
 
     directory = RunDirectory(run)
-    path, sentence = write_report(directory, None if round_ == "last" else directory.chosen_round(round_))
+    path, sentence = write_report(directory, None if round_ == "last" else chosen_round(directory, round_))
     print(json.dumps({"report": str(path), "verdict": sentence}) if as_json else f"{sentence}\n{path}")
 
 

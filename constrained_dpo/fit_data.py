@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from data_prep.settings import UserError
@@ -30,13 +31,10 @@ class GroupCollator:
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         rows = [(example["prompt_ids"], response) for example in examples for response in example["responses_ids"]]
-        width = max(len(prompt) + len(response) for prompt, response in rows)
-        ids = torch.full((len(rows), width), self.pad_token_id, dtype=torch.long)
-        mask, completion = torch.zeros_like(ids), torch.zeros_like(ids)
-        for i, (prompt, response) in enumerate(rows):
-            end = len(prompt) + len(response)
-            ids[i, :end] = torch.tensor([*prompt, *response])
-            mask[i, :end], completion[i, len(prompt) : end] = 1, 1
+        padded = lambda parts, fill: pad_sequence([torch.tensor(p) for p in parts], batch_first=True, padding_value=fill)  # noqa: E731
+        ids = padded([[*prompt, *response] for prompt, response in rows], self.pad_token_id)
+        mask = padded([[1] * (len(prompt) + len(response)) for prompt, response in rows], 0)
+        completion = padded([[0] * len(prompt) + [1] * len(response) for prompt, response in rows], 0)
         scores = {key: torch.tensor([example[key] for example in examples]) for key in ("ref_logps", "scores")}
         return {"input_ids": ids, "attention_mask": mask, "completion_mask": completion, **scores}
 

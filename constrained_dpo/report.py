@@ -64,7 +64,7 @@ def _render(contents: Contents, drawn: list[tuple[Picture, dict[str, bytes]]]) -
     ]
     return environment.get_template("report.html.j2").render(
         name=recipe.name, run=run.path.name, shown=contents.shown, verdict=contents.record["verdict"], sentence=verdict_sentence(contents),
-        notes=notes(contents), next_step=next_step(run, recipe.dual.rounds), problem=describe_problem(recipe.problem).splitlines(),
+        notes=notes(contents), next_step=next_step(run, recipe), problem=describe_problem(recipe.problem).splitlines(),
         objective_names=recipe.problem.objectives, constraints=constraint_rows(contents), rounds=round_rows(contents),
         reward=recipe.problem.reward, percent=f"{100 * recipe.dual.confidence:g} %", figures=figures, samples=sample_cards(contents),
         num_pairs=len(contents.before), num_prompts=contents.before.index.get_level_values("prompt_id").nunique(),
@@ -111,7 +111,7 @@ def notes(contents: Contents) -> list[str]:
             "test verdict has a lower confidence than stated."
         )
     if "lagrangian" in record:
-        said = certificate_line(contents.run, record, contents.recipe.dual.confidence)
+        said = certificate_line(contents.records[: contents.shown + 1], contents.recipe.dual.confidence)
         lines.append(f"{said[0].upper()}{said[1:]}.")
     for name, value in contents.state["lambda"][-1].items():
         if value >= contents.recipe.dual.max_lambda:

@@ -56,9 +56,7 @@ def read_contents(run: RunDirectory, number: int | None = None) -> Contents:
     recipe, state = run.recipe(), run.state()
     done = max(len(state["lambda"]) - 1, 0)
     if not done:
-        raise UserError(
-            f"{run.path}: no round has been played yet, so there is nothing to report; next: {next_step(run, recipe.dual.rounds)}"
-        )
+        raise UserError(f"{run.path}: no round has been played yet, so there is nothing to report; next: {next_step(run, recipe)}")
     shown = done - 1 if number is None else number
     if not 0 <= shown < done:
         raise UserError(f"--round {number}: {run.path} has rounds 0 to {done - 1}")

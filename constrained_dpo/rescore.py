@@ -11,6 +11,8 @@ from constrained_dpo.run_directory import RunDirectory
 from data_prep.settings import derive_seed
 from data_prep.tables import read_parquet, validate_responses, write_parquet
 
+NOT_THE_POLICY = "sampled at temperature ≠ 1 or top_p < 1, so the samples are not from the policy itself"
+
 
 def collect(
     run: RunDirectory,
@@ -85,7 +87,7 @@ def summarize(
         "mean_length": float(samples["token_ids"].map(len).mean()),
     }
     if not policy_law:
-        record["kl_reason"] = "sampled at temperature ≠ 1 or top_p < 1, so the samples are not from the policy itself"
+        record["kl_reason"] = NOT_THE_POLICY
     return record
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from constrained_dpo.certificate import certify, nothing
 from constrained_dpo.recipe import Recipe
-from constrained_dpo.rescore import collect, measure
+from constrained_dpo.rescore import NOT_THE_POLICY, collect, measure
 from constrained_dpo.run_directory import RunDirectory
 from constrained_dpo.steering import initial_multipliers, next_multipliers, resolve_step_scale, steered_on
 from constrained_dpo.tracking import log_round
@@ -223,39 +223,33 @@ def _off_policy(run: RunDirectory, learner: Learner, number: int) -> None:
     write_parquet(chosen[["prompt_id", "response_id"]].assign(policy_logp=policy_logp), run.off_policy_file(number))
 
 
-def certificate_record(run: RunDirectory, recipe: Recipe, lambda_: pd.Series, number: int) -> dict[str, object]:
+def certificate_record(
+    run: RunDirectory, recipe: Recipe, lambda_: pd.Series, samples: pd.DataFrame, reference: pd.DataFrame, number: int
+) -> dict[str, object]:
     """What `certify` says of a round, from the run's tables; null where the sampling law is not the policy."""
     if not is_policy_law(recipe.sampling):
-        reason = "sampled at temperature ≠ 1 or top_p < 1, so the samples are not from the policy itself"
-        return dict.fromkeys(("lagrangian", "lagrangian_se", "ess", "response_factor", "residual")) | nothing(reason)
-
-    def on_dual(path: Path) -> pd.DataFrame:
-        table = read_parquet(path)
-        return table[table["split"] == "dual"]
-
-    reference = on_dual(run.reference_file)
+        return dict.fromkeys(("lagrangian", "lagrangian_se", "ess", "response_factor", "residual")) | nothing(NOT_THE_POLICY)
+    columns = ["prompt_id", "split", "sample_logp", "policy_logp", "ref_logp", *recipe.problem.objectives]
+    samples, reference = (table[table["split"] == "dual"] for table in (samples, reference))
     off_policy = None
     if run.off_policy_file(number).exists():  # rounds of older releases have none
         known = read_parquet(run.off_policy_file(number))
         off_policy = reference.drop(columns="policy_logp").merge(known, on=["prompt_id", "response_id"])
-    others = {f"round {t}": on_dual(run.samples_file(t)) for t in range(number)}
-    return certify(on_dual(run.samples_file(number)), reference, others, off_policy, recipe.problem, lambda_)
+    earlier = {f"round {t}": read_parquet(run.samples_file(t), columns) for t in range(number)}
+    others = {name: table[table["split"] == "dual"] for name, table in earlier.items()}
+    return certify(samples, reference, others, off_policy, recipe.problem, lambda_)
 
 
 def round_record(run: RunDirectory, recipe: Recipe, lambda_: pd.Series, earlier: list[dict]) -> dict[str, object]:
     """round.json's estimates: a pure function of the run's tables, the recipe, λ_t and the records of the earlier rounds."""
-    number = len(earlier)
+    number, sampling = len(earlier), recipe.sampling
+    samples, reference = read_parquet(run.samples_file(number)), read_parquet(run.reference_file)
     record = {"round": number, "lambda": lambda_.to_dict()} | measure(
-        read_parquet(run.samples_file(number)),
-        read_parquet(run.reference_file),
-        recipe.problem,
-        confidence=recipe.dual.confidence,
-        policy_law=is_policy_law(recipe.sampling),
+        samples, reference, recipe.problem, confidence=recipe.dual.confidence, policy_law=is_policy_law(sampling)
     )
-    record |= certificate_record(run, recipe, lambda_, number)
+    record |= certificate_record(run, recipe, lambda_, samples, reference, number)
     record["steered_on"] = steered_on(recipe, record)
     following, record["step"] = next_multipliers(run, recipe, [*earlier, record])
-    sampling = recipe.sampling
     law = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_new_tokens": sampling.max_new_tokens}
     return record | {"lambda_next": following.to_dict(), "sampling_law": law}
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import pandas as pd
 
 from constrained_dpo.recipe import Recipe, load_recipe
-from constrained_dpo.selection import CHOICES, best_dual_round, best_round
 from data_prep.settings import UserError
 from data_prep.tables import RESPONSES, read_parquet, write_atomically, write_json, write_parquet
 
@@ -142,20 +141,6 @@ class RunDirectory:
     def rounds_done(self) -> int:
         """Number of rounds whose dual step is in state.json."""
         return max(len(self.state()["lambda"]) - 1, 0)
-
-    def chosen_round(self, choice: str) -> int:
-        """The round that `--round K`, `best`, `best-dual` or `last` means; raises UserError where there is none."""
-        played = self.rounds_done()
-        if not played:
-            raise UserError(f"{self.path}: no round has been played yet; `cdpo round {self.path}` plays one")
-        if choice == "last":
-            return played - 1
-        if choice in CHOICES:
-            records = [self.round_record(t) for t in range(played)]
-            return best_round(records, self.recipe().dual.confidence) if choice == "best" else best_dual_round(records)
-        if not choice.isdigit() or int(choice) >= played:
-            raise UserError(f"--round {choice}: give a round from 0 to {played - 1}, or {', '.join(CHOICES)}")
-        return int(choice)
 
     def pool(self, before_round: int) -> pd.DataFrame:
         """The scored responses a round's pairs are drawn from: π_ref's, and those of earlier rounds that grew it."""

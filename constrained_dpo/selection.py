@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from constrained_dpo.certificate import SATISFIED, VIOLATED, judge, overall, recorded_slack
+from constrained_dpo.run_directory import RunDirectory
 from data_prep.settings import UserError
 
 CHOICES = ("best", "best-dual", "last")
@@ -43,6 +44,21 @@ def best_dual_round(records: list[dict]) -> int:
     if not known:
         raise UserError("--round best-dual: no round has a dual value (round.json says why); take --round best or last")
     return min(known, key=lambda r: r["lagrangian"])["round"]
+
+
+def chosen_round(run: RunDirectory, choice: str) -> int:
+    """The round that `--round K`, `best`, `best-dual` or `last` means; raises UserError where there is none."""
+    played = run.rounds_done()
+    if not played:
+        raise UserError(f"{run.path}: no round has been played yet; `cdpo round {run.path}` plays one")
+    if choice == "last":
+        return played - 1
+    if choice in CHOICES:
+        records = [run.round_record(t) for t in range(played)]
+        return best_round(records, run.recipe().dual.confidence) if choice == "best" else best_dual_round(records)
+    if not choice.isdigit() or int(choice) >= played:
+        raise UserError(f"--round {choice}: give a round from 0 to {played - 1}, or {', '.join(CHOICES)}")
+    return int(choice)
 
 
 def converged(record: dict, needed: pd.Series, unit: pd.Series, tolerance: float, target_gap: float | None, bound: float | None) -> bool:

@@ -11,7 +11,6 @@ from constrained_dpo.one_shot import solve_one_shot
 from constrained_dpo.recipe import Recipe
 from constrained_dpo.run_directory import RunDirectory
 from constrained_dpo.selection import converged, violated_on_dual
-from data_prep.sampling import is_policy_law
 from data_prep.tables import read_parquet, write_atomically
 
 
@@ -71,8 +70,8 @@ def next_multipliers(run: RunDirectory, recipe: Recipe, records: list[dict]) -> 
         return dual_step(lambda_, pd.Series(record["steered_on"], dtype=float), step, dual.max_lambda), "subgradient"
     history = [_observation(run, recipe, r) for r in records]
     theory = None
-    if is_policy_law(recipe.sampling) and record["response_factor"] is not None and problem.names:
-        samples = read_parquet(run.samples_file(record["round"]))
+    if record["response_factor"] is not None and problem.names:
+        samples = read_parquet(run.samples_file(record["round"]), ["prompt_id", "split", *problem.objectives])
         table = ScoreTable.from_frame(samples[samples["split"] == "dual"], problem)
         theory = predict(history[-1], table, reference_table(run, recipe), problem, record["response_factor"], dual.max_lambda)
     return newton_step(history, theory, step, unit, dual.max_lambda)

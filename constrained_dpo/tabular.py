@@ -119,17 +119,18 @@ class TabularLearner:
             )
         return pd.concat(tables, ignore_index=True)
 
-    def score(self, responses: pd.DataFrame) -> pd.DataFrame:
+    def _cells(self, responses: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        """Row and column of the world's arrays that each response stands for."""
         row_of = {pid: i for i, pid in enumerate(self.prompts["prompt_id"])}
-        rows = responses["prompt_id"].map(row_of).to_numpy()
-        columns = responses["token_ids"].map(lambda ids: int(ids[0])).to_numpy()
-        scored = responses.assign(**{self.world.problem.reward: self.world.reward[rows, columns]})
-        return scored.assign(**{n: self.world.utilities[n][rows, columns] for n in self.world.problem.names})
+        return responses["prompt_id"].map(row_of).to_numpy(), responses["token_ids"].map(lambda ids: int(ids[0])).to_numpy()
+
+    def score(self, responses: pd.DataFrame) -> pd.DataFrame:
+        cells = self._cells(responses)
+        scored = responses.assign(**{self.world.problem.reward: self.world.reward[cells]})
+        return scored.assign(**{n: self.world.utilities[n][cells] for n in self.world.problem.names})
 
     def log_probabilities(self, responses: pd.DataFrame, adapter: Path) -> np.ndarray:
-        row_of = {pid: i for i, pid in enumerate(self.prompts["prompt_id"])}
-        columns = responses["token_ids"].map(lambda ids: int(ids[0])).to_numpy()
-        return self.table(adapter)[responses["prompt_id"].map(row_of).to_numpy(), columns]
+        return self.table(adapter)[self._cells(responses)]
 
     def identity(self) -> dict[str, object]:
         return {"policy": "tabular", "law": "tabular"}

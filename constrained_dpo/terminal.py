@@ -13,6 +13,7 @@ from rich.text import Text
 
 from constrained_dpo.certificate import sentence
 from constrained_dpo.problem import ConstrainedProblem
+from constrained_dpo.recipe import Recipe
 from constrained_dpo.run_directory import RunDirectory
 from constrained_dpo.selection import best_dual_round, best_round, violated_on_dual
 from data_prep.settings import UserError
@@ -105,7 +106,7 @@ def print_round(console: Console, run: RunDirectory, record: dict, problem: Cons
     console.print(values)
     if record["kl"] is None:
         console.print(f"KL and objective are null: {record['kl_reason']}.")
-    console.print(certificate_line(run, record, confidence))
+    console.print(certificate_line([run.round_record(t) for t in range(record["round"] + 1)], confidence))
     console.print(Text.assemble("verdict on the test prompts: ", _verdict(record["verdict"]), f" ({MEANING[record['verdict']]})"))
     if exact and optimum:
         from constrained_dpo.rounds import share_of_gap_closed
@@ -114,9 +115,9 @@ def print_round(console: Console, run: RunDirectory, record: dict, problem: Cons
         console.print(f"way from π_ref to the exact optimum P*, in exact objective: {', '.join(shares)}")
 
 
-def certificate_line(run: RunDirectory, record: dict, confidence: float) -> str:
-    """The certificate of a round in a sentence, with what a reader needs to weigh it."""
-    records = [run.round_record(t) for t in range(record["round"] + 1)]
+def certificate_line(records: list[dict], confidence: float) -> str:
+    """The certificate of the last of these rounds in a sentence, with what a reader needs to weigh it."""
+    record = records[-1]
     said = sentence(record, records, not violated_on_dual(record, confidence))
     if record.get("ess") is None:
         return f"certificate (dual prompts): {said}"
@@ -184,15 +185,15 @@ def at_bound_warning(name: str) -> str:
     )
 
 
-def next_step(run: RunDirectory, rounds: int) -> str:
+def next_step(run: RunDirectory, recipe: Recipe) -> str:
     """What happens next, in words."""
-    state = run.state()
+    state, rounds = run.state(), recipe.dual.rounds
     if not state["lambda"]:
         return "prepare: sample and score the reference policy (cdpo prepare)"
     number = run.rounds_done()
     if number >= rounds:
         return f"all {rounds} rounds of the recipe are done (cdpo report, evaluate or export; cdpo round plays another)"
-    labels = run.labels_file(number, run.recipe().fit.grouped)
+    labels = run.labels_file(number, recipe.fit.grouped)
     done = {"relabel": labels, "fit": run.adapter_folder(number), "rescore": run.samples_file(number)}
     for name, path in done.items():
         if not path.exists():
@@ -204,13 +205,16 @@ TEST_KEYS = ("u", "u_ci_low", "u_ci_high", "reward", "kl", "objective", "verdict
 
 
 def expected_round_seconds(rounds: list[dict]) -> float | None:
-    """Seconds of a round: the sum over phases of their mean in the rounds that ran them whole (a resumed round has none); None before."""
+    """Seconds of a round: the sum over phases of their mean in the rounds that ran them whole (a resumed round has none); None before.
+
+    The phase off_policy is not there at temperature ≠ 1 or top_p < 1, nor in rounds of older releases.
+    """
     total = 0.0
-    for phase in ("relabel", "fit", "rescore"):
+    for phase in ("relabel", "fit", "rescore", "off_policy"):
         known = [s for r in rounds if (s := r["seconds"].get(phase)) is not None]
-        if not known:
+        if not known and phase != "off_policy":
             return None
-        total += sum(known) / len(known)
+        total += sum(known) / max(len(known), 1)
     return round(total, 2)
 
 
@@ -233,8 +237,8 @@ def status(run: RunDirectory) -> dict[str, object]:
         "rounds": rounds,
         "best": _or_none(best_round, records, recipe.dual.confidence),
         "best_dual": _or_none(best_dual_round, records),
-        "certificate": certificate_line(run, records[-1], recipe.dual.confidence) if records else None,
-        "next": next_step(run, recipe.dual.rounds),
+        "certificate": certificate_line(records, recipe.dual.confidence) if records else None,
+        "next": next_step(run, recipe),
         "rounds_left": left,
         "seconds_per_round": per_round,
         "seconds_left": None if per_round is None else round(left * per_round, 2),

@@ -21,7 +21,7 @@ def lagrangian_score(responses: pd.DataFrame, reward: str, lambda_: pd.Series) -
     Raises UserError on a missing column, a score that is not finite, or a negative multiplier.
     """
     columns = [reward, *lambda_.index]
-    require_columns(responses, ["prompt_id", "response_id", *columns], "responses")
+    require_columns(responses, columns, "responses")
     require_finite(responses, columns, "responses")
     for name, value in lambda_.items():
         if not np.isfinite(value) or value < 0:
@@ -58,17 +58,22 @@ def _tournament(size: int, pairs: int | None) -> np.ndarray:
     return schedule if pairs is None else schedule[:pairs]
 
 
+def _shuffled(responses: pd.DataFrame, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row numbers with each prompt's responses together, in an order that depends on (seed, response ids) alone; where each prompt
+    starts, and how many it has; prompts by id."""
+    prompt_codes, _ = pd.factorize(responses["prompt_id"], sort=True)
+    order = np.lexsort((_uniforms(seed, pd.util.hash_array(responses["response_id"].to_numpy(object))), prompt_codes))
+    counts = np.bincount(prompt_codes) if len(order) else np.zeros(0, int)
+    return order, np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64), counts
+
+
 def choose_pairs(responses: pd.DataFrame, pairs_per_prompt: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers (first, second) of the pairs to compare, each of shape (num_pairs,).
 
     Responses of a prompt are put in a random order that depends on (seed, response ids) alone, then meet in a round-robin; its first
     `pairs_per_prompt` pairs are taken (all if None). Prompts with one response have no pair.
     """
-    ids = pd.util.hash_array(responses["response_id"].to_numpy(object))
-    prompt_codes, _ = pd.factorize(responses["prompt_id"], sort=True)
-    order = np.lexsort((_uniforms(seed, ids), prompt_codes))
-    counts = np.bincount(prompt_codes) if len(order) else np.zeros(0, int)
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+    order, starts, counts = _shuffled(responses, seed)
     first, second = [], []
     for size in np.unique(counts):
         if size < 2:
@@ -82,6 +87,12 @@ def choose_pairs(responses: pd.DataFrame, pairs_per_prompt: int | None, seed: in
     first, second = np.concatenate(first), np.concatenate(second)
     sequence = np.lexsort((second, first))
     return order[first[sequence]], order[second[sequence]]
+
+
+def _require_responses(responses: pd.DataFrame) -> None:
+    require_columns(responses, ["prompt_id", "response_id"], "responses")
+    require_ids(responses, ["prompt_id", "response_id"], "responses")
+    require_unique(responses, ["response_id"], "responses")
 
 
 def label_pairs(
@@ -101,9 +112,7 @@ def label_pairs(
     score, target = 1; a tie is a fair coin). `prob` is always P(chosen ≻ rejected) under λ; `margin` is in score units.
     Draws are seeded by (seed, round, pair): another round or seed redraws them, another row order does not.
     """
-    require_columns(responses, ["prompt_id", "response_id"], "responses")
-    require_ids(responses, ["prompt_id", "response_id"], "responses")
-    require_unique(responses, ["response_id"], "responses")
+    _require_responses(responses)
     score = lagrangian_score(responses, reward, lambda_)
     first, second = choose_pairs(responses, pairs_per_prompt, derive_seed(seed, round_number, "pairs"))
     difference = score[first] - score[second]
@@ -138,39 +147,36 @@ def label_groups(
     until there are `groups_per_prompt`: no response comes a second time before all have come once, up to the rest of a pass, which is
     left out. A prompt with fewer responses gives none. Raises UserError where no prompt has `group_size`.
     """
-    require_columns(responses, ["prompt_id", "response_id"], "responses")
-    require_ids(responses, ["prompt_id", "response_id"], "responses")
-    require_unique(responses, ["response_id"], "responses")
+    _require_responses(responses)
     score = lagrangian_score(responses, reward, lambda_)
-    ids = responses["response_id"].to_numpy(object)
-    hashed = pd.util.hash_array(ids)
-    prompt_codes, prompts = pd.factorize(responses["prompt_id"], sort=True)
-    counts = np.bincount(prompt_codes)
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
-    if counts.max(initial=0) < group_size:
-        raise UserError(
-            f"responses: no prompt has {group_size} responses, so there is no group of fit.group_size {group_size}; sample more per prompt"
-        )
     rows, groups = [], []
-    for size in np.unique(counts[counts >= group_size]):
-        per_pass = int(size) // group_size
-        passes = -(-groups_per_prompt // per_pass)
-        for number in range(passes):
-            order = np.lexsort((_uniforms(derive_seed(seed, round_number, "groups", number), hashed), prompt_codes))
-            wanted = min(per_pass, groups_per_prompt - number * per_pass)
-            seats = starts[counts == size][:, None] + np.arange(wanted * group_size)
+    left = np.full(responses["prompt_id"].nunique(), groups_per_prompt)  # groups still to be drawn, by prompt
+    for number in range(groups_per_prompt):
+        order, starts, counts = _shuffled(responses, derive_seed(seed, round_number, "groups", number))
+        if counts.max() < group_size:
+            raise UserError(
+                f"responses: no prompt has {group_size} responses, so there is no group of fit.group_size {group_size}; sample more per "
+                "prompt"
+            )
+        wanted = np.minimum(counts // group_size, left)
+        for size in np.unique(wanted[wanted > 0]):
+            chosen = wanted == size
+            seats = starts[chosen][:, None] + np.arange(size * group_size)
+            index = (groups_per_prompt - left[chosen])[:, None] + np.arange(size * group_size) // group_size
             rows.append(order[seats].ravel())
-            index = number * per_pass + np.arange(wanted * group_size) // group_size
-            groups.append(np.tile(index, len(seats)))
+            groups.append(index.ravel())
+        left -= wanted
+        if not np.any(left[counts >= group_size]):
+            break
     rows, groups = np.concatenate(rows), np.concatenate(groups)
-    sequence = np.lexsort((groups, prompt_codes[rows]))
-    rows, groups = rows[sequence], groups[sequence]
-    names = prompts[prompt_codes[rows]].to_numpy(object)
+    names = responses["prompt_id"].to_numpy(object)[rows]
+    sequence = np.lexsort((groups, pd.factorize(names, sort=True)[0]))
+    rows, groups, names = rows[sequence], groups[sequence], names[sequence]
     return pd.DataFrame(
         {
             "prompt_id": names,
             "group_id": [f"{name}/{group}" for name, group in zip(names, groups, strict=True)],
-            "response_id": ids[rows],
+            "response_id": responses["response_id"].to_numpy(object)[rows],
             "score": score[rows],
         }
     )

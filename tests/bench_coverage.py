@@ -26,6 +26,7 @@ from constrained_dpo.certificate import SATISFIED, judge, overall
 from constrained_dpo.dual import estimate_subgradient
 from constrained_dpo.rounds import play_round, prepare
 from constrained_dpo.run_directory import RunDirectory
+from constrained_dpo.selection import chosen_round
 from constrained_dpo.tabular import TabularLearner, TabularWorld
 from data_prep.settings import UserError
 
@@ -96,7 +97,7 @@ def one_run(world: TabularWorld, rng: np.random.Generator) -> tuple[str, bool]:
 
 def verdict(run: RunDirectory, world: TabularWorld) -> tuple[str, bool]:
     try:
-        record = run.round_record(run.chosen_round("best"))
+        record = run.round_record(chosen_round(run, "best"))
     except UserError:
         return "no round satisfied on dual prompts", True
     exact = world.evaluate(world.maximizer(pd.Series(record["lambda"])))["u"]

@@ -17,6 +17,7 @@ import pandas as pd
 from conftest import random_world
 from tqdm import tqdm
 
+from constrained_dpo.certificate import response_factor
 from constrained_dpo.dual import ScoreTable
 from constrained_dpo.dual_steps import Observation, auto_step_scale, dual_step, newton_step, predict
 from constrained_dpo.one_shot import solve_one_shot
@@ -59,11 +60,10 @@ class Simulation:
         return Observation(lambda_, pd.Series(slack.mean(axis=0), self.names), pd.DataFrame(slack, columns=self.names))
 
     def response_factor(self, lambda_: pd.Series, logp: np.ndarray, samples: ScoreTable, which: np.ndarray) -> float:
-        """As `certificate.response_factor`, on arrays."""
-        score = (samples.reward + samples.utilities @ lambda_.to_numpy()).reshape(PROMPTS, SAMPLES) / self.world.problem.beta
-        ratio = np.take_along_axis(logp - self.world.ref_logp, which, axis=1)
-        score = score - score.mean(axis=1, keepdims=True)
-        return float((score * ratio).sum() / max((score**2).sum(), 1e-12))
+        laws = {n: np.take_along_axis(t, which, axis=1).ravel() for n, t in (("policy_logp", logp), ("ref_logp", self.world.ref_logp))}
+        scores = {"r": samples.reward, **dict(zip(self.names, samples.utilities.T, strict=True))}
+        frame = pd.DataFrame({"prompt_id": np.repeat(np.arange(PROMPTS), SAMPLES), **scores, **laws})
+        return response_factor(frame, self.world.problem, lambda_)
 
     def rounds(self, method: str, init: str, step: float) -> tuple[int, float]:
         """Rounds until met, and the largest standard error of u in shares of the margin."""

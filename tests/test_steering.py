@@ -9,7 +9,7 @@ from test_rounds import make_run, play
 from constrained_dpo.certificate import one_sided_bounds, recorded_slack
 from constrained_dpo.rounds import replay
 from constrained_dpo.run_directory import RunDirectory
-from constrained_dpo.selection import best_dual_round, best_round, converged, satisfied_on_dual
+from constrained_dpo.selection import best_dual_round, best_round, chosen_round, converged, satisfied_on_dual
 from constrained_dpo.steering import demanded, diagnose_run, reason_to_stop
 from constrained_dpo.terminal import status
 from data_prep.settings import UserError
@@ -74,7 +74,7 @@ def test_rounds_of_an_older_release_are_read_and_replayed(tmp_path):
     write_json(run.round_file(0), old)
     assert replay(run) == run.state()["lambda"]
     play(run, recipe, learner, 1)
-    assert reason_to_stop(run, recipe, False) is None and RunDirectory(run.path).chosen_round("best-dual") in (1, 2)
+    assert reason_to_stop(run, recipe, False) is None and chosen_round(RunDirectory(run.path), "best-dual") in (1, 2)
     assert status(run)["rounds"][0]["lagrangian_gap"] is None
 
 
@@ -161,7 +161,7 @@ def test_at_another_temperature_the_certificate_is_null_and_newton_uses_the_seca
         assert r["lagrangian_gap"] is None and r["residual"] is None and "temperature" in r["certificate_reason"]
     assert not run.off_policy_file(0).exists() and replay(run) == run.state()["lambda"]
     with pytest.raises(UserError, match="no round has a dual value"):
-        run.chosen_round("best-dual")
+        chosen_round(run, "best-dual")
 
 
 def test_choices_of_a_round_by_name_and_number(tmp_path):
@@ -169,9 +169,9 @@ def test_choices_of_a_round_by_name_and_number(tmp_path):
     run, recipe, learner = make_run(tmp_path / "run", world, ["dual.method=newton", "dual.confidence_side=lower"])
     play(run, recipe, learner, 4)
     opened = RunDirectory(run.path)
-    assert opened.chosen_round("last") == 3 and opened.chosen_round("1") == 1
-    best = opened.round_record(opened.chosen_round("best"))
+    assert chosen_round(opened, "last") == 3 and chosen_round(opened, "1") == 1
+    best = opened.round_record(chosen_round(opened, "best"))
     assert satisfied_on_dual(best, 0.95)
-    assert opened.chosen_round("best-dual") == int(np.argmin([opened.round_record(t)["lagrangian"] for t in range(4)]))
+    assert chosen_round(opened, "best-dual") == int(np.argmin([opened.round_record(t)["lagrangian"] for t in range(4)]))
     with pytest.raises(UserError, match="give a round from 0 to 3, or best, best-dual, last"):
-        opened.chosen_round("4")
+        chosen_round(opened, "4")
