@@ -8,14 +8,11 @@ is enumerated).
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pandas as pd
+from real_runs import play
 
 REPO = Path(__file__).resolve().parents[1]
 SETTINGS = (
@@ -27,13 +24,9 @@ METHODS = {"one-shot": "one_shot", "multi-shot": "subgradient"}
 
 def one_run(run: Path, method: str, margin: float, seed: int) -> dict:
     """Plays a run; the last round's λ, exact utility gain over π_ref (score units, dual prompts), share of the gap closed, KL (nats)."""
-    overrides = (*SETTINGS, f"dual.method={METHODS[method]}", f"objective.constraints.harmless.margin={margin}", f"seed={seed}")
-    cdpo = [sys.executable, "-c", "from constrained_dpo.cli import main; main()"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "check": True}
-    subprocess.run([*cdpo, "init", str(REPO / "recipes/quickstart.yaml"), str(run), *(p for s in overrides for p in ("-s", s))], **quiet)
-    subprocess.run([*cdpo, "run", str(run)], **quiet)
-    optimum = json.loads((run / "exact.json").read_text())["dual"]
-    last = json.loads(sorted(run.glob("rounds/*/round.json"))[-1].read_text())
+    overrides = [*SETTINGS, f"dual.method={METHODS[method]}", f"objective.constraints.harmless.margin={margin}", f"seed={seed}"]
+    records, optima = play(REPO / "recipes" / "quickstart.yaml", run, overrides)
+    last, optimum = records[-1], optima["dual"]
     exact, start = last["exact"]["dual"], optimum["reference"]["objective"]
     return {
         "b": margin,

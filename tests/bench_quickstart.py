@@ -4,13 +4,11 @@ Each row is a whole run (`cdpo init`, `cdpo run`) in its own process; the figure
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from real_runs import play
 
 REPO = Path(__file__).resolve().parents[1]
 SETTINGS = {"ours": [], "paper": ["fit.labels=bernoulli", "pool.grow=false"]}
@@ -20,13 +18,7 @@ RECIPES = {"std 1, β 0.25": "quickstart.yaml", "std 10, β 0.1": "quickstart_st
 def one_run(folder: Path, recipe: str, setting: str, seed: int) -> dict:
     """Plays a recipe to its end; returns exact shares of the gap closed and exact u/b, by split, of the last round."""
     run = folder / f"{recipe}-{setting}-{seed}"
-    cdpo = [sys.executable, "-c", "from constrained_dpo.cli import main; main()"]
-    overrides = [part for s in (*SETTINGS[setting], f"seed={seed}") for part in ("-s", s)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "check": True}
-    subprocess.run([*cdpo, "init", str(REPO / "recipes" / recipe), str(run), *overrides], **quiet)
-    subprocess.run([*cdpo, "run", str(run)], **quiet)
-    optimum = json.loads((run / "exact.json").read_text())
-    records = [json.loads(f.read_text()) for f in sorted(run.glob("rounds/*/round.json"))]
+    records, optimum = play(REPO / "recipes" / recipe, run, [*SETTINGS[setting], f"seed={seed}"])
     last, result = records[-1], {"seed": seed, "recipe": recipe, "setting": setting}
     (name,) = last["lambda"]
     margin = -optimum["dual"]["reference"]["u"][name]

@@ -7,12 +7,10 @@ embedded world's λ*; the gap is exact (every answer is enumerated), that of the
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
+
+from real_runs import play
 
 REPO = Path(__file__).resolve().parents[1]
 SETTINGS = ("dual.method=fixed", "dual.init={harmless: 0.377}", "dual.rounds=5", "prompts.max_test=4")
@@ -21,12 +19,9 @@ SETTINGS += ("dual.responses_per_prompt=128", "fit.steps=200", "fit.learning_rat
 
 def gap(run: Path, rank: int, seed: int) -> list[float]:
     """Exact Lagrangian gap (score units) by round."""
-    cdpo = [sys.executable, "-c", "from constrained_dpo.cli import main; main()"]
-    overrides = [p for s in (*SETTINGS, f"policy.lora.r={rank}", f"policy.lora.alpha={2 * rank}", f"seed={seed}") for p in ("-s", s)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "check": True}
-    subprocess.run([*cdpo, "init", str(REPO / "recipes" / "quickstart.yaml"), str(run), *overrides], **quiet)
-    subprocess.run([*cdpo, "run", str(run)], **quiet)
-    return [json.loads(f.read_text())["exact"]["dual"]["lagrangian_gap"] for f in sorted(run.glob("rounds/*/round.json"))]
+    overrides = [*SETTINGS, f"policy.lora.r={rank}", f"policy.lora.alpha={2 * rank}", f"seed={seed}"]
+    records, _ = play(REPO / "recipes" / "quickstart.yaml", run, overrides)
+    return [record["exact"]["dual"]["lagrangian_gap"] for record in records]
 
 
 def main() -> None:
