@@ -23,8 +23,8 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from constrained_dpo.fit_data import GroupCollator, PairCollator, group_dataset, pair_dataset
+from constrained_dpo.fit_settings import FitSettings
 from constrained_dpo.losses import all_pairs_loss, listwise_loss, pair_loss
-from constrained_dpo.recipe import FitSettings
 from constrained_dpo.tracking import fit_logs
 from data_prep.checkpoints import check_adapter_folder, explained_loading
 from data_prep.policy import LoraSettings, Policy

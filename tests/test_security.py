@@ -185,7 +185,7 @@ def test_a_gpu_asked_for_and_absent_is_an_error(kind, tmp_path):
 
 def test_a_fit_runs_where_the_policy_is(tmp_path):
     from constrained_dpo.fit import training_config
-    from constrained_dpo.recipe import FitSettings
+    from constrained_dpo.fit_settings import FitSettings
 
     assert training_config(FitSettings(steps=1), 0.1, 0, tmp_path, "cpu").use_cpu
     if CUDA:

@@ -1,0 +1,54 @@
+"""The keys of the recipe's `fit` block: how one round's Lagrangian maximizer is trained."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from data_prep.settings import Settings
+
+
+class FitSettings(Settings):
+    """The DPO fit of one round. Defaults follow the paper where it reports them."""
+
+    labels: Literal["soft", "bernoulli", "argmax"] = Field("soft", description="targets of the pairs: P(≻) itself, a draw, the larger")
+    loss: Literal["logistic", "listwise"] = Field(
+        "logistic",
+        description="logistic: pairs; listwise: softmax(log-ratio) over a group fitted to softmax(score/β), which keeps the scale where "
+        "pairs saturate",
+    )
+    group_size: int = Field(2, ge=2, description="responses of a prompt in one row; logistic takes all their pairs (2: pairs)")
+    groups_per_prompt: int = Field(4, ge=1, description="groups drawn from a prompt's pool, anew each round (pairs: pairs_per_prompt)")
+    pairs_per_prompt: int | Literal["all"] = Field(8, description="pairs drawn from a prompt's pool, anew each round")
+    learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of the adapter")
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field("cosine", description="over one round")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up at the start of each round")
+    optimizer: Literal["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit"] = Field(
+        "adamw_torch", description="optimizer; its state starts fresh each round"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of the adapter")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
+    steps: int | None = Field(None, ge=1, description="optimizer steps per round (give steps or epochs)")
+    epochs: float | None = Field(None, gt=0, description="passes over the round's pairs (give steps or epochs)")
+    batch_size: int = Field(8, ge=1, description="rows (pairs or groups) per forward")
+    gradient_accumulation: int = Field(1, ge=1, description="forwards per optimizer step")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third slower")
+    warm_start: bool = Field(True, description="start from the last round's adapter (the KL stays to the reference policy)")
+    max_length: int = Field(512, ge=2, description="longest prompt + response in tokens; nothing is truncated, longer is an error")
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="trackers of the loss curves and of each round's λ, u, reward, KL and objective, under RUN/logs (wandb offline)"
+    )
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> "FitSettings":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of fit.steps and fit.epochs")
+        if isinstance(self.pairs_per_prompt, int) and self.pairs_per_prompt < 1:
+            raise ValueError("fit.pairs_per_prompt must be at least 1, or all")
+        if self.grouped and self.labels != "soft":
+            raise ValueError(f"fit.labels {self.labels} is about pairs; groups (fit.group_size > 2, fit.loss listwise) take soft")
+        return self
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a round's labels are groups (groups.parquet) instead of pairs (pairs.parquet)."""
+        return self.group_size > 2 or self.loss == "listwise"
