@@ -22,9 +22,10 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from constrained_dpo.fit_data import GroupCollator, PairCollator, group_dataset, pair_dataset
+from constrained_dpo.fit_data import LengthBuckets, PaddedCollator, group_dataset, pair_dataset
 from constrained_dpo.fit_settings import FitSettings
 from constrained_dpo.losses import all_pairs_loss, listwise_loss, pair_loss
+from constrained_dpo.shared_prompts import SHARED_INPUTS, SharedPromptCollator, add_shared_forward, why_not_shared
 from constrained_dpo.tracking import fit_logs
 from data_prep.checkpoints import check_adapter_folder, explained_loading
 from data_prep.policy import LoraSettings, Policy
@@ -40,38 +41,43 @@ class PseudoPreferenceTrainer(DPOTrainer):
     cached in both."""
 
     listwise = False
+    by_length = False
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         return dataset
 
+    def _get_train_sampler(self, train_dataset=None):
+        if not self.by_length:
+            return super()._get_train_sampler(train_dataset)
+        rows_per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthBuckets(self.train_dataset, rows_per_step, self.args.seed)
+
+    def _log_probabilities(self, model, inputs) -> torch.Tensor:
+        """log π_θ of every response, (num_rows, K), nats, in the layout that the collator chose."""
+        count = inputs["ref_logps"].shape[1]
+        if "segments" in inputs:
+            return model(**{name: inputs[name] for name in SHARED_INPUTS}, num_responses=count)
+        sequences = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+        return model(**sequences, use_cache=False, fused_lm_head=True).log_probs.float().sum(dim=1).view(-1, count)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        output = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            labels=labels,
-            use_cache=False,
-            fused_lm_head=True,
-        )
-        logps = output.log_probs.float().sum(dim=1)
-        loss, reported = self._pair_loss(logps, inputs) if "target" in inputs else self._group_loss(logps, inputs)
+        log_ratio = self._log_probabilities(model, inputs) - inputs["ref_logps"]
+        loss, reported = self._pair_loss(log_ratio, inputs) if "target" in inputs else self._group_loss(log_ratio, inputs)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step}; lower fit.learning_rate")
         mode = "train" if self.model.training else "eval"
         for name, value in reported.items():
             self._metrics[mode][name].append(self.accelerator.gather(value.detach()).mean().item())
-        return (loss, output) if return_outputs else loss
+        return (loss, {"log_ratio": log_ratio}) if return_outputs else loss
 
-    def _pair_loss(self, logps: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        chosen, rejected = logps.chunk(2)
-        chosen, rejected = chosen - inputs["ref_chosen_logps"], rejected - inputs["ref_rejected_logps"]
+    def _pair_loss(self, log_ratio: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        chosen, rejected = log_ratio.unbind(dim=1)
         scaled = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
         loss = pair_loss(self.beta * (chosen - rejected), inputs["target"]).mean()
         return loss, {name: self.beta * value for name, value in scaled.items()}
 
-    def _group_loss(self, logps: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        log_ratio, scores = logps.view_as(inputs["scores"]) - inputs["ref_logps"], inputs["scores"]
-        loss = listwise_loss if self.listwise else all_pairs_loss
+    def _group_loss(self, log_ratio: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        scores, loss = inputs["scores"], listwise_loss if self.listwise else all_pairs_loss
         spread = self.beta * (log_ratio.amax(dim=1) - log_ratio.amin(dim=1))
         reported = {"rewards/mean": self.beta * log_ratio, "rewards/spread": spread}
         return loss(log_ratio, scores, self.beta).mean(), reported
@@ -166,12 +172,12 @@ def build_trainer(
     trainer = PseudoPreferenceTrainer(
         model=policy.model,
         args=training_config(settings, beta, seed, output, policy.device.type, run_name),
-        data_collator=(GroupCollator if settings.grouped else PairCollator)(pad_token_id=policy.tokenizer.pad_token_id),
+        data_collator=PaddedCollator(policy.tokenizer.pad_token_id),
         train_dataset=dataset,
         processing_class=policy.tokenizer,
         peft_config=LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target, task_type="CAUSAL_LM"),
     )
-    trainer.listwise = settings.loss == "listwise"
+    trainer.listwise, trainer.by_length = settings.loss == "listwise", settings.group_by_length
     for callback in (PrinterCallback, transformers.ProgressCallback):  # stdout is for results; progress is ours, on stderr
         trainer.remove_callback(callback)
     if show_progress:
@@ -188,7 +194,18 @@ def build_trainer(
             raise UserError(f"{previous_adapter}: an adapter of another base or LoRA setting ({loaded.unexpected_keys[0]})")
     if list(trainer.model.peft_config) != ["default"] or trainer.ref_model is not None:
         raise RuntimeError(f"the trainer holds a reference of its own ({list(trainer.model.peft_config)}); the KL would not be to π_ref")
+    trainer.padded_because = _share_prompts(trainer, policy) if settings.shared_prompts else "fit.shared_prompts is false"
     return trainer
+
+
+def _share_prompts(trainer: PseudoPreferenceTrainer, policy: Policy) -> str | None:
+    """Turns the shared layout on where it is exact and cheaper; returns the reason where it is not."""
+    add_shared_forward(trainer.model.get_base_model())
+    tolerance = 2e-5 if policy.settings.reproducible else 0.05  # nats per token; half precision rounds at the third digit of a logit
+    reason = why_not_shared(trainer.model, trainer.train_dataset, policy.tokenizer.pad_token_id, tolerance)
+    if reason is None:
+        trainer.data_collator = SharedPromptCollator(policy.tokenizer.pad_token_id)
+    return reason
 
 
 def check_anchor(policy: Policy, model: PeftModel, rows: datasets.Dataset) -> float:
@@ -197,10 +214,7 @@ def check_anchor(policy: Policy, model: PeftModel, rows: datasets.Dataset) -> fl
     Raises UserError above the dtype's tolerance: the pool was then scored by another base, template or quantization.
     """
     some = rows.select(range(min(NUM_ANCHOR_ROWS, len(rows))))
-    if "scores" in some.column_names:
-        responses, stored = [row[0] for row in some["responses_ids"]], [row[0] for row in some["ref_logps"]]
-    else:
-        responses, stored = list(some["chosen_ids"]), some["ref_chosen_logps"]
+    responses, stored = [row[0] for row in some["responses_ids"]], [row[0] for row in some["ref_logps"]]
     was_training = model.training
     model.eval()
     logps, _ = response_logps(
@@ -213,9 +227,7 @@ def check_anchor(policy: Policy, model: PeftModel, rows: datasets.Dataset) -> fl
     model.train(was_training)
     error = float(np.abs(logps - np.asarray(stored)).max())
     longest = max(map(len, responses))
-    # Half precision, and int8 whose activation scales depend on the batch, reproduce a log-probability only to rounding.
-    exact = policy.settings.dtype == "float32" and policy.settings.quantization != "int8"
-    tolerance = 1e-3 if exact else 0.05 + 0.01 * longest
+    tolerance = 1e-3 if policy.settings.reproducible else 0.05 + 0.01 * longest
     if not error <= tolerance:
         raise UserError(
             f"fit: log π_θ of the untrained adapter differs from the stored ref_logp by {error:.3g} nats (tolerance {tolerance:.3g}); "
@@ -266,7 +278,8 @@ def fit_adapter(
             anchor_error = check_anchor(policy, trainer.model, dataset) if previous_adapter is None else None
             trainer.train()
             log = [{k: v for k, v in row.items() if isinstance(v, int | float)} for row in trainer.state.log_history]
-            _save_adapter(trainer.model, {"anchor_error": anchor_error, "log": log}, temporary, output)
+            said = {"anchor_error": anchor_error, "padded_because": trainer.padded_because, "log": log}
+            _save_adapter(trainer.model, said, temporary, output)
         finally:
             trainer.model.unload()
     return anchor_error

@@ -1,5 +1,6 @@
-"""From labels and pool to the rows and batches that a fit reads: pairs as TRL lays them out, groups likewise."""
+"""From labels and pool to the rows and batches that a fit reads. A row is a prompt with K responses: a pair (K = 2) or a group."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import datasets
@@ -7,52 +8,82 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from data_prep.settings import UserError
 
+UNSCORED = -100
+"""The target of a position whose next token is nobody's response token."""
+
+
+def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
+    """Rows of different lengths as one tensor (num_rows, longest), filled on the right."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
+
+
+def labels_of(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """`ref_logps` (num_rows, K), and `target` (num_rows,) of pairs or `scores` (num_rows, K) of groups."""
+    return {key: torch.tensor([e[key] for e in examples]) for key in ("ref_logps", "target", "scores") if key in examples[0]}
+
 
 @dataclass
-class PairCollator(DataCollatorForPreference):
-    """TRL's collator (chosen rows, then rejected rows, padded on the right) plus the soft target."""
-
-    def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        batch = super().torch_call(examples)
-        batch["target"] = torch.tensor([example["target"] for example in examples])
-        return batch
-
-
-@dataclass
-class GroupCollator:
-    """Prompt and response ids of every response of every group, padded on the right: (num_groups · K, length); ref_logps and scores
-    (num_groups, K)."""
+class PaddedCollator:
+    """Prompt and response together, once per response: (num_rows · K, length), padded on the right."""
 
     pad_token_id: int
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        rows = [(example["prompt_ids"], response) for example in examples for response in example["responses_ids"]]
-        padded = lambda parts, fill: pad_sequence([torch.tensor(p) for p in parts], batch_first=True, padding_value=fill)  # noqa: E731
-        ids = padded([[*prompt, *response] for prompt, response in rows], self.pad_token_id)
-        mask = padded([[1] * (len(prompt) + len(response)) for prompt, response in rows], 0)
-        completion = padded([[0] * len(prompt) + [1] * len(response) for prompt, response in rows], 0)
-        scores = {key: torch.tensor([example[key] for example in examples]) for key in ("ref_logps", "scores")}
-        return {"input_ids": ids, "attention_mask": mask, "completion_mask": completion, **scores}
+        sequences = [(example["prompt_ids"], response) for example in examples for response in example["responses_ids"]]
+        ids = padded([[*prompt, *response] for prompt, response in sequences], self.pad_token_id)
+        mask = padded([[1] * (len(prompt) + len(response)) for prompt, response in sequences], 0)
+        labels = padded([[UNSCORED] * len(prompt) + list(response) for prompt, response in sequences], UNSCORED)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, **labels_of(examples)}
+
+
+class LengthBuckets(torch.utils.data.Sampler[int]):
+    """A random order of rows in which the rows of one optimizer step are of about equal length.
+
+    A permutation drawn from (seed, epoch) is cut into blocks of BLOCK steps; in a block rows are sorted by length and cut into steps, and
+    the steps come in random order.
+    """
+
+    BLOCK = 50
+
+    def __init__(self, rows: datasets.Dataset, rows_per_step: int, seed: int) -> None:
+        responses = (max(map(len, ids)) for ids in rows["responses_ids"])
+        self.lengths = np.array([len(prompt) + longest for prompt, longest in zip(rows["prompt_ids"], responses, strict=True)])
+        self.rows_per_step, self.seed, self.epoch = rows_per_step, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.lengths))
+        for block in np.split(order, range(self.BLOCK * self.rows_per_step, len(order), self.BLOCK * self.rows_per_step)):
+            ranked = block[np.argsort(self.lengths[block], kind="stable")]
+            steps = np.split(ranked, range(self.rows_per_step, len(ranked), self.rows_per_step))
+            last = [steps.pop()] if len(steps[-1]) < self.rows_per_step else []
+            for index in rng.permutation(len(steps)):
+                yield from steps[index].tolist()
+            for step in last:
+                yield from step.tolist()
 
 
 def pair_dataset(pairs: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[str, list[int]], max_length: int) -> datasets.Dataset:
-    """Rows `prompt_ids, chosen_ids, rejected_ids, ref_chosen_logps, ref_rejected_logps, target`; num_pairs rows.
+    """Rows `prompt_ids, responses_ids, ref_logps, target`, chosen before rejected; num_pairs rows.
 
     Raises UserError when a pair names a response that is not in the pool, has no ref_logp, or does not fit in max_length.
     """
-    chosen, rejected = (_named(pool, pairs, "pairs", column, prompt_tokens, max_length) for column in ("chosen_id", "rejected_id"))
-    prompts = [prompt_tokens[pid] for pid in pairs["prompt_id"]]
+    sides = [_named(pool, pairs, "pairs", column, prompt_tokens, max_length) for column in ("chosen_id", "rejected_id")]
+    chosen, rejected = (side["token_ids"] for side in sides)
     return datasets.Dataset.from_dict(
         {
-            "prompt_ids": prompts,
-            "chosen_ids": [ids.tolist() for ids in chosen["token_ids"]],
-            "rejected_ids": [ids.tolist() for ids in rejected["token_ids"]],
-            "ref_chosen_logps": chosen["ref_logp"].to_numpy(np.float32),
-            "ref_rejected_logps": rejected["ref_logp"].to_numpy(np.float32),
+            "prompt_ids": [prompt_tokens[pid] for pid in pairs["prompt_id"]],
+            "responses_ids": [[c.tolist(), r.tolist()] for c, r in zip(chosen, rejected, strict=True)],
+            "ref_logps": np.stack([side["ref_logp"].to_numpy(np.float32) for side in sides], axis=1),
             "target": pairs["target"].to_numpy(np.float32),
         }
     )

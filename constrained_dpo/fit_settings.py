@@ -33,6 +33,12 @@ class FitSettings(Settings):
     gradient_accumulation: int = Field(1, ge=1, description="forwards per optimizer step")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third slower")
     warm_start: bool = Field(True, description="start from the last round's adapter (the KL stays to the reference policy)")
+    shared_prompts: bool = Field(
+        True,
+        description="a row's prompt is computed once for all its responses, where a check at the start finds that exact and cheaper; "
+        "training_log.json says why not",
+    )
+    group_by_length: bool = Field(False, description="rows of about equal length share a batch: less padding, a little less mixing")
     max_length: int = Field(512, ge=2, description="longest prompt + response in tokens; nothing is truncated, longer is an error")
     report_to: list[Literal["tensorboard", "wandb"]] = Field(
         [], description="trackers of the loss curves and of each round's λ, u, reward, KL and objective, under RUN/logs (wandb offline)"

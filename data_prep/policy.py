@@ -48,6 +48,12 @@ class PolicySettings(Settings):
     allow_pickle: bool = Field(False, description="accept pickled weights (pytorch_model.bin) where there are no safetensors")
     lora: LoraSettings = Field(default_factory=LoraSettings, description="the adapter")
 
+    @property
+    def reproducible(self) -> bool:
+        """Whether log-probabilities agree to float32 rounding between batches. Half precision rounds more coarsely, and int8's
+        activation scales depend on the batch."""
+        return self.dtype == "float32" and self.quantization != "int8"
+
 
 @dataclass(frozen=True)
 class Policy:

@@ -12,7 +12,7 @@ from test_cli import cdpo
 from test_fit import LORA, fit_settings, make_pool, prompt_tokens
 
 from constrained_dpo.fit import build_trainer, fit_adapter
-from constrained_dpo.fit_data import GroupCollator, group_dataset
+from constrained_dpo.fit_data import group_dataset
 from constrained_dpo.losses import all_pairs_loss, listwise_loss, pair_loss
 from constrained_dpo.rounds import replay
 from constrained_dpo.run_directory import RunDirectory
@@ -143,7 +143,7 @@ def test_the_trainers_loss_is_that_of_the_responses_own_log_probabilities(quicks
                 if "lora_B" in name:
                     parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
         trainer.model.eval()
-        batch = GroupCollator(policy.tokenizer.pad_token_id)([rows[i] for i in range(6)])
+        batch = trainer.data_collator([rows[i] for i in range(6)])
         loss = trainer.compute_loss(trainer.model, batch).item()
         prompts = [rows[i]["prompt_ids"] for i in range(6) for _ in range(4)]
         logps, _ = response_logps(trainer.model, prompts, [r for i in range(6) for r in rows[i]["responses_ids"]], pad_id=0, batch_size=7)
