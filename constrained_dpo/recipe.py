@@ -49,10 +49,34 @@ class ObjectiveSettings(Settings):
     constraints: list[ConstraintSettings] = Field(description="the utilities; [] is single-reward DPO")
 
 
+class PoolShares(Settings):
+    """How much of what a round trains on comes from where; the shares sum to 1."""
+
+    reference: float = Field(gt=0, le=1, description="π_ref's own responses; never 0, so that none of its answers goes out of view")
+    recent: float = Field(0.0, ge=0, le=1, description="the last round's samples")
+    hard: float = Field(0.0, ge=0, le=1, description="the last round's samples, with odds proportional to how wrong its policy was on them")
+    earlier: float = Field(0.0, ge=0, le=1, description="samples of the rounds before")
+
+    @model_validator(mode="after")
+    def _whole(self) -> "PoolShares":
+        total = self.reference + self.recent + self.hard + self.earlier
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"pool.shares sum to {total:g}; they must sum to 1")
+        return self
+
+
 class PoolSettings(Settings):
     """The scored responses that pairs are drawn from."""
 
     grow: bool = Field(True, description="add each round's samples on dual prompts to the pool (they are scored already)")
+    shares: PoolShares | None = Field(None, description="shares of the sources in what a round trains on; null: every response alike")
+    max_per_prompt: int | None = Field(None, ge=2, description="most responses of a prompt that a round trains on, drawn anew each round")
+
+    @model_validator(mode="after")
+    def _grown(self) -> "PoolSettings":
+        if self.shares is not None and not self.grow and self.shares.reference < 1:
+            raise ValueError("pool.shares: with pool.grow: false there are π_ref's responses alone; drop the shares")
+        return self
 
 
 class DualSettings(Settings):

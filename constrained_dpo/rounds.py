@@ -19,6 +19,7 @@ from constrained_dpo.rescore import NOT_THE_POLICY, collect, measure
 from constrained_dpo.run_directory import RunDirectory
 from constrained_dpo.steering import initial_multipliers, next_multipliers, resolve_step_scale, steered_on
 from constrained_dpo.tracking import log_round
+from data_prep.pool import choose_responses
 from data_prep.preferences import label_groups, label_pairs
 from data_prep.sampling import is_policy_law
 from data_prep.settings import UserError, derive_seed
@@ -173,7 +174,11 @@ def play_round(run: RunDirectory, recipe: Recipe, learner: Learner, announce: An
 
 
 def _relabel(run: RunDirectory, recipe: Recipe, lambda_: pd.Series, number: int) -> None:
-    pool, fit = run.pool(number), recipe.fit
+    fit, shares = recipe.fit, recipe.pool.shares
+    pool = choose_responses(
+        run.pool(number), None if shares is None else shares.model_dump(), recipe.pool.max_per_prompt, reward=recipe.problem.reward,
+        lambda_=lambda_, beta=recipe.problem.beta, seed=recipe.seed, round_number=number,
+    )  # fmt: skip
     if fit.grouped:
         groups = label_groups(
             pool, recipe.problem.reward, lambda_, group_size=fit.group_size, groups_per_prompt=fit.groups_per_prompt, seed=recipe.seed,

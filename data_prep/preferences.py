@@ -32,7 +32,7 @@ def lagrangian_score(responses: pd.DataFrame, reward: str, lambda_: pd.Series) -
     return score
 
 
-def _uniforms(seed: int, *keys: np.ndarray) -> np.ndarray:
+def hashed_uniforms(seed: int, *keys: np.ndarray) -> np.ndarray:
     """One uniform in [0, 1) per row: a hash of (seed, keys), so a draw depends on its pair alone and not on the table's order."""
     state = np.full(len(keys[0]), seed, dtype=np.uint64)
     for key in keys:
@@ -62,7 +62,7 @@ def _shuffled(responses: pd.DataFrame, seed: int) -> tuple[np.ndarray, np.ndarra
     """Row numbers with each prompt's responses together, in an order that depends on (seed, response ids) alone; where each prompt
     starts, and how many it has; prompts by id."""
     prompt_codes, _ = pd.factorize(responses["prompt_id"], sort=True)
-    order = np.lexsort((_uniforms(seed, pd.util.hash_array(responses["response_id"].to_numpy(object))), prompt_codes))
+    order = np.lexsort((hashed_uniforms(seed, pd.util.hash_array(responses["response_id"].to_numpy(object))), prompt_codes))
     counts = np.bincount(prompt_codes) if len(order) else np.zeros(0, int)
     return order, np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64), counts
 
@@ -118,7 +118,7 @@ def label_pairs(
     difference = score[first] - score[second]
     ids = responses["response_id"].to_numpy(object)
     hashed = pd.util.hash_array(ids)
-    coin = _uniforms(derive_seed(seed, round_number, "labels"), hashed[first], hashed[second])
+    coin = hashed_uniforms(derive_seed(seed, round_number, "labels"), hashed[first], hashed[second])
     probability = _sigmoid(difference)
     threshold = probability if labels == "bernoulli" else np.where(difference == 0, 0.5, difference > 0)
     first_wins = coin < threshold

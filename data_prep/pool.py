@@ -1,0 +1,95 @@
+"""Which responses of the pool a round trains on: shares by where they come from. numpy and pandas only.
+
+The fit's optimum is π*_λ under any law of the responses where π*_λ can be reached, so shares are about what a limited adapter and a limited
+number of steps learn first: what the last policy says now (recent), where it is most wrong (hard), what it said before (earlier), and what
+π_ref says (reference), which keeps every answer of the reference policy in view.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from data_prep.preferences import hashed_uniforms, lagrangian_score
+from data_prep.settings import derive_seed
+
+SOURCES = ("reference", "recent", "hard", "earlier")
+
+
+def choose_responses(
+    pool: pd.DataFrame,
+    shares: Mapping[str, float] | None,
+    max_per_prompt: int | None,
+    *,
+    reward: str,
+    lambda_: pd.Series,
+    beta: float,
+    seed: int,
+    round_number: int,
+) -> pd.DataFrame:
+    """The rows of the pool that a round's pairs or groups are drawn from, in the pool's order.
+
+    shares: by source, summing to 1, or None for every row alike. Of each prompt as many responses are taken as keep the shares exact
+    without taking one twice, and at most max_per_prompt; a source that the prompt has none of leaves its share to the others. `recent` and
+    `hard` both come from the last round: hard ones are drawn without replacement with odds proportional to the off-policy residual
+    |s_λ − β log π_θ/π_ref − its mean at the prompt|, π_θ the policy that drew them. Draws depend on (seed, round, response ids) alone.
+    """
+    if shares is None and max_per_prompt is None:
+        return pool
+    limit = np.inf if max_per_prompt is None else max_per_prompt
+    prompt, _ = pd.factorize(pool["prompt_id"], sort=True)
+    uniform = {s: hashed_uniforms(derive_seed(seed, round_number, f"pool-{s}"), pd.util.hash_array(pool["response_id"].to_numpy(object)))
+               for s in ("hard", "any")}  # fmt: skip
+    if shares is None:
+        return pool[_rank(prompt, uniform["any"]) < limit]
+    drawn_in = pd.to_numeric(pool["source"].str.extract(r"^round:(\d+)$")[0]).fillna(-1).to_numpy(int)
+    last = (drawn_in >= 0) & (drawn_in == drawn_in.max())
+    hard = _hard(pool, prompt, last, uniform["hard"], reward, lambda_, beta)
+    kinds = {"reference": drawn_in < 0, "earlier": (drawn_in >= 0) & ~last, "last": last}
+    counts = {kind: np.bincount(prompt[rows], minlength=prompt.max() + 1) for kind, rows in kinds.items()}
+    wanted = {"reference": shares["reference"], "earlier": shares["earlier"], "last": shares["recent"] + shares["hard"]}
+    weight = {kind: np.where(counts[kind] > 0, wanted[kind], 0.0) for kind in kinds}
+    whole = np.sum(list(weight.values()), axis=0)
+    size = np.min([np.where(w > 0, counts[kind] * whole / np.where(w > 0, w, 1.0), np.inf) for kind, w in weight.items()], axis=0)
+    size = np.minimum(size, limit)
+    chosen = np.zeros(len(pool), dtype=bool)
+    for kind in ("reference", "earlier"):
+        chosen |= _first(kinds[kind], prompt, uniform["any"], size * weight[kind] / whole)
+    from_last = size * weight["last"] / whole
+    part = shares["hard"] / wanted["last"] if wanted["last"] else 0.0
+    picked = _first(last, prompt, hard, from_last * part)
+    return pool[chosen | picked | _first(last & ~picked, prompt, uniform["any"], from_last * (1 - part))]
+
+
+def _hard(
+    pool: pd.DataFrame, prompt: np.ndarray, last: np.ndarray, uniform: np.ndarray, reward: str, lambda_: pd.Series, beta: float
+) -> np.ndarray:
+    """Sorting key of a draw without replacement with odds proportional to the residual (Efraimidis and Spirakis 2006); inf elsewhere."""
+    key = np.full(len(pool), np.inf)
+    if not last.any():  # round 0
+        return key
+    rows = pool[last]
+    residual = lagrangian_score(rows, reward, lambda_) - beta * (rows["policy_logp"] - rows["ref_logp"]).to_numpy(float)
+    centred = residual - pd.Series(residual).groupby(prompt[last]).transform("mean").to_numpy()
+    key[last] = -np.log1p(-uniform[last]) / np.maximum(np.abs(centred), 1e-12)
+    return key
+
+
+def _rank(prompt: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Rank of each row by key within its prompt, from 0."""
+    order = np.lexsort((key, prompt))
+    counts = np.bincount(prompt)
+    starts = np.repeat(np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
+    rank = np.empty(len(prompt), dtype=np.int64)
+    rank[order] = np.arange(len(prompt)) - starts
+    return rank
+
+
+def _first(among: np.ndarray, prompt: np.ndarray, key: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """The first round(count[prompt]) rows by key of each prompt, of those marked; a mask over all rows."""
+    chosen = np.zeros(len(prompt), dtype=bool)
+    rows = np.flatnonzero(among)
+    if len(rows):
+        rank = _rank(prompt[rows], key[rows])
+        chosen[rows] = rank < np.rint(count[prompt[rows]])
+    return chosen
