@@ -42,6 +42,7 @@ class GroupCollator:
 def pair_dataset(pairs: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[str, list[int]], max_length: int) -> datasets.Dataset:
     """Rows `prompt_ids, chosen_ids, rejected_ids, ref_chosen_logps, ref_rejected_logps, target`; num_pairs rows.
 
+    Beside them what `fit_watch` follows: `row`, `prompt_id, chosen_id, rejected_id`, `margin` (score units) and `sample_logps` (2, nats).
     Raises UserError when a pair names a response that is not in the pool, has no ref_logp, or does not fit in max_length.
     """
     chosen, rejected = (_named(pool, pairs, "pairs", column, prompt_tokens, max_length) for column in ("chosen_id", "rejected_id"))
@@ -54,6 +55,10 @@ def pair_dataset(pairs: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[st
             "ref_chosen_logps": chosen["ref_logp"].to_numpy(np.float32),
             "ref_rejected_logps": rejected["ref_logp"].to_numpy(np.float32),
             "target": pairs["target"].to_numpy(np.float32),
+            "row": np.arange(len(pairs)),
+            **{name: pairs[name].tolist() for name in ("prompt_id", "chosen_id", "rejected_id")},
+            "margin": pairs["margin"].to_numpy(np.float32),
+            "sample_logps": np.stack([part["sample_logp"].to_numpy(np.float32, na_value=np.nan) for part in (chosen, rejected)], axis=1),
         }
     )
 
@@ -61,6 +66,7 @@ def pair_dataset(pairs: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[st
 def group_dataset(groups: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[str, list[int]], max_length: int) -> datasets.Dataset:
     """Rows `prompt_ids, responses_ids, ref_logps, scores`, the last three with K entries each; num_groups rows.
 
+    Beside them what `fit_watch` follows: `row`, `prompt_id, group_id`, `response_id` and `sample_logps` (K each, nats).
     Raises UserError when a group names a response that is not in the pool, has no ref_logp, or does not fit in max_length.
     """
     groups = groups.sort_values("group_id", kind="stable")
@@ -73,6 +79,10 @@ def group_dataset(groups: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[
             "responses_ids": [ids[i : i + size] for i in range(0, len(ids), size)],
             "ref_logps": responses["ref_logp"].to_numpy(np.float32).reshape(-1, size),
             "scores": groups["score"].to_numpy(np.float32).reshape(-1, size),
+            "row": np.arange(len(groups) // size),
+            **{name: groups[name].iloc[::size].tolist() for name in ("prompt_id", "group_id")},
+            "response_id": groups["response_id"].to_numpy(object).reshape(-1, size).tolist(),
+            "sample_logps": responses["sample_logp"].to_numpy(np.float32, na_value=np.nan).reshape(-1, size),
         }
     )
 
