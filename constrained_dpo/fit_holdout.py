@@ -6,12 +6,13 @@ the trainable weights in memory, which the checkpoints of `fit.save_steps` hold 
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import EvalPrediction, TrainerCallback
 
@@ -72,13 +73,18 @@ class HeldOut(TrainerCallback):
         self.waited += 1
         if self.waited >= self.patience:
             self.stopped_at = state.global_step
+            kept = f"the adapter of step {self.step} is kept ({self.residual:.4g})"
+            print(f"fit: stops at step {self.stopped_at}, the held-out residual ({measured:.4g}) no longer falls; {kept}", file=sys.stderr)
             control.should_training_stop = True
             control.should_save = False  # the adapter itself is saved next
 
     def on_save(self, args, state, control, **kwargs):
         if self.best and state.is_world_process_zero:
-            facts = json.dumps([self.residual, self.step, self.waited])
-            save_file(self.best, Path(args.output_dir) / f"checkpoint-{state.global_step}" / BEST_FILE, {"held_out": facts})
+            file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / BEST_FILE
+            try:
+                save_file(self.best, file, {"held_out": json.dumps([self.residual, self.step, self.waited])})
+            except SafetensorError as error:  # a full disk
+                raise OSError(f"{file}: the checkpoint cannot be saved ({error})") from error
 
     def resume(self, checkpoint: Path) -> None:
         """Takes up what `on_save` left in a checkpoint."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -147,6 +148,22 @@ def test_a_checkpoint_of_another_fit_is_never_resumed(quickstart_policy, tmp_pat
     said = capsys.readouterr().err
     assert said.count("of another fit; it is not used") == 2 and "goes on" not in said
     assert not folder.exists()  # gone with the fit that was committed
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(quickstart_policy, tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    pool = make_pool(quickstart_policy)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"checkpoints: the checkpoint cannot be saved \(.*File too large"):
+            fit_adapter(
+                quickstart_policy, make_pairs(pool), pool, prompt_tokens(quickstart_policy), fit_settings(save_steps=3), LORA,
+                beta=0.25, seed=0, previous_adapter=None, output=tmp_path / "adapter", checkpoints=tmp_path / "checkpoints",
+            )  # fmt: skip
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert newest_whole(tmp_path / "checkpoints", "any") is None and not (tmp_path / "adapter").exists()
 
 
 def test_a_resumed_fit_has_one_adapter_in_float32_and_keeps_the_anchor(quickstart_policy, tmp_path):
