@@ -1,12 +1,14 @@
 """The Lagrangian maximizer: TRL's DPOTrainer on pseudo-preferences, with reference log-probabilities from the pool.
 
-The losses are in `losses.py`, the rows in `fit_data.py`. The KL anchor is π_ref (the base without adapter) in every round: the stored
+The losses are in `losses.py`, the rows in `fit_data.py`; what happens over the life of a fit is in `fit_watch.py`, `fit_holdout.py` and
+`fit_checkpoints.py`. The KL anchor is π_ref (the base without adapter) in every round: the stored
 `ref_logp` enters the loss and no reference model runs here.
 """
 
-import json
+import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +20,14 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
-from tqdm import tqdm
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
+from constrained_dpo.fit_checkpoints import KEPT, SealedCheckpoints, fit_identity, newest_whole
 from constrained_dpo.fit_data import LengthBuckets, PaddedCollator, group_dataset, pair_dataset
+from constrained_dpo.fit_holdout import HeldOut, residual, split_held_out, squared_residuals
 from constrained_dpo.fit_settings import FitSettings
+from constrained_dpo.fit_watch import FitProgress, StepWatch, kl_estimate, training_log_text
 from constrained_dpo.losses import all_pairs_loss, listwise_loss, pair_loss
 from constrained_dpo.shared_prompts import SHARED_INPUTS, SharedPromptCollator, add_shared_forward, why_not_shared
 from constrained_dpo.tracking import fit_logs
@@ -42,6 +46,7 @@ class PseudoPreferenceTrainer(DPOTrainer):
 
     listwise = False
     by_length = False
+    watch: StepWatch | None = None
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         return dataset
@@ -61,14 +66,32 @@ class PseudoPreferenceTrainer(DPOTrainer):
         return model(**sequences, use_cache=False, fused_lm_head=True).log_probs.float().sum(dim=1).view(-1, count)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        log_ratio = self._log_probabilities(model, inputs) - inputs["ref_logps"]
+        policy = self._log_probabilities(model, inputs)
+        log_ratio = policy - inputs["ref_logps"]
         loss, reported = self._pair_loss(log_ratio, inputs) if "target" in inputs else self._group_loss(log_ratio, inputs)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step}; lower fit.learning_rate")
+        if self.watch is not None:
+            self.watch.saw(inputs, policy, loss, self.state.global_step + 1)
+        if "sample_logps" in inputs:
+            reported |= kl_estimate(policy, inputs["ref_logps"], inputs["sample_logps"])
         mode = "train" if self.model.training else "eval"
         for name, value in reported.items():
-            self._metrics[mode][name].append(self.accelerator.gather(value.detach()).mean().item())
-        return (loss, {"log_ratio": log_ratio}) if return_outputs else loss
+            mean = self.accelerator.gather(value.detach()).nanmean().item()
+            if not math.isnan(mean):  # a KL without a law; a loss that is not finite has stopped the fit
+                self._metrics[mode][name].append(mean)
+        return (loss, log_ratio) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Of held-out rows: the loss, the squared residual of each row, and its number."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, log_ratio = self.compute_loss(model, inputs, return_outputs=True)
+        return loss, squared_residuals(log_ratio, inputs, self.beta), inputs["row"]
+
+    def _save_checkpoint(self, model, trial):
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own for a full disk
+            raise OSError(f"{self.args.output_dir}: the checkpoint cannot be saved ({error})") from error
 
     def _pair_loss(self, log_ratio: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         chosen, rejected = log_ratio.unbind(dim=1)
@@ -83,25 +106,13 @@ class PseudoPreferenceTrainer(DPOTrainer):
         return loss(log_ratio, scores, self.beta).mean(), reported
 
 
-class FitProgress(TrainerCallback):
-    """A bar with ETA and the current loss on stderr."""
+def training_config(
+    settings: FitSettings, beta: float, seed: int, output: Path, device: str, run_name: str | None = None, resumed: bool = False
+) -> DPOConfig:
+    """Every default of DPOConfig that changes the mathematics is set here in words (DESIGN §9). output: where checkpoints go.
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, desc="fit", unit="step", disable=None, leave=False)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(1)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
-
-def training_config(settings: FitSettings, beta: float, seed: int, output: Path, device: str, run_name: str | None = None) -> DPOConfig:
-    """Every default of DPOConfig that changes the mathematics is set here in words (DESIGN §9)."""
+    resumed: the adapter that the fit started from was measured before the kill.
+    """
     return DPOConfig(
         output_dir=str(output),
         beta=beta,
@@ -123,8 +134,14 @@ def training_config(settings: FitSettings, beta: float, seed: int, output: Path,
         precompute_ref_log_probs=False,  # they come from the pool
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        logging_steps=10,
-        save_strategy="no",
+        logging_steps=1,
+        eval_strategy="steps" if settings.holdout else "no",
+        eval_steps=settings.eval_steps,
+        eval_on_start=bool(settings.holdout) and not resumed,
+        per_device_eval_batch_size=settings.batch_size,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 1,
+        save_total_limit=KEPT,
         report_to=settings.report_to or "none",
         run_name=run_name,
         disable_tqdm=True,
@@ -163,17 +180,22 @@ def build_trainer(
     previous_adapter: Path | None,
     run_name: str | None = None,
     show_progress: bool = False,
+    held_out: datasets.Dataset | None = None,
+    resumed: bool = False,
 ) -> PseudoPreferenceTrainer:
     """The trainer, built on the plain base plus a fresh adapter into which `previous_adapter` is then loaded.
 
+    held_out: rows that are only measured, where `settings.holdout` asks for them. resumed: `train` will be given a checkpoint.
     Given a PeftModel instead, TRL would copy its adapter as "ref" and anchor the KL to the last round's policy.
     """
     target = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     trainer = PseudoPreferenceTrainer(
         model=policy.model,
-        args=training_config(settings, beta, seed, output, policy.device.type, run_name),
+        args=training_config(settings, beta, seed, output, policy.device.type, run_name, resumed),
         data_collator=PaddedCollator(policy.tokenizer.pad_token_id),
         train_dataset=dataset,
+        eval_dataset=held_out,
+        compute_metrics=residual,
         processing_class=policy.tokenizer,
         peft_config=LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target, task_type="CAUSAL_LM"),
     )
@@ -249,47 +271,81 @@ def fit_adapter(
     previous_adapter: Path | None,
     output: Path,
     logs: Path | None = None,
+    checkpoints: Path | None = None,
+    holdout_seed: int = 0,
     run_name: str | None = None,
     show_progress: bool = False,
 ) -> float | None:
     """Trains one round's adapter and saves it at `output` in PEFT's format; the folder appears whole or not at all.
 
     labels: rows of the pairs table, or of the groups table where the settings say groups; pool: the responses they name, with `ref_logp`.
-    The optimizer starts fresh. Returns the largest |log π_θ − stored ref_logp| before the first step in nats (None after a warm start);
-    the log is beside the adapter. `logs` is where the trackers of `settings.report_to` write, `run_name` what they call this fit.
+    The optimizer starts fresh, unless `checkpoints` (the folder for those of `settings.save_steps`; None: none are written) holds one of
+    this very fit: then it goes on from there, to the same adapter bit for bit on the same machine. `holdout_seed` draws the held-out
+    prompts. Returns the largest |log π_θ − stored ref_logp| before the first step in nats (None after a warm start or a resume); the log
+    is beside the adapter. `logs` is where the trackers of `settings.report_to` write, `run_name` what they call this fit.
+
+    Raises FloatingPointError at the first loss or gradient that is not finite; its batch is then in bad_batch.json beside `output`.
     """
     dataset = (group_dataset if settings.grouped else pair_dataset)(labels, pool, prompt_tokens, settings.max_length)
-    temporary = output.with_name(f".{output.name}.tmp")
+    temporary, bad_batch = output.with_name(f".{output.name}.tmp"), output.with_name("bad_batch.json")
     shutil.rmtree(temporary, ignore_errors=True)
-    with _restored_base(policy), fit_logs(logs, settings.report_to):
+    checkpoint, callbacks = None, []
+    if settings.save_steps and checkpoints is not None:
+        identity = fit_identity(
+            dataset, policy.fingerprint, settings, lora, beta=beta, seeds=(seed, holdout_seed), previous_adapter=previous_adapter
+        )
+        checkpoint = newest_whole(checkpoints, identity)
+        callbacks = [SealedCheckpoints(identity)]
+    else:
+        settings = settings.model_copy(update={"save_steps": None})
+    fitted, held_out = split_held_out(dataset, settings.holdout, holdout_seed)
+    measured = HeldOut(settings.early_stop)
+    if held_out is not None:
+        callbacks = [measured, *callbacks]
+    with _restored_base(policy), fit_logs(logs, settings.report_to, resumed=checkpoint is not None):
         trainer = build_trainer(
             policy,
-            dataset,
+            fitted,
             settings,
             lora,
             beta=beta,
             seed=seed,
-            output=temporary,
+            output=checkpoints if settings.save_steps else temporary,
             previous_adapter=previous_adapter,
             run_name=run_name,
             show_progress=show_progress,
+            held_out=held_out,
+            resumed=checkpoint is not None,
         )
+        trainer.watch = StepWatch(dataset, bad_batch)
+        for callback in (trainer.watch, *callbacks):
+            trainer.add_callback(callback)
         try:
-            anchor_error = check_anchor(policy, trainer.model, dataset) if previous_adapter is None else None
-            trainer.train()
-            log = [{k: v for k, v in row.items() if isinstance(v, int | float)} for row in trainer.state.log_history]
-            said = {"anchor_error": anchor_error, "padded_because": trainer.padded_because, "log": log}
-            _save_adapter(trainer.model, said, temporary, output)
+            fresh = previous_adapter is None and checkpoint is None
+            anchor_error = check_anchor(policy, trainer.model, dataset) if fresh else None
+            if checkpoint is not None:
+                print(f"fit: goes on from {checkpoint.name}", file=sys.stderr)
+                measured.resume(checkpoint)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            measured.restore_best(trainer.model)
+            content = {"anchor_error": anchor_error, "padded_because": trainer.padded_because}
+            if held_out is not None:
+                content["held_out"] = measured.record(held_out)
+            content["log"] = [{k: v for k, v in row.items() if isinstance(v, int | float)} for row in trainer.state.log_history]
+            _save_adapter(trainer.model, training_log_text(content), temporary, output)
         finally:
             trainer.model.unload()
+    if checkpoints is not None:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    bad_batch.unlink(missing_ok=True)
     return anchor_error
 
 
-def _save_adapter(model: PeftModel, log: dict[str, object], temporary: Path, output: Path) -> None:
+def _save_adapter(model: PeftModel, log: str, temporary: Path, output: Path) -> None:
     """Writes adapter and log beside `output`, then moves them there; raises OSError naming `output` where that fails."""
     try:
         model.save_pretrained(temporary)
-        (temporary / "training_log.json").write_text(json.dumps(log, indent=1))
+        (temporary / "training_log.json").write_text(log)
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model card describes another run than this one
         for path in temporary.iterdir():
             with open(path, "rb") as handle:

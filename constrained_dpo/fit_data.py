@@ -21,8 +21,10 @@ def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
 
 
 def labels_of(examples: list[dict]) -> dict[str, torch.Tensor]:
-    """`ref_logps` (num_rows, K), and `target` (num_rows,) of pairs or `scores` (num_rows, K) of groups."""
-    return {key: torch.tensor([e[key] for e in examples]) for key in ("ref_logps", "target", "scores") if key in examples[0]}
+    """`ref_logps` (num_rows, K), and `target` (num_rows,) of pairs or `scores` (num_rows, K) of groups; beside them what no loss reads:
+    the numbers of the rows, a pair's `margin` (num_rows,), and `sample_logps` (num_rows, K)."""
+    keys = ("ref_logps", "target", "scores", "row", "margin", "sample_logps")
+    return {key: torch.tensor([example[key] for example in examples]) for key in keys if key in examples[0]}
 
 
 @dataclass
@@ -75,6 +77,7 @@ class LengthBuckets(torch.utils.data.Sampler[int]):
 def pair_dataset(pairs: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[str, list[int]], max_length: int) -> datasets.Dataset:
     """Rows `prompt_ids, responses_ids, ref_logps, target`, chosen before rejected; num_pairs rows.
 
+    Beside them what `fit_watch` follows: `row`, `prompt_id, chosen_id, rejected_id`, `margin` (score units) and `sample_logps` (2, nats).
     Raises UserError when a pair names a response that is not in the pool, has no ref_logp, or does not fit in max_length.
     """
     sides = [_named(pool, pairs, "pairs", column, prompt_tokens, max_length) for column in ("chosen_id", "rejected_id")]
@@ -85,6 +88,10 @@ def pair_dataset(pairs: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[st
             "responses_ids": [[c.tolist(), r.tolist()] for c, r in zip(chosen, rejected, strict=True)],
             "ref_logps": np.stack([side["ref_logp"].to_numpy(np.float32) for side in sides], axis=1),
             "target": pairs["target"].to_numpy(np.float32),
+            "row": np.arange(len(pairs)),
+            **{name: pairs[name].tolist() for name in ("prompt_id", "chosen_id", "rejected_id")},
+            "margin": pairs["margin"].to_numpy(np.float32),
+            "sample_logps": np.stack([side["sample_logp"].to_numpy(np.float32, na_value=np.nan) for side in sides], axis=1),
         }
     )
 
@@ -92,6 +99,7 @@ def pair_dataset(pairs: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[st
 def group_dataset(groups: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[str, list[int]], max_length: int) -> datasets.Dataset:
     """Rows `prompt_ids, responses_ids, ref_logps, scores`, the last three with K entries each; num_groups rows.
 
+    Beside them what `fit_watch` follows: `row`, `prompt_id, group_id`, `response_id` and `sample_logps` (K each, nats).
     Raises UserError when a group names a response that is not in the pool, has no ref_logp, or does not fit in max_length.
     """
     groups = groups.sort_values("group_id", kind="stable")
@@ -104,6 +112,10 @@ def group_dataset(groups: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[
             "responses_ids": [ids[i : i + size] for i in range(0, len(ids), size)],
             "ref_logps": responses["ref_logp"].to_numpy(np.float32).reshape(-1, size),
             "scores": groups["score"].to_numpy(np.float32).reshape(-1, size),
+            "row": np.arange(len(groups) // size),
+            **{name: groups[name].iloc[::size].tolist() for name in ("prompt_id", "group_id")},
+            "response_id": groups["response_id"].to_numpy(object).reshape(-1, size).tolist(),
+            "sample_logps": responses["sample_logp"].to_numpy(np.float32, na_value=np.nan).reshape(-1, size),
         }
     )
 

@@ -1,10 +1,13 @@
 """The keys of the recipe's `fit` block: how one round's Lagrangian maximizer is trained."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from data_prep.settings import Settings
+
+EVAL_STEPS = 20
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class FitSettings(Settings):
@@ -29,6 +32,23 @@ class FitSettings(Settings):
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
     steps: int | None = Field(None, ge=1, description="optimizer steps per round (give steps or epochs)")
     epochs: float | None = Field(None, gt=0, description="passes over the round's pairs (give steps or epochs)")
+    later_rounds: Share | list[Share] = Field(
+        1.0,
+        description="share of steps or epochs that the rounds after the first get; a list: rounds 1, 2, ..., its last for all that follow",
+    )
+    holdout: float = Field(
+        0.0, ge=0, lt=1, description="share of the prompts, the same in every round, that a fit only measures its residual on"
+    )
+    eval_steps: int = Field(EVAL_STEPS, ge=1, description="optimizer steps between two measurements on the held-out prompts")
+    early_stop: int | None = Field(
+        None,
+        ge=1,
+        description="stop a fit when the held-out residual has not fallen for so many measurements in a row, and keep the adapter that "
+        "measured best; null: off, the last adapter is kept",
+    )
+    save_steps: int | None = Field(
+        None, ge=1, description="optimizer steps between two checkpoints that a killed fit goes on from; null: it starts over"
+    )
     batch_size: int = Field(8, ge=1, description="rows (pairs or groups) per forward")
     gradient_accumulation: int = Field(1, ge=1, description="forwards per optimizer step")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third slower")
@@ -53,6 +73,23 @@ class FitSettings(Settings):
         if self.grouped and self.labels != "soft":
             raise ValueError(f"fit.labels {self.labels} is about pairs; groups (fit.group_size > 2, fit.loss listwise) take soft")
         return self
+
+    @model_validator(mode="after")
+    def _over_the_rounds(self) -> "FitSettings":
+        if self.later_rounds == []:
+            raise ValueError("fit.later_rounds is an empty list; give a share, or one per later round")
+        if not self.holdout and (self.early_stop is not None or self.eval_steps != EVAL_STEPS):
+            key = "fit.eval_steps" if self.early_stop is None else "fit.early_stop"
+            raise ValueError(f"{key} measures on held-out prompts, and there are none; set fit.holdout, e.g. 0.1")
+        return self
+
+    def in_round(self, number: int) -> "FitSettings":
+        """The settings of round `number`, from 0: `steps` or `epochs` by `later_rounds`; at least one step."""
+        shares = self.later_rounds if isinstance(self.later_rounds, list) else [self.later_rounds]
+        share = 1.0 if number == 0 else shares[min(number, len(shares)) - 1]
+        if self.steps is not None:
+            return self.model_copy(update={"steps": max(1, round(share * self.steps))})
+        return self.model_copy(update={"epochs": share * self.epochs})
 
     @property
     def grouped(self) -> bool:

@@ -11,7 +11,7 @@ from constrained_dpo.run_directory import RunDirectory
 from data_prep.policy import QUICKSTART, Policy, attached_adapter, load_policy
 from data_prep.sampling import check_lengths, law_hash, response_logps, sample_shard
 from data_prep.scoring import ScoreCache, Scorer, ScorerSettings, make_scorer, score_texts
-from data_prep.settings import UserError
+from data_prep.settings import UserError, derive_seed
 from data_prep.sources import last_user_text, tokenize_prompts
 
 
@@ -90,19 +90,22 @@ class LoraLearner:
         """One round's adapter at `output`; the multipliers are in the labels (pairs or groups) already."""
         from constrained_dpo.fit import fit_adapter
 
-        name = f"round-{self.run.rounds_done():03d}"
+        number = self.run.rounds_done()
+        name = f"round-{number:03d}"
         fit_adapter(
             self.policy,
             labels,
             pool,
             self.prompt_tokens,
-            self.recipe.fit,
+            self.recipe.fit.in_round(number),
             self.recipe.policy.lora,
             beta=self.recipe.objective.beta,
             seed=seed,
             previous_adapter=previous,
             output=output,
             logs=self.run.logs_folder(name),
+            checkpoints=self.run.checkpoints_folder(number),
+            holdout_seed=derive_seed(self.recipe.seed, 0, "holdout"),
             run_name=f"{self.recipe.name}-{name}",
             show_progress=self.show_progress,
         )

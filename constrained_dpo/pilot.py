@@ -16,6 +16,7 @@ from constrained_dpo.dual import ScoreTable
 from constrained_dpo.learner import LoraLearner
 from constrained_dpo.one_shot import solve_one_shot
 from constrained_dpo.problem import ConstrainedProblem
+from constrained_dpo.recipe import Recipe
 from constrained_dpo.rounds import Announce, silent
 from data_prep.preferences import label_groups, label_pairs
 from data_prep.settings import derive_seed
@@ -165,7 +166,8 @@ def _time_fit(learner: LoraLearner, pool: pd.DataFrame, folder: Path) -> tuple[f
         labels = label_pairs(pool, reward, zero, labels=recipe.fit.labels, pairs_per_prompt=None, seed=0)
         labels = labels.iloc[np.resize(np.arange(len(labels)), rows)]
     # Every forward costs the same, so one per step is timed and multiplied.
-    settings = recipe.fit.model_copy(update={"epochs": None, "gradient_accumulation": 1, "report_to": []})
+    alone = {"holdout": 0.0, "early_stop": None, "report_to": []}
+    settings = recipe.fit.model_copy(update={"epochs": None, "gradient_accumulation": 1, **alone})
     for name, steps in (("warmup", 1), ("adapter", TIMED_STEPS)):
         start = time.perf_counter()
         fit_adapter(
@@ -196,4 +198,11 @@ def _expected_seconds(
         steps = math.ceil(recipe.fit.epochs * rows / (recipe.fit.batch_size * recipe.fit.gradient_accumulation))
     prepare = ((counts["fit"] + counts["dual"]) * drawn + remeasured) * per_reference
     fit, rescore = steps * step + overhead, remeasured * per_response
-    return {"prepare": prepare, "fit": fit, "rescore": rescore, "run": prepare + recipe.dual.rounds * (fit + rescore)}
+    fits = sum(_share(recipe, number) * steps * step + overhead for number in range(recipe.dual.rounds))
+    return {"prepare": prepare, "fit": fit, "rescore": rescore, "run": prepare + fits + recipe.dual.rounds * rescore}
+
+
+def _share(recipe: Recipe, number: int) -> float:
+    """A round's steps or epochs in shares of the first round's."""
+    first, this = recipe.fit, recipe.fit.in_round(number)
+    return this.steps / first.steps if first.steps is not None else this.epochs / first.epochs

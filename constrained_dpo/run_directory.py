@@ -79,6 +79,10 @@ class RunDirectory:
     def adapter_folder(self, round_number: int) -> Path:
         return self.round_folder(round_number) / "adapter"
 
+    def checkpoints_folder(self, round_number: int) -> Path:
+        """Checkpoints of a round's fit while it is under way (`fit.save_steps`)."""
+        return self.round_folder(round_number) / ".checkpoints"
+
     def samples_file(self, round_number: int) -> Path:
         """π_θ's responses on dual and test prompts, scored, with their split."""
         return self.round_folder(round_number) / "samples.parquet"
@@ -168,6 +172,9 @@ class RunDirectory:
                 raise UserError(f"{self.path}: is being worked on by {holder}; wait for it or stop it") from error
             for leftover in list(self.path.rglob(".*.tmp")):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            for checkpoints in list(self.path.glob("rounds/*/.checkpoints")):
+                if (checkpoints.parent / "adapter").exists():  # killed between the adapter and the end of its checkpoints
+                    shutil.rmtree(checkpoints)
             with suppress(OSError):  # only a courtesy to whom the lock turns away: a full disk is reported by the first real write
                 os.ftruncate(handle.fileno(), 0)
                 os.write(handle.fileno(), f"process {os.getpid()}".encode())

@@ -34,13 +34,15 @@ def _wandb_environment(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def fit_logs(folder: Path | None, report_to: list[str]) -> Iterator[None]:
-    """Sends the Trainer's trackers to `folder` (emptied first) while one fit lasts, by the environment variables that they read."""
+def fit_logs(folder: Path | None, report_to: list[str], resumed: bool = False) -> Iterator[None]:
+    """Sends the Trainer's trackers to `folder` (emptied first, unless a fit goes on from a checkpoint: then the points behind it are there
+    twice) while one fit lasts, by the environment variables that they read."""
     if folder is None or not report_to:
         yield
         return
-    shutil.rmtree(folder, ignore_errors=True)  # of a fit that was killed
-    folder.mkdir(parents=True)
+    if not resumed:
+        shutil.rmtree(folder, ignore_errors=True)  # of a fit that was killed
+    folder.mkdir(parents=True, exist_ok=True)
     changed = {"TENSORBOARD_LOGGING_DIR": str(folder), **_wandb_environment(folder)}
     before = {key: os.environ.get(key) for key in changed}
     os.environ.update(changed)

@@ -43,6 +43,9 @@ def run_app(application: typer.Typer) -> None:
             raise
         print("stopped; the same command resumes where it stopped", file=sys.stderr)
         sys.exit(128 + stopped_by[-1])
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         print(f"error: {error}; the run directory is left resumable: mend the cause and give the same command again", file=sys.stderr)
         sys.exit(1)

@@ -171,7 +171,7 @@ def content(run: RunDirectory) -> dict[str, str]:
 
 
 def leftovers(run: RunDirectory) -> list[str]:
-    return [str(p) for pattern in (".*.tmp", "shards/*/*", "*-journal") for p in run.path.rglob(pattern)]
+    return [str(p) for pattern in (".*.tmp", ".checkpoints", "shards/*/*", "*-journal") for p in run.path.rglob(pattern)]
 
 
 def differences(run: RunDirectory, expected: dict[str, str]) -> list[str]:
