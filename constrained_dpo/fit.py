@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from constrained_dpo.devices import is_main, shards_base, wait
 from constrained_dpo.fit_data import GroupCollator, PairCollator, group_dataset, pair_dataset
 from constrained_dpo.fit_settings import FitSettings
 from constrained_dpo.losses import all_pairs_loss, listwise_loss, pair_loss
@@ -96,7 +97,7 @@ class FitProgress(TrainerCallback):
 
 def training_config(settings: FitSettings, beta: float, seed: int, output: Path, device: str, run_name: str | None = None) -> DPOConfig:
     """Every default of DPOConfig that changes the mathematics is set here in words (DESIGN §9)."""
-    return DPOConfig(
+    config = DPOConfig(
         output_dir=str(output),
         beta=beta,
         learning_rate=settings.learning_rate,
@@ -125,6 +126,9 @@ def training_config(settings: FitSettings, beta: float, seed: int, output: Path,
         use_cpu=device == "cpu",
         seed=seed % 2**32,
     )
+    # A process computes on its one device. With more GPUs in sight the Trainer would wrap the model in DataParallel, which TRL refuses.
+    config._n_gpu = min(config.n_gpu, 1)
+    return config
 
 
 @contextmanager
@@ -245,11 +249,14 @@ def fit_adapter(
     labels: rows of the pairs table, or of the groups table where the settings say groups; pool: the responses they name, with `ref_logp`.
     The optimizer starts fresh. Returns the largest |log π_θ − stored ref_logp| before the first step in nats (None after a warm start);
     the log is beside the adapter. `logs` is where the trackers of `settings.report_to` write, `run_name` what they call this fit.
+    In a launch of several processes all of them call this, each trains on its own rows of every step's batch, and the main one saves. Where
+    the launch shards the base (`shards_base`) the policy cannot be used afterwards and has to be loaded again.
     """
     dataset = (group_dataset if settings.grouped else pair_dataset)(labels, pool, prompt_tokens, settings.max_length)
     temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with _restored_base(policy), fit_logs(logs, settings.report_to):
+    if is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+    with _restored_base(policy), fit_logs(logs if is_main() else None, settings.report_to):
         trainer = build_trainer(
             policy,
             dataset,
@@ -266,16 +273,25 @@ def fit_adapter(
             anchor_error = check_anchor(policy, trainer.model, dataset) if previous_adapter is None else None
             trainer.train()
             log = [{k: v for k, v in row.items() if isinstance(v, int | float)} for row in trainer.state.log_history]
-            _save_adapter(trainer.model, {"anchor_error": anchor_error, "log": log}, temporary, output)
+            gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) if shards_base() else None
+            if is_main():
+                _save_adapter(trainer.model, gathered, {"anchor_error": anchor_error, "log": log}, temporary, output)
         finally:
-            trainer.model.unload()
+            if not shards_base():
+                trainer.model.unload()
+    wait()
     return anchor_error
 
 
-def _save_adapter(model: PeftModel, log: dict[str, object], temporary: Path, output: Path) -> None:
-    """Writes adapter and log beside `output`, then moves them there; raises OSError naming `output` where that fails."""
+def _save_adapter(
+    model: PeftModel, gathered: dict[str, torch.Tensor] | None, log: dict[str, object], temporary: Path, output: Path
+) -> None:
+    """Writes adapter and log beside `output`, then moves them there; raises OSError naming `output` where that fails.
+
+    gathered: the model's whole tensors by name, where `model` holds only this process's part of them.
+    """
     try:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=gathered)
         (temporary / "training_log.json").write_text(json.dumps(log, indent=1))
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model card describes another run than this one
         for path in temporary.iterdir():
