@@ -113,7 +113,7 @@ def test_a_kill_ends_the_launch_with_one_message_and_nothing_half_done(killed, o
 
 def test_a_round_of_two_processes_is_that_of_one_with_twice_the_batch(resumed, one_process):
     run, _, out, err = resumed
-    assert json.loads(out)["processes"] == 2  # one process prints
+    assert json.loads(out.splitlines()[-1])["processes"] == 2 and out.count('"processes"') == 1
     assert err.count("round 0: fit ...") == 1 and "prepare" not in err
     difference, moved = weights_differ(one_process.adapter_folder(0), run.adapter_folder(0))
     assert difference < TOLERANCE * moved and moved > 1e-4
@@ -126,9 +126,11 @@ def test_a_round_of_two_processes_is_that_of_one_with_twice_the_batch(resumed, o
 
 
 def test_fits_of_two_processes_are_those_of_one_with_twice_the_batch(resumed, tmp_path):
-    """Pairs and groups, nf4 and unquantized, warm start, accumulation and checkpointing; the KL's anchor is checked in every process."""
+    """Pairs and groups, nf4 and unquantized, warm start, accumulation and checkpointing, DDP and FSDP; the KL's anchor is checked in every
+    process."""
     play(tmp_path, 4)
     assert sorted(p.name for p in resumed[1].iterdir()) == sorted(FITS)
+    assert "listwise: the base is made of Parameters" in resumed[2] and "sharded: the base is made of DTensors" in resumed[2]
     for name in FITS:
         difference, moved = weights_differ(tmp_path / name, resumed[1] / name)
         assert difference < TOLERANCE * moved and moved > 1e-2, (name, difference, moved)
