@@ -34,7 +34,7 @@ TINY = [
 TINY += ["fit.steps=12", "dual.rounds=2", "policy.lora.dropout=0", "fit.pairs_per_prompt=12"]
 TOLERANCE = 2e-3
 """Of adapter weights, as a share of the largest: a sum over two processes is rounded in another order, which Adam enlarges where a gradient
-is nearly 0. Measured: 1e-5 to 6e-4."""
+is nearly 0. Measured: 4e-5 to 6e-4; one process with half the batch is off by 1."""
 
 
 def launch(*arguments, config: str = "ddp_cpu.yaml") -> subprocess.Popen:
@@ -160,8 +160,8 @@ def test_an_error_in_one_process_ends_all_with_one_message(tmp_path):
     assert run.state()["lambda"]
 
 
-def test_a_command_for_one_process_says_so(tmp_path, monkeypatch):
-    """In this process, under a launch's variables: what is refused before the others are joined or without them."""
+def test_what_a_launch_cannot_fit_is_refused(monkeypatch):
+    """In this process, under a launch's variables."""
     from constrained_dpo.devices import check_launch, num_processes, rank, shards_base
     from data_prep.policy import PolicySettings
     from data_prep.settings import UserError
