@@ -2,11 +2,14 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from constrained_dpo.devices import check_launch, is_main, join_launch, main_first, may_speak, num_processes, run_launched, wait
 from constrained_dpo.dual_cli import app as dual_app
 from data_prep.cli import app as data_app
 from data_prep.cli import parse_assignments, quiet_libraries, run_app
@@ -129,12 +132,23 @@ def _open(run: "RunDirectory") -> tuple["Recipe", "LoraLearner", dict[str, int]]
     quiet_libraries()
     recipe = run.recipe()
     require_trackers(recipe.fit.report_to)  # before hours of sampling, not after
+    check_launch(recipe.policy)
     prepared = bool(run.state()["lambda"])
     prompts, left_out = (run.prompts(), {}) if prepared else split_prompts(recipe.prompts, recipe.dual.prompts_per_round)
     learner = LoraLearner(recipe, run, prompts, show_progress=sys.stderr.isatty())
+    with main_first():
+        _ = learner.policy  # merged, trained or downloaded once
     if not prepared:
         left_out |= learner.restrict(recipe.fit.max_length)
     return recipe, learner, left_out
+
+
+@contextmanager
+def _held(run: "RunDirectory") -> Iterator[None]:
+    """Holds the run: in a launch the main process has the lock, and the others begin once it has it."""
+    with run.locked() if is_main() else nullcontext():
+        wait()
+        yield
 
 
 def _prepare(run: "RunDirectory") -> tuple["Recipe", "LoraLearner"]:
@@ -159,7 +173,7 @@ def prepare(run: RunPath, as_json: AsJson = False) -> None:
     from constrained_dpo.run_directory import RunDirectory
 
     directory = RunDirectory(run)
-    with directory.locked():
+    with _held(directory):
         _prepare(directory)
     state = directory.state()
     if as_json:
@@ -180,7 +194,7 @@ def _play(path: Path, rounds: int | None, as_json: bool, until_converged: bool =
     from constrained_dpo.terminal import print_phase, print_round, print_samples
 
     run = RunDirectory(path)
-    with run.locked():
+    with _held(run):
         recipe, done = run.recipe(), run.rounds_done()
         total = recipe.dual.rounds if rounds is None else done + rounds
         stop = reason_to_stop(run, recipe, until_converged) if done and not forced else None
@@ -330,5 +344,24 @@ def report(run: RunPath, round_: RoundChoice = "last", as_json: AsJson = False) 
     print(json.dumps({"report": str(path), "verdict": sentence}) if as_json else f"{sentence}\n{path}")
 
 
+LAUNCHED = ("prepare", "round", "run")
+
+
+def _run_with_others() -> None:
+    """The command as one process of `accelerate launch`."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    join_launch()
+    if command not in LAUNCHED:
+        raise UserError(f"cdpo {command}: runs in one process; start it without `accelerate launch` ({', '.join(LAUNCHED)} take several)")
+    app()
+
+
 def main() -> None:
-    run_app(app)
+    if num_processes() == 1:
+        run_app(app)
+    else:
+        run_launched(lambda: run_app(_run_with_others, may_speak))
+
+
+if __name__ == "__main__":
+    main()

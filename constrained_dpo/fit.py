@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
+from constrained_dpo.devices import is_main, shards_base, wait
 from constrained_dpo.fit_checkpoints import KEPT, SealedCheckpoints, fit_identity, newest_whole
 from constrained_dpo.fit_data import LengthBuckets, PaddedCollator, group_dataset, pair_dataset
 from constrained_dpo.fit_holdout import HeldOut, residual, split_held_out, squared_residuals
@@ -113,7 +114,7 @@ def training_config(
 
     resumed: the adapter that the fit started from was measured before the kill.
     """
-    return DPOConfig(
+    config = DPOConfig(
         output_dir=str(output),
         beta=beta,
         learning_rate=settings.learning_rate,
@@ -148,6 +149,9 @@ def training_config(
         use_cpu=device == "cpu",
         seed=seed % 2**32,
     )
+    # A process computes on its one device. With more GPUs in sight the Trainer would wrap the model in DataParallel, which TRL refuses.
+    config._n_gpu = min(config.n_gpu, 1)
+    return config
 
 
 @contextmanager
@@ -283,18 +287,21 @@ def fit_adapter(
     this very fit: then it goes on from there, to the same adapter bit for bit on the same machine. `holdout_seed` draws the held-out
     prompts. Returns the largest |log π_θ − stored ref_logp| before the first step in nats (None after a warm start or a resume); the log
     is beside the adapter. `logs` is where the trackers of `settings.report_to` write, `run_name` what they call this fit.
+    In a launch of several processes all of them call this, each trains on its own rows of every step's batch, and the main one saves. Where
+    the launch shards the base (`shards_base`) the policy cannot be used afterwards and has to be loaded again.
 
     Raises FloatingPointError at the first loss or gradient that is not finite; its batch is then in bad_batch.json beside `output`.
     """
     dataset = (group_dataset if settings.grouped else pair_dataset)(labels, pool, prompt_tokens, settings.max_length)
     temporary, bad_batch = output.with_name(f".{output.name}.tmp"), output.with_name("bad_batch.json")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
     checkpoint, callbacks = None, []
     if settings.save_steps and checkpoints is not None:
         identity = fit_identity(
             dataset, policy.fingerprint, settings, lora, beta=beta, seeds=(seed, holdout_seed), previous_adapter=previous_adapter
         )
-        checkpoint = newest_whole(checkpoints, identity)
+        checkpoint = _start_from(checkpoints, identity)
         callbacks = [SealedCheckpoints(identity)]
     else:
         settings = settings.model_copy(update={"save_steps": None})
@@ -302,7 +309,7 @@ def fit_adapter(
     measured = HeldOut(settings.early_stop)
     if held_out is not None:
         callbacks = [measured, *callbacks]
-    with _restored_base(policy), fit_logs(logs, settings.report_to, resumed=checkpoint is not None):
+    with _restored_base(policy), fit_logs(logs if is_main() else None, settings.report_to, resumed=checkpoint is not None):
         trainer = build_trainer(
             policy,
             fitted,
@@ -332,19 +339,37 @@ def fit_adapter(
             if held_out is not None:
                 content["held_out"] = measured.record(held_out)
             content["log"] = [{k: v for k, v in row.items() if isinstance(v, int | float)} for row in trainer.state.log_history]
-            _save_adapter(trainer.model, training_log_text(content), temporary, output)
+            gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) if shards_base() else None
+            if is_main():
+                _save_adapter(trainer.model, gathered, training_log_text(content), temporary, output)
         finally:
-            trainer.model.unload()
-    if checkpoints is not None:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    bad_batch.unlink(missing_ok=True)
+            if not shards_base():
+                trainer.model.unload()
+    wait()
+    if is_main():
+        if checkpoints is not None:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        bad_batch.unlink(missing_ok=True)
     return anchor_error
 
 
-def _save_adapter(model: PeftModel, log: str, temporary: Path, output: Path) -> None:
-    """Writes adapter and log beside `output`, then moves them there; raises OSError naming `output` where that fails."""
+def _start_from(checkpoints: Path, identity: str) -> Path | None:
+    """The checkpoint that a fit goes on from, or None; raises UserError where checkpoints cannot be written."""
+    if shards_base():
+        raise UserError("fit.save_steps: checkpoints inside a fit are not written where the launch shards the base; set it to null")
+    if is_main():
+        newest_whole(checkpoints, identity)  # removes what is not whole, once
+    wait()
+    return newest_whole(checkpoints, identity)
+
+
+def _save_adapter(model: PeftModel, gathered: dict[str, torch.Tensor] | None, log: str, temporary: Path, output: Path) -> None:
+    """Writes adapter and log beside `output`, then moves them there; raises OSError naming `output` where that fails.
+
+    gathered: the model's whole tensors by name, where `model` holds only this process's part of them.
+    """
     try:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=gathered)
         (temporary / "training_log.json").write_text(log)
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model card describes another run than this one
         for path in temporary.iterdir():

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from constrained_dpo.devices import shards_base
 from constrained_dpo.recipe import Recipe
 from constrained_dpo.run_directory import RunDirectory
 from data_prep.policy import QUICKSTART, Policy, attached_adapter, load_policy
@@ -109,6 +110,8 @@ class LoraLearner:
             run_name=f"{self.recipe.name}-{name}",
             show_progress=self.show_progress,
         )
+        if shards_base():
+            self.unload()
 
     def sample(self, prompts: pd.DataFrame, *, responses_per_prompt: int, adapter: Path | None, source: str, seed: int) -> pd.DataFrame:
         return sample_shard(

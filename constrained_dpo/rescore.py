@@ -5,6 +5,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from constrained_dpo.certificate import judge, overall
+from constrained_dpo.devices import num_processes, rank, wait
 from constrained_dpo.dual import estimate_subgradient
 from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.run_directory import RunDirectory
@@ -32,16 +33,16 @@ def collect(
     """Scored responses to `prompts` (num_prompts × K rows), each shard committed as a file before the next is drawn.
 
     A shard's prompts and seed are pure functions of the arguments, so a killed run that resumes draws the same responses. With `known`
-    (responses of the same policy and law to these prompts) nothing is drawn; they are only scored.
+    (responses of the same policy and law to these prompts) nothing is drawn; they are only scored. The processes of a launch divide the
+    shards by number, wait for each other, and all return the whole table.
     """
     per_shard = max(1, shard_size // responses_per_prompt)
     folder = run.shard_folder(phase)
-    parts = []
-    starts = range(0, len(prompts), per_shard)
-    for number, start in enumerate(tqdm(starts, desc=f"{phase}: sample and score", unit="shard", disable=None, leave=False)):
-        path = folder / f"{number:05d}.parquet"
-        if not path.exists():
-            chosen = prompts.iloc[start : start + per_shard]
+    paths = [folder / f"{number:05d}.parquet" for number in range(-(-len(prompts) // per_shard))]
+    own = range(rank(), len(paths), num_processes())
+    for number in tqdm(own, desc=f"{phase}: sample and score", unit="shard", disable=None, leave=False):
+        if not paths[number].exists():
+            chosen = prompts.iloc[number * per_shard : (number + 1) * per_shard]
             if known is not None:
                 drawn = known[known["prompt_id"].isin(chosen["prompt_id"])].reset_index(drop=True)
             else:
@@ -52,9 +53,9 @@ def collect(
                     source=source,
                     seed=derive_seed(seed, round_number, phase, number),
                 )
-            write_parquet(validate_responses(learner.score(drawn), objectives, phase), path)
-        parts.append(read_parquet(path))
-    return pd.concat(parts, ignore_index=True)
+            write_parquet(validate_responses(learner.score(drawn), objectives, phase), paths[number])
+    wait()
+    return pd.concat([read_parquet(path) for path in paths], ignore_index=True)
 
 
 def summarize(

@@ -2,6 +2,9 @@
 
 The learner is an argument: anything with fit, sample and score. `LoraLearner` trains a language model; `TabularLearner` is the exact
 maximizer over an enumerated world.
+
+Under `accelerate launch` every process plays the loop: sampling, scoring and the fit are shared, and what the main process alone writes is
+on disk before any goes on (`devices.wait`).
 """
 
 import shutil
@@ -14,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from constrained_dpo.certificate import certify, nothing
+from constrained_dpo.devices import is_main, num_processes, summed, wait
 from constrained_dpo.recipe import Recipe
 from constrained_dpo.rescore import NOT_THE_POLICY, collect, measure
 from constrained_dpo.run_directory import RunDirectory
@@ -75,10 +79,9 @@ def prepare(run: RunDirectory, recipe: Recipe, learner: Learner, left_out: dict[
     """
     problem, sampling, dual = recipe.problem, recipe.sampling, recipe.dual
     prompts = learner.prompts
-    if not run.prompts_file.exists():
-        write_parquet(prompts, run.prompts_file)
-    elif not read_parquet(run.prompts_file).equals(prompts.reset_index(drop=True)):
-        raise UserError(f"{run.prompts_file}: the prompt source changed while the run was being prepared; restore it or start another run")
+    if is_main():
+        _keep_prompts(run, prompts)
+    wait()
     identity: dict[str, object] = {}
     timed(announce, "prepare: load policy and scorers", lambda: identity.update(learner.identity()))
     inherited = run.state().get("inherited", {})
@@ -96,16 +99,34 @@ def prepare(run: RunDirectory, recipe: Recipe, learner: Learner, left_out: dict[
     def sample_pool() -> None:
         pool = reference_samples("pool", prompts[prompts["split"] != "test"], sampling.responses_per_prompt)
         _require_varying(pool, problem.objectives)
-        write_parquet(pool, run.pool_file(None))
+        if is_main():
+            write_parquet(pool, run.pool_file(None))
 
     def sample_reference() -> None:
         reference = reference_samples("reference", prompts[prompts["split"] != "fit"], dual.responses_per_prompt)
-        write_parquet(_with_split(reference, prompts), run.reference_file)
+        if is_main():
+            write_parquet(_with_split(reference, prompts), run.reference_file)
 
     if not run.pool_file(None).exists():
         timed(announce, "prepare: sample and score π_ref on fit prompts", sample_pool)
     if not run.reference_file.exists():
         timed(announce, "prepare: sample and score π_ref on dual and test prompts", sample_reference)
+    wait()
+    if is_main():
+        recipe = _begin(run, recipe, learner, identity, left_out)
+    wait()
+    return recipe if is_main() else run.recipe()
+
+
+def _keep_prompts(run: RunDirectory, prompts: pd.DataFrame) -> None:
+    if not run.prompts_file.exists():
+        write_parquet(prompts, run.prompts_file)
+    elif not read_parquet(run.prompts_file).equals(prompts.reset_index(drop=True)):
+        raise UserError(f"{run.prompts_file}: the prompt source changed while the run was being prepared; restore it or start another run")
+
+
+def _begin(run: RunDirectory, recipe: Recipe, learner: Learner, identity: dict[str, object], left_out: dict[str, int]) -> Recipe:
+    """The end of `prepare`, from π_ref's scored responses: exact optimum, step scale, λ_0, state. Returns the resolved recipe."""
     optimum = learner.optimum()
     if optimum is not None and not run.exact_file.exists():
         write_json(run.exact_file, optimum)
@@ -146,31 +167,46 @@ def play_round(run: RunDirectory, recipe: Recipe, learner: Learner, announce: An
     lambda_ = recipe.problem.multipliers(state["lambda"][-1])
     seconds: dict[str, float | None] = dict.fromkeys(("relabel", "fit", "rescore", "off_policy"))
 
-    def phase(name: str, done: bool, action: Callable[[], None]) -> None:
-        if not done:
+    def phase(name: str, done: bool, action: Callable[[], None], shared: bool = False) -> None:
+        """Does what is not done yet: in every process where the work is shared, else in the main one. All leave it together."""
+        if not done and (shared or is_main()):
             seconds[name] = timed(announce, f"round {number}: {name}", action)
+        wait()
 
     phase("relabel", run.labels_file(number, recipe.fit.grouped).exists(), lambda: _relabel(run, recipe, lambda_, number))
-    phase("fit", run.adapter_folder(number).exists(), lambda: _fit(run, recipe, learner, lambda_, number))
-    phase("rescore", run.samples_file(number).exists(), lambda: _rescore(run, recipe, learner, number))
+    phase("fit", run.adapter_folder(number).exists(), lambda: _fit(run, recipe, learner, lambda_, number), shared=True)
+    phase("rescore", run.samples_file(number).exists(), lambda: _rescore(run, recipe, learner, number), shared=True)
     if is_policy_law(recipe.sampling):
         phase("off_policy", run.off_policy_file(number).exists(), lambda: _off_policy(run, learner, number))
+    truncated = summed(getattr(learner, "truncated", dict)())
+    if is_main():
+        _close_round(run, recipe, learner, state, seconds, truncated)
+    wait()
+    return run.round_record(number)
+
+
+def _close_round(
+    run: RunDirectory, recipe: Recipe, learner: Learner, state: dict, seconds: dict[str, float | None], truncated: dict[str, int]
+) -> None:
+    """The dual step and what a round leaves: the pool's growth, round.json, the trackers' point, λ_{t+1} in state.json."""
+    number = len(state["lambda"]) - 1
+    lambda_ = recipe.problem.multipliers(state["lambda"][-1])
     if recipe.pool.grow and not run.pool_file(number).exists():
         samples = read_parquet(run.samples_file(number))
         write_parquet(samples[samples["split"] == "dual"].drop(columns="split"), run.pool_file(number))
     if not run.round_file(number).exists():
         record = round_record(run, recipe, lambda_, [run.round_record(t) for t in range(number)])
         record |= {"exact": learner.exact(run.adapter_folder(number), lambda_), "seconds": seconds, "hashes": state["hashes"]}
-        truncated = getattr(learner, "truncated", dict)()
         if truncated:
             record["truncated_scores"] = truncated
+        if num_processes() > 1:
+            record["processes"] = num_processes()
         write_json(run.round_file(number), record)
     record = run.round_record(number)
     log_round(run, recipe, record)
     state["lambda"].append(record["lambda_next"])
     _drop_shards(run, _rescore_phase(number))
     run.write_state(state)
-    return record
 
 
 def _relabel(run: RunDirectory, recipe: Recipe, lambda_: pd.Series, number: int) -> None:
@@ -217,7 +253,8 @@ def _rescore(run: RunDirectory, recipe: Recipe, learner: Learner, number: int) -
         responses_per_prompt=recipe.dual.responses_per_prompt, adapter=run.adapter_folder(number), source=f"round:{number}",
         shard_size=recipe.sampling.batch_size, objectives=recipe.problem.objectives, seed=recipe.seed,
     )  # fmt: skip
-    write_parquet(_with_split(samples, prompts), run.samples_file(number))
+    if is_main():
+        write_parquet(_with_split(samples, prompts), run.samples_file(number))
 
 
 def _off_policy(run: RunDirectory, learner: Learner, number: int) -> None:

@@ -6,6 +6,7 @@ Two things run foreign code when a checkpoint is opened, and both are off unless
 
 import contextlib
 import hashlib
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,9 +90,17 @@ def fingerprint_model(source: str, revision: str | None) -> str:
 
 
 def resolve_device(device: str, key: str) -> str:
-    """`cpu` or `cuda` for auto, cpu or cuda. Raises UserError where a GPU is asked for and absent."""
+    """`cpu`, `cuda`, or under a launch of several processes `cuda:N` with this process's own GPU. Raises UserError where a GPU is asked for
+    and absent.
+
+    The launcher's variables are read as accelerate reads them, so that models lie where the Trainer computes.
+    """
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{key}: cuda was asked for but torch sees no GPU; set it to auto or cpu, or mend the driver")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    launched_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
+    if device == "cpu" or not torch.cuda.is_available() or (device == "auto" and launched_on_cpu):
+        return "cpu"
+    local = os.environ.get("LOCAL_RANK")
+    return "cuda" if local is None else f"cuda:{int(local) % torch.cuda.device_count()}"

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +17,11 @@ Format = Annotated[str, typer.Option("--format", help="text or chat")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable summary")]
 
 
-def run_app(application: typer.Typer) -> None:
-    """Runs a CLI: a user's mistake is one line on stderr and exit code 2, never a traceback; Ctrl-C is 130, SIGTERM 143, a failure 1."""
+def run_app(application: Callable[[], None], may_speak: Callable[[], bool] = lambda: True) -> None:
+    """Runs a CLI: a user's mistake is one line on stderr and exit code 2, never a traceback; Ctrl-C is 130, SIGTERM 143, a failure 1.
+
+    may_speak: asked before an error is printed; of several processes that end together one says why.
+    """
     import os
     import signal
     import warnings
@@ -35,19 +39,21 @@ def run_app(application: typer.Typer) -> None:
     try:
         application()
     except UserError as error:
-        for line in str(error).splitlines():
+        for line in str(error).splitlines() if may_speak() else ():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != 130:  # typer turns an interrupt into exit 130, without a word
             raise
-        print("stopped; the same command resumes where it stopped", file=sys.stderr)
+        if may_speak():
+            print("stopped; the same command resumes where it stopped", file=sys.stderr)
         sys.exit(128 + stopped_by[-1])
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        print(f"error: {error}; the run directory is left resumable: mend the cause and give the same command again", file=sys.stderr)
+        if may_speak():
+            print(f"error: {error}; the run directory is left resumable: mend the cause and give the same command again", file=sys.stderr)
         sys.exit(1)
 
 

@@ -210,7 +210,8 @@ class ScoreCache:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
         with self._named_errors():
-            self.database = sqlite3.connect(str(path) if path else ":memory:")
+            # Processes of one launch write to it in turn.
+            self.database = sqlite3.connect(str(path) if path else ":memory:", timeout=60)
             self.database.execute("CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL NOT NULL) WITHOUT ROWID")
 
     @contextmanager
