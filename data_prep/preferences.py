@@ -165,20 +165,20 @@ def _label(
     return Pairs(rows, np.where(first_wins, first, second), np.where(first_wins, second, first), prob, target, margin)
 
 
-def _require_responses(responses: pd.DataFrame) -> np.ndarray:
+def require_responses(responses: pd.DataFrame) -> np.ndarray:
     """The response ids' hashes; raises UserError unless the table has a prompt_id and a response_id, unique, in every row."""
     require_columns(responses, ["prompt_id", "response_id"], "responses")
     require_ids(responses, ["prompt_id", "response_id"], "responses")
     hashes = hash_ids(responses["response_id"])
-    if not all_differ(hashes):
+    if not all_differ(hashes.copy()):
         require_unique(responses, ["response_id"], "responses")
     return hashes
 
 
 def all_differ(hashes: np.ndarray) -> bool:
-    """Whether no two hashes are equal: then no two ids are."""
-    in_order = np.sort(hashes)
-    return not (in_order[1:] == in_order[:-1]).any()
+    """Whether no two hashes are equal: then no two ids are. Sorts the array."""
+    hashes.sort()
+    return not (hashes[1:] == hashes[:-1]).any()
 
 
 def no_pair() -> UserError:
@@ -214,7 +214,7 @@ def label_pairs(
     Draws are seeded by (seed, round, pair): another round or seed redraws them, another row order does not. Pairs come by prompt, in
     ascending order of prompt_id. Raises UserError where no prompt has two responses.
     """
-    hashes = _require_responses(responses)
+    hashes = require_responses(responses)
     score = lagrangian_score(responses, reward, lambda_)
     rule = {"labels": labels, "pairs_per_prompt": pairs_per_prompt, "seed": seed, "round_number": round_number}
     pieces = list(pair_pieces(PromptRows.of(responses, hashes), score, **rule))
@@ -258,7 +258,7 @@ def label_groups(
     until there are `groups_per_prompt`: no response comes a second time before all have come once, up to the rest of a pass, which is
     left out. A prompt with fewer responses gives none. Raises UserError where no prompt has `group_size`.
     """
-    hashes = _require_responses(responses)
+    hashes = require_responses(responses)
     score = lagrangian_score(responses, reward, lambda_)
     rule = {"group_size": group_size, "groups_per_prompt": groups_per_prompt, "seed": seed, "round_number": round_number}
     grouped = group_rows(PromptRows.of(responses, hashes), **rule)
@@ -282,18 +282,3 @@ def group_ids(prompt_ids: Iterable[object], groups_per_prompt: int) -> list[str]
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0.0, -x))
-
-
-def attach_text(pairs: pd.DataFrame, responses: pd.DataFrame, prompts: pd.Series | None) -> pd.DataFrame:
-    """Adds `prompt, chosen, rejected` texts to a pairs table, for people and for other trainers.
-
-    prompts: prompt text by prompt_id; None uses the responses table's own `prompt` column.
-    """
-    require_columns(responses, ["response"], "responses (--text)")
-    texts = responses.set_index("response_id")["response"]
-    if prompts is None:
-        require_columns(responses, ["prompt"], "responses (--text)")
-        prompts = responses.drop_duplicates("prompt_id").set_index("prompt_id")["prompt"]
-    return pairs.assign(
-        prompt=pairs["prompt_id"].map(prompts), chosen=pairs["chosen_id"].map(texts), rejected=pairs["rejected_id"].map(texts)
-    )
