@@ -249,14 +249,15 @@ def status(run: RunPath, as_json: AsJson = False) -> None:
 def evaluate(
     run: RunPath,
     round_: RoundChoice = "last",
+    adapter: Annotated[Path | None, typer.Option(help="instead of a round: a LoRA adapter from elsewhere on the run's base")] = None,
     prompts: Annotated[Path | None, typer.Option(help="other prompts (format as in the recipe); default: the run's test prompts")] = None,
     scorer: Annotated[list[str], typer.Option(help="NAME={type: ...} as in a recipe: one more score to report")] = [],  # noqa: B006
     responses: Annotated[int | None, typer.Option(min=1, help="responses per prompt; default: dual.responses_per_prompt")] = None,
     seed: Annotated[int, typer.Option(help="another seed draws other responses")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Sample a round's policy afresh on unseen prompts and judge it, by the run's scorers and extra ones."""
-    from constrained_dpo.evaluate import check_names, evaluate_round, evaluation_prompts
+    """Sample a round's policy, or another adapter's, afresh on unseen prompts and judge it, by the run's scorers and extra ones."""
+    from constrained_dpo.evaluate import check_names, evaluate_adapter, evaluate_round, evaluation_prompts
     from constrained_dpo.learner import LoraLearner
     from constrained_dpo.rounds import require_same_inputs
     from constrained_dpo.run_directory import RunDirectory
@@ -265,7 +266,13 @@ def evaluate(
     from data_prep.scoring import parse_scorer
 
     directory = RunDirectory(run)
-    recipe, number = directory.recipe(), chosen_round(directory, round_)
+    recipe = directory.recipe()
+    if adapter is None:
+        number = chosen_round(directory, round_)
+    elif round_ != "last":
+        raise UserError(f"--adapter and --round {round_}: give one of them")
+    elif not directory.state()["lambda"]:
+        raise UserError(f"{run}: not prepared yet, so π_ref's responses are missing; `cdpo prepare {run}` draws and scores them")
     extra = {name: parse_scorer(text, f"--scorer {name}") for name, _, text in (s.partition("=") for s in scorer)}
     check_names(list(extra), recipe.problem)
     quiet_libraries()
@@ -276,7 +283,11 @@ def evaluate(
         left_out = {"duplicates": duplicates} | learner.restrict(recipe.fit.max_length)
         count = responses or recipe.dual.responses_per_prompt
         label = prompts.stem if prompts else "test"
-        record = evaluate_round(directory, recipe, learner, number, label=label, responses_per_prompt=count, seed=seed)
+        asked = {"label": label, "responses_per_prompt": count, "seed": seed}
+        if adapter is None:
+            record = evaluate_round(directory, recipe, learner, number, **asked)
+        else:
+            record = evaluate_adapter(directory, recipe, learner, adapter, **asked)
     if as_json:
         print(json.dumps(record | {"left_out": left_out}))
         return

@@ -207,6 +207,7 @@ def relabel(
     pairs_per_prompt: Annotated[str, typer.Option(help="a number, or all")] = "all",
     seed: Annotated[int, typer.Option(help="seed of pairs and draws")] = 0,
     text: Annotated[bool, typer.Option("--text", help="add prompt, chosen, rejected texts")] = False,
+    prompts: Annotated[Path | None, typer.Option(help="with --text: table of prompt_id, prompt; default: the responses' column")] = None,
     group_size: Annotated[int | None, typer.Option(min=2, help="groups of so many responses with their scores s, instead of pairs")] = None,
     groups_per_prompt: Annotated[int, typer.Option(min=1, help="groups per prompt, with --group-size")] = 4,
     as_json: AsJson = False,
@@ -214,13 +215,15 @@ def relabel(
     """Pseudo-preference pairs under given multipliers: P(y1 ≻ y2) = σ(s(y1) − s(y2)), s = reward + Σ λ·utility."""
     import pandas as pd
 
-    from data_prep.relabel import relabel_groups, relabel_pairs
+    from data_prep.relabel import read_prompt_texts, relabel_groups, relabel_pairs
 
     if labels not in ("soft", "bernoulli", "argmax"):
         raise UserError(f"--labels {labels}: is not one of soft, bernoulli, argmax")
     if pairs_per_prompt != "all" and not (pairs_per_prompt.isdigit() and int(pairs_per_prompt) > 0):
         raise UserError(f"--pairs-per-prompt {pairs_per_prompt}: write a number ≥ 1, or all")
     multipliers = pd.Series(parse_assignments(lambda_, "--lambda"), dtype=float)
+    if prompts is not None and not text:
+        raise UserError("--prompts: only --text writes prompts; add it, or leave --prompts out")
     if group_size is not None:
         if text or labels != "soft" or pairs_per_prompt != "all":
             raise UserError("--group-size: groups hold scores; leave out --text, --labels and --pairs-per-prompt")
@@ -232,9 +235,10 @@ def relabel(
             said = f"{done['groups']} groups of {group_size} responses of {done['prompts']} prompts"
             print(f"{output}: {said}; left out: {left_out} prompts with fewer responses")
         return
+    texts = None if prompts is None else read_prompt_texts(prompts)
     done = relabel_pairs(
         responses, output, reward, multipliers, labels=labels,
-        pairs_per_prompt=None if pairs_per_prompt == "all" else int(pairs_per_prompt), seed=seed, text=text,
+        pairs_per_prompt=None if pairs_per_prompt == "all" else int(pairs_per_prompt), seed=seed, text=text, prompt_texts=texts,
     )  # fmt: skip
     singles = done.pop("single_response")
     if as_json:

@@ -35,7 +35,7 @@ from data_prep.preferences import (
     require_responses,
 )
 from data_prep.settings import UserError
-from data_prep.tables import read_parquet, read_table, replacing, require_columns
+from data_prep.tables import read_parquet, read_table, replacing, require_columns, require_unique
 
 BLOCK_ROWS = 1 << 16
 MAX_BLOCKS = 512  # open files; a table of more than 33 million rows has larger blocks
@@ -54,23 +54,27 @@ def relabel_pairs(
     pairs_per_prompt: int | None,
     seed: int,
     text: bool,
+    prompt_texts: pd.Series | None = None,
     block_rows: int = BLOCK_ROWS,
 ) -> dict[str, object]:
     """Writes `label_pairs` of a file (parquet, csv, tsv, json, jsonl), with `text` also the columns prompt, chosen and rejected (texts).
+
+    prompt_texts: by prompt_id; None: the file's column prompt (the first row of each prompt).
 
     Returns counts: pairs, prompts (with a pair), ambiguous_fraction (share of pairs with 0.05 < prob < 0.95), single_response (prompts
     left out). Raises UserError on a bad table, or where no prompt has two responses.
     """
     pairs = prompts = ambiguous = singles = 0
-    columns = [*IDS, reward, *lambda_.index, *(TEXTS if text else ())]
+    columns = [*IDS, reward, *lambda_.index]
+    if text:
+        columns += ["response"] if prompt_texts is not None else TEXTS
     with replacing(output) as temporary, _row_groups(temporary) as write, closing(_blocks(path, columns, output, block_rows)) as blocks:
         for block, hashes in blocks:
             rows, score = PromptRows.of(block, hashes), lagrangian_score(block, reward, lambda_)
             prompts, singles = prompts + int((rows.counts > 1).sum()), singles + int((rows.counts == 1).sum())
             texts = [(name, block[name]) for name in IDS]
             if text:
-                first = np.unique(rows.codes, return_index=True)[1]
-                texts += [("prompt", block["prompt"].take(first[rows.codes])), ("response", block["response"])]
+                texts += [("prompt", _prompts_of(block, rows.codes, prompt_texts)), ("response", block["response"])]
             arrays = {name: _arrow(column) for name, column in texts}
             for piece in pair_pieces(rows, score, labels=labels, pairs_per_prompt=pairs_per_prompt, seed=seed):
                 of = {name: array.take(pa.array(piece.rows)).dictionary_encode() for name, array in arrays.items()}
@@ -132,6 +136,26 @@ def relabel_groups(
         if not prompts:
             raise no_group(group_size)
     return {"groups": prompts * groups_per_prompt, "prompts": prompts, "too_few_responses": left_out}
+
+
+def _prompts_of(block: pd.DataFrame, codes: np.ndarray, known: pd.Series | None) -> pd.Series:
+    """The text of every row's prompt."""
+    if known is None:
+        return block["prompt"].take(np.unique(codes, return_index=True)[1][codes])
+    missing = ~block["prompt_id"].isin(known.index)
+    if missing.any():
+        raise UserError(
+            f"--prompts: has no prompt_id {block['prompt_id'][missing].iloc[0]!r}, which the responses name; give their own table"
+        )
+    return block["prompt_id"].map(known)
+
+
+def read_prompt_texts(path: Path) -> pd.Series:
+    """`prompt` by prompt_id, from a table that has both (a run's prompts.parquet, say). Raises UserError."""
+    table = read_table(path)
+    require_columns(table, ["prompt_id", "prompt"], str(path))
+    require_unique(table, ["prompt_id"], str(path))
+    return table.astype({"prompt_id": str}).set_index("prompt_id")["prompt"]
 
 
 def _arrow(texts: pd.Series) -> pa.Array:
