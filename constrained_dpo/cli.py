@@ -104,9 +104,13 @@ def _stay_offline() -> None:
 
 
 def _check_history(run: "RunDirectory", as_json: bool) -> None:
-    from constrained_dpo.rounds import replay
+    import pandas as pd
 
-    state = run.state()
+    from constrained_dpo.rounds import replay
+    from constrained_dpo.score_scale import describe_scale, score_scale
+    from data_prep.tables import read_parquet
+
+    state, recipe = run.state(), run.recipe()
     if not state["lambda"] and not as_json:
         print(f"{run.path}: not prepared yet; nothing to check")
         return
@@ -114,10 +118,15 @@ def _check_history(run: "RunDirectory", as_json: bool) -> None:
     for number, (stored, again) in enumerate(zip(state["lambda"], recomputed, strict=True)):
         if stored != again:
             raise UserError(f"{run.state_file}: λ of round {number} is {stored}, but the run's tables and recipe give {again}")
+    scale = None
+    if recomputed:
+        pool = read_parquet(run.pool_file(None), ["prompt_id", *recipe.problem.objectives])
+        scale = score_scale(pool, recipe.problem, pd.Series(recomputed[0], dtype=float), "λ_0 of the run")
     if as_json:
-        print(json.dumps({"run": str(run.path), "recomputed": len(recomputed), "lambda": recomputed}))
+        print(json.dumps({"run": str(run.path), "recomputed": len(recomputed), "lambda": recomputed, "scale": scale}))
         return
     print(f"{run.path}: λ_0 and {len(recomputed) - 1} dual steps recomputed from the tables and the recipe, equal to state.json")
+    print("\n".join(describe_scale(scale, recipe.objective.beta, recipe.fit)))
 
 
 def _open(run: "RunDirectory") -> tuple["Recipe", "LoraLearner", dict[str, int]]:
