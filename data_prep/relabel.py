@@ -1,12 +1,13 @@
 """`cdpo data relabel`: a file of scored responses to a file of pairs or groups, in the memory of a block of prompts.
 
-A parquet file with more than BLOCK_ROWS rows is first dealt out, in temporary files beside the output, into blocks of whole prompts in
-ascending order of prompt_id; a prompt's rows may lie anywhere in the file. Blocks are then labelled one after the other and written as row
-groups. Draws depend on ids alone and rows come by prompt, so the result is that of `label_pairs` or `label_groups` on the whole table.
+A parquet file with more than BLOCK_ROWS rows is read in blocks of whole prompts in ascending order of prompt_id, as a run's own tables are
+sorted. Where it is not sorted, a prompt's rows lying anywhere in it, it is first dealt out into such blocks in temporary files beside the
+output. Blocks are labelled one after the other and written as row groups. Draws depend on ids alone and rows come by prompt, so the result
+is that of `label_pairs` or `label_groups` on the whole table.
 
 Memory, beside the libraries: 8 bytes per response (hashes that show that no id comes twice), one batch and one block of the needed columns
-(texts with --text only), and PIECE_PAIRS pairs twice, or all pairs of one prompt where it has more. Disk: the needed columns, uncompressed.
-Other formats, and columns of other types than text ids and numbers, are read whole and make one block.
+(texts with --text only), and PIECE_PAIRS pairs twice, or all pairs of one prompt where it has more. Disk: the needed columns, uncompressed,
+where the file is not sorted. Other formats, and columns of other types than text ids and numbers, are read whole and make one block.
 """
 
 import math
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep.preferences import (
@@ -35,7 +37,7 @@ from data_prep.preferences import (
     require_responses,
 )
 from data_prep.settings import UserError
-from data_prep.tables import read_parquet, read_table, replacing, require_columns, require_unique
+from data_prep.tables import read_parquet, read_table, replacing, require_columns, require_finite, require_unique
 
 BLOCK_ROWS = 1 << 16
 MAX_BLOCKS = 512  # open files; a table of more than 33 million rows has larger blocks
@@ -77,7 +79,7 @@ def relabel_pairs(
                 texts += [("prompt", _prompts_of(block, rows.codes, prompt_texts)), ("response", block["response"])]
             arrays = {name: _arrow(column) for name, column in texts}
             for piece in pair_pieces(rows, score, labels=labels, pairs_per_prompt=pairs_per_prompt, seed=seed):
-                of = {name: array.take(pa.array(piece.rows)).dictionary_encode() for name, array in arrays.items()}
+                of = {name: _encoded(array.take(pa.array(piece.rows)), name) for name, array in arrays.items()}
                 table = {
                     "prompt_id": _taken(of["prompt_id"], piece.chosen),
                     "chosen_id": _taken(of["response_id"], piece.chosen),
@@ -128,7 +130,7 @@ def relabel_groups(
                     {
                         "prompt_id": _taken(names, at // groups_per_prompt),
                         "group_id": _taken(groups, at),
-                        "response_id": _taken(ids["response_id"].dictionary_encode(), rows),
+                        "response_id": _taken(_encoded(ids["response_id"], "response_id"), rows),
                         "score": score[rows],
                     }
                 )
@@ -163,6 +165,13 @@ def _arrow(texts: pd.Series) -> pa.Array:
     return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
 
 
+def _encoded(texts: pa.Array, name: str) -> pa.DictionaryArray:
+    """As a dictionary, whose entries must differ; response ids do."""
+    if name == "response_id":
+        return pa.DictionaryArray.from_arrays(pa.array(np.arange(len(texts), dtype=np.int32)), texts)
+    return texts.dictionary_encode()
+
+
 def _taken(encoded: pa.DictionaryArray, places: np.ndarray) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(pa.array(encoded.indices.to_numpy()[places]), encoded.dictionary)
 
@@ -195,17 +204,29 @@ def _row_groups(path: Path) -> Iterator[Callable[[pa.Table], None]]:
 def _blocks(path: Path, columns: list[str], output: Path, block_rows: int) -> Iterator[tuple[pd.DataFrame, np.ndarray]]:
     """Blocks of whole prompts, ascending by prompt_id, with the hashes of their response ids."""
     path, output = Path(path), Path(output)
-    if _plain(path, columns) and pq.read_metadata(path).num_rows > block_rows:
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-            files = _deal(path, columns, Path(folder), block_rows)
-            for file in files or []:
-                with pa.OSFile(str(file)) as source, pa.ipc.open_stream(source) as reader:
-                    block = reader.read_all().to_pandas()
-                file.unlink()
-                yield block.drop(columns=HASH), block[HASH].to_numpy()
-            if files:
-                return
-    # Small, of another format, or with something to complain of, which only the whole table can say in full.
+    if not _plain(path, columns) or pq.read_metadata(path).num_rows <= block_rows:
+        yield _whole(path, columns)
+        return
+    columns = list(dict.fromkeys(columns))
+    bounds = _bounds(path, block_rows)
+    if bounds is None:
+        if not (yield from _sorted_blocks(path, columns, block_rows)):
+            frame, _ = _whole(path, columns)
+            require_finite(frame, _numbers(columns), "responses")
+        return  # two ids with one hash, at worst
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        files = _deal(path, columns, Path(folder), bounds)
+        for file in files or []:
+            with pa.OSFile(str(file)) as source, pa.ipc.open_stream(source) as reader:
+                block = reader.read_all().to_pandas()
+            file.unlink()
+            yield block.drop(columns=HASH), block[HASH].to_numpy()
+    if not files:
+        yield _whole(path, columns)
+
+
+def _whole(path: Path, columns: list[str]) -> tuple[pd.DataFrame, np.ndarray]:
+    """The needed columns of the whole table and the hashes of its response ids; raises UserError with all rows that are wrong."""
     frame = read_parquet(path, columns) if _plain(path, columns) else read_table(path)
     require_columns(frame, IDS, "responses")
     for name in IDS:
@@ -219,7 +240,7 @@ def _blocks(path: Path, columns: list[str], output: Path, block_rows: int) -> It
             odd = np.flatnonzero([not isinstance(value, str) for value in frame[name]])
             if len(odd):
                 raise UserError(f"responses (--text): column {name} is not a text in row {odd[0]} ({len(odd)} rows); mend or remove them")
-    yield frame, hashes
+    return frame, hashes
 
 
 def _plain(path: Path, columns: list[str]) -> bool:
@@ -249,22 +270,60 @@ def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
         raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]}); write it again") from error
 
 
-def _deal(path: Path, columns: list[str], folder: Path, block_rows: int) -> list[Path] | None:
+def _numbers(columns: list[str]) -> list[str]:
+    return [c for c in columns if c not in (*IDS, *TEXTS)]
+
+
+class _Hashes:
+    """Hashes of the response ids seen so far, in a buffer for `rows` of them."""
+
+    def __init__(self, rows: int) -> None:
+        self.seen, self.count = np.empty(rows, np.uint64), 0
+
+    def of(self, batch: pa.RecordBatch, numbers: list[str]) -> np.ndarray | None:
+        """The batch's hashes; None where a value is missing or infinite."""
+        if any(column.null_count for column in batch.columns):
+            return None
+        if not all(np.isfinite(batch.column(name).to_numpy(zero_copy_only=False)).all() for name in numbers):
+            return None
+        part = slice(self.count, self.count + len(batch))
+        self.seen[part] = hash_ids(batch.column("response_id").to_pandas())
+        self.count = part.stop
+        return self.seen[part]
+
+
+def _sorted_blocks(path: Path, columns: list[str], block_rows: int) -> Iterator[tuple[pd.DataFrame, np.ndarray]]:
+    """The blocks of a sorted file. Returns False where the whole table has to be looked at: a missing or infinite value, or two equal
+    hashes."""
+    hashes, left = _Hashes(pq.read_metadata(path).num_rows), None
+    for batch in _batches(path, columns):
+        own = hashes.of(batch, _numbers(columns))
+        if own is None:
+            return False
+        batch = pa.Table.from_batches([batch.append_column(HASH, pa.array(own))])
+        left = batch if left is None else pa.concat_tables([left, batch])
+        cut = pc.index(left["prompt_id"], left["prompt_id"][-1]).as_py() if len(left) >= block_rows else 0
+        if cut:  # the last prompt's rows may go on
+            yield _as_block(left.slice(0, cut))
+            left = left.slice(cut)
+    yield _as_block(left)
+    return all_differ(hashes.seen)
+
+
+def _as_block(table: pa.Table) -> tuple[pd.DataFrame, np.ndarray]:
+    return table.drop_columns([HASH]).to_pandas(), table[HASH].to_numpy()
+
+
+def _deal(path: Path, columns: list[str], folder: Path, bounds: np.ndarray) -> list[Path] | None:
     """The rows dealt out into one Arrow stream per block, in the order of their prompts, with the hashes of their ids; None where the
-    whole table has to be looked at: a missing or infinite value, or an id that comes twice."""
-    rows = pq.read_metadata(path).num_rows
-    bounds = _bounds(path, rows, min(math.ceil(rows / block_rows), MAX_BLOCKS))
-    numbers = [c for c in dict.fromkeys(columns) if c not in (*IDS, *TEXTS)]
-    hashes, done = np.empty(rows, np.uint64), 0
+    whole table has to be looked at: a missing or infinite value, or two equal hashes."""
+    hashes = _Hashes(pq.read_metadata(path).num_rows)
     with ExitStack() as stack:
         writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
-        for batch in _batches(path, list(dict.fromkeys(columns))):
-            if any(column.null_count for column in batch.columns):
+        for batch in _batches(path, columns):
+            own = hashes.of(batch, _numbers(columns))
+            if own is None:
                 return None
-            if not all(np.isfinite(batch.column(name).to_numpy(zero_copy_only=False)).all() for name in numbers):
-                return None
-            own = hashes[done : done + len(batch)] = hash_ids(batch.column("response_id").to_pandas())
-            done += len(batch)
             batch = batch.append_column(HASH, pa.array(own))
             ids = batch.column("prompt_id").dictionary_encode()
             names = ids.dictionary.to_numpy(zero_copy_only=False)
@@ -276,15 +335,21 @@ def _deal(path: Path, columns: list[str], folder: Path, block_rows: int) -> list
                     sink = stack.enter_context(pa.OSFile(str(folder / f"{number:04d}"), "wb"))
                     writers[number] = stack.enter_context(pa.ipc.new_stream(sink, batch.schema))
                 writers[number].write_batch(batch.slice(start, count))
-    return [folder / f"{number:04d}" for number in sorted(writers)] if all_differ(hashes) else None
+    return [folder / f"{number:04d}" for number in sorted(writers)] if all_differ(hashes.seen) else None
 
 
-def _bounds(path: Path, rows: int, blocks: int) -> np.ndarray:
-    """Prompt ids that cut the rows into about `blocks` equal parts, ascending; from every n-th row."""
-    step, first, sampled = max(1, rows // (256 * blocks)), 0, []
+def _bounds(path: Path, block_rows: int) -> np.ndarray | None:
+    """Prompt ids that cut the rows into about equal blocks, ascending; from every n-th row. None where the file is sorted by prompt_id."""
+    rows = pq.read_metadata(path).num_rows
+    blocks = min(math.ceil(rows / block_rows), MAX_BLOCKS)
+    step, first, sampled, last, in_order = max(1, rows // (256 * blocks)), 0, [], "", True
     for batch in _batches(path, ["prompt_id"]):
         ids = batch.column("prompt_id")
-        sampled += [i for i in ids.take(pa.array(np.arange(-first % step, len(ids), step))).to_pylist() if i is not None]
+        if ids.null_count:
+            in_order, ids = False, ids.fill_null("")
+        in_order = in_order and last <= ids[0].as_py() and not pc.any(pc.less(ids[1:], ids[:-1])).as_py()
+        last = ids[-1].as_py()
+        sampled += ids.take(pa.array(np.arange(-first % step, len(ids), step))).to_pylist()
         first += len(ids)
     sampled.sort()
-    return np.array(sorted({sampled[len(sampled) * i // blocks] for i in range(1, blocks)} if sampled else ()), dtype=object)
+    return None if in_order else np.array(sorted({sampled[len(sampled) * i // blocks] for i in range(1, blocks)}), dtype=object)
