@@ -203,11 +203,10 @@ def _row_groups(path: Path) -> Iterator[Callable[[pa.Table], None]]:
 
 def _blocks(path: Path, columns: list[str], output: Path, block_rows: int) -> Iterator[tuple[pd.DataFrame, np.ndarray]]:
     """Blocks of whole prompts, ascending by prompt_id, with the hashes of their response ids."""
-    path, output = Path(path), Path(output)
+    path, output, columns = Path(path), Path(output), list(dict.fromkeys(columns))
     if not _plain(path, columns) or pq.read_metadata(path).num_rows <= block_rows:
         yield _whole(path, columns)
         return
-    columns = list(dict.fromkeys(columns))
     bounds = _bounds(path, block_rows)
     if bounds is None:
         if not (yield from _sorted_blocks(path, columns, block_rows)):
