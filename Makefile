@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup init round run status report test lint bench bench-dual bench-one-shot bench-theory bench-kills clean
+.PHONY: setup init round run status report test lint bench bench-dual bench-one-shot bench-theory bench-kills bench-relabel clean
 .DEFAULT_GOAL := round
 
 setup: $(VENV)/.installed
@@ -63,6 +63,10 @@ bench-kills: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_many.py --kills 100
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_many.py --interrupt
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_many.py --disk-full
+
+# 4 million scored responses under a new λ, beside datasets.map (about 15 minutes).
+bench-relabel: setup
+	$(BIN)/python tests/bench_relabel.py
 
 clean:
 	rm -rf runs build *.egg-info

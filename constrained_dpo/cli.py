@@ -107,9 +107,13 @@ def _stay_offline() -> None:
 
 
 def _check_history(run: "RunDirectory", as_json: bool) -> None:
-    from constrained_dpo.rounds import replay
+    import pandas as pd
 
-    state = run.state()
+    from constrained_dpo.rounds import replay
+    from constrained_dpo.score_scale import describe_scale, score_scale
+    from data_prep.tables import read_parquet
+
+    state, recipe = run.state(), run.recipe()
     if not state["lambda"] and not as_json:
         print(f"{run.path}: not prepared yet; nothing to check")
         return
@@ -117,10 +121,15 @@ def _check_history(run: "RunDirectory", as_json: bool) -> None:
     for number, (stored, again) in enumerate(zip(state["lambda"], recomputed, strict=True)):
         if stored != again:
             raise UserError(f"{run.state_file}: λ of round {number} is {stored}, but the run's tables and recipe give {again}")
+    scale = None
+    if recomputed:
+        pool = read_parquet(run.pool_file(None), ["prompt_id", *recipe.problem.objectives])
+        scale = score_scale(pool, recipe.problem, pd.Series(recomputed[0], dtype=float), "λ_0 of the run")
     if as_json:
-        print(json.dumps({"run": str(run.path), "recomputed": len(recomputed), "lambda": recomputed}))
+        print(json.dumps({"run": str(run.path), "recomputed": len(recomputed), "lambda": recomputed, "scale": scale}))
         return
     print(f"{run.path}: λ_0 and {len(recomputed) - 1} dual steps recomputed from the tables and the recipe, equal to state.json")
+    print("\n".join(describe_scale(scale, recipe.objective.beta, recipe.fit)))
 
 
 def _open(run: "RunDirectory") -> tuple["Recipe", "LoraLearner", dict[str, int]]:
@@ -263,14 +272,15 @@ def status(run: RunPath, as_json: AsJson = False) -> None:
 def evaluate(
     run: RunPath,
     round_: RoundChoice = "last",
+    adapter: Annotated[Path | None, typer.Option(help="instead of a round: a LoRA adapter from elsewhere on the run's base")] = None,
     prompts: Annotated[Path | None, typer.Option(help="other prompts (format as in the recipe); default: the run's test prompts")] = None,
     scorer: Annotated[list[str], typer.Option(help="NAME={type: ...} as in a recipe: one more score to report")] = [],  # noqa: B006
     responses: Annotated[int | None, typer.Option(min=1, help="responses per prompt; default: dual.responses_per_prompt")] = None,
     seed: Annotated[int, typer.Option(help="another seed draws other responses")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Sample a round's policy afresh on unseen prompts and judge it, by the run's scorers and extra ones."""
-    from constrained_dpo.evaluate import check_names, evaluate_round, evaluation_prompts
+    """Sample a round's policy, or another adapter's, afresh on unseen prompts and judge it, by the run's scorers and extra ones."""
+    from constrained_dpo.evaluate import check_names, evaluate_adapter, evaluate_round, evaluation_prompts
     from constrained_dpo.learner import LoraLearner
     from constrained_dpo.rounds import require_same_inputs
     from constrained_dpo.run_directory import RunDirectory
@@ -279,7 +289,13 @@ def evaluate(
     from data_prep.scoring import parse_scorer
 
     directory = RunDirectory(run)
-    recipe, number = directory.recipe(), chosen_round(directory, round_)
+    recipe = directory.recipe()
+    if adapter is None:
+        number = chosen_round(directory, round_)
+    elif round_ != "last":
+        raise UserError(f"--adapter and --round {round_}: give one of them")
+    elif not directory.state()["lambda"]:
+        raise UserError(f"{run}: not prepared yet, so π_ref's responses are missing; `cdpo prepare {run}` draws and scores them")
     extra = {name: parse_scorer(text, f"--scorer {name}") for name, _, text in (s.partition("=") for s in scorer)}
     check_names(list(extra), recipe.problem)
     quiet_libraries()
@@ -290,7 +306,11 @@ def evaluate(
         left_out = {"duplicates": duplicates} | learner.restrict(recipe.fit.max_length)
         count = responses or recipe.dual.responses_per_prompt
         label = prompts.stem if prompts else "test"
-        record = evaluate_round(directory, recipe, learner, number, label=label, responses_per_prompt=count, seed=seed)
+        asked = {"label": label, "responses_per_prompt": count, "seed": seed}
+        if adapter is None:
+            record = evaluate_round(directory, recipe, learner, number, **asked)
+        else:
+            record = evaluate_adapter(directory, recipe, learner, adapter, **asked)
     if as_json:
         print(json.dumps(record | {"left_out": left_out}))
         return

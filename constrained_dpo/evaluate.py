@@ -1,4 +1,5 @@
-"""`cdpo evaluate`: fresh samples of a round's policy on the test prompts or on another prompt file, by the run's scorers and extra ones."""
+"""`cdpo evaluate`: fresh samples of a round's policy, or of an adapter from elsewhere on the same base, on the test prompts or on another
+prompt file, by the run's scorers and extra ones."""
 
 import hashlib
 import json
@@ -15,10 +16,15 @@ from constrained_dpo.problem import ConstrainedProblem, Constraint
 from constrained_dpo.recipe import Recipe
 from constrained_dpo.rescore import collect, summarize
 from constrained_dpo.run_directory import RunDirectory
+from data_prep.checkpoints import check_adapter_folder, fingerprint_model
+from data_prep.merging import check_adapter_config, check_all_loaded, fingerprint_adapter
+from data_prep.policy import attached_adapter, resolve_model
 from data_prep.sampling import is_policy_law
 from data_prep.settings import UserError
 from data_prep.sources import read_prompts
 from data_prep.tables import RESERVED_NAMES, RESPONSES, read_parquet, validate_prompts, write_json, write_parquet
+
+ADAPTER_OPTION = "--adapter"
 
 
 def evaluation_prompts(run: RunDirectory, recipe: Recipe, source: Path | None) -> tuple[pd.DataFrame, int]:
@@ -42,28 +48,68 @@ def check_names(extra: list[str], problem: ConstrainedProblem) -> None:
 def evaluate_round(
     run: RunDirectory, recipe: Recipe, learner: LoraLearner, number: int, *, label: str, responses_per_prompt: int, seed: int
 ) -> dict[str, object]:
-    """Samples π_θ of a round afresh on the learner's prompts, scores with all of the learner's scorers, and keeps tables and estimates.
+    """`_evaluate` of a round's policy."""
+    return _evaluate(
+        run, recipe, learner, run.adapter_folder(number), number, f"round-{number:03d}-{_slug(label)}", responses_per_prompt, seed
+    )
 
-    The reference policy's responses are the stored ones on the run's test prompts, and drawn as well on other prompts. The same arguments
-    again give the stored result; `seed` draws others. Returns the record of evaluation.json.
+
+def evaluate_adapter(
+    run: RunDirectory, recipe: Recipe, learner: LoraLearner, adapter: Path, *, label: str, responses_per_prompt: int, seed: int
+) -> dict[str, object]:
+    """`_evaluate` of a LoRA adapter from elsewhere (PEFT folder), trained on the run's π_ref by whatever means.
+
+    It is attached to the run's base as the run quantizes it, and asked through the run's own prompt format and sampling law; a tokenizer
+    in its folder is not used. Raises UserError for a folder that is no adapter, another base, or tensors that do not fit.
+    """
+    base = resolve_model(recipe.policy)
+    check_adapter_folder(adapter, ADAPTER_OPTION)
+    advice = f"give it to a run of that base; {run.path} has another"
+    check_adapter_config(adapter, base, fingerprint_model(base, recipe.policy.revision), ADAPTER_OPTION, advice)
+    with attached_adapter(learner.policy, adapter) as model:
+        check_all_loaded(model, adapter, base, ADAPTER_OPTION)
+    key = f"adapter-{_slug(adapter.resolve().name)}-{_slug(label)}"
+    record = _evaluate(run, recipe, learner, adapter, fingerprint_adapter(adapter), key, responses_per_prompt, seed)
+    return record | {"adapter": str(adapter)}
+
+
+def _slug(text: str) -> str:
+    return re.sub("[^A-Za-z0-9]+", "-", text)
+
+
+def _evaluate(
+    run: RunDirectory,
+    recipe: Recipe,
+    learner: LoraLearner,
+    adapter: Path,
+    who: int | str,
+    name: str,
+    responses_per_prompt: int,
+    seed: int,
+) -> dict[str, object]:
+    """Samples π_θ afresh on the learner's prompts, scores with all of the learner's scorers, and keeps tables and estimates.
+
+    who: the round, or a fingerprint of the adapter. The reference policy's responses are the stored ones on the run's test prompts, and
+    drawn as well on other prompts. The same arguments again give the stored result; `seed` draws others. Returns the record of
+    evaluation.json.
     """
     prompts, objectives = learner.prompts, list(learner.scorer_settings)
-    identity = [number, prompts["prompt_id"].tolist(), responses_per_prompt, seed, {n: s.fingerprint for n, s in learner.scorers.items()}]
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
-    key = f"round-{number:03d}-{re.sub('[^A-Za-z0-9]+', '-', label)}-{digest}"
+    identity = [who, prompts["prompt_id"].tolist(), responses_per_prompt, seed, {n: s.fingerprint for n, s in learner.scorers.items()}]
+    key = f"{name}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]}"
     if (run.evaluation_folder(key) / "evaluation.json").exists():
         return json.loads((run.evaluation_folder(key) / "evaluation.json").read_text())
     stored = read_parquet(run.reference_file)
     stored = stored[stored["prompt_id"].isin(prompts["prompt_id"]) & (stored["split"] == "test")]
     known = stored[list(RESPONSES)] if set(stored["prompt_id"]) == set(prompts["prompt_id"]) else None
 
-    def draw(who: str, adapter: Path | None, given: pd.DataFrame | None) -> pd.DataFrame:
+    def draw(side: str, attached: Path | None, given: pd.DataFrame | None) -> pd.DataFrame:
         return collect(
-            run, learner, prompts, phase=f"{key}-{who}", round_number=number, responses_per_prompt=responses_per_prompt, adapter=adapter,
-            source=f"{key}-{who}", shard_size=recipe.sampling.batch_size, objectives=objectives, seed=recipe.seed + seed, known=given,
+            run, learner, prompts, phase=f"{key}-{side}", round_number=who if isinstance(who, int) else 0,
+            responses_per_prompt=responses_per_prompt, adapter=attached, source=f"{key}-{side}", shard_size=recipe.sampling.batch_size,
+            objectives=objectives, seed=recipe.seed + seed, known=given,
         )  # fmt: skip
 
-    samples, reference = draw("policy", run.adapter_folder(number), None), draw("reference", None, known)
+    samples, reference = draw("policy", adapter, None), draw("reference", None, known)
     return write_evaluation(run, key, recipe, samples, reference, objectives)
 
 

@@ -18,6 +18,7 @@ from constrained_dpo.one_shot import solve_one_shot
 from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.recipe import Recipe
 from constrained_dpo.rounds import Announce, silent
+from constrained_dpo.score_scale import describe_scale, initial_multipliers, score_scale
 from data_prep.preferences import label_groups, label_pairs
 from data_prep.settings import derive_seed
 
@@ -94,7 +95,8 @@ def expected_precision(
 
 
 def run_pilot(learner: LoraLearner, target_se: dict[str, float], announce: Announce = silent) -> dict[str, object]:
-    """`precision` of u, expected `seconds` by phase, and what the pilot was (`prompts`, `responses_per_prompt`, `cut_off_fraction`).
+    """`precision` of u, `scale` of the scores, expected `seconds` by phase, and what the pilot was (`prompts`, `responses_per_prompt`,
+    `cut_off_fraction`).
 
     The learner's run is not written to. Raises UserError where a scorer or the fit refuses its input.
     """
@@ -123,6 +125,7 @@ def run_pilot(learner: LoraLearner, target_se: dict[str, float], announce: Annou
         step, overhead = _time_fit(learner, pool, Path(folder))
         _, resampling = draw(prompts, Path(folder) / "adapter")
         announce("pilot: fit a few steps, sample the adapter", time.perf_counter() - start)
+    scale = score_scale(pool, recipe.problem, *initial_multipliers(recipe.dual.init, recipe.problem))
     counts = {split: int((learner.prompts["split"] == split).sum()) for split in ("fit", "dual", "test")}
     return {
         "prompts": len(prompts),
@@ -137,6 +140,7 @@ def run_pilot(learner: LoraLearner, target_se: dict[str, float], announce: Annou
             prompts={split: counts[split] for split in ("dual", "test")},
             target_se=target_se,
         ),
+        "scale": scale | {"words": describe_scale(scale, recipe.objective.beta, recipe.fit)},
         "seconds": _expected_seconds(learner, counts, sampling + scoring, resampling + scoring, step, overhead),
     }
 

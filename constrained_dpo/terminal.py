@@ -358,6 +358,8 @@ def _print_pilot(console: Console, pilot: dict) -> None:
         console.print(table)
         smallest = ", ".join(f"|u| > {2 * row['se']['test']:.2g} for {name}" for name, row in pilot["precision"].items())
         console.print(f"these test prompts can decide about {smallest}; smaller slacks will mostly stay undecided")
+    for line in pilot["scale"]["words"]:
+        console.print(line)
     seconds = pilot["seconds"]
     console.print(
         f"expected time: prepare {duration(seconds['prepare'])}; each round: fit {duration(seconds['fit'])}, "

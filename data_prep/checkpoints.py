@@ -67,7 +67,8 @@ def explained_loading(key: str, source: str) -> Iterator[None]:
             ) from error
         if "use_safetensors" in text:
             raise UserError(f"{key}: {source} has no safetensors weights; {_pickle_advice(key)}") from error
-        raise UserError(f"{key}: {source} cannot be loaded ({text.splitlines()[0]})") from error
+        reason = next((line.strip() for line in text.splitlines() if "mismatch" in line), text.splitlines()[0])
+        raise UserError(f"{key}: {source} cannot be loaded ({reason})") from error
 
 
 def fingerprint_model(source: str, revision: str | None) -> str:

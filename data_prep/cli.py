@@ -216,6 +216,7 @@ def relabel(
     pairs_per_prompt: Annotated[str, typer.Option(help="a number, or all")] = "all",
     seed: Annotated[int, typer.Option(help="seed of pairs and draws")] = 0,
     text: Annotated[bool, typer.Option("--text", help="add prompt, chosen, rejected texts")] = False,
+    prompts: Annotated[Path | None, typer.Option(help="with --text: table of prompt_id, prompt; default: the responses' column")] = None,
     group_size: Annotated[int | None, typer.Option(min=2, help="groups of so many responses with their scores s, instead of pairs")] = None,
     groups_per_prompt: Annotated[int, typer.Option(min=1, help="groups per prompt, with --group-size")] = 4,
     as_json: AsJson = False,
@@ -223,42 +224,38 @@ def relabel(
     """Pseudo-preference pairs under given multipliers: P(y1 ≻ y2) = σ(s(y1) − s(y2)), s = reward + Σ λ·utility."""
     import pandas as pd
 
-    from data_prep.preferences import attach_text, label_groups, label_pairs
-    from data_prep.tables import read_table, write_parquet
+    from data_prep.relabel import read_prompt_texts, relabel_groups, relabel_pairs
 
     if labels not in ("soft", "bernoulli", "argmax"):
         raise UserError(f"--labels {labels}: is not one of soft, bernoulli, argmax")
     if pairs_per_prompt != "all" and not (pairs_per_prompt.isdigit() and int(pairs_per_prompt) > 0):
         raise UserError(f"--pairs-per-prompt {pairs_per_prompt}: write a number ≥ 1, or all")
-    table = read_table(responses)
     multipliers = pd.Series(parse_assignments(lambda_, "--lambda"), dtype=float)
+    if prompts is not None and not text:
+        raise UserError("--prompts: only --text writes prompts; add it, or leave --prompts out")
     if group_size is not None:
         if text or labels != "soft" or pairs_per_prompt != "all":
             raise UserError("--group-size: groups hold scores; leave out --text, --labels and --pairs-per-prompt")
-        groups = label_groups(table, reward, multipliers, group_size=group_size, groups_per_prompt=groups_per_prompt, seed=seed)
-        write_parquet(groups, output)
-        left_out = int(table["prompt_id"].nunique() - groups["prompt_id"].nunique())
-        facts = {"groups": int(groups["group_id"].nunique()), "prompts": int(groups["prompt_id"].nunique())}
+        done = relabel_groups(responses, output, reward, multipliers, group_size=group_size, groups_per_prompt=groups_per_prompt, seed=seed)
+        left_out = done.pop("too_few_responses")
         if as_json:
-            print(json.dumps({"output": str(output), **facts, "left_out": {"too_few_responses": left_out}}))
+            print(json.dumps({"output": str(output), **done, "left_out": {"too_few_responses": left_out}}))
         else:
-            said = f"{facts['groups']} groups of {group_size} responses of {facts['prompts']} prompts"
+            said = f"{done['groups']} groups of {group_size} responses of {done['prompts']} prompts"
             print(f"{output}: {said}; left out: {left_out} prompts with fewer responses")
         return
-    pairs = label_pairs(
-        table, reward, multipliers, labels=labels,
-        pairs_per_prompt=None if pairs_per_prompt == "all" else int(pairs_per_prompt), seed=seed,
+    texts = None if prompts is None else read_prompt_texts(prompts)
+    done = relabel_pairs(
+        responses, output, reward, multipliers, labels=labels,
+        pairs_per_prompt=None if pairs_per_prompt == "all" else int(pairs_per_prompt), seed=seed, text=text, prompt_texts=texts,
     )  # fmt: skip
-    singles = int((table.groupby("prompt_id").size() < 2).sum())
-    write_parquet(attach_text(pairs, table, None) if text else pairs, output)
-    ambiguous = float((pairs["prob"].sub(0.5).abs() < 0.45).mean())
+    singles = done.pop("single_response")
     if as_json:
-        facts = {"pairs": len(pairs), "prompts": int(pairs["prompt_id"].nunique()), "ambiguous_fraction": _plain(ambiguous)}
-        print(json.dumps({"output": str(output), **facts, "left_out": {"single_response": singles}}))
+        print(json.dumps({"output": str(output), **done, "left_out": {"single_response": singles}}))
         return
     print(
-        f"{output}: {len(pairs)} pairs of {pairs['prompt_id'].nunique()} prompts, "
-        f"{100 * ambiguous:.0f} % with P between 0.05 and 0.95; left out: {singles} prompts with a single response"
+        f"{output}: {done['pairs']} pairs of {done['prompts']} prompts, "
+        f"{100 * done['ambiguous_fraction']:.0f} % with P between 0.05 and 0.95; left out: {singles} prompts with a single response"
     )
 
 

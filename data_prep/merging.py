@@ -45,7 +45,7 @@ def merged_reference(settings: "PolicySettings", base: str) -> Path:
     check_adapter_folder(adapter, KEY)
     with explained_loading("policy.model", base):
         base_fingerprint = fingerprint_model(base, settings.revision)
-    _check_config(adapter, base, base_fingerprint)
+    check_adapter_config(adapter, base, base_fingerprint, KEY, "set policy.model to that base")
     identity = {"base": base_fingerprint, "adapter": fingerprint_adapter(adapter), "dtype": settings.dtype}
     folder = cache_folder() / f"merged-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}"
     if folder.is_dir():
@@ -75,15 +75,18 @@ def fingerprint_adapter(adapter: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_config(adapter: Path, base: str, base_fingerprint: str) -> None:
-    """Refuses an adapter that is not LoRA or says it was trained on another base; shapes do not tell two fine-tunes of one model apart."""
+def check_adapter_config(adapter: Path, base: str, base_fingerprint: str, key: str, advice: str) -> None:
+    """Refuses an adapter that is not LoRA or says it was trained on another base; shapes do not tell two fine-tunes of one model apart.
+
+    key: what messages call the adapter; advice: what to do where the base is another.
+    """
     try:
         config = json.loads((adapter / ADAPTER_CONFIG).read_text())
         kind, trained_on = config.get("peft_type"), config.get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{KEY}: {adapter / ADAPTER_CONFIG} is not a JSON mapping ({error})") from error
+        raise UserError(f"{key}: {adapter / ADAPTER_CONFIG} is not a JSON mapping ({error})") from error
     if kind != "LORA":
-        raise UserError(f"{KEY}: {adapter} is of PEFT type {kind}; only LORA can be merged")
+        raise UserError(f"{key}: {adapter} is of PEFT type {kind}; only LORA is supported")
     if not trained_on:
         return
     if Path(trained_on).is_dir() and Path(base).is_dir():
@@ -92,7 +95,7 @@ def _check_config(adapter: Path, base: str, base_fingerprint: str) -> None:
         same = Path(trained_on).name == Path(base).name
     if not same:
         raise UserError(
-            f"{KEY}: {adapter} was trained on {trained_on}, not on {base}; set policy.model to that base "
+            f"{key}: {adapter} was trained on {trained_on}, not on {base}; {advice} "
             f"(if it is the same model under another name, correct base_model_name_or_path in {ADAPTER_CONFIG})"
         )
 
@@ -133,7 +136,7 @@ def merge_adapter(settings: "PolicySettings", base: str, adapter: Path, output: 
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), str(error).splitlines()[0])
         raise UserError(f"{key}: {adapter} does not fit {base} ({reason}); it is an adapter of another base") from error
-    _check_all_loaded(with_adapter, adapter, base, key)
+    check_all_loaded(with_adapter, adapter, base, key)
     try:
         merged = with_adapter.merge_and_unload(safe_merge=True)
     except ValueError as error:
@@ -143,7 +146,7 @@ def merge_adapter(settings: "PolicySettings", base: str, adapter: Path, output: 
     tokenizer.save_pretrained(output)
 
 
-def _check_all_loaded(model: "PreTrainedModel", adapter: Path, base: str, key: str) -> None:
+def check_all_loaded(model: "PreTrainedModel", adapter: Path, base: str, key: str) -> None:
     """PEFT leaves a layer that the file does not hold at its start (no change) and skips tensors it has no place for; both are refused."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from data_prep.preferences import hashed_uniforms, lagrangian_score
+from data_prep.preferences import hash_ids, hashed_uniforms, lagrangian_score
 from data_prep.settings import derive_seed
 
 SOURCES = ("reference", "recent", "hard", "earlier")
@@ -38,8 +38,8 @@ def choose_responses(
         return pool
     limit = np.inf if max_per_prompt is None else max_per_prompt
     prompt, _ = pd.factorize(pool["prompt_id"], sort=True)
-    uniform = {s: hashed_uniforms(derive_seed(seed, round_number, f"pool-{s}"), pd.util.hash_array(pool["response_id"].to_numpy(object)))
-               for s in ("hard", "any")}  # fmt: skip
+    hashes = hash_ids(pool["response_id"])
+    uniform = {draw: hashed_uniforms(derive_seed(seed, round_number, f"pool-{draw}"), hashes) for draw in ("hard", "any")}
     if shares is None:
         return pool[_rank(prompt, uniform["any"]) < limit]
     drawn_in = pd.to_numeric(pool["source"].str.extract(r"^round:(\d+)$")[0]).fillna(-1).to_numpy(int)

@@ -4,6 +4,8 @@ Source: CAID, arXiv:2505.19387, §3 (P(y1 ≻ y2 | x) = σ(s_λ(x,y1) − s_λ(x
 the expected loss of a Bernoulli draw, without the draw's noise.
 """
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -13,6 +15,8 @@ from data_prep.settings import UserError, derive_seed
 from data_prep.tables import require_columns, require_finite, require_ids, require_unique
 
 Labels = Literal["soft", "bernoulli", "argmax"]
+PIECE_PAIRS = 1 << 18
+"""Pairs labelled at once (more where one prompt has more): what bounds the memory, and small enough for a processor's cache."""
 
 
 def lagrangian_score(responses: pd.DataFrame, reward: str, lambda_: pd.Series) -> np.ndarray:
@@ -58,41 +62,138 @@ def _tournament(size: int, pairs: int | None) -> np.ndarray:
     return schedule if pairs is None else schedule[:pairs]
 
 
-def _shuffled(responses: pd.DataFrame, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row numbers with each prompt's responses together, in an order that depends on (seed, response ids) alone; where each prompt
-    starts, and how many it has; prompts by id."""
-    prompt_codes, _ = pd.factorize(responses["prompt_id"], sort=True)
-    order = np.lexsort((hashed_uniforms(seed, pd.util.hash_array(responses["response_id"].to_numpy(object))), prompt_codes))
-    counts = np.bincount(prompt_codes) if len(order) else np.zeros(0, int)
-    return order, np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64), counts
+@dataclass(frozen=True)
+class PromptRows:
+    """Rows of a table of responses by prompt, prompts in ascending order of their id.
+
+    codes: (num_responses,) the row's prompt as a number; hashes: (num_responses,) 64-bit hashes of the response ids; starts, counts:
+    (num_prompts,) where a prompt's rows start once they lie together, and how many they are.
+    """
+
+    codes: np.ndarray
+    hashes: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, responses: pd.DataFrame, hashes: np.ndarray | None = None) -> "PromptRows":
+        codes = _codes(responses["prompt_id"].array)
+        counts = np.bincount(codes) if len(codes) else np.zeros(0, int)
+        starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+        return cls(codes, hash_ids(responses["response_id"]) if hashes is None else hashes, starts, counts)
+
+    def shuffled(self, seed: int) -> np.ndarray:
+        """Row numbers with each prompt's responses together, in an order that depends on (seed, response ids) alone."""
+        together = np.argsort(self.codes, kind="stable")
+        uniforms, order = hashed_uniforms(seed, self.hashes)[together], np.empty(len(together), np.int64)
+        for size in np.unique(self.counts):  # many short sorts beside each other are several times faster than one long one
+            seats = self.starts[self.counts == size][:, None] + np.arange(size)
+            places = np.argsort(uniforms[seats], axis=1, kind="stable")
+            order[seats] = together[np.take_along_axis(seats, places, axis=1)]
+        return order
 
 
-def choose_pairs(responses: pd.DataFrame, pairs_per_prompt: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers (first, second) of the pairs to compare, each of shape (num_pairs,).
+def _codes(ids: pd.api.extensions.ExtensionArray) -> np.ndarray:
+    """The ids' ranks, shape (len(ids),); only the first of a run of equal ids is looked up."""
+    heads = np.flatnonzero(np.concatenate([[True], np.asarray(ids[1:] != ids[:-1], bool)])) if len(ids) else np.zeros(0, int)
+    return np.repeat(pd.factorize(pd.Series(ids.take(heads)), sort=True)[0], np.diff(heads, append=len(ids)))
+
+
+def hash_ids(ids: pd.Series) -> np.ndarray:
+    """64-bit hashes of ids, shape (len(ids),): the same in every process."""
+    return pd.util.hash_array(ids.to_numpy(object), categorize=False)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Labelled pairs of some prompts. rows: (num_rows,) numbers of these prompts' rows; chosen, rejected: (num_pairs,) places in
+    `rows`; prob, target, margin: (num_pairs,), the columns of a pairs table."""
+
+    rows: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    prob: np.ndarray
+    target: np.ndarray
+    margin: np.ndarray
+
+
+def pair_pieces(
+    prompts: PromptRows, score: np.ndarray, *, labels: Labels, pairs_per_prompt: int | None, seed: int, round_number: int = 0
+) -> Iterator[Pairs]:
+    """`label_pairs` in pieces of whole prompts with at most PIECE_PAIRS pairs (or one prompt); score: (num_responses,), s_λ.
 
     Responses of a prompt are put in a random order that depends on (seed, response ids) alone, then meet in a round-robin; its first
     `pairs_per_prompt` pairs are taken (all if None). Prompts with one response have no pair.
     """
-    order, starts, counts = _shuffled(responses, seed)
-    first, second = [], []
-    for size in np.unique(counts):
-        if size < 2:
-            continue
-        schedule = _tournament(int(size), pairs_per_prompt)
-        rows = starts[counts == size][:, None]
-        first.append((rows + schedule[:, 0]).ravel())
-        second.append((rows + schedule[:, 1]).ravel())
-    if not first:
-        raise UserError("responses: no prompt has two responses, so there is no pair to compare; sample more per prompt")
-    first, second = np.concatenate(first), np.concatenate(second)
-    sequence = np.lexsort((second, first))
-    return order[first[sequence]], order[second[sequence]]
+    order, counts = prompts.shuffled(derive_seed(seed, round_number, "pairs")), prompts.counts
+    schedules = {int(size): _tournament(int(size), pairs_per_prompt) for size in np.unique(counts) if size > 1}
+    schedules = {size: schedule[np.lexsort(schedule.T[::-1])] for size, schedule in schedules.items()}
+    number = np.zeros(counts.max(initial=0) + 1, np.int64)
+    number[list(schedules)] = [len(schedule) for schedule in schedules.values()]
+    ends, begin = np.cumsum(number[counts]), 0
+    while begin < len(counts):
+        before = ends[begin - 1] if begin else 0
+        stop = max(int(np.searchsorted(ends, before + PIECE_PAIRS, side="right")), begin + 1)
+        part = slice(begin, stop)
+        first, second = np.empty((2, ends[stop - 1] - before), np.int64)
+        first_row, starts = prompts.starts[begin], prompts.starts[part] - prompts.starts[begin]
+        offsets = ends[part] - number[counts[part]] - before
+        for size, schedule in schedules.items():
+            met = counts[part] == size
+            places = offsets[met][:, None] + np.arange(len(schedule))
+            first[places] = starts[met][:, None] + schedule[:, 0]
+            second[places] = starts[met][:, None] + schedule[:, 1]
+        rows = order[first_row : first_row + counts[part].sum()]
+        begin = stop
+        if len(first):
+            yield _label(rows, first, second, score[rows], prompts.hashes[rows], labels, derive_seed(seed, round_number, "labels"))
 
 
-def _require_responses(responses: pd.DataFrame) -> None:
+def _label(
+    rows: np.ndarray, first: np.ndarray, second: np.ndarray, score: np.ndarray, hashes: np.ndarray, labels: Labels, seed: int
+) -> Pairs:
+    difference = score[first] - score[second]
+    if labels == "bernoulli":
+        first_wins = hashed_uniforms(seed, hashes[first], hashes[second]) < _sigmoid(difference)
+    else:
+        first_wins = difference > 0
+        tied = np.flatnonzero(difference == 0)
+        first_wins[tied] = hashed_uniforms(seed, hashes[first[tied]], hashes[second[tied]]) < 0.5
+    margin = np.where(first_wins, difference, -difference)
+    prob = _sigmoid(margin)
+    target = prob if labels == "soft" else np.ones_like(prob)
+    return Pairs(rows, np.where(first_wins, first, second), np.where(first_wins, second, first), prob, target, margin)
+
+
+def require_responses(responses: pd.DataFrame) -> np.ndarray:
+    """The response ids' hashes; raises UserError unless the table has a prompt_id and a response_id, unique, in every row."""
     require_columns(responses, ["prompt_id", "response_id"], "responses")
     require_ids(responses, ["prompt_id", "response_id"], "responses")
-    require_unique(responses, ["response_id"], "responses")
+    hashes = hash_ids(responses["response_id"])
+    if not all_differ(hashes.copy()):
+        require_unique(responses, ["response_id"], "responses")
+    return hashes
+
+
+def all_differ(hashes: np.ndarray) -> bool:
+    """Whether no two hashes are equal: then no two ids are. Sorts the array."""
+    hashes.sort()
+    return not (hashes[1:] == hashes[:-1]).any()
+
+
+def no_pair() -> UserError:
+    return UserError("responses: no prompt has two responses, so there is no pair to compare; sample more per prompt")
+
+
+def no_group(group_size: int) -> UserError:
+    return UserError(
+        f"responses: no prompt has {group_size} responses, so there is no group of fit.group_size {group_size}; sample more per prompt"
+    )
+
+
+def _ids(column: pd.Series) -> pd.api.extensions.ExtensionArray | np.ndarray:
+    """The column's values, texts as pandas' own str: taking rows of those makes no Python objects."""
+    return pd.Series(column.to_numpy(object) if column.dtype != "str" else column).array
 
 
 def label_pairs(
@@ -110,31 +211,41 @@ def label_pairs(
     responses: (num_responses,) rows with prompt_id, response_id, the reward's and the utilities' columns.
     labels: soft (chosen = higher score, target = prob), bernoulli (chosen drawn with P, target = 1), argmax (chosen = higher
     score, target = 1; a tie is a fair coin). `prob` is always P(chosen ≻ rejected) under λ; `margin` is in score units.
-    Draws are seeded by (seed, round, pair): another round or seed redraws them, another row order does not.
+    Draws are seeded by (seed, round, pair): another round or seed redraws them, another row order does not. Pairs come by prompt, in
+    ascending order of prompt_id. Raises UserError where no prompt has two responses.
     """
-    _require_responses(responses)
+    hashes = require_responses(responses)
     score = lagrangian_score(responses, reward, lambda_)
-    first, second = choose_pairs(responses, pairs_per_prompt, derive_seed(seed, round_number, "pairs"))
-    difference = score[first] - score[second]
-    ids = responses["response_id"].to_numpy(object)
-    hashed = pd.util.hash_array(ids)
-    coin = hashed_uniforms(derive_seed(seed, round_number, "labels"), hashed[first], hashed[second])
-    probability = _sigmoid(difference)
-    threshold = probability if labels == "bernoulli" else np.where(difference == 0, 0.5, difference > 0)
-    first_wins = coin < threshold
-    chosen, rejected = np.where(first_wins, first, second), np.where(first_wins, second, first)
-    margin = np.where(first_wins, difference, -difference)
-    probability = _sigmoid(margin)
-    return pd.DataFrame(
-        {
-            "prompt_id": responses["prompt_id"].to_numpy(object)[first],
-            "chosen_id": ids[chosen],
-            "rejected_id": ids[rejected],
-            "prob": probability,
-            "target": probability if labels == "soft" else np.ones_like(probability),
-            "margin": margin,
-        }
-    )
+    rule = {"labels": labels, "pairs_per_prompt": pairs_per_prompt, "seed": seed, "round_number": round_number}
+    pieces = list(pair_pieces(PromptRows.of(responses, hashes), score, **rule))
+    if not pieces:
+        raise no_pair()
+    chosen, rejected = (np.concatenate([p.rows[getattr(p, side)] for p in pieces]) for side in ("chosen", "rejected"))
+    ids = _ids(responses["response_id"])
+    columns = {
+        "prompt_id": _ids(responses["prompt_id"]).take(chosen),
+        "chosen_id": ids.take(chosen),
+        "rejected_id": ids.take(rejected),
+    }
+    numbers = {name: np.concatenate([getattr(p, name) for p in pieces]) for name in ("prob", "target", "margin")}
+    return pd.DataFrame(columns | numbers, copy=False)
+
+
+def group_rows(prompts: PromptRows, *, group_size: int, groups_per_prompt: int, seed: int, round_number: int = 0) -> np.ndarray:
+    """Row numbers of `label_groups`' groups, shape (prompts that have group_size responses, groups_per_prompt, group_size), int64."""
+    enough = np.flatnonzero(prompts.counts >= group_size)
+    starts, whole = prompts.starts[enough], prompts.counts[enough] // group_size  # groups in one pass
+    rows = np.empty((len(enough), groups_per_prompt, group_size), np.int64)
+    drawn, number = np.zeros(len(enough), np.int64), 0
+    while (drawn < groups_per_prompt).any():
+        order = prompts.shuffled(derive_seed(seed, round_number, "groups", number))
+        wanted = np.minimum(whole, groups_per_prompt - drawn)
+        for count in np.unique(wanted[wanted > 0]):
+            at = np.flatnonzero(wanted == count)
+            seats = starts[at][:, None] + np.arange(count * group_size)
+            rows[at[:, None], drawn[at][:, None] + np.arange(count)] = order[seats].reshape(len(at), count, group_size)
+        drawn, number = drawn + wanted, number + 1
+    return rows
 
 
 def label_groups(
@@ -147,55 +258,27 @@ def label_groups(
     until there are `groups_per_prompt`: no response comes a second time before all have come once, up to the rest of a pass, which is
     left out. A prompt with fewer responses gives none. Raises UserError where no prompt has `group_size`.
     """
-    _require_responses(responses)
+    hashes = require_responses(responses)
     score = lagrangian_score(responses, reward, lambda_)
-    rows, groups = [], []
-    left = np.full(responses["prompt_id"].nunique(), groups_per_prompt)  # groups still to be drawn, by prompt
-    for number in range(groups_per_prompt):
-        order, starts, counts = _shuffled(responses, derive_seed(seed, round_number, "groups", number))
-        if counts.max() < group_size:
-            raise UserError(
-                f"responses: no prompt has {group_size} responses, so there is no group of fit.group_size {group_size}; sample more per "
-                "prompt"
-            )
-        wanted = np.minimum(counts // group_size, left)
-        for size in np.unique(wanted[wanted > 0]):
-            chosen = wanted == size
-            seats = starts[chosen][:, None] + np.arange(size * group_size)
-            index = (groups_per_prompt - left[chosen])[:, None] + np.arange(size * group_size) // group_size
-            rows.append(order[seats].ravel())
-            groups.append(index.ravel())
-        left -= wanted
-        if not np.any(left[counts >= group_size]):
-            break
-    rows, groups = np.concatenate(rows), np.concatenate(groups)
-    names = responses["prompt_id"].to_numpy(object)[rows]
-    sequence = np.lexsort((groups, pd.factorize(names, sort=True)[0]))
-    rows, groups, names = rows[sequence], groups[sequence], names[sequence]
-    return pd.DataFrame(
-        {
-            "prompt_id": names,
-            "group_id": [f"{name}/{group}" for name, group in zip(names, groups, strict=True)],
-            "response_id": responses["response_id"].to_numpy(object)[rows],
-            "score": score[rows],
-        }
-    )
+    rule = {"group_size": group_size, "groups_per_prompt": groups_per_prompt, "seed": seed, "round_number": round_number}
+    grouped = group_rows(PromptRows.of(responses, hashes), **rule)
+    if not len(grouped):
+        raise no_group(group_size)
+    prompt_ids, rows = _ids(responses["prompt_id"]), grouped.reshape(-1)
+    names = pd.Series(group_ids(prompt_ids.take(grouped[:, 0, 0]), groups_per_prompt)).array
+    columns = {
+        "prompt_id": prompt_ids.take(rows),
+        "group_id": names.take(np.arange(len(rows)) // group_size),
+        "response_id": _ids(responses["response_id"]).take(rows),
+        "score": score[rows],
+    }
+    return pd.DataFrame(columns, copy=False)
+
+
+def group_ids(prompt_ids: Iterable[object], groups_per_prompt: int) -> list[str]:
+    """The ids of all prompts' groups, prompt after prompt."""
+    return [f"{name}/{group}" for name in prompt_ids for group in range(groups_per_prompt)]
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0.0, -x))
-
-
-def attach_text(pairs: pd.DataFrame, responses: pd.DataFrame, prompts: pd.Series | None) -> pd.DataFrame:
-    """Adds `prompt, chosen, rejected` texts to a pairs table, for people and for other trainers.
-
-    prompts: prompt text by prompt_id; None uses the responses table's own `prompt` column.
-    """
-    require_columns(responses, ["response"], "responses (--text)")
-    texts = responses.set_index("response_id")["response"]
-    if prompts is None:
-        require_columns(responses, ["prompt"], "responses (--text)")
-        prompts = responses.drop_duplicates("prompt_id").set_index("prompt_id")["prompt"]
-    return pairs.assign(
-        prompt=pairs["prompt_id"].map(prompts), chosen=pairs["chosen_id"].map(texts), rejected=pairs["rejected_id"].map(texts)
-    )

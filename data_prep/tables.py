@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -152,24 +153,31 @@ def validate_groups(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     return frame
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces `path` by `data`: a reader sees the old file or the whole new one, also after a power cut."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends: a reader sees the old file or the whole new one, also
+    after a power cut. After an error nothing is left."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as handle:
-            handle.write(data)
-            handle.flush()
+        yield temporary
+        with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's own error names no file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error  # a full disk's own error names no file
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces `path` by `data`, as `replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def sync_folder(folder: Path) -> None:
