@@ -14,7 +14,7 @@ from data_prep.preferences import lagrangian_score
 
 SATISFIED, VIOLATED, UNDECIDED = "satisfied", "violated", "undecided"
 MIN_RESPONSES = 4
-MIN_ESS, MIN_ESS_SHARE = 4.0, 1 / 16
+MIN_ESS, MIN_ESS_SHARE = 4.0, 1 / 8
 """Below MIN_RESPONSES samples of a prompt, or a mean effective sample size under MIN_ESS or under this share of the samples, log mean exp
 is no estimate of log Z: the few heavy weights that were drawn say that heavier ones were not."""
 

@@ -1,7 +1,7 @@
 """Random enumerable worlds for trials: the embedded world's policy and prompts with random rewards and utilities, as python scorers.
 
 `reward_1`, `utility_1a`, `utility_1b`, ... `reward_5`: sums over an answer's distinct words of random weights that depend on the prompt's
-verb and object; the utilities pull against the reward. Score std about 1 under the embedded policy.
+verb and object; the utilities pull against the reward. Score std about 1 under the embedded policy; with `_x10` at the end, about 10.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ def _weights(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {key: scale * rng.normal(size=len(VOCABULARY)) for key, scale in parts.items()}
 
 
-def _scorer(weights: dict[str, np.ndarray]):
+def _scorer(weights: dict[str, np.ndarray], scale: float = 1.0):
     index = {word: i for i, word in enumerate(VOCABULARY)}
 
     def score(prompts: list[str], responses: list[str]) -> list[float]:
@@ -25,7 +25,7 @@ def _scorer(weights: dict[str, np.ndarray]):
         for prompt, response in zip(prompts, responses, strict=True):
             _, verb, thing = prompt.split()
             row = weights[""] + weights[verb] + weights[thing]
-            scores.append(float(sum(row[index[word]] for word in dict.fromkeys(response.split()))))
+            scores.append(scale * float(sum(row[index[word]] for word in dict.fromkeys(response.split()))))
         return scores
 
     return score
@@ -34,7 +34,9 @@ def _scorer(weights: dict[str, np.ndarray]):
 for _seed in SEEDS:
     _rng = np.random.default_rng(_seed)
     _reward = _weights(_rng)
-    globals()[f"reward_{_seed}"] = _scorer(_reward)
+    _tables = {f"reward_{_seed}": _reward}
     for _letter in "ab":
         _own = _weights(_rng)
-        globals()[f"utility_{_seed}{_letter}"] = _scorer({key: 0.85 * _own[key] - 0.5 * _reward[key] for key in _own})
+        _tables[f"utility_{_seed}{_letter}"] = {key: 0.85 * _own[key] - 0.5 * _reward[key] for key in _own}
+    for _name, _table in _tables.items():
+        globals()[_name], globals()[f"{_name}_x10"] = _scorer(_table), _scorer(_table, 10.0)
