@@ -49,7 +49,8 @@ def run_app(application: Callable[[], None], may_speak: Callable[[], bool] = lam
             print("stopped; the same command resumes where it stopped", file=sys.stderr)
         sys.exit(128 + stopped_by[-1])
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if may_speak():
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         if may_speak():

@@ -6,6 +6,8 @@ import subprocess
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the commands set it
+THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"  # `make test` has two workers for two cores
+os.environ["OMP_NUM_THREADS"] = THREADS  # of the processes that tests start, too
 
 from pathlib import Path
 
@@ -22,10 +24,10 @@ REAL = REPO.parent / "shared" / "real" / "hh-mini"  # not part of the project: t
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads():
+def _threads():
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(THREADS))
 
 
 def random_world(
