@@ -1,4 +1,4 @@
-"""Shared parts of the tests: everything runs offline on two threads; real models are built once per session."""
+"""Shared parts of the tests: everything runs offline and on two cores; real models are built once per session."""
 
 import os
 import subprocess
@@ -6,8 +6,8 @@ import subprocess
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the commands set it
-THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"  # `make test` has two workers for two cores
-os.environ["OMP_NUM_THREADS"] = THREADS  # of the processes that tests start, too
+# `make test` has two workers for two cores; the processes that tests start count too
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ REAL = REPO.parent / "shared" / "real" / "hh-mini"  # not part of the project: t
 def _threads():
     import torch
 
-    torch.set_num_threads(int(THREADS))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def random_world(
