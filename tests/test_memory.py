@@ -36,7 +36,7 @@ table.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
 PreTrainedTokenizerFast(tokenizer_object=table, pad_token="w0", eos_token="w0").save_pretrained(folder / "model")
 recipe = load_recipe(Path(recipe_file), [
     f"policy={{model: {folder / 'model'}, quantization: {quantization}, dtype: float32}}",
-    f"fit={{steps: 1, batch_size: 8, max_length: 128, gradient_checkpointing: {checkpointing}}}",
+    f"fit={{steps: 1, batch_size: 8, max_length: 128, shared_prompts: false, gradient_checkpointing: {checkpointing}}}",
     "sampling={max_new_tokens: 64, batch_size: 8}",
 ])
 prompt_length, rows = 64, 8
@@ -46,10 +46,10 @@ def tokens(n): return rng.integers(1, words, n).astype(np.int32)
 def fit(length, policy, name):
     prompt = tokens(prompt_length).tolist()
     pool = pd.DataFrame({"response_id": [f"y{i}" for i in range(2 * rows)], "token_ids": [tokens(length) for _ in range(2 * rows)]})
-    answers = [ids.tolist() for ids in pool["token_ids"]]
+    answers, pool["sample_logp"] = [ids.tolist() for ids in pool["token_ids"]], np.nan
     pool["ref_logp"], _ = response_logps(policy.model, [prompt] * len(pool), answers, pad_id=0, batch_size=4)
     ids = pool["response_id"].to_numpy()
-    pairs = pd.DataFrame({"prompt_id": "p", "chosen_id": ids[:rows], "rejected_id": ids[rows:], "target": 0.7})
+    pairs = pd.DataFrame({"prompt_id": "p", "chosen_id": ids[:rows], "rejected_id": ids[rows:], "target": 0.7, "margin": 0.8})
     fit_adapter(
         policy, pairs, pool, {"p": prompt}, recipe.fit, recipe.policy.lora, beta=0.1, seed=0, previous_adapter=None, output=folder / name
     )

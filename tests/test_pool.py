@@ -71,19 +71,22 @@ def test_draws_depend_on_ids_and_not_on_the_order_of_rows():
 
 
 def test_hard_cases_are_drawn_with_odds_of_their_residual():
-    """The first of a draw without replacement has probability |residual| / Σ|residual|, over many seeds."""
-    pool = pool_of({"reference-pool": 6, "round:0": 6}, prompts=1)
-    last = pool[pool["source"] == "round:0"]
+    """The first of a draw without replacement has probability |residual| / Σ|residual|, over many prompts with the same scores."""
+    one, draws = pool_of({"reference-pool": 6, "round:0": 6}, prompts=1), 2000
+    last = one[one["source"] == "round:0"]
     residual = last["r"] + 0.7 * last["g"] - 0.5 * (last["policy_logp"] - last["ref_logp"])
     odds = (residual - residual.mean()).abs()
-    shares, draws = {"reference": 0.5, "recent": 0.0, "hard": 0.5, "earlier": 0.0}, 2000
-    found = pd.Series(0, index=last["response_id"])
-    for seed in range(draws):
-        chosen = choose(pool, shares, cap=2, seed=seed)
-        (hard,) = chosen["response_id"][chosen["source"] == "round:0"]
-        found[hard] += 1
+    pool = pd.concat(
+        [one.assign(kind=one["response_id"], prompt_id=f"p{i}", response_id=one["response_id"] + f"/{i}") for i in range(draws)]
+    )
+    shares = {"reference": 0.5, "recent": 0.0, "hard": 0.5, "earlier": 0.0}
+    chosen = choose(pool.reset_index(drop=True), shares, cap=2)
+    found = chosen[chosen["source"] == "round:0"]["kind"].value_counts()
+    assert found.sum() == draws
     expected = (odds / odds.sum()).to_numpy()
-    error = np.abs(found.to_numpy() / draws - expected) / np.sqrt(expected * (1 - expected) / draws)
+    error = np.abs(found.reindex(last["response_id"], fill_value=0).to_numpy() / draws - expected) / np.sqrt(
+        expected * (1 - expected) / draws
+    )
     assert error.max() < 4 and expected.max() > 2 * expected.min()
 
 

@@ -23,7 +23,7 @@ def on_terminal(*arguments, **environment) -> str:
     """Everything a command writes to a terminal of 40 × 140 characters."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 140, 0, 0))
-    plain = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+    plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")}
     env = plain | {"TERM": "xterm-256color"} | environment
     process = subprocess.Popen([*CDPO, *map(str, arguments)], stdin=follower, stdout=follower, stderr=follower, env=env)
     os.close(follower)

@@ -1,0 +1,103 @@
+"""How far the adapter of `quickstart.yaml` reaches at all: LoRA trained on the exact Lagrangian at λ*, its exact gradient, no samples.
+
+    python tests/bench_ceiling.py [--worlds "random 1" ...] [--scales "std 1" ...] [--steps 400] [--learning-rate 4e-3]
+
+Every answer of the enumerable world is in every gradient, on six prompts a step, so what is left is the adapter's and the optimizer's, not
+the pool's, the labels' or the loss's. Worlds and scales are those of bench_quality.py.
+"""
+
+import argparse
+import itertools
+
+import numpy as np
+import torch
+from bench_quality import SCALES, WORLDS, recipe_of
+from peft import LoraConfig, get_peft_model
+
+from constrained_dpo.recipe import Recipe
+from constrained_dpo.tabular import TabularWorld, exact_optimum
+from data_prep.policy import Policy, load_policy
+from data_prep.quickstart import MAX_NEW_TOKENS, VOCABULARY, enumerate_responses, exact_logps
+from data_prep.sampling import decode
+from data_prep.scoring import make_scorer
+from data_prep.sources import split_prompts
+
+PROMPTS_PER_STEP = 6
+
+
+def prefixes_of(policy: Policy) -> tuple[list[list[int]], list[int]]:
+    others = [token for token in range(len(VOCABULARY)) if token not in policy.eos_ids]
+    return [list(p) for p in itertools.product(others, repeat=MAX_NEW_TOKENS - 1)], others
+
+
+def log_probabilities(model: torch.nn.Module, policy: Policy, prompt: list[int]) -> torch.Tensor:
+    """log π of every response, (num_responses,), float64, with gradient; rows as in `enumerate_responses`."""
+    prefixes, others = prefixes_of(policy)
+    ids = torch.tensor([prompt + prefix for prefix in prefixes])
+    steps = model(input_ids=ids, use_cache=False).logits[:, len(prompt) - 1 :].double().log_softmax(-1)
+    row, heads = [], torch.zeros(1, dtype=torch.float64)
+    for position in range(MAX_NEW_TOKENS):
+        following = steps[:: len(others) ** (MAX_NEW_TOKENS - 1 - position), position]
+        row.append(heads + following[:, policy.eos_ids[0]])
+        heads = (heads[:, None] + following[:, others]).reshape(-1)
+    return torch.cat([*row, heads])
+
+
+def ceiling(world_name: str, scale: str, steps: int, learning_rate: float) -> dict[str, float]:
+    """Shares closed of the exact Lagrangian's gap at λ* and of the objective's, and u, after training."""
+    recipe = Recipe.model_validate(recipe_of("soft, pool grows", world_name, scale, 0))
+    policy, problem = load_policy(recipe.policy), recipe.problem
+    prompts = split_prompts(recipe.prompts, recipe.dual.prompts_per_round)[0]
+    texts = prompts["prompt"][prompts["split"] == "dual"].tolist()
+    tokens = {text: policy.tokenizer(text)["input_ids"] for text in texts}
+    answers = decode(policy, enumerate_responses(policy.eos_ids[0], len(VOCABULARY)))
+    scorers = {name: make_scorer(settings) for name, settings in recipe.scorers.items()}
+    scores = {name: np.stack([scorer.score([text] * len(answers), answers) for text in texts]) for name, scorer in scorers.items()}
+    reference = exact_logps(policy, None, tokens)
+    world = TabularWorld(problem, reference, scores[problem.reward], {name: scores[name] for name in problem.names})
+    optimum = exact_optimum(world)
+    total = world.reward + sum(value * scores[name] for name, value in optimum["lambda"].items())
+    target, start = torch.tensor(total), torch.tensor(reference)
+    torch.manual_seed(0)
+    lora = recipe.policy.lora
+    model = get_peft_model(policy.model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for index in rng.choice(len(texts), PROMPTS_PER_STEP, replace=False):
+            logp = log_probabilities(model, policy, tokens[texts[index]])
+            value = (logp.exp() * (target[index] - problem.beta * (logp - start[index]))).sum()
+            (-value / PROMPTS_PER_STEP / problem.beta).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        reached = world.evaluate(torch.stack([log_probabilities(model, policy, tokens[text]) for text in texts]).numpy())
+
+    def lagrangian(values: dict) -> float:
+        return values["objective"] + sum(optimum["lambda"][name] * u for name, u in values["u"].items())
+
+    (u,) = reached["u"].values()
+    (b,) = (-u for u in optimum["reference"]["u"].values())
+    gap = optimum["objective"] - lagrangian(optimum["reference"])
+    return {"closed": (lagrangian(reached) - lagrangian(optimum["reference"])) / gap, "u_over_b": u / b, "kl": reached["kl"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
+    parser.add_argument("--scales", nargs="+", choices=SCALES, default=["std 1"])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    arguments = parser.parse_args()
+    print("| world | scale | share of the Lagrangian's gap closed | u/b | KL |\n|---|---|---|---|---|")
+    for world, scale in itertools.product(arguments.worlds, arguments.scales):
+        found = ceiling(world, scale, arguments.steps, arguments.learning_rate)
+        print(f"| {world} | {scale} | {100 * found['closed']:.0f} % | {100 * found['u_over_b']:+.0f} % | {found['kl']:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
