@@ -1,7 +1,7 @@
 """How much memory a run will need, from the loaded models and the recipe: estimates, to be compared with a measured peak.
 
-The estimate counts live tensors (tests/test_memory.py says how far it is off), a fit's on padded rows: with shared prompts, whose logits exist
-at response positions only, it is an upper bound. It does not count the libraries' own memory (0.5 to 1 GiB of
+The estimate counts live tensors (tests/test_memory.py says how far it is off). A fit's is that of padded rows: with shared prompts, whose
+logits exist at response positions only, it is an upper bound. It does not count the libraries' own memory (0.5 to 1 GiB of
 a process on the CPU, the CUDA context on a GPU), attention implementations that keep their scores, or what an allocator keeps for later: on
 a CPU, glibc's default settings held up to twice the live memory in the same test.
 """
