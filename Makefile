@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup init round run status report test lint bench bench-dual bench-one-shot bench-theory bench-kills bench-relabel clean
+.PHONY: setup init round run status report test lint bench bench-quality bench-fit bench-dual bench-one-shot bench-theory bench-kills bench-relabel clean
 .DEFAULT_GOAL := round
 
 setup: $(VENV)/.installed
@@ -40,6 +40,17 @@ lint: setup
 # The tables of docs/benchmarks.md, measured anew (about 40 minutes on 2 cores).
 bench: setup
 	$(BIN)/python tests/bench_quickstart.py
+
+# Ways of fitting on enumerable worlds at equal passes (about ten hours of one core; goes on where it stopped), and the adapter's own reach.
+bench-quality: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_quality.py runs runs/bench-quality.jsonl
+	$(BIN)/python tests/bench_quality.py table runs/bench-quality.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_ceiling.py
+
+# Steps of a fit beside TRL's, without and with gradient checkpointing (about 10 minutes, one core).
+bench-fit: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_fit.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_fit.py --checkpointing
 
 # Rounds of the dual steps, coverage of intervals and verdicts (simulated; about an hour on 2 cores), then real fits (hours; goes on where it stopped).
 bench-dual: setup
