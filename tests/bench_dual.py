@@ -64,6 +64,7 @@ def tasks(seeds: list[int], methods: list[str], worlds: list[str]) -> list[tuple
 
 def play_fits(output: Path, seeds: list[int], methods: list[str], worlds: list[str]) -> None:
     """Real runs; one JSON line each: the task, and per round λ, exact values and what the certificate said."""
+    output.parent.mkdir(parents=True, exist_ok=True)
     done = {tuple(json.loads(line)["task"]) for line in output.read_text().splitlines()} if output.exists() else set()
     for task in tasks(seeds, methods, worlds):
         if task in done:

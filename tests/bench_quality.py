@@ -48,6 +48,7 @@ def recipe_of(setting: str, world: str, scale: str, seed: int) -> dict:
 
 def play_runs(output: Path, tasks: list[tuple[str, str, str, int]]) -> None:
     """One JSON line a run: the task, and by round the share of the gap closed, exact u/b and KL, and what the certificate said."""
+    output.parent.mkdir(parents=True, exist_ok=True)
     done = {tuple(json.loads(line)["task"]) for line in output.read_text().splitlines()} if output.exists() else set()
     for task in tasks:
         if task in done:
