@@ -47,7 +47,7 @@ bench-quality: setup
 	$(BIN)/python tests/bench_quality.py table runs/bench-quality.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_ceiling.py
 
-# Steps of a fit beside TRL's, without and with gradient checkpointing (about 10 minutes, one core).
+# Steps of a fit beside TRL's, without and with gradient checkpointing (8 minutes each beside other load, one core).
 bench-fit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_fit.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_fit.py --checkpointing

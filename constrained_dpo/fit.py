@@ -1,8 +1,8 @@
 """The Lagrangian maximizer: TRL's DPOTrainer on pseudo-preferences, with reference log-probabilities from the pool.
 
-The losses are in `losses.py`, the rows in `fit_data.py`; what happens over the life of a fit is in `fit_watch.py`, `fit_holdout.py` and
-`fit_checkpoints.py`. The KL anchor is π_ref (the base without adapter) in every round: the stored
-`ref_logp` enters the loss and no reference model runs here.
+The losses are in `losses.py`, the rows in `fit_data.py` and `shared_prompts.py`; what happens over the life of a fit is in `fit_watch.py`,
+`fit_holdout.py` and `fit_checkpoints.py`. The KL anchor is π_ref (the base without adapter) in every round: the stored `ref_logp` enters
+the loss and no reference model runs here.
 """
 
 import math
@@ -23,14 +23,14 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
-from constrained_dpo.devices import is_main, shards_base, wait
+from constrained_dpo.devices import is_main, main_first, shards_base, wait
 from constrained_dpo.fit_checkpoints import KEPT, SealedCheckpoints, fit_identity, newest_whole
 from constrained_dpo.fit_data import LengthBuckets, PaddedCollator, group_dataset, pair_dataset
 from constrained_dpo.fit_holdout import HeldOut, residual, split_held_out, squared_residuals
 from constrained_dpo.fit_settings import FitSettings
 from constrained_dpo.fit_watch import FitProgress, StepWatch, kl_estimate, training_log_text
 from constrained_dpo.losses import all_pairs_loss, listwise_loss, pair_loss
-from constrained_dpo.shared_prompts import SHARED_INPUTS, SharedPromptCollator, add_shared_forward, why_not_shared
+from constrained_dpo.shared_prompts import SHARED_INPUTS, SharedPromptCollator, add_shared_forward, evaluating, why_not_shared
 from constrained_dpo.tracking import fit_logs
 from data_prep.checkpoints import check_adapter_folder, explained_loading
 from data_prep.policy import LoraSettings, Policy
@@ -48,6 +48,7 @@ class PseudoPreferenceTrainer(DPOTrainer):
     listwise = False
     by_length = False
     watch: StepWatch | None = None
+    padded_because: str | None = None  # why a row's prompt is not shared; None where it is
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         return dataset
@@ -135,7 +136,7 @@ def training_config(
         precompute_ref_log_probs=False,  # they come from the pool
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        logging_steps=1,
+        logging_steps=1,  # `fit_watch` sees every gradient's norm
         eval_strategy="steps" if settings.holdout else "no",
         eval_steps=settings.eval_steps,
         eval_on_start=bool(settings.holdout) and not resumed,
@@ -241,16 +242,10 @@ def check_anchor(policy: Policy, model: PeftModel, rows: datasets.Dataset) -> fl
     """
     some = rows.select(range(min(NUM_ANCHOR_ROWS, len(rows))))
     responses, stored = [row[0] for row in some["responses_ids"]], [row[0] for row in some["ref_logps"]]
-    was_training = model.training
-    model.eval()
-    logps, _ = response_logps(
-        model,
-        list(some["prompt_ids"]),
-        responses,
-        pad_id=policy.tokenizer.pad_token_id,
-        batch_size=NUM_ANCHOR_ROWS,
-    )
-    model.train(was_training)
+    with evaluating(model):
+        logps, _ = response_logps(
+            model, list(some["prompt_ids"]), responses, pad_id=policy.tokenizer.pad_token_id, batch_size=NUM_ANCHOR_ROWS
+        )
     error = float(np.abs(logps - np.asarray(stored)).max())
     longest = max(map(len, responses))
     tolerance = 1e-3 if policy.settings.reproducible else 0.05 + 0.01 * longest
@@ -357,10 +352,8 @@ def _start_from(checkpoints: Path, identity: str) -> Path | None:
     """The checkpoint that a fit goes on from, or None; raises UserError where checkpoints cannot be written."""
     if shards_base():
         raise UserError("fit.save_steps: checkpoints inside a fit are not written where the launch shards the base; set it to null")
-    if is_main():
-        newest_whole(checkpoints, identity)  # removes what is not whole, once
-    wait()
-    return newest_whole(checkpoints, identity)
+    with main_first():  # which removes what is not whole
+        return newest_whole(checkpoints, identity)
 
 
 def _save_adapter(model: PeftModel, gathered: dict[str, torch.Tensor] | None, log: str, temporary: Path, output: Path) -> None:

@@ -27,6 +27,12 @@ def labels_of(examples: list[dict]) -> dict[str, torch.Tensor]:
     return {key: torch.tensor([example[key] for example in examples]) for key in keys if key in examples[0]}
 
 
+def row_lengths(rows: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of every row's prompt (num_rows,), and of its responses (num_rows, K)."""
+    responses = np.array([[len(ids) for ids in responses] for responses in rows["responses_ids"]])
+    return np.array([len(ids) for ids in rows["prompt_ids"]]), responses
+
+
 @dataclass
 class PaddedCollator:
     """Prompt and response together, once per response: (num_rows · K, length), padded on the right."""
@@ -51,8 +57,8 @@ class LengthBuckets(torch.utils.data.Sampler[int]):
     BLOCK = 50
 
     def __init__(self, rows: datasets.Dataset, rows_per_step: int, seed: int) -> None:
-        responses = (max(map(len, ids)) for ids in rows["responses_ids"])
-        self.lengths = np.array([len(prompt) + longest for prompt, longest in zip(rows["prompt_ids"], responses, strict=True)])
+        prompts, responses = row_lengths(rows)
+        self.lengths = prompts + responses.max(axis=1)
         self.rows_per_step, self.seed, self.epoch = rows_per_step, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -63,15 +69,13 @@ class LengthBuckets(torch.utils.data.Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(len(self.lengths))
-        for block in np.split(order, range(self.BLOCK * self.rows_per_step, len(order), self.BLOCK * self.rows_per_step)):
-            ranked = block[np.argsort(self.lengths[block], kind="stable")]
-            steps = np.split(ranked, range(self.rows_per_step, len(ranked), self.rows_per_step))
-            last = [steps.pop()] if len(steps[-1]) < self.rows_per_step else []
-            for index in rng.permutation(len(steps)):
-                yield from steps[index].tolist()
-            for step in last:
-                yield from step.tolist()
+        order, size = rng.permutation(len(self.lengths)), self.rows_per_step
+        for block in np.split(order, range(self.BLOCK * size, len(order), self.BLOCK * size)):
+            ranked = block[np.argsort(self.lengths[block], kind="stable")].tolist()
+            whole = len(ranked) // size
+            for step in rng.permutation(whole):
+                yield from ranked[step * size : (step + 1) * size]
+            yield from ranked[whole * size :]
 
 
 def pair_dataset(pairs: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[str, list[int]], max_length: int) -> datasets.Dataset:

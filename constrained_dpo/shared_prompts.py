@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
-from constrained_dpo.fit_data import UNSCORED, labels_of, padded
+from constrained_dpo.fit_data import UNSCORED, labels_of, padded, row_lengths
 from data_prep.sampling import response_logps
 
 LOGITS_AT_ONCE = 2**26
@@ -107,20 +107,16 @@ def _token_logps(head: torch.nn.Module, hidden: torch.Tensor, tokens: torch.Tens
     return torch.cat([checkpoint(piece, states, chosen, use_reentrant=False) for states, chosen in parts])
 
 
-def costs(rows: datasets.Dataset, config: PretrainedConfig) -> tuple[float, float]:
-    """(shared, padded) work of a pass over the rows: a layer's multiplications ÷ 2·hidden, without the head.
+def costs(prompts: np.ndarray, responses: np.ndarray, config: PretrainedConfig) -> tuple[float, float]:
+    """(shared, padded) work of a pass over rows of these lengths (`row_lengths`): a layer's multiplications ÷ 2·hidden, without the head.
 
     A token costs about 12·hidden² in a layer's matrices, a pair of positions 2·hidden in its attention, seen or masked: together
     6·hidden·Σ length + Σ length². Many long responses to a short prompt cost more in one sequence than each alone.
     """
-    hidden = config.get_text_config().hidden_size
-    shared, alone = 0.0, 0.0
-    for prompt, responses in zip(rows["prompt_ids"], rows["responses_ids"], strict=True):
-        lengths = np.array([len(prompt) + len(response) for response in responses], dtype=float)
-        together = lengths.sum() - (len(prompt) - 1) * (len(responses) - 1)
-        shared += 6 * hidden * together + together**2
-        alone += 6 * hidden * lengths.sum() + (lengths**2).sum()
-    return shared, alone
+    matrices = 6.0 * config.get_text_config().hidden_size
+    alone = prompts[:, None] + responses
+    together = alone.sum(axis=1) - (prompts - 1) * (responses.shape[1] - 1)
+    return tuple(float(matrices * lengths.sum() + (lengths.astype(float) ** 2).sum()) for lengths in (together, alone))
 
 
 def why_not_shared(model: torch.nn.Module, rows: datasets.Dataset, pad_token_id: int, tolerance: float) -> str | None:
@@ -130,13 +126,13 @@ def why_not_shared(model: torch.nn.Module, rows: datasets.Dataset, pad_token_id:
     mask, sliding windows shorter than a row, recurrent layers and heads with more than a matrix show here, without a list of names. And
     the last response's log-probability must not move at all when the others change: what it cannot see cannot change it.
     """
-    shared, alone = costs(rows, model.config)
+    prompts, responses = row_lengths(rows)
+    shared, alone = costs(prompts, responses, model.config)
     if shared >= alone:
         return f"one sequence per row would cost {shared / alone:.2f} times the padded sequences"
-    longest = sorted(range(len(rows)), key=lambda i: -len(rows[i]["prompt_ids"]) - max(map(len, rows[i]["responses_ids"])))[:ROWS_TRIED]
-    few = [rows[i] for i in longest]
+    few = [rows[int(i)] for i in np.argsort(-prompts - responses.max(axis=1), kind="stable")[:ROWS_TRIED]]
     sequences = [(row["prompt_ids"], response) for row in few for response in row["responses_ids"]]
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         expected, _ = response_logps(model, *map(list, zip(*sequences, strict=True)), pad_id=pad_token_id, batch_size=len(sequences))
         try:
             found, disturbed = (_shared_logps(model, batch, pad_token_id) for batch in (few, _others_changed(few)))
@@ -164,7 +160,7 @@ def _others_changed(rows: list[dict]) -> list[dict]:
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """The model without dropout for a while."""
     training = model.training
     model.eval()

@@ -10,10 +10,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from data_prep.preferences import hash_ids, hashed_uniforms, lagrangian_score
+from data_prep.preferences import PromptRows, hashed_uniforms, lagrangian_score
 from data_prep.settings import derive_seed
-
-SOURCES = ("reference", "recent", "hard", "earlier")
 
 
 def choose_responses(
@@ -29,24 +27,24 @@ def choose_responses(
 ) -> pd.DataFrame:
     """The rows of the pool that a round's pairs or groups are drawn from, in the pool's order.
 
-    shares: by source, summing to 1, or None for every row alike. Of each prompt as many responses are taken as keep the shares exact
-    without taking one twice, and at most max_per_prompt; a source that the prompt has none of leaves its share to the others. `recent` and
-    `hard` both come from the last round: hard ones are drawn without replacement with odds proportional to the off-policy residual
-    |s_λ − β log π_θ/π_ref − its mean at the prompt|, π_θ the policy that drew them. Draws depend on (seed, round, response ids) alone.
+    pool: (num_responses,) rows of a responses table with the objectives' columns. shares: of reference (> 0), recent, hard and earlier,
+    summing to 1, or None for every row alike. Of each prompt as many responses are taken as keep the shares exact without taking one twice,
+    and at most max_per_prompt; a source that the prompt has none of leaves its share to the others. `recent` and `hard` both come from
+    the last round: hard ones are drawn without replacement with odds proportional to the off-policy residual
+    |s_λ − β log π_θ/π_ref − its mean at the prompt| (score units), π_θ the policy that drew them. Draws depend on (seed, round, response
+    ids) alone. Raises UserError as `lagrangian_score` does.
     """
     if shares is None and max_per_prompt is None:
         return pool
     limit = np.inf if max_per_prompt is None else max_per_prompt
-    prompt, _ = pd.factorize(pool["prompt_id"], sort=True)
-    hashes = hash_ids(pool["response_id"])
-    uniform = {draw: hashed_uniforms(derive_seed(seed, round_number, f"pool-{draw}"), hashes) for draw in ("hard", "any")}
+    rows = PromptRows.of(pool)
+    prompt, uniform = rows.codes, hashed_uniforms(derive_seed(seed, round_number, "pool-any"), rows.hashes)
     if shares is None:
-        return pool[_rank(prompt, uniform["any"]) < limit]
+        return pool[_rank(prompt, uniform) < limit]
     drawn_in = pd.to_numeric(pool["source"].str.extract(r"^round:(\d+)$")[0]).fillna(-1).to_numpy(int)
     last = (drawn_in >= 0) & (drawn_in == drawn_in.max())
-    hard = _hard(pool, prompt, last, uniform["hard"], reward, lambda_, beta)
     kinds = {"reference": drawn_in < 0, "earlier": (drawn_in >= 0) & ~last, "last": last}
-    counts = {kind: np.bincount(prompt[rows], minlength=prompt.max() + 1) for kind, rows in kinds.items()}
+    counts = {kind: np.bincount(prompt[of], minlength=len(rows.counts)) for kind, of in kinds.items()}
     wanted = {"reference": shares["reference"], "earlier": shares["earlier"], "last": shares["recent"] + shares["hard"]}
     weight = {kind: np.where(counts[kind] > 0, wanted[kind], 0.0) for kind in kinds}
     whole = np.sum(list(weight.values()), axis=0)
@@ -54,21 +52,20 @@ def choose_responses(
     size = np.minimum(size, limit)
     chosen = np.zeros(len(pool), dtype=bool)
     for kind in ("reference", "earlier"):
-        chosen |= _first(kinds[kind], prompt, uniform["any"], size * weight[kind] / whole)
+        chosen |= _first(kinds[kind], prompt, uniform, size * weight[kind] / whole)
     from_last = size * weight["last"] / whole
-    part = shares["hard"] / wanted["last"] if wanted["last"] else 0.0
-    picked = _first(last, prompt, hard, from_last * part)
-    return pool[chosen | picked | _first(last & ~picked, prompt, uniform["any"], from_last * (1 - part))]
+    if shares["hard"] and last.any():
+        own = hashed_uniforms(derive_seed(seed, round_number, "pool-hard"), rows.hashes)
+        picked = _first(last, prompt, _hard(pool, prompt, last, own, reward, lambda_, beta), from_last * shares["hard"] / wanted["last"])
+        chosen, last, from_last = chosen | picked, last & ~picked, from_last * shares["recent"] / wanted["last"]
+    return pool[chosen | _first(last, prompt, uniform, from_last)]
 
 
 def _hard(
     pool: pd.DataFrame, prompt: np.ndarray, last: np.ndarray, uniform: np.ndarray, reward: str, lambda_: pd.Series, beta: float
 ) -> np.ndarray:
     """Sorting key of a draw without replacement with odds proportional to the residual (Efraimidis and Spirakis 2006); inf elsewhere."""
-    key = np.full(len(pool), np.inf)
-    if not last.any():  # round 0
-        return key
-    rows = pool[last]
+    key, rows = np.full(len(pool), np.inf), pool[last]
     residual = lagrangian_score(rows, reward, lambda_) - beta * (rows["policy_logp"] - rows["ref_logp"]).to_numpy(float)
     centred = residual - pd.Series(residual).groupby(prompt[last]).transform("mean").to_numpy()
     key[last] = -np.log1p(-uniform[last]) / np.maximum(np.abs(centred), 1e-12)

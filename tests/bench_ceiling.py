@@ -8,18 +8,19 @@ the pool's, the labels' or the loss's. Worlds and scales are those of bench_qual
 
 import argparse
 import itertools
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
 from bench_quality import SCALES, WORLDS, recipe_of
 from peft import LoraConfig, get_peft_model
 
+from constrained_dpo.learner import LoraLearner
 from constrained_dpo.recipe import Recipe
-from constrained_dpo.tabular import TabularWorld, exact_optimum
-from data_prep.policy import Policy, load_policy
-from data_prep.quickstart import MAX_NEW_TOKENS, VOCABULARY, enumerate_responses, exact_logps
-from data_prep.sampling import decode
-from data_prep.scoring import make_scorer
+from constrained_dpo.run_directory import RunDirectory
+from data_prep.policy import Policy
+from data_prep.quickstart import MAX_NEW_TOKENS, VOCABULARY
 from data_prep.sources import split_prompts
 
 PROMPTS_PER_STEP = 6
@@ -46,18 +47,13 @@ def log_probabilities(model: torch.nn.Module, policy: Policy, prompt: list[int])
 def ceiling(world_name: str, scale: str, steps: int, learning_rate: float) -> dict[str, float]:
     """Shares closed of the exact Lagrangian's gap at λ* and of the objective's, and u, after training."""
     recipe = Recipe.model_validate(recipe_of("soft, pool grows", world_name, scale, 0))
-    policy, problem = load_policy(recipe.policy), recipe.problem
-    prompts = split_prompts(recipe.prompts, recipe.dual.prompts_per_round)[0]
-    texts = prompts["prompt"][prompts["split"] == "dual"].tolist()
-    tokens = {text: policy.tokenizer(text)["input_ids"] for text in texts}
-    answers = decode(policy, enumerate_responses(policy.eos_ids[0], len(VOCABULARY)))
-    scorers = {name: make_scorer(settings) for name, settings in recipe.scorers.items()}
-    scores = {name: np.stack([scorer.score([text] * len(answers), answers) for text in texts]) for name, scorer in scorers.items()}
-    reference = exact_logps(policy, None, tokens)
-    world = TabularWorld(problem, reference, scores[problem.reward], {name: scores[name] for name in problem.names})
-    optimum = exact_optimum(world)
-    total = world.reward + sum(value * scores[name] for name, value in optimum["lambda"].items())
-    target, start = torch.tensor(total), torch.tensor(reference)
+    problem, prompts = recipe.problem, split_prompts(recipe.prompts, recipe.dual.prompts_per_round)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        learner = LoraLearner(recipe, RunDirectory(Path(folder)), prompts)
+        policy, world, optimum = learner.policy, learner.worlds["dual"], learner.optimum()["dual"]
+    tokens = [learner.prompt_tokens[pid] for pid in prompts["prompt_id"][prompts["split"] == "dual"]]
+    total = world.reward + sum(value * world.utilities[name] for name, value in optimum["lambda"].items())
+    target, start = torch.tensor(total), torch.tensor(world.ref_logp)
     torch.manual_seed(0)
     lora = recipe.policy.lora
     model = get_peft_model(policy.model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -67,15 +63,15 @@ def ceiling(world_name: str, scale: str, steps: int, learning_rate: float) -> di
     rng = np.random.default_rng(0)
     for _ in range(steps):
         optimizer.zero_grad()
-        for index in rng.choice(len(texts), PROMPTS_PER_STEP, replace=False):
-            logp = log_probabilities(model, policy, tokens[texts[index]])
+        for index in rng.choice(len(tokens), PROMPTS_PER_STEP, replace=False):
+            logp = log_probabilities(model, policy, tokens[index])
             value = (logp.exp() * (target[index] - problem.beta * (logp - start[index]))).sum()
             (-value / PROMPTS_PER_STEP / problem.beta).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        reached = world.evaluate(torch.stack([log_probabilities(model, policy, tokens[text]) for text in texts]).numpy())
+        reached = world.evaluate(torch.stack([log_probabilities(model, policy, prompt) for prompt in tokens]).numpy())
 
     def lagrangian(values: dict) -> float:
         return values["objective"] + sum(optimum["lambda"][name] * u for name, u in values["u"].items())

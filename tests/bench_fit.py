@@ -1,6 +1,6 @@
 """`make bench-fit`: pairs per second of our fit beside the installed TRL's DPOTrainer, same model, LoRA, rows and batch, in one process.
 
-    python tests/bench_fit.py [--steps 6] [--repeats 3] [--checkpointing]
+    python tests/bench_fit.py [--steps 2] [--repeats 3] [--checkpointing]
 
 A 15M-parameter Llama (6 layers of width 288, 32,000 words, random weights), float32, LoRA r = 8 on all linear layers, prompts of 100–130
 tokens, responses of 60–140, batches of 8 pairs. The variants take turns, so a busy machine slows all of them. TRL with precomputed
@@ -124,8 +124,8 @@ def variants(policy: Policy, pairs: int, checkpointing: bool, folder: Path) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a variant per turn")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of every variant")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a variant per turn")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of every variant")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on both sides")
     arguments = parser.parse_args()
     policy = fifteen_million()

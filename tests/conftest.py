@@ -1,6 +1,7 @@
 """Shared parts of the tests: everything runs offline and on two cores; real models are built once per session."""
 
 import os
+import shutil
 import subprocess
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +17,7 @@ import pandas as pd
 import pytest
 
 from constrained_dpo.problem import ConstrainedProblem, Constraint
+from constrained_dpo.run_directory import RunDirectory, init_run
 from constrained_dpo.tabular import TabularWorld
 
 REPO = Path(__file__).resolve().parents[1]
@@ -61,11 +63,17 @@ def small_run(tmp_path_factory):
     """Two rounds of the embedded world, played by the CLI in a process of its own; read-only for tests."""
     from test_cli import CDPO
 
-    from constrained_dpo.run_directory import init_run
-
     run = init_run(QUICKSTART, tmp_path_factory.mktemp("small") / "run", list(SMALL))
     subprocess.run([*CDPO, "run", str(run.path)], check=True, stdout=subprocess.DEVNULL)
     return run
+
+
+@pytest.fixture(scope="module")
+def run(small_run, tmp_path_factory) -> RunDirectory:
+    """A copy of `small_run` to write into."""
+    path = tmp_path_factory.mktemp("copied") / "run"
+    shutil.copytree(small_run.path, path)
+    return RunDirectory(path)
 
 
 def scored_frame(seed: int, prompts: int, responses: int, names: tuple[str, ...] = ("r", "g")) -> pd.DataFrame:

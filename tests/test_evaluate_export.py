@@ -1,7 +1,6 @@
 """evaluate, export and init --from on a real small run of the embedded world: through the CLI where a user types it."""
 
 import json
-import shutil
 import sqlite3
 from contextlib import closing
 
@@ -20,14 +19,6 @@ from data_prep.settings import UserError
 from data_prep.tables import read_parquet
 
 POLITE = 'polite={type: python, target: "SCORERS:polite"}'
-
-
-@pytest.fixture(scope="module")
-def run(small_run, tmp_path_factory) -> RunDirectory:
-    """A copy to write into."""
-    path = tmp_path_factory.mktemp("evaluated") / "run"
-    shutil.copytree(small_run.path, path)
-    return RunDirectory(path)
 
 
 @pytest.fixture(scope="module")

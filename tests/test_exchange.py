@@ -14,18 +14,10 @@ from test_reference_adapter import save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from constrained_dpo.run_directory import RunDirectory, init_run
+from constrained_dpo.run_directory import init_run
 from data_prep.policy import PolicySettings, attached_adapter, load_policy, resolve_model
 from data_prep.sampling import response_logps
 from data_prep.tables import GROUPS, PAIRS, read_parquet
-
-
-@pytest.fixture(scope="module")
-def run(small_run, tmp_path_factory) -> RunDirectory:
-    """A copy to write into."""
-    path = tmp_path_factory.mktemp("exchange") / "run"
-    shutil.copytree(small_run.path, path)
-    return RunDirectory(path)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from test_fit import LORA, fit_settings, ragged_rows
 
 from constrained_dpo import shared_prompts
 from constrained_dpo.fit import build_trainer
-from constrained_dpo.fit_data import LengthBuckets, PaddedCollator
+from constrained_dpo.fit_data import LengthBuckets, PaddedCollator, row_lengths
 from constrained_dpo.shared_prompts import SHARED_INPUTS, SharedPromptCollator, add_shared_forward, costs, why_not_shared
 from data_prep.policy import PolicySettings, load_policy
 
@@ -147,7 +147,7 @@ def test_long_responses_to_a_short_prompt_are_padded():
     """Σ length² of one sequence outgrows the prompt's saving; the costs are those of a hand calculation."""
     config = CONFIGS["llama"]
     row = {"prompt_ids": [list(range(4))], "responses_ids": [[list(range(40))] * K]}
-    shared, alone = costs(row, config)
+    shared, alone = costs(*row_lengths(row), config)
     assert shared == 6 * 32 * (3 + 3 * 41) + 126**2 and alone == 6 * 32 * 132 + 3 * 44**2
     rows = datasets.Dataset.from_dict(row | {"ref_logps": np.zeros((1, K))})
     assert "times the padded sequences" in why_not_shared(model_of(config), rows, 0, 2e-5)
