@@ -47,7 +47,7 @@ bench-quality: setup
 	$(BIN)/python tests/bench_quality.py table runs/bench-quality.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_ceiling.py
 
-# The papers' methods beside ours, five seeds (70 runs, about 90 minutes of one core; goes on where it stopped).
+# The papers' methods beside ours, five seeds (100 runs, about two hours of one core; goes on where it stopped).
 bench-methods: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_methods.py runs runs/bench-methods.jsonl
 	$(BIN)/python tests/bench_methods.py report runs/bench-methods.jsonl --figures docs/figures

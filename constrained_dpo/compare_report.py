@@ -6,12 +6,10 @@ from pathlib import Path
 from constrained_dpo.compare import Group, side_by_side
 from constrained_dpo.compare_figures import pictures
 from constrained_dpo.compare_text import flat_table, markdown, means_table, text_table
+from constrained_dpo.page import render_page, shortened
 from constrained_dpo.report_contents import signed
 from data_prep.settings import UserError
 from data_prep.tables import write_atomically
-
-TEMPLATES = Path(__file__).parent / "templates"
-MAX_CHARACTERS = 3000  # of one text on the page
 
 
 def write_comparison(groups: list[Group], left_out: list[tuple[str, str]], folder: Path, num_prompts: int) -> list[Path]:
@@ -35,7 +33,8 @@ def write_comparison(groups: list[Group], left_out: list[tuple[str, str]], folde
                 "samples": _cards(group, num_prompts),
             }
         )
-    contents["compare.html"] = _render(shown, left_out).encode()
+    count = sum(len(group.rows) for group in groups)
+    contents["compare.html"] = render_page("compare.html.j2", {"shown": shown, "left_out": left_out, "count": count}).encode()
     try:
         for name, data in contents.items():
             write_atomically(folder / name, data)
@@ -51,27 +50,11 @@ def _cards(group: Group, count: int) -> list[dict[str, object]]:
     """Prompts with every run's answer, ready to show."""
     return [
         {
-            "id": card["prompt_id"], "prompt": _shortened(card["prompt"]),
+            "id": card["prompt_id"], "prompt": shortened(card["prompt"]),
             "answers": [
-                answer | {"response": _shortened(answer["response"]), "scores": [(n, signed(v, 2)) for n, v in answer["scores"].items()]}
+                answer | {"response": shortened(answer["response"]), "scores": [(n, signed(v, 2)) for n, v in answer["scores"].items()]}
                 for answer in card["answers"]
             ],
         }
         for card in side_by_side(group, count)
     ]  # fmt: skip
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= MAX_CHARACTERS:
-        return text
-    return f"{text[:MAX_CHARACTERS]} […] ({len(text) - MAX_CHARACTERS:,} more characters are in the table)"
-
-
-def _render(shown: list[dict[str, object]], left_out: list[tuple[str, str]]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    count = sum(len(part["group"].rows) for part in shown)
-    return environment.get_template("compare.html.j2").render(shown=shown, left_out=left_out, count=count)

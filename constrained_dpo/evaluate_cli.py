@@ -22,12 +22,12 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="another seed draws other responses")] = 0,
     judge: Annotated[str | None, typer.Option(help="{base_url: ..., model: ...}: a chat server compares the answers with π_ref's")] = None,
     against: Annotated[Path | None, typer.Option(help="with --judge: compare with this run's last round instead")] = None,
-    unsafe: Annotated[Path | None, typer.Option(help="with --judge: prompts that ask for harm, judged apart from the benign ones")] = None,
+    unsafe: Annotated[Path | None, typer.Option(help="with --judge: prompts that ask for harm, judged apart from the others")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Sample a round's policy, or another adapter's, afresh on unseen prompts and judge it, by the run's scorers and extra ones."""
     from constrained_dpo.evaluate import check_names, evaluate_adapter, evaluate_round, evaluation_prompts
-    from constrained_dpo.judging import check_judge_options, judge_all, judgement_lines, parse_judge
+    from constrained_dpo.judging import check_judge_options, judge_all, judgement_lines, left_out_line, parse_judge
     from constrained_dpo.learner import LoraLearner
     from constrained_dpo.rounds import require_same_inputs
     from constrained_dpo.run_directory import RunDirectory
@@ -66,9 +66,9 @@ def evaluate(
         return
     print_evaluation(results_console(), record, recipe.problem, recipe.dual.confidence)
     if any(left_out.values()):
-        print(f"prompts left out: {', '.join(f'{n} {why}' for why, n in left_out.items())}")
+        print(left_out_line(left_out))
     for title, found in judged.items():
-        print("\n".join(judgement_lines(f"{title} prompts", found, str(against or "π_ref"))))
+        print("\n".join(judgement_lines(title, found, str(against or "π_ref"))))
     print(f"tables: {directory.evaluation_folder(record['key'])}")
 
 

@@ -5,8 +5,7 @@ import json
 from pathlib import Path
 
 import pandas as pd
-import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from constrained_dpo.evaluate import evaluate_round, evaluation_prompts
 from constrained_dpo.judge import (
@@ -24,7 +23,7 @@ from constrained_dpo.run_directory import RunDirectory
 from constrained_dpo.selection import chosen_round
 from data_prep.http_client import GarbledAnswer, HttpClient
 from data_prep.server_settings import RequestSettings, check_url, resolve_url
-from data_prep.settings import UserError, derive_seed
+from data_prep.settings import UserError, derive_seed, parse_option
 from data_prep.tables import read_parquet, write_json
 
 
@@ -44,12 +43,7 @@ class JudgeSettings(RequestSettings):
 
 def parse_judge(text: str) -> JudgeSettings:
     """Settings from `--judge`'s YAML, e.g. `{base_url: "http://localhost:8000/v1", model: NAME}`; raises UserError."""
-    try:
-        return JudgeSettings.model_validate(yaml.safe_load(text))
-    except (ValidationError, yaml.YAMLError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        detail = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip() if first else str(error).splitlines()[0]
-        raise UserError(f'--judge: {detail}; write e.g. {{base_url: "http://localhost:8000/v1", model: NAME}}') from error
+    return parse_option(JudgeSettings, text, "--judge", 'write e.g. {base_url: "http://localhost:8000/v1", model: NAME}')
 
 
 class Judge:
@@ -157,17 +151,19 @@ def judge_all(
     run: RunDirectory, recipe: Recipe, learner: LoraLearner, key: str, settings: JudgeSettings, against: Path | None, unsafe: Path | None,
     round_: str, asked: dict[str, object],
 ) -> dict[str, dict]:  # fmt: skip
-    """`judge_evaluation` of the evaluation `key` (benign), and of fresh answers to `unsafe`, if given."""
+    """`judge_evaluation` by title: of the evaluation `key`, and of fresh answers to the prompts of `unsafe`, if given; the record of the
+    latter says what was `left_out` of its file."""
     fixed = {"confidence": recipe.dual.confidence, "seed": derive_seed(recipe.seed, 0, "judge")}
     other = None if against is None else other_responses(RunDirectory(against))
-    judged = {"benign": judge_evaluation(run, key, settings, learner.prompt_texts, other, **fixed)}
+    judged = {f"{asked['label']} prompts": judge_evaluation(run, key, settings, learner.prompt_texts, other, **fixed)}
     if unsafe is not None:
-        prompts, _ = evaluation_prompts(run, recipe, unsafe)
+        prompts, duplicates = evaluation_prompts(run, recipe, unsafe)
         more = LoraLearner(recipe, run, prompts, learner.show_progress, learner.scorer_settings)
         more.policy, more.scorers = learner.policy, learner.scorers
-        more.restrict(recipe.fit.max_length)
+        left_out = {"duplicates": duplicates} | more.restrict(recipe.fit.max_length)
         record = evaluate_round(run, recipe, more, chosen_round(run, round_), **(asked | {"label": unsafe.stem}))
-        judged["unsafe"] = judge_evaluation(run, record["key"], settings, more.prompt_texts, None, **fixed)
+        found = judge_evaluation(run, record["key"], settings, more.prompt_texts, None, **fixed)
+        judged["unsafe prompts"] = found | {"left_out": left_out}
     return judged
 
 
@@ -189,7 +185,13 @@ def judgement_lines(title: str, record: dict[str, object], other: str) -> list[s
         f"  declines: {_percent(found['policy'])} of the policy's answers, {_percent(found['other'])} of the other's, difference "
         f"{_percent(found['difference'], found['interval'])}; {found['unreadable_pairs']} pairs left out"
     )
+    if any(record.get("left_out", {}).values()):
+        lines.append(f"  {left_out_line(record['left_out'])}")
     return lines
+
+
+def left_out_line(counts: dict[str, int]) -> str:
+    return f"prompts left out: {', '.join(f'{n} {why}' for why, n in counts.items())}"
 
 
 def _percent(share: float | None, interval: tuple[float, float] | None = None) -> str:

@@ -170,10 +170,11 @@ class LoraLearner:
         """Texts cut to a scorer's window in this process, by objective; only scorers that truncate."""
         return {n: s.truncated for n, s in self.scorers.items() if getattr(s, "truncated", 0)}
 
-    def quantization_drift(self) -> dict[str, dict[str, object]]:
-        """How far quantization moves scores, by objective; only scorers that are quantized."""
-        measured = {n: s.quantization_drift() for n, s in self.scorers.items() if hasattr(s, "quantization_drift")}
-        return {name: drift for name, drift in measured.items() if drift is not None}
+    def measured_scorers(self, pool: pd.DataFrame) -> dict[str, dict]:
+        """By objective: `quantization_drift` of quantized scorers, `calibration` of implicit ones; pool: π_ref's scored responses."""
+        drifts = {n: s.quantization_drift() for n, s in self.scorers.items() if hasattr(s, "quantization_drift")}
+        measured = {name: {"quantization_drift": drift} for name, drift in drifts.items() if drift is not None}
+        return measured | {name: {"calibration": record} for name, record in self.calibrations(pool).items()}
 
     def calibrations(self, pool: pd.DataFrame) -> dict[str, dict]:
         """By implicit objective of the recipe: `beta`, `std_within` (score units, within a prompt on π_ref's scored responses; None with

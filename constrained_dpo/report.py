@@ -1,6 +1,6 @@
 """`cdpo report`: one self-contained HTML page and its PNGs, drawn from a run's files alone.
 
-Reads recipe.yaml, state.json, exact.json, calibration.json, prompts.parquet, reference.parquet and rounds/*, loads no model and takes no
+Reads recipe.yaml, state.json, exact.json, scorers.json, prompts.parquet, reference.parquet and rounds/*, loads no model and takes no
 lock: what a run in progress has finished is what is shown. Writes only RUN/report/, each file whole; the page embeds its images, so it can
 be sent as it is.
 """
@@ -14,18 +14,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.report_contents import Contents, asked, calibrations, cut_off, interval, lengths, read_contents, signed
+from constrained_dpo.page import TEMPLATES, render_page, shortened
+from constrained_dpo.report_contents import Contents, asked, cut_off, interval, lengths, read_contents, signed
 from constrained_dpo.report_figures import Picture, pictures
 from constrained_dpo.rounds import share_of_gap_closed
 from constrained_dpo.run_directory import RunDirectory
+from constrained_dpo.scorer_facts import measured_lines
 from constrained_dpo.terminal import MEANING, at_bound_warning, certificate_line, describe_problem, next_step
-from data_prep.calibration import describe_calibration
 from data_prep.settings import UserError
 from data_prep.tables import hash_file, write_atomically
 
-TEMPLATES = Path(__file__).parent / "templates"
 FIRST_RESPONSES, EXTREMES = 100, 60  # pairs of responses on the page: first draws, and largest changes over all constraints
-MAX_CHARACTERS = 3000  # of one text on the page: with these limits, three constraints stay below 10 MB whatever was sampled
 
 
 def write_report(run: RunDirectory, number: int | None = None) -> tuple[Path, str]:
@@ -52,11 +51,6 @@ def write_report(run: RunDirectory, number: int | None = None) -> tuple[Path, st
 
 
 def _render(contents: Contents, drawn: list[tuple[Picture, dict[str, bytes]]]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     recipe, state, run = contents.recipe, contents.state, contents.run
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     figures = [
@@ -64,18 +58,21 @@ def _render(contents: Contents, drawn: list[tuple[Picture, dict[str, bytes]]]) -
         for picture, files in drawn
         for light, dark in [[base64.b64encode(data).decode() for data in files.values()]]
     ]
-    return environment.get_template("report.html.j2").render(
-        name=recipe.name, run=run.path.name, shown=contents.shown, verdict=contents.record["verdict"], sentence=verdict_sentence(contents),
-        notes=notes(contents), next_step=next_step(run, recipe), problem=describe_problem(recipe.problem).splitlines(),
-        objective_names=recipe.problem.objectives, constraints=constraint_rows(contents), rounds=round_rows(contents),
-        reward=recipe.problem.reward, percent=f"{100 * recipe.dual.confidence:g} %", figures=figures, samples=sample_cards(contents),
-        num_pairs=len(contents.before), num_prompts=contents.before.index.get_level_values("prompt_id").nunique(),
-        first_responses=FIRST_RESPONSES, extremes=EXTREMES, left_out=state["left_out"], law=contents.record["sampling_law"],
-        hashes=list(_flat({"recipe": state["recipe_hash"], **state["hashes"]})), sources=list(_sources(contents)),
-        samples_files=[contents.name_of(run.reference_file), contents.name_of(run.samples_file(contents.shown))],
-        round_files=contents.round_files, recipe_yaml=run.recipe_file.read_text(encoding="utf-8"), script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )  # fmt: skip
+    values = {
+        "name": recipe.name, "run": run.path.name, "shown": contents.shown, "verdict": contents.record["verdict"],
+        "sentence": verdict_sentence(contents),
+        "notes": notes(contents), "next_step": next_step(run, recipe), "problem": describe_problem(recipe.problem).splitlines(),
+        "objective_names": recipe.problem.objectives, "constraints": constraint_rows(contents), "rounds": round_rows(contents),
+        "reward": recipe.problem.reward, "percent": f"{100 * recipe.dual.confidence:g} %", "figures": figures,
+        "samples": sample_cards(contents),
+        "num_pairs": len(contents.before), "num_prompts": contents.before.index.get_level_values("prompt_id").nunique(),
+        "first_responses": FIRST_RESPONSES, "extremes": EXTREMES, "left_out": state["left_out"], "law": contents.record["sampling_law"],
+        "hashes": list(_flat({"recipe": state["recipe_hash"], **state["hashes"]})), "sources": list(_sources(contents)),
+        "samples_files": [contents.name_of(run.reference_file), contents.name_of(run.samples_file(contents.shown))],
+        "round_files": contents.round_files, "recipe_yaml": run.recipe_file.read_text(encoding="utf-8"), "script": script,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }  # fmt: skip
+    return render_page("report.html.j2", values)
 
 
 def verdict_sentence(contents: Contents) -> str:
@@ -122,8 +119,7 @@ def notes(contents: Contents) -> list[str]:
         lines.append(f"KL and objective are not given: {record['kl_reason']}.")
     for name, count in record.get("truncated_scores", {}).items():
         lines.append(f"The scorer of {name} read only the part of {count} texts that fits its window.")
-    for name, calibration in calibrations(contents.run).items():
-        lines += [f"{line[0].upper()}{line[1:]}." for line in describe_calibration(name, calibration)]
+    lines += [f"{line[0].upper()}{line[1:]}." for line in measured_lines(contents.run)]
     exact, optimum = (contents.exact_of(v, "test") for v in (record.get("exact"), contents.optimum))
     if exact and optimum:
         here, best, start = (signed(v["objective"]) for v in (exact, optimum, optimum["reference"]))
@@ -224,11 +220,11 @@ def sample_cards(contents: Contents) -> list[dict]:
         for title, row in (("π_ref", before.loc[key]), (f"round {contents.shown}", after.loc[key])):
             scores = [(name, signed(row[name], 2)) for name in names]
             size = f"{len(row['token_ids'])} tokens" + ("" if row["ended"] else ", cut off")
-            sides.append({"title": title, "text": _shortened(row["response"]), "scores": scores, "length": size})
+            sides.append({"title": title, "text": shortened(row["response"]), "scores": scores, "length": size})
         shown = [(name, float(change), signed(change, 2)) for name, change in changes.loc[key].items()]
         cards.append(
             {
-                "prompt": _shortened(_prompt_text(prompts[key[0]], contents.recipe.prompts.format)), "id": key[0], "draw": key[1],
+                "prompt": shortened(_prompt_text(prompts[key[0]], contents.recipe.prompts.format)), "id": key[0], "draw": key[1],
                 "sides": sides, "reasons": reasons, "changes": shown,
             }
         )  # fmt: skip
@@ -240,12 +236,6 @@ def _prompt_text(prompt: str, format: str) -> str:
     if format != "chat":
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in json.loads(prompt))
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= MAX_CHARACTERS:
-        return text
-    return f"{text[:MAX_CHARACTERS]} […] ({len(text) - MAX_CHARACTERS:,} more characters are in the table)"
 
 
 def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -260,8 +250,7 @@ def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
 def _sources(contents: Contents) -> Iterator[tuple[str, str]]:
     """Every file that the page was drawn from, with the first 16 digits of its SHA-256."""
     run = contents.run
-    files = [run.recipe_file, run.state_file, run.prompts_file, run.reference_file, run.samples_file(contents.shown)]
+    files = [run.recipe_file, run.state_file, run.scorers_file, run.prompts_file, run.reference_file, run.samples_file(contents.shown)]
     files += [run.exact_file] if contents.optimum else []
-    files += [run.calibration_file] if run.calibration_file.exists() else []
     for path in [*files, *map(run.round_file, range(len(contents.records)))]:
         yield contents.name_of(path), hash_file(path)[:16]

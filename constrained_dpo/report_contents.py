@@ -69,11 +69,6 @@ def read_contents(run: RunDirectory, number: int | None = None) -> Contents:
     return Contents(run, recipe, state, records, optimum, shown, before.loc[both], after.loc[both])
 
 
-def calibrations(run: RunDirectory) -> dict[str, dict]:
-    """What `prepare` measured of implicit scorers, by objective; empty where there are none."""
-    return json.loads(run.calibration_file.read_text()) if run.calibration_file.exists() else {}
-
-
 def _test_responses(table: pd.DataFrame, rank: dict[str, int]) -> pd.DataFrame:
     """The test split, indexed by prompt and draw (0, 1, ... within a prompt)."""
     table = table[table["split"] == "test"].sort_values("prompt_id", key=lambda ids: ids.map(rank), kind="stable")

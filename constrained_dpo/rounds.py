@@ -75,7 +75,7 @@ class Learner(Protocol):
 
     def optimum(self) -> dict[str, dict] | None: ...
 
-    def calibrations(self, pool: pd.DataFrame) -> dict[str, dict]: ...  # asked only where a scorer is implicit
+    def measured_scorers(self, pool: pd.DataFrame) -> dict[str, dict]: ...
 
 
 def prepare(run: RunDirectory, recipe: Recipe, learner: Learner, left_out: dict[str, int], announce: Announce = silent) -> Recipe:
@@ -140,13 +140,11 @@ def _begin(run: RunDirectory, recipe: Recipe, learner: Learner, identity: dict[s
     Returns the resolved recipe."""
     recipe = resolve_margins(run, recipe)
     if not run.scorers_file.exists():
-        drift = getattr(learner, "quantization_drift", dict)()
-        write_json(run.scorers_file, scorer_facts(recipe, _own_responses(run, recipe), drift))
+        pool = _own_responses(run, recipe)
+        write_json(run.scorers_file, scorer_facts(recipe, pool, learner.measured_scorers(pool)))
     optimum = learner.optimum()
     if optimum is not None and not run.exact_file.exists():
         write_json(run.exact_file, optimum)
-    if any(scorer.type == "implicit" for scorer in recipe.scorers.values()) and not run.calibration_file.exists():
-        write_json(run.calibration_file, learner.calibrations(_own_responses(run, recipe)))
     recipe = resolve_step_scale(run, recipe)
     state = run.state()
     if not state["lambda"]:

@@ -53,13 +53,9 @@ class RunDirectory:
 
     @property
     def scorers_file(self) -> Path:
-        """What is known of every scorer: its options, its scores' statistics on π_ref's pool, how far quantization moves them."""
+        """What is known of every scorer: its options, its scores' statistics on π_ref's pool, how far quantization moves them, what an
+        implicit one's are worth."""
         return self.path / "scorers.json"
-
-    @property
-    def calibration_file(self) -> Path:
-        """What implicit scorers' scores are worth, by objective; only where there are some."""
-        return self.path / "calibration.json"
 
     def inherited_file(self, phase: str) -> Path:
         """π_ref's responses taken over from another run (`init --from`), without scores; phase is pool, dataset or

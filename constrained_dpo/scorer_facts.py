@@ -1,4 +1,4 @@
-"""What a run knows of its scorers before round 0: the unit of margins in std, the scores' statistics, how far quantization moves them."""
+"""What a run knows of its scorers before round 0: the unit of margins in std, the scores' statistics, what `prepare` measured of them."""
 
 import json
 
@@ -6,6 +6,7 @@ import pandas as pd
 
 from constrained_dpo.recipe import Recipe
 from constrained_dpo.run_directory import RunDirectory
+from data_prep.calibration import describe_calibration
 from data_prep.scorer_settings import ScorerOptions
 from data_prep.settings import UserError
 
@@ -38,15 +39,11 @@ def score_statistics(scored: pd.DataFrame, scorers: dict[str, ScorerOptions]) ->
     return statistics
 
 
-def scorer_facts(recipe: Recipe, pool: pd.DataFrame, drift: dict[str, dict]) -> dict[str, dict[str, object]]:
-    """scorers.json, by objective: type, options in words, statistics on π_ref's pool, and the drift of those that are quantized."""
+def scorer_facts(recipe: Recipe, pool: pd.DataFrame, measured: dict[str, dict]) -> dict[str, dict[str, object]]:
+    """scorers.json, by objective: type, options in words, statistics on π_ref's pool, and what `Learner.measured_scorers` found."""
     return {
-        name: {
-            "type": recipe.scorers[name].type,
-            "options": recipe.scorers[name].described(),
-            "reference": statistics,
-            **({"quantization_drift": drift[name]} if name in drift else {}),
-        }
+        name: {"type": recipe.scorers[name].type, "options": recipe.scorers[name].described(), "reference": statistics}
+        | measured.get(name, {})
         for name, statistics in score_statistics(pool, recipe.scorers).items()
     }
 
@@ -80,6 +77,14 @@ def prepared_lines(run: RunDirectory, recipe: Recipe) -> list[str]:
     """What `prepare` has found of the scorers and margins, in words, from scorers.json and the resolved recipe."""
     facts = json.loads(run.scorers_file.read_text())
     lines = [describe_statistics(name, found["reference"]) for name, found in facts.items()]
-    lines += [describe_drift(name, found["quantization_drift"]) for name, found in facts.items() if "quantization_drift" in found]
     in_std = {c.name: (c.margin_in_std, c.reference_std) for c in recipe.objective.constraints if c.margin_in_std is not None}
-    return lines + describe_margins(in_std)
+    return lines + measured_lines(run) + describe_margins(in_std)
+
+
+def measured_lines(run: RunDirectory) -> list[str]:
+    """Drift of quantized and calibration of implicit scorers, as `prepare` measured them, in words."""
+    lines = []
+    for name, found in json.loads(run.scorers_file.read_text()).items():
+        lines += [describe_drift(name, found["quantization_drift"])] if "quantization_drift" in found else []
+        lines += describe_calibration(name, found["calibration"]) if "calibration" in found else []
+    return lines

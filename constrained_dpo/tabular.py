@@ -135,6 +135,9 @@ class TabularLearner:
     def identity(self) -> dict[str, object]:
         return {"policy": "tabular", "law": "tabular"}
 
+    def measured_scorers(self, pool: pd.DataFrame) -> dict[str, dict]:
+        return {}  # its scores are given: nothing is quantized, no scorer is a policy
+
     def exact(self, adapter: Path, lambda_: pd.Series) -> dict[str, dict] | None:
         logp = self.table(adapter)
         return {"all": self.world.evaluate(logp) | {"lagrangian_gap": self.world.lagrangian_gap(logp, lambda_)}}

@@ -3,11 +3,10 @@
 import re
 from typing import Annotated, Literal, get_args
 
-import yaml
-from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_prep.server_settings import RequestSettings, check_url
-from data_prep.settings import Settings, UserError
+from data_prep.settings import Settings, parse_option
 
 
 class ScorerOptions(Settings):
@@ -247,12 +246,7 @@ SCORER_TYPES = tuple(get_args(block.model_fields["type"].annotation)[0] for bloc
 
 def parse_scorer(text: str, option: str) -> ScorerSettings:
     """Scorer settings from a command-line option's YAML, e.g. `{type: python, target: "file.py:function"}`; raises UserError."""
-    try:
-        return TypeAdapter(ScorerSettings).validate_python(yaml.safe_load(text))
-    except (ValidationError, yaml.YAMLError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        detail = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip() if first else str(error).splitlines()[0]
-        raise UserError(f'{option}: {detail}; write it as in a recipe, e.g. {{type: python, target: "file.py:function"}}') from error
+    return parse_option(ScorerSettings, text, option, 'write it as in a recipe, e.g. {type: python, target: "file.py:function"}')
 
 
 def fill_template(template: str, prompt: str, response: str) -> str:

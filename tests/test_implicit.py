@@ -278,7 +278,7 @@ def test_a_run_of_the_embedded_world_with_an_implicit_utility(tmp_path):
     exact = json.loads(run.exact_file.read_text())["test"]["reference"]
     assert exact["utilities"]["harmless"] == pytest.approx(-0.5 * kl, abs=1e-4)  # E_ref of the log-ratio is −KL(π_ref ‖ π_adapter)
     assert replay(run) == run.state()["lambda"]
-    record = json.loads(run.calibration_file.read_text())["harmless"]
+    record = json.loads(run.scorers_file.read_text())["harmless"]["calibration"]
     pool = read_parquet(run.pool_file(None))
     assert record["std_within"] == pytest.approx(np.sqrt(pool.groupby("prompt_id")["harmless"].var(ddof=1).mean()))
     assert record["labelled"]["pairs"] == 2 and record["labelled"]["right"] in (0.0, 0.5, 1.0)

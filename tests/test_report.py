@@ -12,8 +12,9 @@ from conftest import random_world
 from test_cli import cdpo
 from test_rounds import make_run, play
 
+from constrained_dpo.page import MAX_CHARACTERS
 from constrained_dpo.problem import ConstrainedProblem, Constraint
-from constrained_dpo.report import EXTREMES, MAX_CHARACTERS, choose_samples, notes, verdict_sentence, write_report
+from constrained_dpo.report import EXTREMES, choose_samples, notes, verdict_sentence, write_report
 from constrained_dpo.report_contents import read_contents, signed
 from constrained_dpo.tabular import TabularWorld
 from data_prep.settings import UserError

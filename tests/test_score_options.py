@@ -161,16 +161,15 @@ def test_drift_is_in_what_check_and_prepare_know_of_a_scorer(tmp_path):
     recipe = load_recipe(QUICKSTART, [f"objective.reward.scorer={block}"])
     run = RunDirectory(tmp_path)
     learner = LoraLearner(recipe, run, pd.DataFrame())
-    drifts = learner.quantization_drift()
-    assert set(drifts) == {"helpful"} and drifts["helpful"]["mean"] > 0
-    assert (
-        _describe_scorer("helpful", learner.scorers["helpful"], recipe.scorers["helpful"], recipe)["quantization_drift"]
-        == drifts["helpful"]
-    )
+    measured = learner.measured_scorers(pd.DataFrame())
+    assert set(measured) == {"helpful"} and set(measured["helpful"]) == {"quantization_drift"}
+    drift = measured["helpful"]["quantization_drift"]
+    assert drift["mean"] > 0
+    assert _describe_scorer("helpful", learner.scorers["helpful"], recipe.scorers["helpful"], recipe)["quantization_drift"] == drift
     pool = pd.DataFrame({"helpful": [0.0, 1.0], "harmless": [1.0, 2.0]})
-    write_json(run.scorers_file, scorer_facts(recipe, pool, drifts))
+    write_json(run.scorers_file, scorer_facts(recipe, pool, measured))
     lines = prepared_lines(run, recipe)
-    assert lines[0].startswith("scores of helpful: mean 0.5, std 0.5") and lines[2] == describe_drift("helpful", drifts["helpful"])
+    assert lines[0].startswith("scores of helpful: mean 0.5, std 0.5") and lines[2] == describe_drift("helpful", drift)
     assert len(lines) == 3
 
 
