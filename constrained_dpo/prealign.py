@@ -19,7 +19,7 @@ from constrained_dpo.fit_settings import FitSettings
 from constrained_dpo.learner import LoraLearner
 from constrained_dpo.recipe import Recipe
 from constrained_dpo.rounds import Announce, silent, timed
-from constrained_dpo.run_directory import RunDirectory
+from constrained_dpo.run_directory import RunDirectory, hold
 from data_prep.answers import given_pairs, labelled
 from data_prep.settings import UserError, derive_seed
 from data_prep.sources import split_prompts
@@ -36,7 +36,7 @@ def prealign(recipe: Recipe, column: str, output: Path, *, announce: Announce = 
 
     Trained on the pairs of the fit and dual prompts; those of the test prompts, where they are labelled, are only asked about. What a
     killed call left (log π_ref by shards, checkpoints of fit.save_steps) lies in `.OUTPUT.prealign` and is used by the same call again.
-    Raises UserError for malformed rows, a column that is not there, and an `output` that exists.
+    Raises UserError for malformed rows, a column that is not there, an `output` that exists, and while another call works on it.
     """
     if output.exists():
         raise UserError(f"{output}: exists already; choose a new folder for the adapter")
@@ -47,34 +47,28 @@ def prealign(recipe: Recipe, column: str, output: Path, *, announce: Announce = 
     left_out |= learner.restrict(recipe.fit.max_length)
     answers, table = tokenized_answers(learner, label=column)
     pairs = validate_pairs(labelled(given_pairs(answers), None), f"{column} pairs")
-    _own_shards(work, learner, table, column)
-    scored: list[pd.DataFrame] = []
-    timed(
-        announce, "prealign: log π_ref of the answers",
-        lambda: scored.append(collect_answers(work, learner, table, None, phase="answers", scored=False)),
-    )  # fmt: skip
-    adapter = work.path / "adapter"
-    if not adapter.exists():
-        timed(announce, f"prealign: fit {len(pairs)} pairs", lambda: _fit(learner, pairs, scored[0], settings, adapter))
-    agreement = {"fit": _agreement(learner, pairs, scored[0], adapter), "test": _test_agreement(learner, column, adapter)}
-    facts = {
-        "labels": column,
-        "pairs": len(pairs),
-        "beta": recipe.objective.beta,
-        "seed": recipe.seed,
-        "policy": {"model": recipe.policy.model, "quantization": recipe.policy.quantization, "fingerprint": learner.policy.fingerprint},
-        "source": recipe.prompts.model_dump(mode="json")["source"],
-        "prompts": {"fit": int((learner.prompts["split"] != "test").sum()), "left_out": left_out},
-        "answers": answer_counts(table, int((learner.prompts["split"] != "test").sum()), answers.left_out),
-        "agreement": agreement,
-        "lora": recipe.policy.lora.model_dump(mode="json"),
-        "fit": settings.model_dump(mode="json", exclude_defaults=True),
-        "template": {"format": recipe.prompts.format, "template": recipe.prompts.template},
-    }
-    write_json(adapter / FACTS_FILE, facts)
-    os.replace(adapter, output)
-    sync_folder(output.parent)
-    shutil.rmtree(work.path)
+    work.path.mkdir(parents=True, exist_ok=True)
+    with hold(work.path):
+        agreement = _fit_and_ask(work, learner, pairs, table, settings, announce)
+        adapter, trained = work.path / "adapter", int((learner.prompts["split"] != "test").sum())
+        facts = {
+            "labels": column,
+            "pairs": len(pairs),
+            "beta": recipe.objective.beta,
+            "seed": recipe.seed,
+            "policy": {"model": recipe.policy.model, "quantization": recipe.policy.quantization, "fingerprint": learner.policy.fingerprint},
+            "source": recipe.prompts.model_dump(mode="json")["source"],
+            "prompts": {"fit": trained, "left_out": left_out},
+            "answers": answer_counts(table, trained, answers.left_out),
+            "agreement": agreement,
+            "lora": recipe.policy.lora.model_dump(mode="json"),
+            "fit": settings.model_dump(mode="json", exclude_defaults=True),
+            "template": {"format": recipe.prompts.format, "template": recipe.prompts.template},
+        }
+        write_json(adapter / FACTS_FILE, facts)
+        os.replace(adapter, output)
+        sync_folder(output.parent)
+        shutil.rmtree(work.path)
     return facts
 
 
@@ -87,9 +81,25 @@ def fit_settings(fit: FitSettings, column: str) -> FitSettings:
     return fit.in_round(0).model_copy(update=wanted | unused)
 
 
+def _fit_and_ask(
+    work: RunDirectory, learner: LoraLearner, pairs: pd.DataFrame, table: pd.DataFrame, settings: FitSettings, announce: Announce
+) -> dict[str, dict | None]:
+    """Fits the adapter in `work`, from what a killed call left there; returns its agreement with the labels, by split."""
+    column = settings.label_column
+    _own_shards(work, learner, table, column)
+    scored: list[pd.DataFrame] = []
+    timed(
+        announce, "prealign: log π_ref of the answers",
+        lambda: scored.append(collect_answers(work, learner, table, None, phase="answers", scored=False)),
+    )  # fmt: skip
+    adapter = work.path / "adapter"
+    if not adapter.exists():
+        timed(announce, f"prealign: fit {len(pairs)} pairs", lambda: _fit(learner, pairs, scored[0], settings, adapter))
+    return {"fit": _agreement(learner, pairs, scored[0], adapter), "test": _test_agreement(learner, column, adapter)}
+
+
 def _own_shards(work: RunDirectory, learner: LoraLearner, table: pd.DataFrame, column: str) -> None:
     """Drops what an earlier call with other answers, another policy or other settings left."""
-    work.path.mkdir(parents=True, exist_ok=True)
     file, written = work.path / "answers.parquet", work.path / "identity.json"
     write_parquet(table, file)
     identity = {"policy": learner.policy.fingerprint, "recipe": learner.recipe.hash(), "answers": hash_file(file), "labels": column}

@@ -187,26 +187,36 @@ class RunDirectory:
         Raises UserError when another process holds it or the folder cannot be written.
         """
         self._require()
-        try:
-            handle = open(self.path / ".lock", "a+")  # noqa: SIM115 (closed below, with the lock)
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                handle.seek(0)
-                holder = handle.read().strip() or "another process"
-                raise UserError(f"{self.path}: is being worked on by {holder}; wait for it or stop it") from error
-            for leftover in list(self.path.rglob(".*.tmp")):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        with hold(self.path):
             for checkpoints in list(self.path.glob("rounds/*/.checkpoints")):
                 if (checkpoints.parent / "adapter").exists():  # killed between the adapter and the end of its checkpoints
                     shutil.rmtree(checkpoints)
-            with suppress(OSError):  # only a courtesy to whom the lock turns away: a full disk is reported by the first real write
-                os.ftruncate(handle.fileno(), 0)
-                os.write(handle.fileno(), f"process {os.getpid()}".encode())
             yield
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Holds an existing folder for this process by the OS's lock, and sweeps half-written files that a killed one left in it.
+
+    Raises UserError when another process holds it or it cannot be written.
+    """
+    try:
+        handle = open(folder / ".lock", "a+")  # noqa: SIM115 (closed below, with the lock)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise UserError(f"{folder}: is being worked on by {holder}; wait for it or stop it") from error
+        for leftover in list(folder.rglob(".*.tmp")):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        with suppress(OSError):  # only a courtesy to whom the lock turns away: a full disk is reported by the first real write
+            os.ftruncate(handle.fileno(), 0)
+            os.write(handle.fileno(), f"process {os.getpid()}".encode())
+        yield
 
 
 def _read_json(path: Path) -> dict:

@@ -19,10 +19,10 @@ def content(run: RunDirectory) -> dict:
     return {str(f.relative_to(run.path)): f.read_bytes() for f in files} | {"lambda": run.state()["lambda"]}
 
 
-def kill_when(run: RunDirectory, moment) -> bool:
-    """Starts `cdpo run`, kills its whole process group as soon as `moment()` is true; False if it ended before."""
+def kill_when(words: list[str], moment) -> bool:
+    """Starts `cdpo WORDS`, kills its whole process group as soon as `moment()` is true; False if it ended before."""
     process = subprocess.Popen(
-        [*CDPO, "run", str(run.path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=os.environ
+        [*CDPO, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=os.environ
     )
     while process.poll() is None:
         if moment():
@@ -41,7 +41,7 @@ def test_a_run_killed_three_times_equals_one_never_killed(small_run, tmp_path):
         "re-scoring round 1": lambda: any(run.shard_folder("round-001").glob("*.parquet")),
     }
     for name, moment in moments.items():
-        assert kill_when(run, moment), f"the run ended before it was {name}"
+        assert kill_when(["run", str(run.path)], moment), f"the run ended before it was {name}"
         for file in run.path.rglob("*.parquet"):
             if not file.name.startswith("."):
                 pd.read_parquet(file)  # nothing half-written is in view

@@ -7,7 +7,10 @@ import pytest
 from conftest import QUICKSTART, REAL
 from test_cli import cdpo
 from test_dataset_pool import write_preferences
+from test_kill import kill_when
 
+from constrained_dpo.fit_checkpoints import SEAL
+from constrained_dpo.run_directory import hold
 from data_prep.policy import PolicySettings, load_policy
 from data_prep.quickstart import PROMPTS, VOCABULARY, enumerate_responses, exact_logps, helpful
 
@@ -77,6 +80,24 @@ def test_what_cannot_be_fitted_is_refused(prealigned, refused, tmp_path):
     refused("prealign", QUICKSTART, tmp_path / "a", *source, "--labels", "safer_response_id", match="line 1: no `safer_response_id`")
     refused("prealign", QUICKSTART, tmp_path / "a", "--labels", "chosen", match="row 1: no answers beside the prompt")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_killed_call_is_finished_by_the_same_call_and_holds_its_folder(prealigned, tmp_path, refused):
+    """Killed while log π_ref is taken and between two checkpoints of the fit; the adapter is then that of a call never killed."""
+    overrides = [*SETTINGS, f"prompts.source={prealigned[0].parent / 'pku.jsonl'}", "fit.steps=50", "fit.save_steps=5"]
+    words = ["prealign", str(QUICKSTART), "--labels", "better_response_id", *(part for s in overrides for part in ("-s", s))]
+    cdpo(*words, tmp_path / "whole", check=0)
+    work = tmp_path / ".killed.prealign"
+    scored, saved = lambda: any((work / "shards").rglob("*.parquet")), lambda: any(work.glob(f".checkpoints/*/{SEAL}"))
+    for moment in (scored, saved):
+        assert kill_when([*words, str(tmp_path / "killed")], moment), "it ended before it was killed"
+        assert not (tmp_path / "killed").exists()
+    with hold(work):
+        refused(*words, tmp_path / "killed", match="is being worked on by process")
+    assert "goes on from checkpoint-" in cdpo(*words, tmp_path / "killed", check=0).stderr
+    assert not work.exists()
+    for name in ("adapter_model.safetensors", "prealign.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs the real-text test bed")
