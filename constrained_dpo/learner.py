@@ -193,7 +193,8 @@ class LoraLearner:
     def worlds(self) -> dict[str, object]:
         """A TabularWorld per split (dual and test prompts), through the policy's own forward."""
         from constrained_dpo.tabular import TabularWorld
-        from data_prep.quickstart import VOCABULARY, enumerate_responses, exact_logps
+        from data_prep.enumeration import enumerate_responses, exact_logps
+        from data_prep.quickstart import VOCABULARY
         from data_prep.sampling import decode
 
         texts = decode(self.policy, enumerate_responses(self.policy.eos_ids[0], len(VOCABULARY)))
@@ -221,7 +222,7 @@ class LoraLearner:
         """Exact values of a policy by split, its Lagrangian gap at λ among them; None where responses cannot be enumerated."""
         if self.recipe.policy.model != QUICKSTART:
             return None
-        from data_prep.quickstart import exact_logps
+        from data_prep.enumeration import exact_logps
 
         values = {}
         for split, world in self.worlds.items():

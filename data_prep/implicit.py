@@ -151,8 +151,8 @@ class ImplicitScorer:
         return [ids[i] for i in range(len(written))], drawn
 
     def exact_scores(self, prompt_tokens: dict[str, list[int]]) -> np.ndarray:
-        """Scores of every response of the embedded world, (num_prompts, num_responses), rows as in `quickstart.enumerate_responses`."""
-        from data_prep.quickstart import exact_logps
+        """Scores of every response of the embedded world, (num_prompts, num_responses), rows as in `enumeration.enumerate_responses`."""
+        from data_prep.enumeration import exact_logps
 
         adapter = None if self.settings.adapter is None else Path(self.settings.adapter)
         target = exact_logps(self._model or self.reference, adapter, prompt_tokens)

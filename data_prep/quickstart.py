@@ -18,7 +18,6 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from data_prep.policy import Policy
 
 MAX_NEW_TOKENS = 3
 ASKERS = ("kid", "boss", "nurse", "pirate", "clerk", "judge")
@@ -197,42 +196,3 @@ def _train(steps: int, batch_size: int) -> "torch.nn.Module":
             optimizer.step()
             schedule.step()
     return model.eval()
-
-
-def enumerate_responses(eos_id: int, vocabulary: int) -> list[list[int]]:
-    """Every token sequence the sampler can emit: ended by EOS after 0..L−1 tokens, or L tokens without EOS. Length (V−1)^L + Σ (V−1)^l."""
-    others = [t for t in range(vocabulary) if t != eos_id]
-    sequences = []
-    for length in range(MAX_NEW_TOKENS):
-        sequences += [[*head, eos_id] for head in itertools.product(others, repeat=length)]
-    return sequences + [list(s) for s in itertools.product(others, repeat=MAX_NEW_TOKENS)]
-
-
-def exact_logps(policy: "Policy", adapter: Path | None, prompt_tokens: dict[str, list[int]]) -> np.ndarray:
-    """log π(y | x) of every response, shape (num_prompts, num_responses), rows as in `enumerate_responses`; nats, float64.
-
-    From the logits of the policy's own forward (quantized base, adapter attached) at every prefix: no masking, no renormalising; the
-    probabilities of a row sum to 1 because the model's own next-token distributions do.
-    """
-    import torch
-
-    from data_prep.policy import attached_adapter
-    from data_prep.sampling import response_logits
-
-    (eos,), vocabulary = policy.eos_ids, len(VOCABULARY)
-    others = [t for t in range(vocabulary) if t != eos]
-    prefixes = [list(p) for p in itertools.product(others, repeat=MAX_NEW_TOKENS - 1)]
-    table = []
-    with attached_adapter(policy, adapter) as model, torch.no_grad():
-        for prompt in prompt_tokens.values():
-            logits = response_logits(model, [prompt] * len(prefixes), prefixes, policy.tokenizer.pad_token_id)
-            steps = logits.double().log_softmax(-1)  # (prefixes, L, V)
-            row, heads = [], torch.zeros(1, dtype=torch.float64)
-            for position in range(MAX_NEW_TOKENS):
-                # One row of `steps` per prefix of this length: the first of those that share it.
-                stride = len(others) ** (MAX_NEW_TOKENS - 1 - position)
-                following = steps[::stride, position].cpu()
-                row.append(heads + following[:, eos])
-                heads = (heads[:, None] + following[:, others]).reshape(-1)
-            table.append(torch.cat([*row, heads]).numpy())
-    return np.stack(table)

@@ -22,30 +22,11 @@ from constrained_dpo.learner import LoraLearner
 from constrained_dpo.recipe import Recipe
 from constrained_dpo.rounds import share_of_gap_closed
 from constrained_dpo.run_directory import RunDirectory
-from data_prep.policy import Policy
-from data_prep.quickstart import MAX_NEW_TOKENS, VOCABULARY
+from data_prep.enumeration import response_tree
 from data_prep.sources import split_prompts
 
 PROMPTS_PER_STEP = 6
 DUAL_STEP = 0.05  # of λ* and per relative error of u, at the start; falls to 0
-
-
-def prefixes_of(policy: Policy) -> tuple[list[list[int]], list[int]]:
-    others = [token for token in range(len(VOCABULARY)) if token not in policy.eos_ids]
-    return [list(p) for p in itertools.product(others, repeat=MAX_NEW_TOKENS - 1)], others
-
-
-def log_probabilities(model: torch.nn.Module, policy: Policy, prompt: list[int]) -> torch.Tensor:
-    """log π of every response, (num_responses,), float64, with gradient; rows as in `enumerate_responses`."""
-    prefixes, others = prefixes_of(policy)
-    ids = torch.tensor([prompt + prefix for prefix in prefixes])
-    steps = model(input_ids=ids, use_cache=False).logits[:, len(prompt) - 1 :].double().log_softmax(-1)
-    row, heads = [], torch.zeros(1, dtype=torch.float64)
-    for position in range(MAX_NEW_TOKENS):
-        following = steps[:: len(others) ** (MAX_NEW_TOKENS - 1 - position), position]
-        row.append(heads + following[:, policy.eos_ids[0]])
-        heads = (heads[:, None] + following[:, others]).reshape(-1)
-    return torch.cat([*row, heads])
 
 
 def ceiling(world_name: str, scale: str, steps: int, learning_rate: float, rank: int) -> dict[str, float]:
@@ -55,7 +36,7 @@ def ceiling(world_name: str, scale: str, steps: int, learning_rate: float, rank:
     with tempfile.TemporaryDirectory() as folder:
         learner = LoraLearner(recipe, RunDirectory(Path(folder)), prompts)
         policy, world, optimum = learner.policy, learner.worlds["dual"], learner.optimum()["dual"]
-    tokens = [learner.prompt_tokens[pid] for pid in prompts["prompt_id"][prompts["split"] == "dual"]]
+    tokens = torch.tensor([learner.prompt_tokens[pid] for pid in prompts["prompt_id"][prompts["split"] == "dual"]])
     (name, best), reward = next(iter(optimum["lambda"].items())), torch.tensor(world.reward)
     utility, start = torch.tensor(world.utilities[name]), torch.tensor(world.ref_logp)
     margin, lambda_ = -optimum["reference"]["u"][name], best
@@ -67,19 +48,18 @@ def ceiling(world_name: str, scale: str, steps: int, learning_rate: float, rank:
     rng = np.random.default_rng(0)
     for step in range(steps):
         optimizer.zero_grad()
-        gains = []
-        for index in rng.choice(len(tokens), PROMPTS_PER_STEP, replace=False):
-            logp = log_probabilities(model, policy, tokens[index])
-            score = reward[index] + lambda_ * utility[index]
-            value = (logp.exp() * (score - problem.beta * (logp - start[index]))).sum()
-            (-value / PROMPTS_PER_STEP / problem.beta).backward()
-            gains.append(((logp.detach().exp() - start[index].exp()) * utility[index]).sum().item())
+        some = rng.choice(len(tokens), PROMPTS_PER_STEP, replace=False)
+        logp = response_tree(model, tokens[some], *policy.eos_ids)
+        score = reward[some] + lambda_ * utility[some]
+        value = (logp.exp() * (score - problem.beta * (logp - start[some]))).sum(dim=1).mean()
+        (-value / problem.beta).backward()
+        gain = ((logp.detach().exp() - start[some].exp()) * utility[some]).sum(dim=1).mean().item()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-        lambda_ = max(0.0, lambda_ - DUAL_STEP * best * (1 - step / steps) * (np.mean(gains) / margin - 1))
+        lambda_ = max(0.0, lambda_ - DUAL_STEP * best * (1 - step / steps) * (gain / margin - 1))
     with torch.no_grad():
-        logp = torch.stack([log_probabilities(model, policy, prompt) for prompt in tokens]).numpy()
+        logp = torch.cat([response_tree(model, some, *policy.eos_ids) for some in tokens.split(PROMPTS_PER_STEP)]).numpy()
     reached = world.evaluate(logp)
     last = pd.Series({name: lambda_})
     return {

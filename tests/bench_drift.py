@@ -18,8 +18,9 @@ from constrained_dpo.learner import LoraLearner
 from constrained_dpo.rounds import share_of_gap_closed
 from constrained_dpo.run_directory import RunDirectory
 from constrained_dpo.tabular import exact_optimum
+from data_prep.enumeration import enumerate_responses, exact_logps
 from data_prep.preferences import label_pairs
-from data_prep.quickstart import VOCABULARY, enumerate_responses, exact_logps
+from data_prep.quickstart import VOCABULARY
 
 FRESH = 512
 

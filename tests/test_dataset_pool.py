@@ -14,8 +14,9 @@ from constrained_dpo.learner import LoraLearner
 from constrained_dpo.recipe import load_recipe
 from constrained_dpo.rounds import play_round, prepare, replay
 from constrained_dpo.run_directory import RunDirectory, init_run
+from data_prep.enumeration import enumerate_responses, exact_logps
 from data_prep.pool import choose_responses
-from data_prep.quickstart import PROMPTS, VOCABULARY, build_policy, enumerate_responses, exact_logps, helpful
+from data_prep.quickstart import PROMPTS, VOCABULARY, build_policy, helpful
 from data_prep.settings import UserError
 from data_prep.sources import split_prompts
 from data_prep.tables import hash_file, read_parquet

@@ -250,8 +250,9 @@ def test_a_run_of_the_embedded_world_with_an_implicit_utility(tmp_path):
     from constrained_dpo.report_contents import read_contents
     from constrained_dpo.rounds import replay
     from constrained_dpo.run_directory import RunDirectory
+    from data_prep.enumeration import exact_logps
     from data_prep.policy import attached_adapter
-    from data_prep.quickstart import build_policy, exact_logps
+    from data_prep.quickstart import build_policy
     from data_prep.sampling import response_logps
     from data_prep.tables import read_parquet
 

@@ -11,8 +11,9 @@ from test_kill import kill_when
 
 from constrained_dpo.fit_checkpoints import SEAL
 from constrained_dpo.run_directory import hold
+from data_prep.enumeration import enumerate_responses, exact_logps
 from data_prep.policy import PolicySettings, load_policy
-from data_prep.quickstart import PROMPTS, VOCABULARY, enumerate_responses, exact_logps, helpful
+from data_prep.quickstart import PROMPTS, VOCABULARY, helpful
 
 SETTINGS = (
     "prompts.test=0.4",

@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 import torch
 
+from data_prep.enumeration import enumerate_responses, exact_logps
 from data_prep.policy import PolicySettings, attached_adapter, load_policy
-from data_prep.quickstart import PROMPTS, VOCABULARY, enumerate_responses, exact_logps
+from data_prep.quickstart import PROMPTS, VOCABULARY
 from data_prep.sampling import SamplingSettings, check_lengths, is_policy_law, law_hash, response_logps, sample_shard
 from data_prep.settings import UserError
 
@@ -44,6 +45,10 @@ def test_probabilities_of_all_responses_sum_to_one_and_are_the_samplers(quicksta
         policy, table, tokens, SamplingSettings(max_new_tokens=3, batch_size=1024),
         responses_per_prompt=4000, adapter=adapter, source="reference", seed=5,
     )  # fmt: skip
+    some = sequences[::20]
+    with attached_adapter(policy, adapter) as model:  # sequences as they are, without the cache that the enumeration grows its tree from
+        whole, _ = response_logps(model, [tokens[prompts[0]]] * len(some), some, pad_id=policy.tokenizer.pad_token_id, batch_size=1024)
+    np.testing.assert_allclose(logp[0, ::20], whole, atol=1e-4)
     position = {tuple(s): i for i, s in enumerate(sequences)}
     for row, prompt in enumerate(prompts):
         mine = drawn[drawn["prompt_id"] == prompt]
