@@ -98,7 +98,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", source: str, revision:
     if list(found) != expected:
         raise UserError(
             f"{key}: transformers' {type(tokenizer).__name__} reads {path} otherwise than it was saved (a probe has {len(found)} tokens "
-            f"for {len(expected)}); save the model with a tokenizer of its own architecture, or use a python scorer"
+            f"for {len(expected)}); save the model with a tokenizer of its own architecture"
         )
 
 

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from data_prep.checkpoints import check_adapter_folder, check_model_folder, explained_loading, fingerprint_model, resolve_device
+from data_prep.checkpoints import (
+    check_adapter_folder,
+    check_model_folder,
+    check_tokenizer,
+    explained_loading,
+    fingerprint_model,
+    resolve_device,
+)
 from data_prep.quantization import check_quantization, keep_exact_on_cpu, quantization_config
 from data_prep.settings import Settings, UserError
 
@@ -139,6 +146,7 @@ def load_policy(settings: PolicySettings, owner: str = POLICY) -> Policy:
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
         )
+    check_tokenizer(tokenizer, source, settings.revision, _key(owner, "model"))
     if fresh := sorted(loading["missing_keys"]):
         raise UserError(
             f"{_key(owner, 'model')}: {source}: weights {', '.join(fresh[:3])} are not in the checkpoint and were newly initialised; "

@@ -3,7 +3,7 @@
     python tests/bench_real_text.py runs FILE.jsonl --policy POLICY --helpful RM --harmless RM --fit FIT.jsonl --test TEST.jsonl
     python tests/bench_real_text.py table FILE.jsonl
 
-`runs` goes on where FILE stops (12 minutes of one core a run). POLICY: a small chat model; RM: sequence classifiers with one logit of
+`runs` goes on where FILE stops (25 minutes of one core a run). POLICY: a small chat model; RM: sequence classifiers with one logit of
 (prompt, response); prompts: rows with `prompt` as chat messages. Both settings make 64 steps of 16 sequences a round and start from the
 same reference samples.
 """

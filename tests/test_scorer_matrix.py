@@ -5,6 +5,7 @@ import pytest
 import torch
 from checkpoints import save_word_tokenizer
 
+from data_prep.policy import PolicySettings, load_policy
 from data_prep.scorer_settings import ClassifierScorerSettings
 from data_prep.scoring import make_scorer
 from data_prep.settings import UserError
@@ -115,9 +116,12 @@ def test_no_pad_and_no_eos_is_refused(checkpoint):
 
 def test_a_tokenizer_that_transformers_rebuilds_as_another_is_refused(tmp_path):
     """AutoTokenizer makes a Qwen2Tokenizer of whatever lies in a qwen2 checkpoint: of a word tokenizer it makes one that drops words."""
-    from transformers import Qwen2Config, Qwen2ForSequenceClassification
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
     config = Qwen2Config(vocab_size=save_word_tokenizer(tmp_path, "open the door"), num_labels=1, **DECODER)
     Qwen2ForSequenceClassification(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"Qwen2Tokenizer reads .*tokenizer\.json otherwise"):
         scorer_of(tmp_path)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"policy\.model: .*Qwen2Tokenizer reads .*tokenizer\.json otherwise"):
+        load_policy(PolicySettings(model=str(tmp_path), quantization="none", dtype="float32"))
