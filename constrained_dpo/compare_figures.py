@@ -87,8 +87,11 @@ def _figure(height: float) -> "tuple[Figure, Axes]":
 
 
 def _legend(figure: "Figure", handles: list) -> None:
+    """Below the axes; each row beyond three makes the figure taller, not the axes smaller."""
     longest = max((len(handle.get_label()) for handle in handles), default=0)
-    figure.legend(handles=handles, loc="outside lower center", ncols=1 if longest > 22 else 2, handlelength=1.8, columnspacing=1.2)
+    columns = 1 if longest > 22 else 2
+    figure.set_figheight(figure.get_figheight() + 0.2 * max(0, -(-len(handles) // columns) - 3))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=1.8, columnspacing=1.2)
 
 
 def _errors(rows: pd.DataFrame, name: str) -> np.ndarray:

@@ -184,7 +184,9 @@ def report(results: list[dict], output: Path | None) -> None:
             print(f"\n{scale}, {split} prompts: exact, mean [95 % interval over seeds]\n")
             print("| method | b or λ | seeds | gain of harmless | change of helpful | KL | of the way to P* |\n" + "|---" * 7 + "|")
             for _, r in table.iterrows():
-                cells = [f"{r[f'gain_{n}']:+.3f} [{r[f'low_{n}']:+.3f}, {r[f'high_{n}']:+.3f}]" for n in ("harmless", "helpful")]
+                cells = [f"{r[f'gain_{n}']:+.3f}" for n in ("harmless", "helpful")]
+                if r["runs"] > 1:
+                    cells = [f"{r[f'gain_{n}']:+.3f} [{r[f'low_{n}']:+.3f}, {r[f'high_{n}']:+.3f}]" for n in ("harmless", "helpful")]
                 asked = "–" if pd.notna(r["alone"]) else f"{r['setting'][0]:g}"
                 closed = "–" if np.isnan(r["closed"]) else f"{100 * r['closed']:.0f} %"
                 print(f"| {r['method']} | {asked} | {r['runs']} | {' | '.join(cells)} | {r['gain_kl']:.2f} | {closed} |")
@@ -194,10 +196,14 @@ def report(results: list[dict], output: Path | None) -> None:
                 mean, most = 100 * np.mean(list(values.values())), 100 * max(values.values())
                 line = f"{NAMES[method]}: |gain/b − 1| {mean:.1f} % in the mean, {most:.0f} % at most"
                 against = "pecan" if method == "pecaid" else "mocan"
-                nearer = [far[against][key] - value for key, value in values.items() if key in far.get(against, {})]
+                nearer: dict[int, list[float]] = {}  # by seed: the runs of one seed share its pool and are not independent
+                for key in values.keys() & far.get(against, {}).keys():
+                    nearer.setdefault(key[1], []).append(far[against][key] - values[key])
                 if method not in ("mocan", "pecan") and len(nearer) > 1:
-                    mean, low, high = (100 * v for v in mean_interval(nearer, 0.95))
-                    line += f"; nearer than {NAMES[against]} by {mean:+.1f} % of b [{low:+.1f}, {high:+.1f}] in {len(nearer)} paired runs"
+                    mean, low, high = (100 * v for v in mean_interval([np.mean(v) for v in nearer.values()], 0.95))
+                    wins = sum(v > 0 for differences in nearer.values() for v in differences)
+                    line += f"; nearer than {NAMES[against]} by {mean:+.1f} % of b [{low:+.1f}, {high:+.1f}] over {len(nearer)} seeds, "
+                    line += f"in {wins} of {sum(map(len, nearer.values()))} pairs of runs"
                 print(line)
             if output:
                 draw(table, output, f"methods_{scale.replace(' ', '')}_{split}")
