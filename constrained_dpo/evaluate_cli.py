@@ -67,8 +67,9 @@ def evaluate(
     print_evaluation(results_console(), record, recipe.problem, recipe.dual.confidence)
     if any(left_out.values()):
         print(left_out_line(left_out))
-    for title, found in judged.items():
-        print("\n".join(judgement_lines(title, found, str(against or "π_ref"))))
+    titles = {"asked": f"{label} prompts", "unsafe": f"prompts of {unsafe}"}
+    for which, found in judged.items():
+        print("\n".join(judgement_lines(titles[which], found, str(against or "π_ref"))))
     print(f"tables: {directory.evaluation_folder(record['key'])}")
 
 

@@ -151,11 +151,11 @@ def judge_all(
     run: RunDirectory, recipe: Recipe, learner: LoraLearner, key: str, settings: JudgeSettings, against: Path | None, unsafe: Path | None,
     round_: str, asked: dict[str, object],
 ) -> dict[str, dict]:  # fmt: skip
-    """`judge_evaluation` by title: of the evaluation `key`, and of fresh answers to the prompts of `unsafe`, if given; the record of the
-    latter says what was `left_out` of its file."""
+    """`judge_evaluation` of the evaluation `key` (asked), and of fresh answers to the prompts of `unsafe`, if given (unsafe); the record of
+    the latter says what was `left_out` of its file."""
     fixed = {"confidence": recipe.dual.confidence, "seed": derive_seed(recipe.seed, 0, "judge")}
     other = None if against is None else other_responses(RunDirectory(against))
-    judged = {f"{asked['label']} prompts": judge_evaluation(run, key, settings, learner.prompt_texts, other, **fixed)}
+    judged = {"asked": judge_evaluation(run, key, settings, learner.prompt_texts, other, **fixed)}
     if unsafe is not None:
         prompts, duplicates = evaluation_prompts(run, recipe, unsafe)
         more = LoraLearner(recipe, run, prompts, learner.show_progress, learner.scorer_settings)
@@ -163,7 +163,7 @@ def judge_all(
         left_out = {"duplicates": duplicates} | more.restrict(recipe.fit.max_length)
         record = evaluate_round(run, recipe, more, chosen_round(run, round_), **(asked | {"label": unsafe.stem}))
         found = judge_evaluation(run, record["key"], settings, more.prompt_texts, None, **fixed)
-        judged["unsafe prompts"] = found | {"left_out": left_out}
+        judged["unsafe"] = found | {"left_out": left_out}
     return judged
 
 
@@ -191,6 +191,7 @@ def judgement_lines(title: str, record: dict[str, object], other: str) -> list[s
 
 
 def left_out_line(counts: dict[str, int]) -> str:
+    """How many prompts were left out, by reason, in words."""
     return f"prompts left out: {', '.join(f'{n} {why}' for why, n in counts.items())}"
 
 

@@ -184,14 +184,14 @@ def test_evaluate_judges_a_run(longer_is_better, run, tmp_path, refused):
     judge = json.dumps({"base_url": longer_is_better.url, "model": "m", "responses": 2})
     words = ["evaluate", run.path, "--judge", judge, "--responses", "2", "--json"]
     told = json.loads(cdpo(*words, "--unsafe", tmp_path / "harm.jsonl", check=0).stdout)
-    assert set(told["judge"]) == {"test prompts", "unsafe prompts"} and told["judge"]["unsafe prompts"]["safety"]["prompts"] == 2
-    assert told["judge"]["unsafe prompts"]["left_out"] == {"duplicates": 1, "too_long": 0}
-    assert "prompts left out: 1 duplicates" in judgement_lines("unsafe", told["judge"]["unsafe prompts"], "π_ref")[-1]
+    assert set(told["judge"]) == {"asked", "unsafe"} and told["judge"]["unsafe"]["safety"]["prompts"] == 2
+    assert told["judge"]["unsafe"]["left_out"] == {"duplicates": 1, "too_long": 0}
+    assert "prompts left out: 1 duplicates" in judgement_lines("unsafe", told["judge"]["unsafe"], "π_ref")[-1]
     samples = pd.read_parquet(run.evaluation_folder(told["key"]) / "samples.parquet")
     reference = pd.read_parquet(run.evaluation_folder(told["key"]) / "reference.parquet")
     pairs = pair_responses(samples, reference, pd.Series(dtype=str), 2)
     difference = pairs["policy"].map(len) - pairs["other"].map(len)
-    assert told["judge"]["test prompts"]["helpfulness"]["rate"] == pytest.approx((np.sign(difference) / 2 + 0.5).mean())
+    assert told["judge"]["asked"]["helpfulness"]["rate"] == pytest.approx((np.sign(difference) / 2 + 0.5).mean())
     assert len(list(run.evaluation_folder(told["key"]).glob("judgement-*.json"))) == 1
     text = cdpo("evaluate", run.path, "--judge", judge, "--responses", "2", "--against", run.path, check=0).stdout
     assert "test prompts, judged by m against" in text and "declines:" in text
