@@ -1,7 +1,8 @@
 """A real HTTP server that scores, or stands before another server, and fails by plan: `python fault_server.py PORT LOG [PLAN] [UPSTREAM]`.
 
 LOG gets a line (JSON) per request that was answered well, after its answer was sent, with the texts that were scored or the path that was
-asked. PLAN: JSON list with what happens to each request in turn (ok afterwards), shared by restarts through LOG.requests.
+asked. PLAN: JSON list with what happens to each request in turn (ok afterwards), shared by restarts through LOG.requests, which has a byte
+per request.
 """
 
 import json
@@ -32,10 +33,9 @@ class Server(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
-        with self.lock:
-            counter = self.log.with_suffix(".requests")
-            number = int(counter.read_text()) if counter.exists() else 0
-            counter.write_text(str(number + 1))
+        with self.lock, self.log.with_suffix(".requests").open("ab") as counter:  # a byte a request: no kill leaves it half-written
+            number = counter.tell()
+            counter.write(b".")
         fault = self.plan[number] if number < len(self.plan) else "ok"
         if fault == "slow":
             time.sleep(1.5)

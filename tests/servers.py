@@ -1,6 +1,7 @@
 """Starts the tests' servers as processes on free ports, and kills them."""
 
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -13,9 +14,14 @@ HERE = Path(__file__).resolve().parent
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody holds, below those that systems give to outgoing connections: nobody takes it while a killed server is away."""
+    while True:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", random.randrange(15_000, 32_000)))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
 
 
 class ServerProcess:
