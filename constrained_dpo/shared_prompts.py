@@ -20,10 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from constrained_dpo.fit_data import UNSCORED, labels_of, padded, row_lengths
-from data_prep.sampling import response_logps
-
-LOGITS_AT_ONCE = 2**26
-"""Logits held at a time (256 MB in float32); beyond it they are computed piece by piece and again in the backward pass."""
+from data_prep.sampling import LOGITS_AT_ONCE, response_logps
 
 ROWS_TRIED = 2
 
@@ -95,7 +92,10 @@ def add_shared_forward(model: PreTrainedModel) -> None:
 
 
 def _token_logps(head: torch.nn.Module, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """log softmax(head(hidden))[token], shape (num_tokens,), float32; at most LOGITS_AT_ONCE logits exist at a time."""
+    """log softmax(head(hidden))[token], shape (num_tokens,), float32.
+
+    At most LOGITS_AT_ONCE logits exist at a time; more are computed piece by piece, and again in the backward pass.
+    """
 
     def piece(states: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         return -F.cross_entropy(head(states).float(), chosen, reduction="none")

@@ -19,6 +19,11 @@ from data_prep.settings import Settings, UserError
 
 if TYPE_CHECKING:
     import torch
+    from transformers.cache_utils import DynamicCache
+
+
+LOGITS_AT_ONCE = 2**26
+"""Logits held in float32 at a time where log-probabilities are taken (256 MB)."""
 
 
 class SamplingSettings(Settings):
@@ -95,26 +100,42 @@ def response_logps(
 ) -> tuple[np.ndarray, np.ndarray]:
     """log π(response | prompt) at T = 1, and under (temperature, top_p); two arrays of shape (num_responses,), nats, float64.
 
-    The sum runs over the response's own tokens: its EOS where it ended, none where it was cut off. Batches are formed by length.
+    The sum runs over the response's own tokens: its EOS where it ended, none where it was cut off. Batches are formed by length; a response
+    that was drawn several times for its prompt goes through the model once.
     """
     import torch
 
-    order = np.argsort([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], kind="stable")
+    places: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        places.setdefault((tuple(prompt), tuple(response)), []).append(i)
+    distinct = sorted(places, key=lambda pair: len(pair[0]) + len(pair[1]))
     plain, warped = np.empty(len(prompts)), np.empty(len(prompts))
-    same_law = temperature == 1.0 and top_p == 1.0
-    for begin in range(0, len(order), batch_size):
-        rows = order[begin : begin + batch_size]
-        batch = [responses[i] for i in rows]
+    for begin in range(0, len(distinct), batch_size):
+        batch = distinct[begin : begin + batch_size]
+        drawn = [list(response) for _, response in batch]
         with torch.no_grad():
-            logits = response_logits(model, [prompts[i] for i in rows], batch, pad_id)
-        for i, response, row_logits in zip(rows, batch, logits, strict=True):
-            steps = row_logits[: len(response)].float()
-            chosen = torch.tensor(response, device=steps.device)[:, None]
-            plain[i] = steps.log_softmax(-1).gather(1, chosen).double().sum().item()
-            if not same_law:
-                law = _warp(steps, temperature, top_p).log_softmax(-1)
-                warped[i] = law.gather(1, chosen).double().sum().item()
-    return plain, plain.copy() if same_law else warped
+            logits = response_logits(model, [list(prompt) for prompt, _ in batch], drawn, pad_id)
+            for pair, values in zip(batch, _sequence_logps(logits, drawn, temperature, top_p), strict=True):
+                plain[places[pair]], warped[places[pair]] = values
+    return plain, warped
+
+
+def _sequence_logps(logits: "torch.Tensor", responses: list[list[int]], temperature: float, top_p: float) -> np.ndarray:
+    """What `response_logps` returns, from `response_logits`; shape (batch, 2). At most LOGITS_AT_ONCE logits are in float32 at a time."""
+    import torch
+
+    width, same_law = logits.shape[1] - 1, temperature == 1.0 and top_p == 1.0
+    chosen = torch.tensor([r + [-1] * (width - len(r)) for r in responses], device=logits.device)
+    size = max(1, LOGITS_AT_ONCE // (width * logits.shape[2]))
+    sums = []
+    for some, tokens in zip(logits[:, :width].split(size), chosen.split(size), strict=True):
+        own = tokens >= 0
+        steps, picked = some[own].float(), tokens[own][:, None]
+        laws = [steps] if same_law else [steps, _warp(steps, temperature, top_p)]
+        found = [law.log_softmax(-1).gather(1, picked)[:, 0].double() for law in laws]
+        table = torch.zeros(2, *tokens.shape, dtype=torch.float64, device=logits.device)
+        sums.append(torch.stack([table[0].masked_scatter(own, values) for values in (found[0], found[-1])]).sum(dim=2))
+    return torch.cat(sums, dim=1).T.cpu().numpy()
 
 
 def _warp(logits: "torch.Tensor", temperature: float, top_p: float) -> "torch.Tensor":
@@ -147,23 +168,42 @@ def generate(policy: Policy, model: "torch.nn.Module", prompts: list[list[int]],
     """One response (token ids, EOS included where it ended) per prompt, drawn in one batch with its own seed.
 
     The generation config is complete, so neither the checkpoint's own (blanked at loading) nor the library's defaults (top_k = 50) enter.
+    A prompt that is asked for several responses is computed once (`_prompt_cache`); the law, and but for rounding the draws, stay the same.
     """
     import torch
     from transformers import GenerationConfig
 
     pad_id = policy.tokenizer.pad_token_id
     width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    numbers: dict[tuple[int, ...], int] = {}
+    rows = torch.tensor([numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts])
+    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in numbers])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in numbers])
+    ids, mask, rows = ids.to(policy.device), mask.to(policy.device), rows.to(policy.device)
     config = GenerationConfig(**generation_arguments(settings, policy.eos_ids, pad_id))
     cuda = [policy.device] if policy.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
-        output = model.generate(input_ids=ids.to(policy.device), attention_mask=mask.to(policy.device), generation_config=config)
+        cache = _prompt_cache(model, ids, mask, rows) if width > 1 and len(numbers) < len(prompts) else None
+        known = {} if cache is None else {"past_key_values": cache}
+        output = model.generate(input_ids=ids[rows], attention_mask=mask[rows], generation_config=config, **known)
     return [_cut_at_eos(row, policy.eos_ids) for row in output[:, width:].tolist()]
+
+
+def _prompt_cache(model: "torch.nn.Module", ids: "torch.Tensor", mask: "torch.Tensor", rows: "torch.Tensor") -> "DynamicCache | None":
+    """Keys and values of all but the last token of prompts padded on the left, ids and mask (num_distinct, width), selected by `rows`.
+
+    None where the model keeps anything else of what it has read, as recurrent layers do: `generate` then computes every row's prompt.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    read = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]}
+    cache = getattr(model(**read, use_cache=True, logits_to_keep=1), "past_key_values", None)
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    if not isinstance(cache, DynamicCache) or any(type(layer) not in plain for layer in cache.layers):
+        return None
+    cache.batch_select_indices(rows)
+    return cache
 
 
 def _cut_at_eos(tokens: list[int], eos_ids: tuple[int, ...]) -> list[int]:

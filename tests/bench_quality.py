@@ -9,8 +9,10 @@ steps; figures are exact ones of the last round on the dual prompts.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -47,28 +49,40 @@ def recipe_of(setting: str, world: str, scale: str, seed: int) -> dict:
 
 
 def play_runs(output: Path, tasks: list[tuple[str, str, str, int]]) -> None:
-    """One JSON line a run: the task, and by round the share of the gap closed, exact u/b and KL, and what the certificate said."""
+    """One JSON line a run: the task, and by round the share of the gap closed, exact u/b and KL, and what the certificate said.
+
+    Runs of one world, scale and seed start from the same samples of π_ref.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     done = {tuple(json.loads(line)["task"]) for line in output.read_text().splitlines()} if output.exists() else set()
-    for task in tasks:
-        if task in done:
-            continue
+    left = [task for task in tasks if task not in done]
+    for _, alike in itertools.groupby(left, key=lambda task: task[1:]):
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(*task)))
-            records, optima = play(folder / "recipe.yaml", folder / "run", [])
-        optimum = optima["dual"]
-        start, gap = optimum["reference"]["objective"], optimum["objective"] - optimum["reference"]["objective"]
-        rounds = []
-        for record in records:
-            exact = record["exact"]["dual"]
-            ((constraint, u),) = exact["u"].items()
-            row = {"closed": (exact["objective"] - start) / gap, "u_over_b": u / -optimum["reference"]["u"][constraint], "kl": exact["kl"]}
-            said = ("lagrangian_gap", "lagrangian_gap_se", "ess", "residual", "lambda", "seconds")
-            rounds.append(row | {"exact_gap": exact["lagrangian_gap"]} | {key: record[key] for key in said})
-        with output.open("a") as lines:
-            lines.write(json.dumps({"task": task, "lambda_star": optimum["lambda"], "rounds": rounds}) + "\n")
-        print(task, [round(r["closed"], 3) for r in rounds], f"u/b {rounds[-1]['u_over_b']:+.3f}", flush=True)
+            folder, prepared = Path(name), None
+            for task in alike:
+                (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(*task)))
+                started = time.perf_counter()
+                records, optima = play(folder / "recipe.yaml", folder / task[0], [], start_from=prepared)
+                prepared = prepared or folder / task[0]
+                rounds = told(records, optima["dual"])
+                with output.open("a") as lines:
+                    lines.write(json.dumps({"task": task, "lambda_star": optima["dual"]["lambda"], "rounds": rounds}) + "\n")
+                seconds = time.perf_counter() - started
+                said = f"u/b {rounds[-1]['u_over_b']:+.3f}, {seconds:.0f} s"
+                print(task, [round(r["closed"], 3) for r in rounds], said, flush=True)
+
+
+def told(records: list[dict], optimum: dict) -> list[dict]:
+    """Of every round.json what the tables are made of."""
+    start, gap = optimum["reference"]["objective"], optimum["objective"] - optimum["reference"]["objective"]
+    rounds = []
+    for record in records:
+        exact = record["exact"]["dual"]
+        ((constraint, u),) = exact["u"].items()
+        row = {"closed": (exact["objective"] - start) / gap, "u_over_b": u / -optimum["reference"]["u"][constraint], "kl": exact["kl"]}
+        said = ("lagrangian_gap", "lagrangian_gap_se", "ess", "residual", "lambda", "seconds")
+        rounds.append(row | {"exact_gap": exact["lagrangian_gap"]} | {key: record[key] for key in said})
+    return rounds
 
 
 def print_tables(results: list[dict]) -> None:
@@ -107,7 +121,7 @@ def main() -> None:
     if arguments.command == "table":
         print_tables([json.loads(line) for line in arguments.output.read_text().splitlines()])
         return
-    order = [(t, w, c, s) for s in arguments.seeds for w in arguments.worlds for t in arguments.settings for c in arguments.scales]
+    order = [(t, w, c, s) for s in arguments.seeds for w in arguments.worlds for c in arguments.scales for t in arguments.settings]
     play_runs(arguments.output, order)
 
 

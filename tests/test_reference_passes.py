@@ -1,4 +1,4 @@
-"""One reference forward per response in its life, and none inside a fit: counted on the model itself."""
+"""At most one reference forward per response in its life, and none inside a fit: counted on the model itself."""
 
 from collections import Counter
 
@@ -13,7 +13,8 @@ from data_prep.tables import read_parquet
 
 
 def test_every_response_meets_the_reference_policy_once(tmp_path):
-    """Every row that goes through the decoder without a cache and without an active adapter, over `prepare` and two rounds."""
+    """Every row that goes through the decoder without a cache and without an active adapter, over `prepare` and two rounds: every response
+    meets it in the shard that drew it, and answers that a shard drew several times meet it once."""
     from peft.tuners.lora import LoraLayer
 
     small = [*SMALL, "fit.steps=4", "prompts.max_fit=8", "prompts.max_test=4", f"policy.model={build_policy()}"]
@@ -50,4 +51,4 @@ def test_every_response_meets_the_reference_policy_once(tmp_path):
     for table in map(read_parquet, tables):
         drawn.update((*learner.prompt_tokens[row.prompt_id], *row.token_ids.tolist()) for row in table.itertuples())
     assert not in_fits
-    assert seen == drawn and drawn.total() > 300
+    assert set(seen) == set(drawn) and seen <= drawn and drawn.total() > 300

@@ -4,6 +4,8 @@
 verb and object; the utilities pull against the reward. Score std about 1 under the embedded policy; with `_x10` at the end, about 10.
 """
 
+import functools
+
 import numpy as np
 
 from data_prep.quickstart import OBJECTS, VERBS, VOCABULARY
@@ -18,15 +20,16 @@ def _weights(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def _scorer(weights: dict[str, np.ndarray], scale: float = 1.0):
-    index = {word: i for i, word in enumerate(VOCABULARY)}
+    @functools.cache
+    def by_word(verb: str, thing: str) -> dict[str, float]:
+        return dict(zip(VOCABULARY, (weights[""] + weights[verb] + weights[thing]).tolist(), strict=True))
+
+    @functools.cache  # the exact tables ask for every answer to every prompt; askers make no difference
+    def value(request: str, response: str) -> float:
+        return scale * sum(map(by_word(*request.split()).__getitem__, dict.fromkeys(response.split())), 0.0)
 
     def score(prompts: list[str], responses: list[str]) -> list[float]:
-        scores = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            _, verb, thing = prompt.split()
-            row = weights[""] + weights[verb] + weights[thing]
-            scores.append(scale * float(sum(row[index[word]] for word in dict.fromkeys(response.split()))))
-        return scores
+        return [value(prompt.partition(" ")[2], response) for prompt, response in zip(prompts, responses, strict=True)]
 
     return score
 
