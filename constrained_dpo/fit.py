@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
@@ -30,7 +31,14 @@ from constrained_dpo.fit_holdout import HeldOut, residual, split_held_out, squar
 from constrained_dpo.fit_settings import FitSettings
 from constrained_dpo.fit_watch import FitProgress, StepWatch, kl_estimate, training_log_text
 from constrained_dpo.losses import all_pairs_loss, listwise_loss, pair_loss
-from constrained_dpo.shared_prompts import SHARED_INPUTS, SharedPromptCollator, add_shared_forward, evaluating, why_not_shared
+from constrained_dpo.shared_prompts import (
+    SHARED_INPUTS,
+    SharedPromptCollator,
+    adapted_head_logps,
+    add_shared_forward,
+    evaluating,
+    why_not_shared,
+)
 from constrained_dpo.tracking import fit_logs
 from data_prep.checkpoints import check_adapter_folder, explained_loading
 from data_prep.policy import LoraSettings, Policy
@@ -49,6 +57,7 @@ class PseudoPreferenceTrainer(DPOTrainer):
     by_length = False
     watch: StepWatch | None = None
     padded_because: str | None = None  # why a row's prompt is not shared; None where it is
+    adapted_head = False
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         return dataset
@@ -65,6 +74,8 @@ class PseudoPreferenceTrainer(DPOTrainer):
         if "segments" in inputs:
             return model(**{name: inputs[name] for name in SHARED_INPUTS}, num_responses=count)
         sequences = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+        if self.adapted_head:
+            return adapted_head_logps(model, **sequences).view(-1, count)
         return model(**sequences, use_cache=False, fused_lm_head=True).log_probs.float().sum(dim=1).view(-1, count)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -173,6 +184,17 @@ def _restored_base(policy: Policy) -> Iterator[None]:
         policy.model.eval()
 
 
+@contextmanager
+def _plain_head_in_sight(model: transformers.PreTrainedModel) -> Iterator[None]:
+    """TRL's constructor refuses an adapter on the head, since its fused head would leave it out; ours does not (`adapted_head_logps`)."""
+    head = model.get_output_embeddings()
+    model.get_output_embeddings = lambda: head
+    try:
+        yield
+    finally:
+        del model.get_output_embeddings
+
+
 def build_trainer(
     policy: Policy,
     dataset: datasets.Dataset,
@@ -194,16 +216,19 @@ def build_trainer(
     Given a PeftModel instead, TRL would copy its adapter as "ref" and anchor the KL to the last round's policy.
     """
     target = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    trainer = PseudoPreferenceTrainer(
-        model=policy.model,
-        args=training_config(settings, beta, seed, output, policy.device.type, run_name, resumed),
-        data_collator=PaddedCollator(policy.tokenizer.pad_token_id),
-        train_dataset=dataset,
-        eval_dataset=held_out,
-        compute_metrics=residual,
-        processing_class=policy.tokenizer,
-        peft_config=LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target, task_type="CAUSAL_LM"),
-    )
+    with _plain_head_in_sight(policy.model):
+        trainer = PseudoPreferenceTrainer(
+            model=policy.model,
+            args=training_config(settings, beta, seed, output, policy.device.type, run_name, resumed),
+            data_collator=PaddedCollator(policy.tokenizer.pad_token_id),
+            train_dataset=dataset,
+            eval_dataset=held_out,
+            compute_metrics=residual,
+            processing_class=policy.tokenizer,
+            peft_config=LoraConfig(
+                r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target, task_type="CAUSAL_LM"
+            ),
+        )
     trainer.listwise, trainer.by_length = settings.loss == "listwise", settings.group_by_length
     for callback in (PrinterCallback, transformers.ProgressCallback):  # stdout is for results; progress is ours, on stderr
         trainer.remove_callback(callback)
@@ -221,6 +246,7 @@ def build_trainer(
             raise UserError(f"{previous_adapter}: an adapter of another base or LoRA setting ({loaded.unexpected_keys[0]})")
     if list(trainer.model.peft_config) != ["default"] or trainer.ref_model is not None:
         raise RuntimeError(f"the trainer holds a reference of its own ({list(trainer.model.peft_config)}); the KL would not be to π_ref")
+    trainer.adapted_head = isinstance(trainer.model.get_base_model().get_output_embeddings(), BaseTunerLayer)
     trainer.padded_because = _share_prompts(trainer, policy) if settings.shared_prompts else "fit.shared_prompts is false"
     return trainer
 
@@ -362,7 +388,8 @@ def _save_adapter(model: PeftModel, gathered: dict[str, torch.Tensor] | None, lo
     gathered: the model's whole tensors by name, where `model` holds only this process's part of them.
     """
     try:
-        model.save_pretrained(temporary, state_dict=gathered)
+        # Even where the head is a target the base's own embeddings are not part of the adapter.
+        model.save_pretrained(temporary, state_dict=gathered, save_embedding_layers=False)
         (temporary / "training_log.json").write_text(log)
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model card describes another run than this one
         for path in temporary.iterdir():

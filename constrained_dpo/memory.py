@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from constrained_dpo.fit_settings import FitSettings
 from constrained_dpo.recipe import Recipe
 from data_prep.policy import LoraSettings, Policy
+from data_prep.sampling import LOGITS_AT_ONCE
 from data_prep.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -59,6 +60,13 @@ def _is_target(name: str, lora: LoraSettings) -> bool:
     return name.split(".")[-1] in lora.target_modules
 
 
+def _head_is_target(model: "torch.nn.Module", lora: LoraSettings) -> bool:
+    """Whether the language-model head gets an adapter layer; `all-linear` leaves it out."""
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is head]
+    return lora.target_modules != "all-linear" and any(_is_target(name, lora) for name in names)
+
+
 def estimate_memory(policy: Policy, recipe: Recipe, scorers: dict[str, Scorer], longest_prompt: int) -> dict[str, float]:
     """GiB by part: base, scorers, adapter (weights, gradients, optimizer), fit (activations, logits), sampling; and the peak.
 
@@ -73,9 +81,11 @@ def estimate_memory(policy: Policy, recipe: Recipe, scorers: dict[str, Scorer], 
     shapes = _linear_shapes(model)
     targets = [shape for name, shape in shapes.items() if _is_target(name, lora)]
     hidden, layers, words = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    head_adapted = _head_is_target(model, lora)
     widest = max((max(shape) for shape in shapes.values()), default=hidden)
 
-    adapter = sum(lora.r * (inputs + outputs) for inputs, outputs in targets) * (4 + 4 + OPTIMIZER_BYTES[fit.optimizer])
+    trained = [*targets, (hidden, words)] if head_adapted else targets
+    adapter = sum(lora.r * (inputs + outputs) for inputs, outputs in trained) * (4 + 4 + OPTIMIZER_BYTES[fit.optimizer])
     per_token = size * (sum(outputs for _, outputs in shapes.values()) + layers * (hidden + widest))
     # A dropped-out input is kept in float32; its mask takes a byte a number on a GPU and, being noise in float32, four on a CPU.
     on_gpu = policy.device.type == "cuda"
@@ -87,8 +97,11 @@ def estimate_memory(policy: Policy, recipe: Recipe, scorers: dict[str, Scorer], 
     prompt = min(longest_prompt, fit.max_length - response)
     if recipe.pool.source != "reference":  # of a dataset's answers only this is known before they are read
         response = fit.max_length - prompt
-    padded = _padded_batch(fit, prompt + response, hidden, words, size, per_token, on_gpu)
-    shared = _shared_batch(fit, prompt, response, hidden, words, size, per_token)
+    # Of a logit live: in policy.dtype, in float32, its log-softmax and its gradient; with an adapter its part in float32 and the sum.
+    per_logit = size + 3 * 4 + (2 * 4 if head_adapted else 0)
+    own_logits = fit.group_size * fit.batch_size * response * words * per_logit if head_adapted else None
+    padded = _padded_batch(fit, prompt + response, hidden, words, size, per_token, on_gpu, own_logits)
+    shared = _shared_batch(fit, prompt, response, hidden, words, size, per_token, per_logit)
     # A quantized layer is expanded to the compute dtype while it is used.
     expanded = 0 if recipe.policy.quantization == "none" else max((i * o for i, o in shapes.values()), default=0) * size
 
@@ -112,8 +125,11 @@ def estimate_memory(policy: Policy, recipe: Recipe, scorers: dict[str, Scorer], 
     return {name: value / GIB for name, value in parts.items()}
 
 
-def _padded_batch(fit: FitSettings, length: int, hidden: int, words: int, size: int, per_token: float, on_gpu: bool) -> float:
-    """Bytes of a batch of group_size × fit.batch_size sequences of `length` tokens: per_token kept for the backward pass, and TRL's head.
+def _padded_batch(
+    fit: FitSettings, length: int, hidden: int, words: int, size: int, per_token: float, on_gpu: bool, own_logits: float | None
+) -> float:
+    """Bytes of a batch of group_size × fit.batch_size sequences of `length` tokens: per_token kept for the backward pass, and TRL's head,
+    or `own_logits` where the model's own logits take its place.
 
     Kept per token: what every linear layer puts out (in policy.dtype), attention's output and the activation of the widest layer; for
     every layer with an adapter its dropped-out input in float32 with its mask; with gradient checkpointing a hidden state per layer and
@@ -122,17 +138,15 @@ def _padded_batch(fit: FitSettings, length: int, hidden: int, words: int, size: 
     tokens = fit.group_size * fit.batch_size * length
     # On a GPU a Triton kernel works in place; elsewhere torch's backward holds seven float32 copies of the tile and two masks.
     tile = min(tokens, TOKEN_TILE) * (WORD_TILE * size if on_gpu else min(words, WORD_TILE) * (size + 7 * 4 + 2))
-    return tokens * per_token + tile + tokens * hidden * (size + 4)
+    return tokens * per_token + (tile if own_logits is None else own_logits) + tokens * hidden * (size + 4)
 
 
-def _shared_batch(fit: FitSettings, prompt: int, response: int, hidden: int, words: int, size: int, per_token: float) -> float:
-    """Bytes of a batch of fit.batch_size rows, a prompt with its group_size responses in one sequence each, their mask and logits.
-
-    Of the logits at response positions live: in policy.dtype, in float32, their log-softmax and its gradient, at most LOGITS_AT_ONCE.
-    """
-    from constrained_dpo.shared_prompts import LOGITS_AT_ONCE
-
+def _shared_batch(
+    fit: FitSettings, prompt: int, response: int, hidden: int, words: int, size: int, per_token: float, per_logit: float
+) -> float:
+    """Bytes of a batch of fit.batch_size rows, a prompt with its group_size responses in one sequence each, their mask and logits (those at
+    response positions, at most LOGITS_AT_ONCE)."""
     length = prompt + fit.group_size * response
     tokens, scored = fit.batch_size * length, fit.batch_size * fit.group_size * response
-    logits = min(scored * words, LOGITS_AT_ONCE) * (size + 3 * 4)
+    logits = min(scored * words, LOGITS_AT_ONCE) * per_logit
     return tokens * per_token + tokens * length * size + logits + scored * hidden * (size + 4)

@@ -107,6 +107,19 @@ def _token_logps(head: torch.nn.Module, hidden: torch.Tensor, tokens: torch.Tens
     return torch.cat([checkpoint(piece, states, chosen, use_reentrant=False) for states, chosen in parts])
 
 
+def adapted_head_logps(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """log π of the responses of padded rows (num_sequences,), nats, through the model's own forward, so through a LoRA layer on its head.
+
+    TRL's fused head reads the head's weight and would leave the adapter on it out. Logits exist in columns that hold a response.
+    """
+    following = labels[:, 1:]
+    columns = (following != UNSCORED).any(dim=0).nonzero()[:, 0]
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=columns).logits
+    chosen = following[:, columns]
+    losses = F.cross_entropy(logits.float().flatten(0, 1), chosen.flatten(), reduction="none", ignore_index=UNSCORED)
+    return -losses.view(chosen.shape).sum(dim=1)
+
+
 def costs(prompts: np.ndarray, responses: np.ndarray, config: PretrainedConfig) -> tuple[float, float]:
     """(shared, padded) work of a pass over rows of these lengths (`row_lengths`): a layer's multiplications ÷ 2·hidden, without the head.
 

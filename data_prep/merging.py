@@ -137,6 +137,7 @@ def merge_adapter(settings: "PolicySettings", base: str, adapter: Path, output: 
         reason = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), str(error).splitlines()[0])
         raise UserError(f"{key}: {adapter} does not fit {base} ({reason}); it is an adapter of another base") from error
     check_all_loaded(with_adapter, adapter, base, key)
+    _untie_adapted_head(with_adapter.get_base_model())
     try:
         merged = with_adapter.merge_and_unload(safe_merge=True)
     except ValueError as error:
@@ -144,6 +145,19 @@ def merge_adapter(settings: "PolicySettings", base: str, adapter: Path, output: 
     merged.generation_config.do_sample = True  # lets sampling keys of the base's generation_config pass validation; they are kept
     merged.save_pretrained(output)
     tokenizer.save_pretrained(output)
+
+
+def _untie_adapted_head(model: "PreTrainedModel") -> None:
+    """Gives the head weights of its own where it shares them with the embeddings and one of the two has an adapter layer: merged into
+    shared weights, it would change both."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = model.get_output_embeddings(), model.get_input_embeddings()
+    head, words = (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers)
+    if head.weight is words.weight and any(isinstance(layer, BaseTunerLayer) for layer in layers):
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def check_all_loaded(model: "PreTrainedModel", adapter: Path, base: str, key: str) -> None:

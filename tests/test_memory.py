@@ -10,6 +10,7 @@ import pytest
 TOLERANCE = 1.25  # measured: shared rows 1.06 (none), 1.09 (nf4 with checkpointing) times the peak, padded ones 1.02, 1.08
 # Every block is mapped and unmapped on its own, so that resident memory is live memory; by default glibc keeps much of what was freed.
 EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+WITH_HEAD = "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head]"
 
 FIT = """
 import gc, json, os, sys, threading, time
@@ -23,7 +24,7 @@ from constrained_dpo.recipe import load_recipe
 from data_prep.policy import load_policy
 from data_prep.sampling import response_logps
 
-folder, recipe_file, quantization, checkpointing, shared = Path(sys.argv[1]), *sys.argv[2:]
+folder, recipe_file, quantization, checkpointing, shared, targets = Path(sys.argv[1]), *sys.argv[2:]
 words = 8192
 torch.manual_seed(0)
 config = LlamaConfig(
@@ -35,7 +36,7 @@ table = Tokenizer(models.WordLevel({f"w{i}": i for i in range(words)}, unk_token
 table.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
 PreTrainedTokenizerFast(tokenizer_object=table, pad_token="w0", eos_token="w0").save_pretrained(folder / "model")
 recipe = load_recipe(Path(recipe_file), [
-    f"policy={{model: {folder / 'model'}, quantization: {quantization}, dtype: float32}}",
+    f"policy={{model: {folder / 'model'}, quantization: {quantization}, dtype: float32, lora: {{target_modules: {targets}}}}}",
     f"fit={{steps: 1, batch_size: 8, max_length: 128, shared_prompts: {shared}, gradient_checkpointing: {checkpointing}}}",
     "sampling={max_new_tokens: 64, batch_size: 8}",
 ])
@@ -80,18 +81,20 @@ print(json.dumps({"measured": (peak[0] - baseline) / 2**30, "expected": expected
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read and trimmed the Linux way")
 @pytest.mark.parametrize(
-    ("quantization", "checkpointing", "shared"),
+    ("quantization", "checkpointing", "shared", "targets"),
     [
-        pytest.param("none", "false", "false", marks=pytest.mark.slow),
-        pytest.param("nf4", "true", "false", marks=pytest.mark.slow),
-        pytest.param("none", "false", "true", marks=pytest.mark.slow),
-        ("nf4", "true", "true"),
+        pytest.param("none", "false", "false", "all-linear", marks=pytest.mark.slow),
+        pytest.param("nf4", "true", "false", "all-linear", marks=pytest.mark.slow),
+        pytest.param("none", "false", "true", "all-linear", marks=pytest.mark.slow),
+        pytest.param("none", "false", "false", WITH_HEAD, marks=pytest.mark.slow),
+        pytest.param("none", "false", "true", WITH_HEAD, marks=pytest.mark.slow),
+        ("nf4", "true", "true", "all-linear"),
     ],
 )
-def test_the_estimate_is_near_the_measured_peak_of_a_fit(quantization, checkpointing, shared, tmp_path):
+def test_the_estimate_is_near_the_measured_peak_of_a_fit(quantization, checkpointing, shared, targets, tmp_path):
     from conftest import QUICKSTART
 
-    command = [sys.executable, "-c", FIT, str(tmp_path), str(QUICKSTART), quantization, checkpointing, shared]
+    command = [sys.executable, "-c", FIT, str(tmp_path), str(QUICKSTART), quantization, checkpointing, shared, targets]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | EXACT_MALLOC)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
