@@ -5,7 +5,8 @@
 
 Whole runs of seven rounds on enumerable worlds: the embedded one and five with random rewards and utilities on its policy and prompts, at
 score std 1 / β 0.25 and at std 10 / β 0.1. Every setting makes 200 steps of 128 sequences a round. λ moves by the recipe's subgradient
-steps; figures are exact ones of the last round on the dual prompts.
+steps; figures are exact ones of the last round on the dual prompts. The adapter is the recipe's with a layer on the language-model head too
+(`--without-head`: on the linear layers below it alone, as `all-linear` means).
 """
 
 import argparse
@@ -30,11 +31,12 @@ SETTINGS: dict[str, dict[str, dict]] = {
     "groups, shares, 5e-4": {"fit": GROUPS | {"learning_rate": 5e-4}, "pool": {"shares": SHARES}},
     "listwise, shares, 1e-3": {"fit": GROUPS | {"loss": "listwise", "learning_rate": 1e-3}, "pool": {"shares": SHARES}},
 }
+WITH_HEAD = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 SCALES = {"std 1": (1, 0.25, "quickstart.yaml"), "std 10": (10, 0.1, "quickstart_std10.yaml")}
 WORLDS = ("embedded", "random 1", "random 2", "random 3", "random 4", "random 5")
 
 
-def recipe_of(setting: str, world: str, scale: str, seed: int) -> dict:
+def recipe_of(setting: str, world: str, scale: str, seed: int, head: bool = True) -> dict:
     factor, beta, file = SCALES[scale]
     recipe = yaml.safe_load((REPO / "recipes" / file).read_text()) | {"seed": seed}
     if world != "embedded":
@@ -44,11 +46,13 @@ def recipe_of(setting: str, world: str, scale: str, seed: int) -> dict:
         recipe["objective"] = {"beta": beta, "reward": {"name": "r", "scorer": scorer(f"reward_{number}")}, "constraints": [constraint]}
     for block, changes in SETTINGS[setting].items():
         recipe[block] = recipe.get(block, {}) | changes
+    if head:
+        recipe["policy"]["lora"]["target_modules"] = WITH_HEAD
     recipe["prompts"]["max_test"] = 4  # the test prompts play no part here
     return recipe
 
 
-def play_runs(output: Path, tasks: list[tuple[str, str, str, int]]) -> None:
+def play_runs(output: Path, tasks: list[tuple[str, str, str, int]], head: bool) -> None:
     """One JSON line a run: the task, and by round the share of the gap closed, exact u/b and KL, and what the certificate said.
 
     Runs of one world, scale and seed start from the same samples of π_ref.
@@ -60,7 +64,7 @@ def play_runs(output: Path, tasks: list[tuple[str, str, str, int]]) -> None:
         with tempfile.TemporaryDirectory() as name:
             folder, prepared = Path(name), None
             for task in alike:
-                (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(*task)))
+                (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(*task, head=head)))
                 started = time.perf_counter()
                 records, optima = play(folder / "recipe.yaml", folder / task[0], [], start_from=prepared)
                 prepared = prepared or folder / task[0]
@@ -116,13 +120,14 @@ def main() -> None:
     runs.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     runs.add_argument("--scales", nargs="+", choices=SCALES, default=list(SCALES))
     runs.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    runs.add_argument("--without-head", action="store_true")
     commands.add_parser("table").add_argument("output", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "table":
         print_tables([json.loads(line) for line in arguments.output.read_text().splitlines()])
         return
     order = [(t, w, c, s) for s in arguments.seeds for w in arguments.worlds for c in arguments.scales for t in arguments.settings]
-    play_runs(arguments.output, order)
+    play_runs(arguments.output, order, head=not arguments.without_head)
 
 
 if __name__ == "__main__":
