@@ -39,7 +39,10 @@ class LoraSettings(Settings):
     r: int = Field(8, ge=1, description="rank")
     alpha: float = Field(16, gt=0, description="LoRA alpha; the update is scaled by alpha/r")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input while training")
-    target_modules: str | list[str] = Field("all-linear", description="module names, or all-linear (every linear layer but the head)")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="module names (the head's, as lm_head, may be among them), or all-linear (every linear layer but the head)",
+    )
 
 
 class PolicySettings(Settings):
