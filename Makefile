@@ -52,10 +52,11 @@ bench-methods: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_methods.py runs runs/bench-methods.jsonl
 	$(BIN)/python tests/bench_methods.py report runs/bench-methods.jsonl --figures docs/figures
 
-# Steps of a fit beside TRL's, without and with gradient checkpointing (8 minutes each beside other load, one core).
+# Steps of a fit beside TRL's, without and with gradient checkpointing (8 minutes each beside other load, one core); sampling (5 minutes).
 bench-fit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_fit.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_fit.py --checkpointing
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_sampling.py
 
 # Rounds of the dual steps, coverage of intervals and verdicts (simulated; about an hour on 2 cores), then real fits (hours; goes on where it stopped).
 bench-dual: setup

@@ -126,16 +126,16 @@ def _sequence_logps(logits: "torch.Tensor", responses: list[list[int]], temperat
 
     width, same_law = logits.shape[1] - 1, temperature == 1.0 and top_p == 1.0
     chosen = torch.tensor([r + [-1] * (width - len(r)) for r in responses], device=logits.device)
-    size = max(1, LOGITS_AT_ONCE // (width * logits.shape[2]))
+    size = max(1, LOGITS_AT_ONCE // max(1, width * logits.shape[2]))
     sums = []
     for some, tokens in zip(logits[:, :width].split(size), chosen.split(size), strict=True):
         own = tokens >= 0
         steps, picked = some[own].float(), tokens[own][:, None]
         laws = [steps] if same_law else [steps, _warp(steps, temperature, top_p)]
         found = [law.log_softmax(-1).gather(1, picked)[:, 0].double() for law in laws]
-        table = torch.zeros(2, *tokens.shape, dtype=torch.float64, device=logits.device)
-        sums.append(torch.stack([table[0].masked_scatter(own, values) for values in (found[0], found[-1])]).sum(dim=2))
-    return torch.cat(sums, dim=1).T.cpu().numpy()
+        empty = torch.zeros(tokens.shape, dtype=torch.float64, device=logits.device)
+        sums.append(torch.stack([empty.masked_scatter(own, values).sum(dim=1) for values in (found[0], found[-1])], dim=1))
+    return torch.cat(sums).cpu().numpy()
 
 
 def _warp(logits: "torch.Tensor", temperature: float, top_p: float) -> "torch.Tensor":
