@@ -32,9 +32,9 @@ TINY = [
     "sampling.batch_size=16",
 ]
 TINY += ["fit.steps=12", "dual.rounds=2", "policy.lora.dropout=0", "fit.pairs_per_prompt=12"]
-TOLERANCE = 2e-3
+TOLERANCE = 1e-2
 """Of adapter weights, as a share of the largest: a sum over two processes is rounded in another order, which Adam enlarges where a gradient
-is nearly 0. Measured: 4e-5 to 6e-4; one process with half the batch is off by 1."""
+is nearly 0. Measured: 4e-5 to 2.3e-3; one process with half the batch is off by 1."""
 
 
 def launch(*arguments, config: str = "ddp_cpu.yaml") -> subprocess.Popen:
