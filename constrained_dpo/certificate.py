@@ -152,6 +152,20 @@ def _exceeds(values: pd.Series, others: pd.Series) -> bool:
     return mean > 2 * se
 
 
+def missed_mass(estimates: pd.DataFrame, source: str, beta: float) -> tuple[float, float, float]:
+    """By how much other sources see more of Z(x) than `source` does: mean over prompts of β (max_s log Z_s − log Z_source), the most that
+    chance gives, β log S for S sources (score units), and the share of prompts at which another exceeds it by over two nats.
+
+    Every Z_s is unbiased, so E max_s log Z_s ≤ log E Σ_s Z_s = log Z + log S (Jensen): what is beyond is mass that `source` has not seen,
+    and where other rounds' samples show mass that this one's miss there may be as much that none has seen. estimates: `dual_estimates`;
+    π_θ's own samples are in the mixture and count once.
+    """
+    names = {name for name, _ in estimates.columns} - ({"policy"} if ("mixture", "plain") in estimates.columns else set()) | {source}
+    plain = estimates.xs("plain", axis=1, level=1)[sorted(names)]
+    excess = plain.max(axis=1) - plain[source]
+    return float(excess.mean()), beta * float(np.log(len(names))), float((excess > 2 * beta).mean())
+
+
 def certify(
     samples: pd.DataFrame,
     reference: pd.DataFrame,
@@ -170,7 +184,8 @@ def certify(
     the largest of the other sources' that exceed it by more than two standard errors, because every one is biased low and none sees a
     mode that it never sampled; dual_values holds them all; lagrangian_gap = dual_value − L(π_θ, λ). `disagreement` names the source that
     exceeds the estimate from π_θ's own samples by more than two standard errors. All of it is null, with the reason, with fewer
-    than MIN_RESPONSES samples of a prompt or a mean effective sample size under MIN_ESS or MIN_ESS_SHARE of the samples.
+    than MIN_RESPONSES samples of a prompt, with a mean effective sample size under MIN_ESS or MIN_ESS_SHARE of the samples, and where
+    other sources show more mass than chance does (`missed_mass`).
     """
     estimates = dual_estimates(samples, {"reference": reference, **others}, off_policy, problem, lambda_)
     prompt_of, lam = samples["prompt_id"], lambda_.reindex(problem.names)
@@ -195,6 +210,12 @@ def certify(
     main = "mixture" if "mixture" in names else "policy"
     higher = [name for name in names if _exceeds(estimates[name, "log_z"], estimates[main, "log_z"])]
     source = max([main, *higher], key=lambda name: estimates[name, "log_z"].mean())
+    missed, chance, prompts = missed_mass(estimates, source, problem.beta)
+    if missed > chance:
+        return record | nothing(
+            f"other policies' samples show answers that these miss: at {100 * prompts:.0f} % of the prompts their estimate of log Z is higher "
+            f"by over 2 nats, on average by {missed:.2g} score units (chance: {chance:.2g} at most), so that none of them is trusted"
+        )
     dual = estimates[source, "log_z"] - levels
     bias = float((estimates[source, "log_z"] - estimates[source, "plain"]).mean())
     value, gap, optimality = ((mean, float(np.hypot(se, bias))) for mean, se in map(_mean_se, (dual, dual - lagrangian, dual - objective)))

@@ -9,8 +9,10 @@ from scipy import optimize, stats
 from constrained_dpo.certificate import (
     best_bound,
     certify,
+    dual_estimates,
     judge,
     log_mean_exp,
+    missed_mass,
     off_policy_residual,
     one_sided_bounds,
     response_factor,
@@ -132,6 +134,45 @@ def test_a_planted_missed_mode_fools_the_estimate_but_not_the_report():
     assert record["disagreement"] in ("reference", "mixture")
     record |= {"round": 0, "objective": world.evaluate(logp)["objective"]}
     assert "show mass that this policy's own samples miss" in sentence(record, [record], True)
+
+
+@pytest.mark.parametrize("finds_the_best", [False, True])
+def test_modes_that_rounds_miss_in_turn_give_null_although_no_mean_differs(finds_the_best):
+    """Two good answers, which π_ref all but never draws; which is better depends on the prompt. Each round knows one of them: the means over
+    prompts agree and all weights are even, and only prompt by prompt do the estimates show that either misses half."""
+    rng, lambda_, rows = np.random.default_rng(0), pd.Series({"g0": 0.0}), np.arange(80)
+    world = random_world(9, 1, prompts=80, responses=40, beta=0.05)
+    ref, reward = world.ref_logp.copy(), world.reward.copy()
+    ref[:, :2] = -15.0
+    ref -= np.logaddexp.reduce(ref, axis=1, keepdims=True)
+    reward[:, :2] = reward.max() + 3.0
+    reward[rows, rows % 2] += 1.0
+    world = TabularWorld(world.problem, ref, reward, world.utilities)
+
+    def giving(answers: np.ndarray) -> np.ndarray:
+        logp = np.full(ref.shape, -60.0)
+        logp[rows, answers] = 0.0
+        return logp - np.logaddexp.reduce(logp, axis=1, keepdims=True)
+
+    now, before = giving(rows % 2 if finds_the_best else np.zeros(80, int)), giving(np.ones(80, int))
+    record = certificate(world, now, lambda_, 64, rng, {"round 0": draw(world, before, 64, rng)})
+    assert record["ess"] > 63
+    if finds_the_best:
+        assert record["lagrangian_gap"] == pytest.approx(world.lagrangian_gap(now, lambda_), abs=0.01)
+    else:
+        assert world.lagrangian_gap(now, lambda_) > 0.4 and record["lagrangian_gap"] is record["dual_value"] is None
+        assert "show answers that these miss: at 50 % of the prompts" in record["certificate_reason"]
+
+
+def test_chance_alone_does_not_look_like_missed_mass():
+    """Ten sources that all see everything, with few and uneven weights: the largest of their estimates stays below what Jensen allows."""
+    world, rng = random_world(10, 1, prompts=400, responses=40, beta=0.5), np.random.default_rng(0)
+    lambda_ = pd.Series({"g0": 0.6})
+    tables = {f"round {t}": draw(world, world.ref_logp, 8, rng) for t in range(9)}
+    samples = draw(world, mixture(world, lambda_, 0.5), 8, rng)
+    estimates = dual_estimates(samples, tables, None, world.problem, lambda_)
+    missed, chance, _ = missed_mass(estimates, "policy", world.problem.beta)
+    assert chance == pytest.approx(0.5 * np.log(10)) and 0.1 * chance < missed < chance
 
 
 def test_an_earlier_rounds_samples_are_a_source_under_their_own_law():
