@@ -213,8 +213,8 @@ def certify(
     missed, chance, prompts = missed_mass(estimates, source, problem.beta)
     if missed > chance:
         return record | nothing(
-            f"other policies' samples show answers that these miss: at {100 * prompts:.0f} % of the prompts their estimate of log Z is higher "
-            f"by over 2 nats, on average by {missed:.2g} score units (chance: {chance:.2g} at most), so that none of them is trusted"
+            f"other policies' samples show answers that these miss: at {100 * prompts:.0f} % of the prompts they put log Z higher by over "
+            f"2 nats, on average by {missed:.2g} score units (chance: {chance:.2g} at most), so that no estimate is trusted"
         )
     dual = estimates[source, "log_z"] - levels
     bias = float((estimates[source, "log_z"] - estimates[source, "plain"]).mean())

@@ -138,8 +138,8 @@ def test_a_planted_missed_mode_fools_the_estimate_but_not_the_report():
 
 @pytest.mark.parametrize("finds_the_best", [False, True])
 def test_modes_that_rounds_miss_in_turn_give_null_although_no_mean_differs(finds_the_best):
-    """Two good answers, which π_ref all but never draws; which is better depends on the prompt. Each round knows one of them: the means over
-    prompts agree and all weights are even, and only prompt by prompt do the estimates show that either misses half."""
+    """Two good answers, which π_ref all but never draws; which is better depends on the prompt. Each round knows one of them: the means
+    over prompts agree and all weights are even, and only prompt by prompt do the estimates show that either misses half."""
     rng, lambda_, rows = np.random.default_rng(0), pd.Series({"g0": 0.0}), np.arange(80)
     world = random_world(9, 1, prompts=80, responses=40, beta=0.05)
     ref, reward = world.ref_logp.copy(), world.reward.copy()
