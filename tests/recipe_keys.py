@@ -43,7 +43,7 @@ def default_of(field: FieldInfo) -> str:
 def title_of(name: str, block: type[Settings]) -> str:
     if "type" in block.model_fields:
         return f"scorer `type: {get_args(block.model_fields['type'].annotation)[0]}`"
-    if "dataset" in block.model_fields:
+    if {"dataset", "split"} <= block.model_fields.keys():
         return "`prompts.source` and `prompts.test` as a block"
     parts = [p for p in name.split(".") if p and not p[0].isupper()]
     return f"`{'.'.join(parts)}`" if parts else "the recipe"
