@@ -56,7 +56,8 @@ def quickstart_policy():
 
 
 # A real run that takes seconds a round.
-SMALL = ("sampling.responses_per_prompt=8", "dual.responses_per_prompt=8", "sampling.batch_size=64", "fit.steps=30", "dual.rounds=2")
+SMALL = ("prompts.max_fit=24", "prompts.max_test=12", "sampling.responses_per_prompt=8", "dual.responses_per_prompt=8")
+SMALL += ("sampling.batch_size=64", "fit.steps=30", "dual.rounds=2")
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ def test_a_run_that_is_done_still_answers_in_json(run):
     assert json.loads(cdpo("run", run, "--json", check=0).stdout)["round"] == 1
     found = json.loads(cdpo("check", run, "--json", check=0).stdout)
     assert found["recomputed"] == 3 and found["lambda"][2] == json.loads((run / "state.json").read_text())["lambda"][2]
-    assert json.loads(cdpo("prepare", run, "--json", check=0).stdout)["prompts"] == {"dual": 48, "test": 24}
+    assert json.loads(cdpo("prepare", run, "--json", check=0).stdout)["prompts"] == {"dual": 24, "test": 12}
 
 
 @pytest.mark.parametrize("program", ["constrained_dpo", "data_prep"])
