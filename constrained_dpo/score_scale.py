@@ -64,10 +64,10 @@ def describe_scale(scale: dict[str, object], beta: float, fit: FitSettings) -> l
     ]
     if scale["saturated"] > LARGE_SHARE and fit.loss != "listwise":
         lines.append(
-            "  a saturated pair says which answer is better and hardly by how much. Two ways to keep the scale: fit.loss: listwise with "
-            f"fit.group_size: 8; or all scores, margins, thresholds and β divided by one number (by {std:.2g}: std 1, β {beta / std:.2g}), "
-            "which is the same problem with softer labels. Neither is known to do better: on the embedded world at std 10 listwise closed "
-            "less of the gap than pairs, and dividing was not measured (docs/benchmarks.md)"
+            "  a saturated pair says which answer is better and hardly by how much. fit.loss: listwise with fit.group_size: 8 keeps the scale; "
+            "with a higher learning rate and mostly recent samples (recipes/quickstart_std10.yaml) it came nearest to the optimum in "
+            "docs/benchmarks.md. Or all scores, margins, thresholds and β divided by one number "
+            f"(by {std:.2g}: std 1, β {beta / std:.2g}): the same problem with softer labels, which was not measured"
         )
     if scale["tied"] > NEARLY_ALL:
         drawn = "" if fit.labels in ("soft", "given") else f"; fit.labels is {fit.labels} here"

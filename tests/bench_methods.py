@@ -32,7 +32,8 @@ from constrained_dpo.rounds import share_of_gap_closed
 REPO = Path(__file__).resolve().parents[1]
 SETTINGS = (
     *("sampling.responses_per_prompt=32", "dual.responses_per_prompt=64", "fit.steps=100", "fit.learning_rate=3e-4"),
-    *("dual.rounds=6", "dual.step_size=0.6"),
+    *("dual.rounds=6", "dual.step_size=0.6", "dual.step_schedule=constant", "policy.lora.target_modules=all-linear"),
+    *("fit.loss=logistic", "fit.group_size=2", "fit.batch_size=64", "fit.pairs_per_prompt=270", "pool.shares=null"),
 )
 SCALES = {"std 1": ("quickstart.yaml", 1.0), "std 10": ("quickstart_std10.yaml", 10.0)}
 NAMES = {

@@ -23,24 +23,31 @@ from real_runs import play
 REPO = Path(__file__).resolve().parents[1]
 GROUPS = {"group_size": 8, "groups_per_prompt": 67, "batch_size": 16}
 SHARES = {"reference": 0.2, "recent": 0.4, "hard": 0.0, "earlier": 0.4}
+RECENT = {"reference": 0.1, "recent": 0.7, "hard": 0.0, "earlier": 0.2}
 SETTINGS: dict[str, dict[str, dict]] = {
     "paper": {"fit": {"labels": "bernoulli"}, "pool": {"grow": False}},
     "soft": {"pool": {"grow": False}},
     "soft, pool grows": {},
     "the same, shares, 5e-4": {"fit": {"learning_rate": 5e-4}, "pool": {"shares": SHARES}},
     "groups, shares, 5e-4": {"fit": GROUPS | {"learning_rate": 5e-4}, "pool": {"shares": SHARES}},
-    "listwise, shares, 1e-3": {"fit": GROUPS | {"loss": "listwise", "learning_rate": 1e-3}, "pool": {"shares": SHARES}},
+    "listwise, recent, 2e-3": {"fit": GROUPS | {"loss": "listwise", "learning_rate": 2e-3}, "pool": {"shares": RECENT}},
 }
 WITH_HEAD = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
-SCALES = {"std 1": (1, 0.25, "quickstart.yaml"), "std 10": (10, 0.1, "quickstart_std10.yaml")}
+SCALES = {"std 1": (1, 0.25, "constant"), "std 10": (10, 0.1, "inverse_sqrt")}  # of scores, β, dual.step_schedule
 WORLDS = ("embedded", "random 1", "random 2", "random 3", "random 4", "random 5")
 
 
 def recipe_of(setting: str, world: str, scale: str, seed: int, head: bool = True) -> dict:
-    factor, beta, file = SCALES[scale]
-    recipe = yaml.safe_load((REPO / "recipes" / file).read_text()) | {"seed": seed}
-    if world != "embedded":
-        number, suffix = world.split()[1], "" if factor == 1 else "_x10"
+    factor, beta, schedule = SCALES[scale]
+    recipe = yaml.safe_load((REPO / "recipes" / "quickstart.yaml").read_text()) | {"seed": seed}
+    recipe["dual"]["step_schedule"], suffix = schedule, "" if factor == 1 else "_x10"
+    if world == "embedded":
+        recipe["objective"]["beta"] = beta
+        for objective in (recipe["objective"]["reward"], *recipe["objective"]["constraints"]):
+            objective["scorer"]["target"] += suffix
+            objective |= {"margin": factor * objective["margin"]} if "margin" in objective else {}
+    else:
+        number = world.split()[1]
         scorer = lambda name: {"type": "python", "target": f"{REPO / 'tests' / 'worlds.py'}:{name}{suffix}"}  # noqa: E731
         constraint = {"name": "g", "margin": 0.5 * factor, "scorer": scorer(f"utility_{number}a")}
         recipe["objective"] = {"beta": beta, "reward": {"name": "r", "scorer": scorer(f"reward_{number}")}, "constraints": [constraint]}

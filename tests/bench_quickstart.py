@@ -11,7 +11,8 @@ from pathlib import Path
 from real_runs import play
 
 REPO = Path(__file__).resolve().parents[1]
-SETTINGS = {"ours": [], "paper": ["fit.labels=bernoulli", "pool.grow=false"]}
+PAIRS = ["fit.loss=logistic", "fit.group_size=2", "fit.pairs_per_prompt=270", "fit.batch_size=64", "fit.learning_rate=2e-4"]
+SETTINGS = {"ours": [], "paper": ["fit.labels=bernoulli", "pool.grow=false", "pool.shares=null", *PAIRS]}
 RECIPES = {"std 1, β 0.25": "quickstart.yaml", "std 10, β 0.1": "quickstart_std10.yaml"}
 
 

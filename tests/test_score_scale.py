@@ -46,7 +46,7 @@ def test_what_is_said_at_each_scale():
     assert "at dual.init: g 0.5" in said[1.0][0] and "β/std 0.198; 0 %" in said[1.0][0]
     assert "close to 1/2" in said[0.1][1] and "bernoulli" in said[0.1][1] and "here" not in said[0.1][1]
     assert "fit.loss: listwise with fit.group_size: 8" in said[10.0][1] and "divided by one number (by 10: std 1, β 0.02)" in said[10.0][1]
-    assert "Neither is known to do better" in said[10.0][1]
+    assert "quickstart_std10.yaml" in said[10.0][1] and "which was not measured" in said[10.0][1]
     saturated = score_scale(frame_of(10.0), PROBLEM, LAMBDA, "dual.init")
     assert len(describe_scale(saturated, 0.2, fit(loss="listwise", group_size=8))) == 1  # nothing more to recommend
     tied = score_scale(frame_of(0.1), PROBLEM, LAMBDA, "dual.init")
@@ -73,7 +73,7 @@ def test_the_multipliers_are_those_of_the_recipe_or_zero():
 
 def test_check_says_it_of_a_recipe_and_of_a_run(small_run):
     recipe = REPO / "recipes" / "quickstart_std10.yaml"
-    small = [p for s in ("sampling.batch_size=128", "dual.init={harmless: 0.7}") for p in ("-s", s)]
+    small = [p for s in ("sampling.batch_size=128", "dual.init={harmless: 0.7}", "fit.loss=logistic") for p in ("-s", s)]
     found = json.loads(cdpo("check", recipe, *small, "--json", check=0).stdout)["pilot"]["scale"]
     assert found["lambda"] == {"harmless": 0.7} and found["std_within"] > 5 and found["saturated"] > 0.3
     assert "fit.loss: listwise" in found["words"][1]
