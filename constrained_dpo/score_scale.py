@@ -64,9 +64,9 @@ def describe_scale(scale: dict[str, object], beta: float, fit: FitSettings) -> l
     ]
     if scale["saturated"] > LARGE_SHARE and fit.loss != "listwise":
         lines.append(
-            "  a saturated pair says which answer is better and hardly by how much. fit.loss: listwise with fit.group_size: 8 keeps the scale; "
-            "with a higher learning rate and mostly recent samples (recipes/quickstart_std10.yaml) it came nearest to the optimum in "
-            "docs/benchmarks.md. Or all scores, margins, thresholds and β divided by one number "
+            "  a saturated pair says which answer is better and hardly by how much. fit.loss: listwise with fit.group_size: 8 keeps the "
+            "scale; with a higher learning rate and mostly recent samples (recipes/quickstart_std10.yaml) it came nearest to the optimum "
+            "in docs/benchmarks.md. Or all scores, margins, thresholds and β divided by one number "
             f"(by {std:.2g}: std 1, β {beta / std:.2g}): the same problem with softer labels, which was not measured"
         )
     if scale["tied"] > NEARLY_ALL:
