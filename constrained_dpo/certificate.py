@@ -160,11 +160,12 @@ def missed_mass(estimates: pd.DataFrame, source: str, beta: float) -> tuple[floa
     and where other rounds' samples show mass that this one's miss there may be as much that none has seen. estimates: `dual_estimates`;
     π_θ's own samples are in the mixture and count once.
     """
-    names = {name for name, _ in estimates.columns} - ({"policy"} if ("mixture", "plain") in estimates.columns else set()) | {source}
-    plain = estimates.xs("plain", axis=1, level=1)[sorted(names)]
+    plain = estimates.xs("plain", axis=1, level=1)
+    if "mixture" in plain and source != "policy":
+        plain = plain.drop(columns="policy")
     most = plain.max(axis=1)
     missed = most.mean() - estimates[source, "log_z"].mean()  # jackknifed: its own bias is no missed mass
-    return float(missed), beta * float(np.log(len(names))), float((most - plain[source] > 2 * beta).mean())
+    return float(missed), beta * float(np.log(plain.shape[1])), float((most - plain[source] > 2 * beta).mean())
 
 
 def certify(
