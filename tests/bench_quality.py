@@ -5,8 +5,8 @@
 
 Whole runs of seven rounds on enumerable worlds: the embedded one and five with random rewards and utilities on its policy and prompts, at
 score std 1 / β 0.25 and at std 10 / β 0.1. Every setting makes 200 steps of 128 sequences a round. λ moves by subgradient steps of
-quickstart.yaml's size, which shrink at std 10; figures are exact ones of the last round on the dual prompts. The adapter is that recipe's with
-a layer on the language-model head too (`--without-head`: on the linear layers below it alone, as `all-linear` means).
+quickstart.yaml's size, which shrink at std 10; figures are exact ones of the last round on the dual prompts. The adapter is that
+recipe's with a layer on the language-model head too (`--without-head`: on the linear layers below it alone, as `all-linear` means).
 """
 
 import argparse
