@@ -68,7 +68,7 @@ def prealigned(scale: str, seed: int, folder: Path) -> dict[str, Path]:
     runs = {}
     for name in ("helpful", "harmless"):
         runs[name] = folder / f"{scale}-seed{seed}-{name}".replace(" ", "")
-        play(path, runs[name], [*SETTINGS, *method_overrides(f"dpo_{name}", load_recipe(path)), *PREALIGN, f"seed={seed}"])
+        play(path, runs[name], [*SETTINGS, *method_overrides(f"dpo_{name}", load_recipe(path, SETTINGS)), *PREALIGN, f"seed={seed}"])
     return runs
 
 
@@ -95,10 +95,11 @@ def one_run(scale: str, method: str, value: float, seed: int, folder: Path) -> d
     """Plays a run; by split and round the exact gains over π_ref by objective (score units), KL (nats), and those of the exact optimum."""
     file, factor = SCALES[scale]
     path = REPO / "recipes" / file
-    overrides = [*SETTINGS, *method_overrides(IMPLICIT.get(method, method), load_recipe(path), {"harmless": value}), f"seed={seed}"]
+    recipe = load_recipe(path, SETTINGS)
+    overrides = [*SETTINGS, *method_overrides(IMPLICIT.get(method, method), recipe, {"harmless": value}), f"seed={seed}"]
     judges = prealigned(scale, seed, folder) if method in IMPLICIT else {}
     for key, name in (("reward", "helpful"), ("constraints.harmless", "harmless")) if judges else ():
-        scorer = {"type": "implicit", "adapter": str(judges[name] / "rounds/000/adapter"), "beta": load_recipe(path).objective.beta}
+        scorer = {"type": "implicit", "adapter": str(judges[name] / "rounds/000/adapter"), "beta": recipe.objective.beta}
         overrides.append(f"objective.{key}.scorer={json.dumps(scorer)}")
     if is_constrained(method):
         overrides.append(f"objective.constraints.harmless.margin={value * factor}")
