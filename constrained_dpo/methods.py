@@ -1,7 +1,7 @@
 """The papers' methods as settings: what `cdpo sweep --method` changes in a recipe, and which method a recipe describes.
 
 CAID: arXiv:2505.19387; MoCAN and PeCAN: arXiv:2405.19544. PeCAN and PeCAID are MoCAN and CAID on implicit scorers. Each is a handful of the
-recipe's own keys; whatever else a recipe says (steps, sizes, learning rate, rounds) is left as it is.
+recipe's own keys; whatever else a recipe says (steps, learning rate, rounds) is left as it is, and a step has as many sequences.
 """
 
 import json
@@ -36,7 +36,7 @@ def method_overrides(method: str, recipe: Recipe, weights: dict[str, float] | No
     margin 0, so that both are still scored. Raises UserError for a method that there is not, or weights that do not fit.
     """
     if method in METHODS:
-        return list(METHODS[method])
+        return [*METHODS[method], *(_pairs_for_groups(recipe) if "fit.group_size=2" in METHODS[method] else [])]
     problem = recipe.problem
     if method == WEIGHTED_SUM:
         return ["dual.method=fixed", f"dual.init={json.dumps(problem.multipliers(weights or {}).to_dict())}"]
@@ -53,6 +53,14 @@ def method_overrides(method: str, recipe: Recipe, weights: dict[str, float] | No
     return [
         f"objective.reward={json.dumps(chosen)}", f"objective.constraints={json.dumps(others)}", "dual.method=fixed", "dual.init=zeros",
     ]  # fmt: skip
+
+
+def _pairs_for_groups(recipe: Recipe) -> list[str]:
+    """Overrides that give pairs the sequences which the recipe's groups have, in a step and of a prompt; [] where it has pairs."""
+    fit, size = recipe.fit, recipe.fit.group_size
+    if size == 2:
+        return []
+    return [f"fit.batch_size={fit.batch_size * size // 2}", f"fit.pairs_per_prompt={fit.groups_per_prompt * size // 2}"]
 
 
 def is_fixed(recipe: Recipe) -> bool:
