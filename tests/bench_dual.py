@@ -77,7 +77,7 @@ def play_fits(output: Path, chosen: list[tuple]) -> None:
 
 
 def _play(folder: Path, world: str, method: str, step: float, init: str, seed: int, rounds: int) -> list[dict]:
-    recipe = yaml.safe_load((REPO / "recipes" / "quickstart.yaml").read_text())
+    recipe = yaml.safe_load((REPO / "tests" / "data" / "quickstart_pairs.yaml").read_text())
     recipe |= {"objective": WORLDS[world], "seed": seed}
     recipe["dual"] |= {"method": method, "step_size": step, "init": init, "rounds": rounds}
     recipe["dual"]["responses_per_prompt"] = recipe["sampling"]["responses_per_prompt"] = 128

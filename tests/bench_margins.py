@@ -27,7 +27,7 @@ METHODS = {"one-shot": "one_shot", "multi-shot": "subgradient"}
 def one_run(run: Path, method: str, margin: float, seed: int) -> dict:
     """Plays a run; the last round's λ, exact utility gain over π_ref (score units, dual prompts), share of the gap closed, KL (nats)."""
     overrides = [*SETTINGS, f"dual.method={METHODS[method]}", f"objective.constraints.harmless.margin={margin}", f"seed={seed}"]
-    records, optima = play(REPO / "recipes" / "quickstart.yaml", run, overrides)
+    records, optima = play(REPO / "tests" / "data" / "quickstart_pairs.yaml", run, overrides)
     last, optimum = records[-1], optima["dual"]
     exact, start = last["exact"]["dual"], optimum["reference"]["objective"]
     return {

@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, dict]] = {
     "soft, pool grows": {},
     "the same, shares, 5e-4": {"fit": {"learning_rate": 5e-4}, "pool": {"shares": SHARES}},
     "groups, shares, 5e-4": {"fit": GROUPS | {"learning_rate": 5e-4}, "pool": {"shares": SHARES}},
+    "groups, recent, 1e-3": {"fit": GROUPS | {"learning_rate": 1e-3}, "pool": {"shares": RECENT}},
     "listwise, recent, 2e-3": {"fit": GROUPS | {"loss": "listwise", "learning_rate": 2e-3}, "pool": {"shares": RECENT}},
 }
 WITH_HEAD = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
@@ -39,7 +40,7 @@ WORLDS = ("embedded", "random 1", "random 2", "random 3", "random 4", "random 5"
 
 def recipe_of(setting: str, world: str, scale: str, seed: int, head: bool = True) -> dict:
     factor, beta, schedule = SCALES[scale]
-    recipe = yaml.safe_load((REPO / "recipes" / "quickstart.yaml").read_text()) | {"seed": seed}
+    recipe = yaml.safe_load((REPO / "tests" / "data" / "quickstart_pairs.yaml").read_text()) | {"seed": seed}
     recipe["dual"]["step_schedule"], suffix = schedule, "" if factor == 1 else "_x10"
     if world == "embedded":
         recipe["objective"]["beta"] = beta

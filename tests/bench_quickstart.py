@@ -11,8 +11,10 @@ from pathlib import Path
 from real_runs import play
 
 REPO = Path(__file__).resolve().parents[1]
-PAIRS = ["fit.loss=logistic", "fit.group_size=2", "fit.pairs_per_prompt=270", "fit.batch_size=64", "fit.learning_rate=2e-4"]
-SETTINGS = {"ours": [], "paper": ["fit.labels=bernoulli", "pool.grow=false", "pool.shares=null", *PAIRS]}
+PAPER = ["fit.labels=bernoulli", "fit.loss=logistic", "fit.group_size=2", "fit.pairs_per_prompt=270", "fit.batch_size=64"]
+PAPER += ["fit.learning_rate=2e-4", "pool.grow=false", "pool.shares=null", "policy.lora.target_modules=all-linear"]
+PAPER += ["dual.step_size=0.3", "dual.step_schedule=constant"]
+SETTINGS = {"ours": [], "paper": PAPER}
 RECIPES = {"std 1, β 0.25": "quickstart.yaml", "std 10, β 0.1": "quickstart_std10.yaml"}
 
 

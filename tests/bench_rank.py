@@ -20,7 +20,7 @@ SETTINGS += ("dual.responses_per_prompt=128", "fit.steps=200", "fit.learning_rat
 def gap(run: Path, rank: int, seed: int) -> list[float]:
     """Exact Lagrangian gap (score units) by round."""
     overrides = [*SETTINGS, f"policy.lora.r={rank}", f"policy.lora.alpha={2 * rank}", f"seed={seed}"]
-    records, _ = play(REPO / "recipes" / "quickstart.yaml", run, overrides)
+    records, _ = play(REPO / "tests" / "data" / "quickstart_pairs.yaml", run, overrides)
     return [record["exact"]["dual"]["lagrangian_gap"] for record in records]
 
 

@@ -22,7 +22,8 @@ from constrained_dpo.run_directory import RunDirectory, init_run
 from constrained_dpo.tabular import TabularWorld
 
 REPO = Path(__file__).resolve().parents[1]
-QUICKSTART = REPO / "recipes" / "quickstart.yaml"
+RECIPES = REPO / "recipes"
+QUICKSTART = REPO / "tests" / "data" / "quickstart_pairs.yaml"
 REAL = REPO.parent / "shared" / "real" / "hh-mini"  # not part of the project: tests that need it skip without it
 
 

@@ -31,7 +31,7 @@ import pandas as pd
 
 from constrained_dpo.run_directory import RunDirectory, init_run
 
-QUICKSTART = Path(__file__).resolve().parents[1] / "recipes" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parent / "data" / "quickstart_pairs.yaml"
 SMALL = ["sampling.responses_per_prompt=8", "dual.responses_per_prompt=8", "sampling.batch_size=64", "fit.steps=30", "dual.rounds=2"]
 KILLS_PER_CHAIN = 6
 FULL_DISKS = 40

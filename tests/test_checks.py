@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import QUICKSTART
+from conftest import QUICKSTART, RECIPES
 from rich.console import Console
 from test_cli import cdpo
 
@@ -69,7 +69,7 @@ def test_what_needs_a_download_is_listed_and_the_rest_is_checked(tmp_path):
     assert "none.jsonl: no such file" in cdpo("check", path, check=2).stderr
 
 
-@pytest.mark.parametrize("path", sorted(QUICKSTART.parent.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_is_checked_offline_and_what_needs_a_download_is_listed(path):
     """All that a recipe takes from elsewhere is either validated or said to be not checked; nothing of a hub recipe is wrong."""
     recipe = load_recipe(path)

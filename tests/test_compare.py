@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import QUICKSTART, random_world
+from conftest import QUICKSTART, RECIPES, random_world
 from scipy import stats
 from test_cli import cdpo
 from test_report import HOSTILE, Page
@@ -231,12 +231,24 @@ def test_the_papers_methods_are_known_by_their_settings():
     assert safe.scorers["harmless"] == recipe.scorers["harmless"] and safe.scorers["helpful"] == recipe.scorers["helpful"]
     with pytest.raises(UserError, match=r"--method dpo_funny: there is no such method .* choose among recipe, caid"):
         method_overrides("dpo_funny", recipe)
-    safe = QUICKSTART.parent / "dpo_safe.yaml"
+    safe = RECIPES / "dpo_safe.yaml"
     people = load_recipe(safe, ["fit.labels=given", "fit.label_column=safer_response_id", "pool.source=dataset"])
     assert describe_method(people) == "DPO on safer_response_id" and describe_method(load_recipe(safe)) == "DPO on harmless"
-    assert describe_method(load_recipe(QUICKSTART.parent / "pecaid_pku_saferlhf.yaml")) == "PeCAID"
-    caid = load_recipe(QUICKSTART.parent / "caid_pku_saferlhf.yaml")
+    assert describe_method(load_recipe(RECIPES / "pecaid_pku_saferlhf.yaml")) == "PeCAID"
+    caid = load_recipe(RECIPES / "caid_pku_saferlhf.yaml")
     assert describe_method(caid) == "CAID"
+
+
+def test_a_papers_method_has_the_passes_of_the_groups_that_it_replaces():
+    path = RECIPES / "quickstart_std10.yaml"
+    recipe = load_recipe(path)
+    groups, caid = recipe.fit, load_recipe(path, method_overrides("caid", recipe)).fit
+    assert (groups.group_size, caid.group_size, caid.loss) == (8, 2, "logistic")
+    assert groups.batch_size * groups.group_size == caid.batch_size * caid.group_size == 128
+    assert groups.groups_per_prompt * groups.group_size == caid.pairs_per_prompt * caid.group_size
+    assert load_recipe(path, method_overrides("ours", recipe)).fit == groups
+    odd = load_recipe(path, ["fit.group_size=3", "fit.batch_size=5", "fit.groups_per_prompt=1"])
+    assert method_overrides("mocan", odd)[-2:] == ["fit.batch_size=7", "fit.pairs_per_prompt=1"]
 
 
 def test_labels_join_margins_and_seeds_and_say_what_else_differs():

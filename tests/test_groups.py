@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import QUICKSTART, scored_frame
+from conftest import QUICKSTART, RECIPES, scored_frame
+from peft import load_peft_weights
 from scipy import special
 from test_cli import cdpo
 from test_fit import LORA, fit_settings, make_pool, prompt_tokens
@@ -106,19 +107,25 @@ def test_a_recipe_takes_soft_labels_alone_with_groups(tmp_path):
     assert "fit.labels argmax is about pairs" in error
 
 
-def test_a_run_on_groups_from_relabel_to_dual_step(tmp_path):
-    """`check` times such a fit, a round is played, its labels are groups.parquet, and λ is replayed from the tables."""
-    settings = ["fit.loss=listwise", "fit.group_size=4", "fit.groups_per_prompt=2", "fit.steps=5", "fit.batch_size=4", "prompts.max_fit=8"]
-    settings += ["prompts.max_test=4", "sampling.responses_per_prompt=8", "dual.responses_per_prompt=8", "sampling.batch_size=64"]
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_std10"])
+def test_a_run_on_groups_from_relabel_to_dual_step(name, tmp_path):
+    """The embedded world's recipes, smaller: `check` times such a fit, two rounds are played, the labels are groups.parquet, of the pool's
+    recent responses most, and λ is replayed from the tables."""
+    settings = ["fit.groups_per_prompt=4", "fit.steps=5", "fit.batch_size=4", "prompts.max_fit=8", "prompts.max_test=4", "dual.rounds=2"]
+    settings += ["sampling.responses_per_prompt=16", "dual.responses_per_prompt=16", "sampling.batch_size=64"]
     overrides = [part for s in settings for part in ("-s", s)]
-    assert json.loads(cdpo("check", QUICKSTART, *overrides, "--json", check=0).stdout)["pilot"]["seconds"]["fit"] > 0
-    cdpo("init", QUICKSTART, tmp_path / "run", *overrides, check=0)
-    cdpo("round", tmp_path / "run", check=0)
+    recipe = RECIPES / f"{name}.yaml"
+    assert json.loads(cdpo("check", recipe, *overrides, "--json", check=0).stdout)["pilot"]["seconds"]["fit"] > 0
+    cdpo("init", recipe, tmp_path / "run", *overrides, check=0)
+    cdpo("run", tmp_path / "run", check=0)
     run = RunDirectory(tmp_path / "run")
-    groups = read_parquet(run.groups_file(0))
-    assert groups["group_id"].nunique() == 16 and not run.pairs_file(0).exists()
+    first, last = (read_parquet(run.groups_file(number)) for number in (0, 1))
+    assert first["group_id"].nunique() == last["group_id"].nunique() == 32 and not run.pairs_file(0).exists()
+    assert set(first.groupby("group_id").size()) == {8}
+    reference = set(read_parquet(run.pool_file(None))["response_id"])
+    assert first["response_id"].isin(reference).all() and 0 < last["response_id"].isin(reference).mean() < 0.5
     assert replay(run) == run.state()["lambda"]
-    assert "round 1 of 7: relabel" in cdpo("status", tmp_path / "run", check=0).stdout
+    assert any("lm_head" in name for name in load_peft_weights(str(run.adapter_folder(1))))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 import yaml
-from conftest import QUICKSTART, random_world
+from conftest import QUICKSTART, RECIPES, random_world
 from test_cli import cdpo
 from test_rounds import make_run, tables_of
 
@@ -142,10 +142,10 @@ def test_the_dry_run_prints_commands_that_parse_and_plays_nothing(tmp_path):
 
 
 def test_the_papers_pairs_of_margins_are_a_table(tmp_path):
-    settings = read_pairs(QUICKSTART.parent / "caid_hh_margins.csv")
+    settings = read_pairs(RECIPES / "caid_hh_margins.csv")
     assert len(settings) == 14 and settings[0] == {"harmless": 0.1, "humor": 0.45} and settings[-1] == {"harmless": 1.0, "humor": 1.0}
-    recipe = QUICKSTART.parent / "caid_hh_two_constraints.yaml"
-    lines = cdpo("sweep", recipe, tmp_path, "--pairs", QUICKSTART.parent / "caid_hh_margins.csv", "--dry-run", check=0).stdout.splitlines()
+    recipe = RECIPES / "caid_hh_two_constraints.yaml"
+    lines = cdpo("sweep", recipe, tmp_path, "--pairs", RECIPES / "caid_hh_margins.csv", "--dry-run", check=0).stdout.splitlines()
     assert len(lines) == 1 + 14 and "caid_hh_two_constraints-harmless0.3-humor1.2-seed0" in lines[3]
     (tmp_path / "bad.csv").write_text("harmless,humor\n0.1,0.2\n0.3,much\n")
     with pytest.raises(UserError, match=r"row 2: humor is 'much', not a number"):
