@@ -29,15 +29,16 @@ def choose_responses(
 
     pool: (num_responses,) rows of a responses table with the objectives' columns. shares: of reference, dataset, recent, hard and earlier,
     summing to 1 (above 0 for what the pool holds before it grows), or None for every row alike. Of each prompt as many responses are taken
-    as keep the shares exact without taking one twice, and at most max_per_prompt; a source that the prompt has none of leaves its share to
-    the others. `recent` and `hard` both come from the last round: hard ones are drawn without replacement with odds proportional to the
+    as keep the shares exact without taking one twice, and at most max_per_prompt, in whole numbers nearest to the shares (largest
+    remainders); a source that has a share and responses gives at least one, π_ref first where the cap has no room for all. A source that
+    the prompt has none of leaves its share to the others. `recent` and `hard` both come from the last round: hard ones are drawn without replacement with odds proportional to the
     off-policy residual
     |s_λ − β log π_θ/π_ref − its mean at the prompt| (score units), π_θ the policy that drew them. Draws depend on (seed, round, response
     ids) alone. Raises UserError as `lagrangian_score` does.
     """
     if shares is None and max_per_prompt is None:
         return pool
-    limit = np.inf if max_per_prompt is None else max_per_prompt
+    limit = len(pool) if max_per_prompt is None else max_per_prompt
     rows = PromptRows.of(pool)
     prompt, uniform = rows.codes, hashed_uniforms(derive_seed(seed, round_number, "pool-any"), rows.hashes)
     if shares is None:
@@ -45,23 +46,44 @@ def choose_responses(
     drawn_in = pd.to_numeric(pool["source"].str.extract(r"^round:(\d+)$")[0]).fillna(-1).to_numpy(int)
     last = (drawn_in >= 0) & (drawn_in == drawn_in.max())
     given = (pool["source"] == "dataset").to_numpy()
-    kinds = {"reference": (drawn_in < 0) & ~given, "dataset": given, "earlier": (drawn_in >= 0) & ~last, "last": last}
-    counts = {kind: np.bincount(prompt[of], minlength=len(rows.counts)) for kind, of in kinds.items()}
-    wanted = {kind: shares.get(kind, 0.0) for kind in ("reference", "dataset", "earlier")} | {"last": shares["recent"] + shares["hard"]}
-    weight = {kind: np.where(counts[kind] > 0, wanted[kind], 0.0) for kind in kinds}
-    whole = np.sum(list(weight.values()), axis=0)
-    whole[whole == 0] = 1.0  # a prompt without any response that has a share gives none
-    size = np.min([np.where(w > 0, counts[kind] * whole / np.where(w > 0, w, 1.0), np.inf) for kind, w in weight.items()], axis=0)
-    size = np.where(np.isfinite(size), np.minimum(size, limit), 0.0)
+    kinds = {"reference": (drawn_in < 0) & ~given, "dataset": given, "last": last, "earlier": (drawn_in >= 0) & ~last}
+    wanted = {kind: shares.get(kind, 0.0) for kind in kinds} | {"last": shares["recent"] + shares["hard"]}
+    counts = np.stack([np.bincount(prompt[of], minlength=len(rows.counts)) for of in kinds.values()])
+    taken = dict(zip(kinds, _apportioned(counts, np.array(list(wanted.values())), limit), strict=True))
     chosen = np.zeros(len(pool), dtype=bool)
     for kind in ("reference", "dataset", "earlier"):
-        chosen |= _first(kinds[kind], prompt, uniform, size * weight[kind] / whole)
-    from_last = size * weight["last"] / whole
+        chosen |= _first(kinds[kind], prompt, uniform, taken[kind])
+    from_last = taken["last"]
     if shares["hard"] and last.any():
         own = hashed_uniforms(derive_seed(seed, round_number, "pool-hard"), rows.hashes)
-        picked = _first(last, prompt, _hard(pool, prompt, last, own, reward, lambda_, beta), from_last * shares["hard"] / wanted["last"])
-        chosen, last, from_last = chosen | picked, last & ~picked, from_last * shares["recent"] / wanted["last"]
+        hard = np.rint(from_last * shares["hard"] / wanted["last"]).astype(int)
+        if shares["recent"]:
+            hard = np.where(from_last > 1, np.clip(hard, 1, from_last - 1), hard)
+        picked = _first(last, prompt, _hard(pool, prompt, last, own, reward, lambda_, beta), hard)
+        chosen, last, from_last = chosen | picked, last & ~picked, from_last - hard
     return pool[chosen | _first(last, prompt, uniform, from_last)]
+
+
+def _apportioned(counts: np.ndarray, wanted: np.ndarray, limit: int) -> np.ndarray:
+    """How many responses each source gives to each prompt: (num_sources, num_prompts), int.
+
+    counts: (num_sources, num_prompts) what there is; wanted: (num_sources,) shares. Where one for every source is too many for the limit,
+    the source that gives most gives one less, of several the last. A prompt without any response that has a share gets none.
+    """
+    share = np.where(counts > 0, wanted[:, None], 0.0)
+    offered = share > 0
+    share /= np.maximum(share.sum(axis=0), 1e-300)
+    size = np.where(offered, counts / np.where(offered, share, 1.0), np.inf).min(axis=0)
+    exact = np.where(offered, share * np.minimum(size, limit), 0.0)
+    taken = np.floor(exact + 1e-9).astype(int)
+    left = np.rint(exact.sum(axis=0)).astype(int) - taken.sum(axis=0)
+    by_remainder = np.argsort(np.argsort(taken - exact, axis=0, kind="stable"), axis=0)
+    taken = np.maximum(taken + (by_remainder < left), offered)
+    order = np.arange(len(taken))[:, None]
+    while (over := taken.sum(axis=0) > limit).any():
+        largest = np.argmax(taken * len(taken) + order, axis=0)
+        taken -= (order == largest) & over
+    return taken
 
 
 def _hard(
@@ -86,10 +108,10 @@ def _rank(prompt: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def _first(among: np.ndarray, prompt: np.ndarray, key: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """The first round(count[prompt]) rows by key of each prompt, of those marked; a mask over all rows."""
+    """The first count[prompt] rows by key of each prompt, of those marked; a mask over all rows."""
     chosen = np.zeros(len(prompt), dtype=bool)
     rows = np.flatnonzero(among)
     if len(rows):
         rank = _rank(prompt[rows], key[rows])
-        chosen[rows] = rank < np.rint(count[prompt[rows]])
+        chosen[rows] = rank < count[prompt[rows]]
     return chosen

@@ -52,6 +52,28 @@ def test_shares_are_exact_and_nothing_comes_twice():
     assert not choose(pool, ALL)["response_id"].duplicated().any()
 
 
+@pytest.mark.parametrize(
+    "shares, cap, counts, expected",
+    [
+        ((0.1, 0.7, 0.0, 0.2), 4, (64, 64, 64), (1, 1, 2)),
+        ((0.1, 0.7, 0.0, 0.2), 5, (64, 64, 64), (1, 1, 3)),
+        ((0.05, 0.95, 0.0, 0.0), None, (8, 0, 8), (1, 0, 8)),
+        ((0.9, 0.1, 0.0, 0.0), None, (4, 0, 4), (4, 0, 1)),
+        ((0.5, 0.5, 0.0, 0.0), 3, (64, 0, 64), (2, 0, 1)),
+        ((0.25, 0.25, 0.25, 0.25), 6, (64, 64, 64), (2, 1, 3)),
+        ((0.25, 0.25, 0.25, 0.25), 2, (8, 8, 8), (1, 0, 1)),
+        ((0.25, 0.25, 0.25, 0.25), 1, (8, 8, 8), (1, 0, 0)),
+    ],
+)
+def test_whole_numbers_keep_to_the_cap_and_leave_no_source_out_that_has_room(shares, cap, counts, expected):
+    """π_ref's share never falls to 0 and no prompt loses all of its responses; counts of π_ref, earlier and the last round."""
+    reference, recent, hard, earlier = shares
+    pool = pool_of({source: n for source, n in zip(("reference-pool", "round:0", "round:1"), counts, strict=True) if n})
+    chosen = choose(pool, {"reference": reference, "recent": recent, "hard": hard, "earlier": earlier}, cap=cap)
+    found = by_source(chosen).reindex(columns=["reference-pool", "round:0", "round:1"], fill_value=0)
+    assert len(found) == 5 and [set(found[column]) for column in found] == [{n} for n in expected]
+
+
 def test_a_source_that_is_missing_leaves_its_share_to_the_others():
     assert len(choose(pool_of({"reference-pool": 12}), ALL)) == 5 * 12  # round 0
     counts = by_source(choose(pool_of({"reference-pool": 12, "round:0": 12}), ALL))  # round 1: nothing is earlier
