@@ -6,7 +6,6 @@ the loss and no reference model runs here.
 """
 
 import math
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -24,9 +23,9 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
-from constrained_dpo.devices import is_main, main_first, shards_base, wait
-from constrained_dpo.fit_checkpoints import KEPT, SealedCheckpoints, fit_identity, newest_whole
-from constrained_dpo.fit_data import LengthBuckets, PaddedCollator, group_dataset, pair_dataset
+from constrained_dpo.devices import is_main, rank, shards_base, wait
+from constrained_dpo.fit_checkpoints import KEPT, SealedCheckpoints, fit_identity, save_adapter, start_from
+from constrained_dpo.fit_data import LengthBuckets, PaddedCollator, group_dataset, pair_dataset, row_lengths
 from constrained_dpo.fit_holdout import HeldOut, residual, split_held_out, squared_residuals
 from constrained_dpo.fit_settings import FitSettings
 from constrained_dpo.fit_watch import FitProgress, StepWatch, kl_estimate, training_log_text
@@ -44,7 +43,6 @@ from data_prep.checkpoints import check_adapter_folder, explained_loading
 from data_prep.policy import LoraSettings, Policy
 from data_prep.sampling import response_logps
 from data_prep.settings import UserError
-from data_prep.tables import sync_folder
 
 NUM_ANCHOR_ROWS = 16
 
@@ -66,7 +64,9 @@ class PseudoPreferenceTrainer(DPOTrainer):
         if not self.by_length:
             return super()._get_train_sampler(train_dataset)
         rows_per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthBuckets(self.train_dataset, rows_per_step, self.args.seed)
+        prompts, responses = row_lengths(self.train_dataset)
+        in_one = responses.sum(axis=1) if self.padded_because is None else responses.max(axis=1)
+        return LengthBuckets(prompts + in_one, rows_per_step, self.args.seed)
 
     def _log_probabilities(self, model, inputs) -> torch.Tensor:
         """log π_θ of every response, (num_rows, K), nats, in the layout that the collator chose."""
@@ -83,7 +83,7 @@ class PseudoPreferenceTrainer(DPOTrainer):
         log_ratio = policy - inputs["ref_logps"]
         loss, reported = self._pair_loss(log_ratio, inputs) if "target" in inputs else self._group_loss(log_ratio, inputs)
         if self.watch is not None:
-            self.watch.saw(inputs, policy, loss, self.state.global_step + 1)
+            self.watch.saw(inputs, policy, loss, self.state.global_step + self.model.training)
         if "sample_logps" in inputs:
             reported |= kl_estimate(policy, inputs["ref_logps"], inputs["sample_logps"])
         mode = "train" if self.model.training else "eval"
@@ -255,7 +255,8 @@ def _share_prompts(trainer: PseudoPreferenceTrainer, policy: Policy) -> str | No
     """Turns the shared layout on where it is exact and cheaper; returns the reason where it is not."""
     add_shared_forward(trainer.model.get_base_model())
     tolerance = 2e-5 if policy.settings.reproducible else 0.05  # nats per token; half precision rounds at the third digit of a logit
-    reason = why_not_shared(trainer.model, trainer.train_dataset, policy.tokenizer.pad_token_id, tolerance)
+    parts = [part for part in (trainer.train_dataset, trainer.eval_dataset) if part is not None]  # one layout for both
+    reason = why_not_shared(trainer.model, datasets.concatenate_datasets(parts), policy.tokenizer.pad_token_id, tolerance)
     if reason is None:
         trainer.data_collator = SharedPromptCollator(policy.tokenizer.pad_token_id)
     return reason
@@ -314,7 +315,8 @@ def fit_adapter(
     Raises FloatingPointError at the first loss or gradient that is not finite; its batch is then in bad_batch.json beside `output`.
     """
     dataset = (group_dataset if settings.grouped else pair_dataset)(labels, pool, prompt_tokens, settings.max_length)
-    temporary, bad_batch = output.with_name(f".{output.name}.tmp"), output.with_name("bad_batch.json")
+    temporary = output.with_name(f".{output.name}.tmp")
+    bad_batch = output.with_name("bad_batch.json" if is_main() else f"bad_batch-process-{rank()}.json")  # each saw rows of its own
     if is_main():
         shutil.rmtree(temporary, ignore_errors=True)
     checkpoint, callbacks = None, []
@@ -322,11 +324,11 @@ def fit_adapter(
         identity = fit_identity(
             dataset, policy.fingerprint, settings, lora, beta=beta, seeds=(seed, holdout_seed), previous_adapter=previous_adapter
         )
-        checkpoint = _start_from(checkpoints, identity)
+        checkpoint = start_from(checkpoints, identity)
         callbacks = [SealedCheckpoints(identity)]
     else:
         settings = settings.model_copy(update={"save_steps": None})
-    fitted, held_out = split_held_out(dataset, settings.holdout, holdout_seed)
+    fitted, held_out = split_held_out(dataset, pool["prompt_id"], settings.holdout, holdout_seed)
     measured = HeldOut(settings.early_stop)
     if held_out is not None:
         callbacks = [measured, *callbacks]
@@ -362,7 +364,7 @@ def fit_adapter(
             content["log"] = [{k: v for k, v in row.items() if isinstance(v, int | float)} for row in trainer.state.log_history]
             gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) if shards_base() else None
             if is_main():
-                _save_adapter(trainer.model, gathered, training_log_text(content), temporary, output)
+                save_adapter(trainer.model, gathered, training_log_text(content), temporary, output)
         finally:
             if not shards_base():
                 trainer.model.unload()
@@ -370,32 +372,6 @@ def fit_adapter(
     if is_main():
         if checkpoints is not None:
             shutil.rmtree(checkpoints, ignore_errors=True)
-        bad_batch.unlink(missing_ok=True)
+        for path in output.parent.glob("bad_batch*.json"):
+            path.unlink()
     return anchor_error
-
-
-def _start_from(checkpoints: Path, identity: str) -> Path | None:
-    """The checkpoint that a fit goes on from, or None; raises UserError where checkpoints cannot be written."""
-    if shards_base():
-        raise UserError("fit.save_steps: checkpoints inside a fit are not written where the launch shards the base; set it to null")
-    with main_first():  # which removes what is not whole
-        return newest_whole(checkpoints, identity)
-
-
-def _save_adapter(model: PeftModel, gathered: dict[str, torch.Tensor] | None, log: str, temporary: Path, output: Path) -> None:
-    """Writes adapter and log beside `output`, then moves them there; raises OSError naming `output` where that fails.
-
-    gathered: the model's whole tensors by name, where `model` holds only this process's part of them.
-    """
-    try:
-        # Even where the head is a target the base's own embeddings are not part of the adapter.
-        model.save_pretrained(temporary, state_dict=gathered, save_embedding_layers=False)
-        (temporary / "training_log.json").write_text(log)
-        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model card describes another run than this one
-        for path in temporary.iterdir():
-            with open(path, "rb") as handle:
-                os.fsync(handle.fileno())
-        os.replace(temporary, output)
-        sync_folder(output.parent)
-    except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError while weights are written
-        raise OSError(f"{output}: the adapter cannot be saved ({error})") from error

@@ -1,4 +1,5 @@
-"""Checkpoints inside a fit: the Trainer writes them, this module says which are whole and whose they are.
+"""What a fit leaves on disk: its adapter, and checkpoints on the way there. The Trainer writes those, this module says which are whole and
+whose they are.
 
 A checkpoint counts once it holds a seal: the fit's identity and the hash of each of its files, written last. One that a kill left
 half-written has none, and the one before it is used.
@@ -14,12 +15,17 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import torch
 from accelerate import PartialState
+from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
+from constrained_dpo.devices import main_first, num_processes, shards_base
 from constrained_dpo.fit_settings import FitSettings
 from data_prep.merging import fingerprint_adapter
 from data_prep.policy import LoraSettings
+from data_prep.settings import UserError
 from data_prep.tables import hash_file, sync_folder, write_json
 
 SEAL = "seal.json"
@@ -37,7 +43,7 @@ def fit_identity(
     seeds: tuple[int, int],
     previous_adapter: Path | None,
 ) -> str:
-    """Hash of all that a fit's result depends on: its rows (and with them λ), base, recipe, seeds, start and libraries.
+    """Hash of all that a fit's result depends on: its rows (and with them λ), base, recipe, seeds, start, processes and libraries.
 
     rows: before the split into fitted and held-out ones. policy: the base's fingerprint.
     """
@@ -49,6 +55,7 @@ def fit_identity(
         beta,
         seeds,
         None if previous_adapter is None else fingerprint_adapter(previous_adapter),
+        num_processes(),  # each brings rows of its own to a step
         {name: version(name) for name in ("torch", "transformers", "trl", "peft", "accelerate")},
     ]
     digest.update(json.dumps(words, sort_keys=True).encode())
@@ -57,6 +64,14 @@ def fit_identity(
         stream.write_table(rows.data.table)
     digest.update(sink.getvalue())
     return digest.hexdigest()
+
+
+def start_from(checkpoints: Path, identity: str) -> Path | None:
+    """The checkpoint that a fit goes on from, or None; raises UserError where checkpoints cannot be written."""
+    if shards_base():
+        raise UserError("fit.save_steps: checkpoints inside a fit are not written where the launch shards the base; set it to null")
+    with main_first():  # which removes what is not whole
+        return newest_whole(checkpoints, identity)
 
 
 def newest_whole(folder: Path, identity: str) -> Path | None:
@@ -99,3 +114,22 @@ class SealedCheckpoints(TrainerCallback):
         sync_folder(checkpoint)
         hashes = {str(path.relative_to(checkpoint)): hash_file(path) for path in files}
         write_json(checkpoint / SEAL, {"identity": self.identity, "step": state.global_step, "files": hashes})
+
+
+def save_adapter(model: PeftModel, gathered: dict[str, torch.Tensor] | None, log: str, temporary: Path, output: Path) -> None:
+    """Writes adapter and log beside `output`, then moves them there; raises OSError naming `output` where that fails.
+
+    gathered: the model's whole tensors by name, where `model` holds only this process's part of them.
+    """
+    try:
+        # Even where the head is a target the base's own embeddings are not part of the adapter.
+        model.save_pretrained(temporary, state_dict=gathered, save_embedding_layers=False)
+        (temporary / "training_log.json").write_text(log)
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model card describes another run than this one
+        for path in temporary.iterdir():
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
+        os.replace(temporary, output)
+        sync_folder(output.parent)
+    except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError while weights are written
+        raise OSError(f"{output}: the adapter cannot be saved ({error})") from error

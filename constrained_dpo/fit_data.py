@@ -51,14 +51,14 @@ class LengthBuckets(torch.utils.data.Sampler[int]):
     """A random order of rows in which the rows of one optimizer step are of about equal length.
 
     A permutation drawn from (seed, epoch) is cut into blocks of BLOCK steps; in a block rows are sorted by length and cut into steps, and
-    the steps come in random order.
+    the steps come in random order. Rows too few for a step are the permutation's last, so any: a step of few rows weighs each the more.
+    lengths: (num_rows,) tokens of the rows in the layout that the batches have.
     """
 
     BLOCK = 50
 
-    def __init__(self, rows: datasets.Dataset, rows_per_step: int, seed: int) -> None:
-        prompts, responses = row_lengths(rows)
-        self.lengths = prompts + responses.max(axis=1)
+    def __init__(self, lengths: np.ndarray, rows_per_step: int, seed: int) -> None:
+        self.lengths = lengths
         self.rows_per_step, self.seed, self.epoch = rows_per_step, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -70,12 +70,11 @@ class LengthBuckets(torch.utils.data.Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch])
         order, size = rng.permutation(len(self.lengths)), self.rows_per_step
+        order, rest = np.split(order, [len(order) // size * size])
         for block in np.split(order, range(self.BLOCK * size, len(order), self.BLOCK * size)):
-            ranked = block[np.argsort(self.lengths[block], kind="stable")].tolist()
-            whole = len(ranked) // size
-            for step in rng.permutation(whole):
-                yield from ranked[step * size : (step + 1) * size]
-            yield from ranked[whole * size :]
+            steps = block[np.argsort(self.lengths[block], kind="stable")].reshape(-1, size)
+            yield from steps[rng.permutation(len(steps))].ravel().tolist()
+        yield from rest.tolist()
 
 
 def pair_dataset(pairs: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[str, list[int]], max_length: int) -> datasets.Dataset:

@@ -7,6 +7,7 @@ the trainable weights in memory, which the checkpoints of `fit.save_steps` hold 
 import hashlib
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import datasets
@@ -21,19 +22,26 @@ from data_prep.settings import UserError
 BEST_FILE = "best_adapter.safetensors"
 
 
-def split_held_out(rows: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+def split_held_out(
+    rows: datasets.Dataset, prompts: Collection[str], share: float, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """(rows to fit, rows of the held-out prompts or None): a share of the prompts by the hash of (seed, prompt id), at least one.
 
-    Raises UserError where no prompt is left to fit.
+    prompts: ids of all that the pool has responses to. A prompt may have rows in one round and none in another, with too few responses
+    to compare; what is held out must not depend on that. Raises UserError where rows to fit or held-out ones are none.
     """
     if not share:
         return rows, None
-    prompts = np.asarray(rows["prompt_id"], dtype=object)
     ranked = sorted(set(prompts), key=lambda prompt: hashlib.sha256(f"{seed}/holdout/{prompt}".encode()).digest())
     count = max(1, round(share * len(ranked)))
-    if count >= len(ranked):
+    held_out = np.isin(np.asarray(rows["prompt_id"], dtype=object), ranked[:count])
+    if held_out.all():
         raise UserError(f"fit.holdout: {share:g} of {len(ranked)} prompts leaves none to fit; lower it, or give more prompts")
-    held_out = np.isin(prompts, ranked[:count])
+    if not held_out.any():
+        raise UserError(
+            f"fit.holdout: none of the {count} held-out prompts (of {len(ranked)}) has responses enough to compare; raise it, or give more "
+            "responses per prompt"
+        )
     return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
 
 

@@ -33,7 +33,7 @@ class FitSettings(Settings):
     pairs_per_prompt: int | Literal["all"] = Field(8, description="pairs drawn from a prompt's pool, anew each round")
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of the adapter")
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field("cosine", description="over one round")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up at the start of each round")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up at the start of each round (shorter where later_rounds are)")
     optimizer: Literal["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit"] = Field(
         "adamw_torch", description="optimizer; its state starts fresh each round"
     )
@@ -77,6 +77,10 @@ class FitSettings(Settings):
     def _steps_or_epochs(self) -> "FitSettings":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of fit.steps and fit.epochs")
+        if self.warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError("fit.lr_scheduler constant has no warm-up; take constant_with_warmup, or set fit.warmup_steps to 0")
+        if self.warmup_steps and self.steps is not None and self.warmup_steps >= self.steps:
+            raise ValueError(f"fit.warmup_steps: {self.warmup_steps} of {self.steps} steps leaves none at the full rate; lower it")
         if isinstance(self.pairs_per_prompt, int) and self.pairs_per_prompt < 1:
             raise ValueError("fit.pairs_per_prompt must be at least 1, or all")
         if self.grouped and self.labels != "soft":
@@ -101,12 +105,13 @@ class FitSettings(Settings):
         return self
 
     def in_round(self, number: int) -> "FitSettings":
-        """The settings of round `number`, from 0: `steps` or `epochs` by `later_rounds`; at least one step."""
+        """The settings of round `number`, from 0: `steps` (at least one) or `epochs`, and `warmup_steps`, by `later_rounds`."""
         shares = self.later_rounds if isinstance(self.later_rounds, list) else [self.later_rounds]
         share = 1.0 if number == 0 else shares[min(number, len(shares)) - 1]
+        warmup = {"warmup_steps": int(share * self.warmup_steps)}
         if self.steps is not None:
-            return self.model_copy(update={"steps": max(1, round(share * self.steps))})
-        return self.model_copy(update={"epochs": share * self.epochs})
+            return self.model_copy(update={"steps": max(1, round(share * self.steps))} | warmup)
+        return self.model_copy(update={"epochs": share * self.epochs} | warmup)
 
     @property
     def grouped(self) -> bool:

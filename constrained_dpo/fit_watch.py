@@ -42,7 +42,8 @@ class StepWatch(TrainerCallback):
         self.seen = []
 
     def saw(self, inputs: dict[str, torch.Tensor], policy: torch.Tensor, loss: torch.Tensor, step: int) -> None:
-        """Told of every forward: the batch, log π_θ (num_rows, K) and the loss; `step` counts from 1."""
+        """Told of every forward: the batch, log π_θ (num_rows, K) and the loss; `step` counts from 1 (a measurement on
+        held-out rows: the steps before it)."""
         self.seen.append((inputs["row"], policy.detach()))
         if not torch.isfinite(loss):
             self.seen = self.seen[-1:]

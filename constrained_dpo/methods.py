@@ -38,27 +38,29 @@ def method_overrides(method: str, recipe: Recipe, weights: dict[str, float] | No
     if method in METHODS:
         return [*METHODS[method], *(_pairs_for_groups(recipe) if "fit.group_size=2" in METHODS[method] else [])]
     problem = recipe.problem
+    scored = ["fit.labels=soft", "fit.label_column=null"] if recipe.fit.labels == "given" else []  # people's labels know no weights
     if method == WEIGHTED_SUM:
-        return ["dual.method=fixed", f"dual.init={json.dumps(problem.multipliers(weights or {}).to_dict())}"]
+        return ["dual.method=fixed", f"dual.init={json.dumps(problem.multipliers(weights or {}).to_dict())}", *scored]
     name = method.removeprefix(ONE_OBJECTIVE)
     if method == name or name not in problem.objectives:
         known = [*METHODS, WEIGHTED_SUM, *(f"{ONE_OBJECTIVE}{n}" for n in problem.objectives)]
         raise UserError(f"--method {method}: there is no such method for this recipe; choose among {', '.join(known)}")
     if name == problem.reward:
-        return ["dual.method=fixed", "dual.init=zeros"]
+        return ["dual.method=fixed", "dual.init=zeros", *scored]
     blocks = {c.name: c.model_dump(mode="json") for c in recipe.objective.constraints}
     reward = recipe.objective.reward.model_dump(mode="json")
     others = [block for other, block in blocks.items() if other != name] + [reward | {"margin": 0.0}]
     chosen = {key: blocks[name][key] for key in ("name", "scorer")}
     return [
         f"objective.reward={json.dumps(chosen)}", f"objective.constraints={json.dumps(others)}", "dual.method=fixed", "dual.init=zeros",
+        *scored,
     ]  # fmt: skip
 
 
 def _pairs_for_groups(recipe: Recipe) -> list[str]:
     """Overrides that give pairs the sequences which the recipe's groups have, in a step and of a prompt; [] where it has pairs."""
     fit, size = recipe.fit, recipe.fit.group_size
-    if size == 2:
+    if not fit.grouped:
         return []
     return [f"fit.batch_size={fit.batch_size * size // 2}", f"fit.pairs_per_prompt={fit.groups_per_prompt * size // 2}"]
 

@@ -106,7 +106,7 @@ def run_pilot(
     """
     recipe = learner.recipe
     prompts = learner.prompts[learner.prompts["split"] == "dual"]
-    per_prompt = min(max(recipe.dual.responses_per_prompt, 2), MAX_RESPONSES)
+    per_prompt = max(min(recipe.dual.responses_per_prompt, MAX_RESPONSES), recipe.fit.group_size)
     prompts = prompts.head(int(np.clip(recipe.sampling.batch_size // per_prompt, MIN_PROMPTS, MAX_PROMPTS)))
     seed = derive_seed(recipe.seed, 0, "pilot")
 

@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from constrained_dpo.fit_settings import FitSettings
+from constrained_dpo.pool_settings import PoolSettings
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from data_prep.policy import QUICKSTART, PolicySettings
 from data_prep.sampling import SamplingSettings
@@ -83,54 +84,6 @@ class ObjectiveSettings(Settings):
     constraints: list[ConstraintSettings] = Field(description="the utilities; [] is single-reward DPO")
 
 
-class PoolShares(Settings):
-    """How much of what a round trains on comes from where; the shares sum to 1."""
-
-    reference: float = Field(
-        ge=0, le=1, description="π_ref's own responses; 0 only where the pool has none, so that none of its answers goes out of view"
-    )
-    dataset: float = Field(0.0, ge=0, le=1, description="the dataset's responses (pool.source: dataset, both)")
-    recent: float = Field(0.0, ge=0, le=1, description="the last round's samples")
-    hard: float = Field(0.0, ge=0, le=1, description="the last round's samples, with odds proportional to how wrong its policy was on them")
-    earlier: float = Field(0.0, ge=0, le=1, description="samples of the rounds before")
-
-    @model_validator(mode="after")
-    def _whole(self) -> "PoolShares":
-        total = self.reference + self.dataset + self.recent + self.hard + self.earlier
-        if abs(total - 1) > 1e-9:
-            raise ValueError(f"pool.shares sum to {total:g}; they must sum to 1")
-        return self
-
-
-class PoolSettings(Settings):
-    """The scored responses that pairs are drawn from."""
-
-    source: Literal["reference", "dataset", "both"] = Field(
-        "reference",
-        description="reference: π_ref's samples on the fit prompts; dataset: the responses in the rows of prompts.source (PKU-SafeRLHF, "
-        "HH-RLHF, UltraFeedback), scored like samples; both. λ_0, baselines and the certificate come from π_ref's samples in any case",
-    )
-    grow: bool = Field(True, description="add each round's samples on dual prompts to the pool (they are scored already)")
-    shares: PoolShares | None = Field(None, description="shares of the sources in what a round trains on; null: every response alike")
-    max_per_prompt: int | None = Field(None, ge=2, description="most responses of a prompt that a round trains on, drawn anew each round")
-
-    @model_validator(mode="after")
-    def _grown(self) -> "PoolSettings":
-        if self.shares is not None and not self.grow and self.shares.reference + self.shares.dataset < 1:
-            raise ValueError("pool.shares: with pool.grow: false there are π_ref's responses alone; drop the shares")
-        return self
-
-    @model_validator(mode="after")
-    def _shared_out(self) -> "PoolSettings":
-        for kind in ("reference", "dataset") if self.shares is not None else ():
-            drawn, share = self.source in (kind, "both"), getattr(self.shares, kind)
-            if drawn and not share:
-                raise ValueError(f"pool.shares.{kind} is 0, but pool.source {self.source} has such responses; give them a share above 0")
-            if share and not drawn:
-                raise ValueError(f"pool.shares.{kind} is {share:g}, but pool.source {self.source} has no such responses; set it to 0")
-        return self
-
-
 class DualSettings(Settings):
     """The multipliers and how they move."""
 
@@ -190,8 +143,9 @@ class Recipe(Settings):
             problems.append(f"objective: {error}")
         if self.sampling.max_new_tokens >= self.fit.max_length:
             problems.append("sampling.max_new_tokens leaves no room for a prompt within fit.max_length")
-        if self.sampling.responses_per_prompt < 2 and not self.pool.grow and self.pool.source == "reference":
-            problems.append("sampling.responses_per_prompt: 1 with pool.grow: false gives no pair to compare")
+        problems += self.pool.too_few(
+            self.fit.group_size, self.sampling.responses_per_prompt, self.dual.responses_per_prompt, self.dual.rounds
+        )
         if self.fit.labels == "given":
             if self.pool.source == "reference":
                 problems.append("fit.labels: given are labels of a dataset's responses; set pool.source: dataset (or both)")

@@ -119,6 +119,8 @@ def notes(contents: Contents) -> list[str]:
         lines.append(f"KL and objective are not given: {record['kl_reason']}.")
     for name, count in record.get("truncated_scores", {}).items():
         lines.append(f"The scorer of {name} read only the part of {count} texts that fits its window.")
+    if unlabelled := record.get("unlabelled_prompts"):
+        lines.append(f"{unlabelled} prompts had nothing to compare and no part in this round's fit.")
     lines += [f"{line[0].upper()}{line[1:]}." for line in measured_lines(contents.run)]
     exact, optimum = (contents.exact_of(v, "test") for v in (record.get("exact"), contents.optimum))
     if exact and optimum:

@@ -8,6 +8,7 @@ on disk before any goes on (`devices.wait`).
 """
 
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -197,6 +198,9 @@ def play_round(run: RunDirectory, recipe: Recipe, learner: Learner, announce: An
         wait()
 
     phase("relabel", run.labels_file(number, recipe.fit.grouped).exists(), lambda: _relabel(run, recipe, lambda_, number))
+    if is_main() and (unlabelled := _unlabelled(run, recipe, number)):
+        fits = int((run.prompts()["split"] != "test").sum())
+        print(f"round {number}: {unlabelled} of {fits} prompts have nothing to compare and no part in the fit", file=sys.stderr)
     phase("fit", run.adapter_folder(number).exists(), lambda: _fit(run, recipe, learner, lambda_, number), shared=True)
     phase("rescore", run.samples_file(number).exists(), lambda: _rescore(run, recipe, learner, number), shared=True)
     if is_policy_law(recipe.sampling):
@@ -222,6 +226,8 @@ def _close_round(
         record |= {"exact": learner.exact(run.adapter_folder(number), lambda_), "seconds": seconds, "hashes": state["hashes"]}
         if truncated:
             record["truncated_scores"] = truncated
+        if unlabelled := _unlabelled(run, recipe, number):
+            record["unlabelled_prompts"] = unlabelled
         if num_processes() > 1:
             record["processes"] = num_processes()
         write_json(run.round_file(number), record)
@@ -256,6 +262,13 @@ def _relabel(run: RunDirectory, recipe: Recipe, lambda_: pd.Series, number: int)
         pairs_per_prompt=None if fit.pairs_per_prompt == "all" else fit.pairs_per_prompt,
     )  # fmt: skip
     write_parquet(validate_pairs(pairs, f"pairs of round {number}"), run.pairs_file(number))
+
+
+def _unlabelled(run: RunDirectory, recipe: Recipe, number: int) -> int:
+    """How many fit and dual prompts have no row among a round's labels."""
+    prompts = run.prompts()
+    labelled_ids = read_parquet(run.labels_file(number, recipe.fit.grouped), ["prompt_id"])["prompt_id"]
+    return int((~prompts["prompt_id"][prompts["split"] != "test"].isin(labelled_ids)).sum())
 
 
 def _fit(run: RunDirectory, recipe: Recipe, learner: Learner, lambda_: pd.Series, number: int) -> None:

@@ -31,10 +31,9 @@ def choose_responses(
     summing to 1 (above 0 for what the pool holds before it grows), or None for every row alike. Of each prompt as many responses are taken
     as keep the shares exact without taking one twice, and at most max_per_prompt, in whole numbers nearest to the shares (largest
     remainders); a source that has a share and responses gives at least one, π_ref first where the cap has no room for all. A source that
-    the prompt has none of leaves its share to the others. `recent` and `hard` both come from the last round: hard ones are drawn without replacement with odds proportional to the
-    off-policy residual
-    |s_λ − β log π_θ/π_ref − its mean at the prompt| (score units), π_θ the policy that drew them. Draws depend on (seed, round, response
-    ids) alone. Raises UserError as `lagrangian_score` does.
+    the prompt has none of leaves its share to the others. `recent` and `hard` both come from the last round: hard ones are drawn without
+    replacement with odds proportional to the off-policy residual |s_λ − β log π_θ/π_ref − its mean at the prompt| (score units), π_θ the
+    policy that drew them. Draws depend on (seed, round, response ids) alone. Raises UserError as `lagrangian_score` does.
     """
     if shares is None and max_per_prompt is None:
         return pool
@@ -62,6 +61,15 @@ def choose_responses(
         picked = _first(last, prompt, _hard(pool, prompt, last, own, reward, lambda_, beta), hard)
         chosen, last, from_last = chosen | picked, last & ~picked, from_last - hard
     return pool[chosen | _first(last, prompt, uniform, from_last)]
+
+
+def responses_taken(available: Mapping[str, int], shares: Mapping[str, float], max_per_prompt: int | None) -> int:
+    """How many responses `choose_responses` takes of a prompt that has so many of each source: reference, dataset, last (the last round's,
+    which recent and hard share) and earlier."""
+    wanted = {**shares, "last": shares["recent"] + shares["hard"]}
+    counts = np.array([[count] for count in available.values()])
+    limit = counts.sum() if max_per_prompt is None else max_per_prompt
+    return int(_apportioned(counts, np.array([wanted[kind] for kind in available]), limit).sum())
 
 
 def _apportioned(counts: np.ndarray, wanted: np.ndarray, limit: int) -> np.ndarray:

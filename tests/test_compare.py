@@ -229,6 +229,11 @@ def test_the_papers_methods_are_known_by_their_settings():
     safe = load_recipe(QUICKSTART, method_overrides("dpo_harmless", recipe))
     assert safe.problem.reward == "harmless" and safe.problem.names == ["helpful"] and describe_method(safe) == "DPO on harmless"
     assert safe.scorers["harmless"] == recipe.scorers["harmless"] and safe.scorers["helpful"] == recipe.scorers["helpful"]
+    labelled = ["fit.labels=given", "fit.label_column=better_response_id", "pool.source=dataset"]
+    people = load_recipe(QUICKSTART, labelled)
+    for method, name in (("dpo_helpful", "DPO on helpful"), ("dpo_harmless", "DPO on harmless"), ("weighted_sum", "weighted sum")):
+        turned = load_recipe(QUICKSTART, [*labelled, *method_overrides(method, people, {"harmless": 0.5})])
+        assert describe_method(turned) == name and turned.fit.labels == "soft"
     with pytest.raises(UserError, match=r"--method dpo_funny: there is no such method .* choose among recipe, caid"):
         method_overrides("dpo_funny", recipe)
     safe = RECIPES / "dpo_safe.yaml"
@@ -247,6 +252,9 @@ def test_a_papers_method_has_the_passes_of_the_groups_that_it_replaces():
     assert groups.batch_size * groups.group_size == caid.batch_size * caid.group_size == 128
     assert groups.groups_per_prompt * groups.group_size == caid.pairs_per_prompt * caid.group_size
     assert load_recipe(path, method_overrides("ours", recipe)).fit == groups
+    two = load_recipe(path, ["fit.group_size=2"])  # listwise: groups still
+    assert method_overrides("caid", two)[-2:] == ["fit.batch_size=16", "fit.pairs_per_prompt=67"]
+    assert method_overrides("caid", load_recipe(QUICKSTART)) == list(METHODS["caid"])
     odd = load_recipe(path, ["fit.group_size=3", "fit.batch_size=5", "fit.groups_per_prompt=1"])
     assert method_overrides("mocan", odd)[-2:] == ["fit.batch_size=7", "fit.pairs_per_prompt=1"]
 

@@ -22,6 +22,7 @@ from data_prep.sources import split_prompts
 from data_prep.tables import hash_file, read_parquet
 
 SETTINGS = ("prompts.test=0.4", "sampling.responses_per_prompt=4", "dual.responses_per_prompt=8", "sampling.batch_size=64", "fit.steps=2")
+SETTINGS += ("fit.warmup_steps=0",)
 WORDS = [word for word in VOCABULARY if word.isalpha()]
 
 

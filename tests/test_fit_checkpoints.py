@@ -113,7 +113,7 @@ def test_fits_killed_many_times_equal_those_never_killed(server, tmp_path):
     assert leftovers(run) == []
 
 
-def test_a_checkpoint_of_another_fit_is_never_resumed(quickstart_policy, tmp_path, capsys):
+def test_a_checkpoint_of_another_fit_is_never_resumed(quickstart_policy, tmp_path, capsys, monkeypatch):
     """Whole checkpoints lie where the fit looks for them; they are of the same fit at another λ."""
     policy, pool = quickstart_policy, make_pool(quickstart_policy)
     tokens, settings = prompt_tokens(policy), fit_settings(save_steps=3)
@@ -135,7 +135,10 @@ def test_a_checkpoint_of_another_fit_is_never_resumed(quickstart_policy, tmp_pat
     expected = fit("alone")
     others = [identity(other), identity(make_pairs(pool), seeds=(1, 0)), identity(make_pairs(pool), beta=0.3)]
     others.append(identity(make_pairs(pool), previous_adapter=tmp_path / "alone" / "adapter"))
-    assert len({ours, *others}) == 5
+    monkeypatch.setenv("LOCAL_RANK", "0"), monkeypatch.setenv("WORLD_SIZE", "2")  # the same rows, others of them in a step
+    others.append(identity(make_pairs(pool)))
+    monkeypatch.undo()
+    assert len({ours, *others}) == 6
 
     rows, folder = pair_dataset(other, pool, tokens, 16), tmp_path / "other" / "checkpoints"
     trainer = build_trainer(policy, rows, settings, LORA, beta=0.25, seed=0, output=folder, previous_adapter=None)

@@ -49,10 +49,15 @@ def weights(folder) -> bytes:
 
 
 def test_later_rounds_get_their_share_of_steps_and_of_epochs():
-    steps = lambda *shares: [load_recipe(QUICKSTART, [*shares, "fit.steps=9"]).fit.in_round(t).steps for t in range(4)]  # noqa: E731
+    def steps(*shares: str) -> list[int]:
+        fit = load_recipe(QUICKSTART, [*shares, "fit.steps=9", "fit.warmup_steps=0"]).fit
+        return [fit.in_round(t).steps for t in range(4)]
+
     assert steps() == [9, 9, 9, 9]
     assert steps("fit.later_rounds=0.5") == [9, 4, 4, 4]
     assert steps("fit.later_rounds=[0.5, 0.01]") == [9, 4, 1, 1]
+    shorter = load_recipe(QUICKSTART, ["fit.later_rounds=[0.5, 0.005]"]).fit  # 200 steps, 10 of warm-up
+    assert [shorter.in_round(t).warmup_steps for t in range(3)] == [10, 5, 0] and shorter.in_round(2).steps == 1
     passes = load_recipe(QUICKSTART, ["fit.steps=null", "fit.epochs=3", "fit.later_rounds=[1, 0.5]"]).fit
     assert [passes.in_round(t).epochs for t in range(4)] == [3, 3, 1.5, 1.5] and passes.in_round(3).steps is None
 
@@ -108,17 +113,24 @@ def _prediction(squares):
 def test_held_out_prompts_are_whole_seeded_and_the_same_in_every_round(quickstart_policy, pool):
     tokens = prompt_tokens(quickstart_policy)
     rows = pair_dataset(make_pairs(pool), pool, tokens, 16)
-    train, held_out = split_held_out(rows, 0.25, seed=5)
+    prompts = pool["prompt_id"]
+    train, held_out = split_held_out(rows, prompts, 0.25, seed=5)
     assert len(set(held_out["prompt_id"])) == 2 and len(train) + len(held_out) == len(rows)
     assert not set(train["prompt_id"]) & set(held_out["prompt_id"])
     other_labels = group_dataset(
         label_groups(pool, "helpful", pd.Series({"harmless": 0.1}), group_size=4, groups_per_prompt=2, seed=1), pool, tokens, 16
     )
-    assert set(split_held_out(other_labels, 0.25, seed=5)[1]["prompt_id"]) == set(held_out["prompt_id"])
-    assert len({frozenset(split_held_out(rows, 0.25, seed)[1]["prompt_id"]) for seed in range(8)}) > 1
-    assert split_held_out(rows, 0.0, seed=5) == (rows, None)
-    with pytest.raises(UserError, match=r"fit.holdout: 0.95 of 8 prompts leaves none"):
-        split_held_out(rows, 0.95, seed=5)
+    assert set(split_held_out(other_labels, prompts, 0.25, seed=5)[1]["prompt_id"]) == set(held_out["prompt_id"])
+    assert len({frozenset(split_held_out(rows, prompts, 0.25, seed)[1]["prompt_id"]) for seed in range(8)}) > 1
+    assert split_held_out(rows, prompts, 0.0, seed=5) == (rows, None)
+    with pytest.raises(UserError, match=r"fit.holdout: 0.98 of 8 prompts leaves none"):
+        split_held_out(rows, prompts, 0.98, seed=5)
+
+    ranked = [set(split_held_out(rows, prompts, share / 8, seed=5)[1]["prompt_id"]) for share in range(1, 8)]
+    missing = rows.filter(lambda row: row["prompt_id"] not in ranked[0])  # a prompt that has no rows in another round
+    assert set(split_held_out(missing, prompts, 0.25, seed=5)[1]["prompt_id"]) == ranked[1] - ranked[0]
+    with pytest.raises(UserError, match=r"fit.holdout: none of the 1 held-out prompts \(of 8\) has responses enough"):
+        split_held_out(missing, prompts, 1 / 8, seed=5)
 
 
 @pytest.mark.parametrize("loss", ["logistic", "listwise"])
@@ -139,7 +151,7 @@ def test_a_fit_stops_when_the_held_out_residual_rises_and_keeps_the_best_adapter
     assert record["residual"] == measured[best] and record["prompts"] == 2
 
     rows = (group_dataset if loss == "listwise" else pair_dataset)(labels, pool, tokens, 16)
-    held_out = split_held_out(rows, 0.25, seed=0)[1]
+    held_out = split_held_out(rows, pool["prompt_id"], 0.25, seed=0)[1]
     named = pool.set_index("response_id")
     ids = list(held_out["response_id"]) if loss == "listwise" else list(zip(held_out["chosen_id"], held_out["rejected_id"], strict=True))
     squares = []

@@ -111,8 +111,9 @@ def test_a_recipe_takes_soft_labels_alone_with_groups(tmp_path):
 def test_a_run_on_groups_from_relabel_to_dual_step(name, tmp_path):
     """The embedded world's recipes, smaller: `check` times such a fit, two rounds are played, the labels are groups.parquet, of the pool's
     recent responses most, and λ is replayed from the tables."""
-    settings = ["fit.groups_per_prompt=4", "fit.steps=5", "fit.batch_size=4", "prompts.max_fit=8", "prompts.max_test=4", "dual.rounds=2"]
+    settings = ["fit.group_size=9", "fit.groups_per_prompt=4", "fit.steps=5", "fit.warmup_steps=0", "fit.batch_size=4", "dual.rounds=2"]
     settings += ["sampling.responses_per_prompt=16", "dual.responses_per_prompt=16", "sampling.batch_size=64"]
+    settings += ["prompts.max_fit=8", "prompts.max_test=4"]
     overrides = [part for s in settings for part in ("-s", s)]
     recipe = RECIPES / f"{name}.yaml"
     assert json.loads(cdpo("check", recipe, *overrides, "--json", check=0).stdout)["pilot"]["seconds"]["fit"] > 0
@@ -121,7 +122,7 @@ def test_a_run_on_groups_from_relabel_to_dual_step(name, tmp_path):
     run = RunDirectory(tmp_path / "run")
     first, last = (read_parquet(run.groups_file(number)) for number in (0, 1))
     assert first["group_id"].nunique() == last["group_id"].nunique() == 32 and not run.pairs_file(0).exists()
-    assert set(first.groupby("group_id").size()) == {8}
+    assert set(first.groupby("group_id").size()) == {9}
     reference = set(read_parquet(run.pool_file(None))["response_id"])
     assert first["response_id"].isin(reference).all() and 0 < last["response_id"].isin(reference).mean() < 0.5
     assert replay(run) == run.state()["lambda"]

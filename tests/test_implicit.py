@@ -24,7 +24,7 @@ BETA = 0.1
 
 # The embedded world in seconds.
 TINY = ("prompts.max_fit=4", "prompts.max_test=2", "dual.prompts_per_round=4", "dual.responses_per_prompt=8", "dual.rounds=1",
-        "sampling.responses_per_prompt=8", "sampling.batch_size=64", "fit.steps=2", "fit.batch_size=16",
+        "sampling.responses_per_prompt=8", "sampling.batch_size=64", "fit.steps=2", "fit.warmup_steps=0", "fit.batch_size=16",
         "policy.quantization=none")  # fmt: skip
 
 

@@ -120,4 +120,4 @@ def test_recipe_keys_are_validated_together(tmp_path):
     error = cdpo(
         "init", QUICKSTART, tmp_path / "x", "-s", "pool.grow=false", "-s", "pool.shares={reference: 0.5, recent: 0.5}", check=2
     ).stderr
-    assert "there are π_ref's responses alone" in error
+    assert "pool.grow: false adds no responses" in error

@@ -17,7 +17,7 @@ def test_every_response_meets_the_reference_policy_once(tmp_path):
     meets it in the shard that drew it, and answers that a shard drew several times meet it once."""
     from peft.tuners.lora import LoraLayer
 
-    small = [*SMALL, "fit.steps=4", "prompts.max_fit=8", "prompts.max_test=4", f"policy.model={build_policy()}"]
+    small = [*SMALL, "fit.steps=4", "fit.warmup_steps=0", "prompts.max_fit=8", "prompts.max_test=4", f"policy.model={build_policy()}"]
     run = init_run(QUICKSTART, tmp_path / "run", small)
     recipe = run.recipe()
     prompts, left_out = split_prompts(recipe.prompts, recipe.dual.prompts_per_round)

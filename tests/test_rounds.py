@@ -120,6 +120,19 @@ def test_pool_grows_by_the_dual_prompts_samples_only(tmp_path):
     assert set(fixed.pool(2)["source"]) == {"reference-pool"}
 
 
+def test_prompts_without_a_pair_are_counted(tmp_path, capsys):
+    """Three prompts of the pool have one response each (as of a dataset); in the next round they have samples of the first."""
+    run, recipe, learner = make_run(tmp_path / "run", random_world(7, 1, prompts=20))
+    recipe = prepare(run, recipe, learner, {})
+    pool = read_parquet(run.pool_file(None))
+    few = pool["prompt_id"].isin(sorted(set(pool["prompt_id"]))[:3]) & pool.duplicated("prompt_id")
+    write_parquet(pool[~few], run.pool_file(None))
+    first, second = (play_round(run, recipe, learner) for _ in range(2))
+    assert first["unlabelled_prompts"] == 3 and "unlabelled_prompts" not in second
+    said = [line for line in capsys.readouterr().err.splitlines() if "nothing to compare" in line]
+    assert said == ["round 0: 3 of 10 prompts have nothing to compare and no part in the fit"]
+
+
 def test_no_constraints_is_single_reward_dpo(tmp_path):
     world = random_world(8, 0, prompts=20)
     run, recipe, learner = make_run(tmp_path / "run", world)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from checkpoints import save_word_tokenizer
 from peft import LoraConfig, get_peft_model
 from test_fit import LORA, fit_settings, ragged_rows
 
@@ -167,6 +168,25 @@ def test_a_fit_chooses_shared_prompts_and_its_loss_is_the_padded_one(quantizatio
     np.testing.assert_allclose(losses[True], losses[False], atol=1e-4)
 
 
+def test_the_layout_is_decided_by_held_out_rows_too(tmp_path):
+    """A window longer than every fitted row and shorter than a held-out one: the measured residual would be wrong."""
+    size = save_word_tokenizer(tmp_path / "model", " ".join(f"w{i}" for i in range(60)))
+    config = transformers.MistralConfig(**SIZE | {"vocab_size": size}, sliding_window=24, bos_token_id=1, eos_token_id=2)
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path / "model")
+    policy = load_policy(PolicySettings(model=str(tmp_path / "model"), quantization="none", dtype="float32"))
+    short, long = (
+        datasets.Dataset.from_dict(
+            {"prompt_ids": [[5] * n] * 3, "responses_ids": [[[6, 7], [8, 9]]] * 3, "ref_logps": np.zeros((3, 2), np.float32)}
+        )
+        for n in (8, 40)
+    )
+    settings = fit_settings(batch_size=2)
+    for held_out, said in ((None, None), (long, "differ from padded rows")):
+        where = {"output": tmp_path / "fit", "previous_adapter": None, "held_out": held_out}
+        trainer = build_trainer(copy.deepcopy(policy), short, settings, LORA, beta=0.3, seed=3, **where)
+        assert (trainer.padded_because is None) if said is None else (said in trainer.padded_because)
+
+
 def test_accumulated_steps_equal_one_large_batch(tmp_path):
     """1 × 8 and 8 × 1, with shared prompts and with rows grouped by length."""
     from peft import get_peft_model_state_dict
@@ -185,8 +205,7 @@ def test_accumulated_steps_equal_one_large_batch(tmp_path):
 
 def test_length_buckets_are_a_permutation_of_rows_of_about_equal_length():
     rng = np.random.default_rng(0)
-    rows = {"prompt_ids": [[1] * 3] * 403, "responses_ids": [[[1] * int(n), [1]] for n in rng.integers(1, 200, 403)]}
-    order = LengthBuckets(rows, 8, seed=1)
+    order = LengthBuckets(rng.integers(5, 204, 403), 8, seed=1)
     epochs = []
     for epoch in (0, 1, 0):
         order.set_epoch(epoch)
@@ -197,3 +216,9 @@ def test_length_buckets_are_a_permutation_of_rows_of_about_equal_length():
     batches = np.split(order.lengths[epochs[0]][:400], 50)
     assert waste(batches) < 0.05 < 0.3 < waste(np.split(order.lengths[:400], 50))
     assert np.corrcoef(np.arange(50), [np.max(b) for b in batches])[0, 1] < 0.5  # no trend from short to long
+
+    last = []
+    for epoch in range(60):  # the three rows of the last step, which weigh more than others, are any three
+        order.set_epoch(epoch)
+        last += list(order)[-3:]
+    assert 0.4 < np.mean(order.lengths[last]) / np.mean(order.lengths) < 1.6 and len(set(last)) > 100

@@ -186,7 +186,7 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path):
 
 def test_the_command_sweeps_with_real_fits_and_writes_the_comparison(tmp_path):
     tiny = ["dual.rounds=1", "dual.prompts_per_round=2", "prompts.max_fit=3", "prompts.max_test=2", "fit.steps=2", "fit.pairs_per_prompt=2"]
-    tiny += ["sampling.responses_per_prompt=4", "dual.responses_per_prompt=4"]
+    tiny += ["fit.warmup_steps=0", "sampling.responses_per_prompt=4", "dual.responses_per_prompt=4"]
     options = [word for value in tiny for word in ("-s", value)]
     said = cdpo("sweep", QUICKSTART, tmp_path / "out", "--method", "dpo_harmless", *options, check=0)
     assert "preparing the pool" in said.stderr and said.stdout.endswith("comparison/compare.html\n")
