@@ -46,7 +46,8 @@ def tokens(n): return rng.integers(1, words, n).astype(np.int32)
 
 def fit(length, policy, name):
     prompt = tokens(prompt_length).tolist()
-    pool = pd.DataFrame({"response_id": [f"y{i}" for i in range(2 * rows)], "token_ids": [tokens(length) for _ in range(2 * rows)]})
+    names = [f"y{i}" for i in range(2 * rows)]
+    pool = pd.DataFrame({"prompt_id": "p", "response_id": names, "token_ids": [tokens(length) for _ in names]})
     answers, pool["sample_logp"] = [ids.tolist() for ids in pool["token_ids"]], np.nan
     pool["ref_logp"], _ = response_logps(policy.model, [prompt] * len(pool), answers, pad_id=0, batch_size=4)
     ids = pool["response_id"].to_numpy()
