@@ -41,7 +41,7 @@ lint: setup
 bench: setup
 	$(BIN)/python tests/bench_quickstart.py
 
-# Ways of fitting on enumerable worlds at equal passes (about ten hours of one core; goes on where it stopped), and the adapter's own reach.
+# Ways of fitting on enumerable worlds at equal passes (about eight hours of one core; goes on where it stopped), and the adapter's own reach.
 bench-quality: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_quality.py runs runs/bench-quality.jsonl
 	$(BIN)/python tests/bench_quality.py table runs/bench-quality.jsonl
