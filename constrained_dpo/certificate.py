@@ -17,6 +17,9 @@ MIN_RESPONSES = 4
 MIN_ESS, MIN_ESS_SHARE = 4.0, 1 / 8
 """Below MIN_RESPONSES samples of a prompt, or a mean effective sample size under MIN_ESS or under this share of the samples, log mean exp
 is no estimate of log Z: the few heavy weights that were drawn say that heavier ones were not."""
+DOMINATED, MAX_DOMINATED = 2.0, 1 / 10
+"""A prompt with an effective sample size under DOMINATED, where one weight is about all of the sum, has no bias of order 1/K that could be
+removed, and a share of such prompts over MAX_DOMINATED no mean effective sample size makes good."""
 
 
 def recorded_slack(record: dict) -> pd.DataFrame:
@@ -116,8 +119,9 @@ def dual_estimates(
 
     samples: y ~ π_θ. others: responses of other policies to the same prompts with the log-probability under their own law (`sample_logp`).
     off_policy: π_ref's responses with π_θ's log-probabilities; with the samples they are draws of a mixture of both policies, whose
-    weights are bounded where π_ref has mass (balance heuristic, Veach and Guibas 1995). Jackknifed where the mean effective sample size
-    suffices; else plain, which is biased low: still a bound from below.
+    weights are bounded where π_ref has mass (balance heuristic, Veach and Guibas 1995). Jackknifed at prompts that no single response
+    dominates, where the leave-one-out means say how far off log is; elsewhere they would add up to (K−1)/K of all that the one weight is
+    above the others, and the plain estimate stands, which is biased low: still a bound from below.
     """
     tables = {"policy": (samples, samples["policy_logp"])} | {name: (table, table["sample_logp"]) for name, table in others.items()}
     if off_policy is not None and len(off_policy):
@@ -129,17 +133,10 @@ def dual_estimates(
         if not np.array_equal(np.sort(table["prompt_id"].unique()), prompts):
             continue
         value = log_mean_exp(_score(table, problem, lambda_) / problem.beta + table["ref_logp"] - law, table["prompt_id"])
-        credible = _carries(value)
-        columns[name, "log_z"] = problem.beta * (value["jackknife"] if credible else value["plain"])
+        columns[name, "log_z"] = problem.beta * value["jackknife"].where(value["ess"] >= DOMINATED, value["plain"])
         columns[name, "plain"] = problem.beta * value["plain"]
         columns[name, "ess"] = value["ess"]
     return pd.DataFrame(columns)
-
-
-def _carries(value: pd.DataFrame) -> bool:
-    """Whether `log_mean_exp` has enough responses and weights that are even enough."""
-    enough = max(MIN_ESS, MIN_ESS_SHARE * float(value["count"].mean()))
-    return bool(value["ess"].mean() >= enough and value["count"].min() >= MIN_RESPONSES)
 
 
 def _mean_se(values: pd.Series) -> tuple[float, float]:
@@ -186,8 +183,8 @@ def certify(
     the largest of the other sources' that exceed it by more than two standard errors, because every one is biased low and none sees a
     mode that it never sampled; dual_values holds them all; lagrangian_gap = dual_value − L(π_θ, λ). `disagreement` names the source that
     exceeds the estimate from π_θ's own samples by more than two standard errors. All of it is null, with the reason, with fewer
-    than MIN_RESPONSES samples of a prompt, with a mean effective sample size under MIN_ESS or MIN_ESS_SHARE of the samples, and where
-    other sources show more mass than chance does (`missed_mass`).
+    than MIN_RESPONSES samples of a prompt, with a mean effective sample size under MIN_ESS or MIN_ESS_SHARE of the samples, where one
+    response dominates at more than MAX_DOMINATED of the prompts, and where other sources show more mass than chance does (`missed_mass`).
     """
     estimates = dual_estimates(samples, {"reference": reference, **others}, off_policy, problem, lambda_)
     prompt_of, lam = samples["prompt_id"], lambda_.reindex(problem.names)
@@ -207,6 +204,11 @@ def certify(
         return record | nothing(
             f"the effective sample size is {ess:.1f} of {fewest} responses per prompt (at least {least:g}): the policy is far from the "
             "maximizer at this β, or the scores are too widely spread for so few responses"
+        )
+    if (dominated := float((estimates["policy", "ess"] < DOMINATED).mean())) > MAX_DOMINATED:
+        return record | nothing(
+            f"at {100 * dominated:.0f} % of the prompts one response has about all of the weight (at {100 * MAX_DOMINATED:.0f} % it may), "
+            "whatever the effective sample size is on average: better answers may well be missing there"
         )
     names = [name for name, part in estimates.columns if part == "log_z"]
     main = "mixture" if "mixture" in names else "policy"

@@ -113,6 +113,25 @@ def test_too_few_samples_or_too_heavy_weights_give_null_with_a_reason():
     assert "no certificate: 3 responses" in sentence(few, [few], True)
 
 
+def test_a_few_prompts_where_one_weight_is_all_are_not_averaged_away():
+    """π_θ is the maximizer at four fifths of the prompts and π_ref at the rest: the mean effective sample size is high, and the jackknife
+    would add tens of nats where one of the weights is nearly all of the sum."""
+    world, lambda_ = random_world(6, 1, prompts=60, responses=400, beta=0.02), pd.Series({"g0": 0.5})
+    logp = world.maximizer(lambda_).copy()
+    logp[::5] = world.ref_logp[::5]
+    samples, reference = (draw(world, law, 64, np.random.default_rng(seed)) for seed, law in enumerate((logp, world.ref_logp)))
+    record = certify(samples, reference, {}, None, world.problem, lambda_)
+    assert record["ess"] > 50 and record["lagrangian_gap"] is None
+    assert "% of the prompts one response has about all of the weight" in record["certificate_reason"]
+
+    estimates = dual_estimates(samples, {}, None, world.problem, lambda_)["policy"]
+    weights = (samples["r"] + 0.5 * samples["g0"]) / 0.02 + samples["ref_logp"] - samples["policy_logp"]
+    jackknife = 0.02 * log_mean_exp(weights, samples["prompt_id"])["jackknife"]
+    dominated = estimates["ess"] < 2
+    assert 6 < dominated.sum() < 13 and (jackknife - estimates["plain"])[dominated].max() > 0.1  # score units, five nats
+    assert (estimates["log_z"] == estimates["plain"])[dominated].all() and (estimates["log_z"] == jackknife)[~dominated].all()
+
+
 def test_a_planted_missed_mode_fools_the_estimate_but_not_the_report():
     """π_θ is the maximizer but for a good answer of π_ref mass 0.1, to which it gives nothing: its own samples cannot show that."""
     rng = np.random.default_rng(0)
