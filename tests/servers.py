@@ -14,11 +14,15 @@ HERE = Path(__file__).resolve().parent
 
 
 def free_port() -> int:
-    """A port that nobody holds, below those that systems give to outgoing connections: nobody takes it while a killed server is away."""
+    """A port that nobody holds, below those that systems give to outgoing connections: nobody takes it while a killed server is away.
+
+    Not from `random`'s generator: every fit seeds that, and two workers of the tests would draw the same ports.
+    """
+    draws = random.SystemRandom()
     while True:
         with socket.socket() as probe:
             try:
-                probe.bind(("127.0.0.1", random.randrange(15_000, 32_000)))
+                probe.bind(("127.0.0.1", draws.randrange(15_000, 32_000)))
             except OSError:
                 continue
             return probe.getsockname()[1]
