@@ -312,7 +312,8 @@ def fit_adapter(
     In a launch of several processes all of them call this, each trains on its own rows of every step's batch, and the main one saves. Where
     the launch shards the base (`shards_base`) the policy cannot be used afterwards and has to be loaded again.
 
-    Raises FloatingPointError at the first loss or gradient that is not finite; its batch is then in bad_batch.json beside `output`.
+    Raises FloatingPointError at the first loss or gradient that is not finite; its batch is then in bad_batch.json beside `output`
+    (what the N-th process of a launch saw: in bad_batch-process-N.json).
     """
     dataset = (group_dataset if settings.grouped else pair_dataset)(labels, pool, prompt_tokens, settings.max_length)
     temporary = output.with_name(f".{output.name}.tmp")

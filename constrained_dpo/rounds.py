@@ -198,22 +198,26 @@ def play_round(run: RunDirectory, recipe: Recipe, learner: Learner, announce: An
         wait()
 
     phase("relabel", run.labels_file(number, recipe.fit.grouped).exists(), lambda: _relabel(run, recipe, lambda_, number))
-    if is_main() and (unlabelled := _unlabelled(run, recipe, number)):
-        fits = int((run.prompts()["split"] != "test").sum())
-        print(f"round {number}: {unlabelled} of {fits} prompts have nothing to compare and no part in the fit", file=sys.stderr)
+    unlabelled = _unlabelled(run, recipe, number) if is_main() else 0
     phase("fit", run.adapter_folder(number).exists(), lambda: _fit(run, recipe, learner, lambda_, number), shared=True)
     phase("rescore", run.samples_file(number).exists(), lambda: _rescore(run, recipe, learner, number), shared=True)
     if is_policy_law(recipe.sampling):
         phase("off_policy", run.off_policy_file(number).exists(), lambda: _off_policy(run, learner, number))
     truncated = summed(getattr(learner, "truncated", dict)())
     if is_main():
-        _close_round(run, recipe, learner, state, seconds, truncated)
+        _close_round(run, recipe, learner, state, seconds, truncated, unlabelled)
     wait()
     return run.round_record(number)
 
 
 def _close_round(
-    run: RunDirectory, recipe: Recipe, learner: Learner, state: dict, seconds: dict[str, float | None], truncated: dict[str, int]
+    run: RunDirectory,
+    recipe: Recipe,
+    learner: Learner,
+    state: dict,
+    seconds: dict[str, float | None],
+    truncated: dict[str, int],
+    unlabelled: int,
 ) -> None:
     """The dual step and what a round leaves: the pool's growth, round.json, the trackers' point, λ_{t+1} in state.json."""
     number = len(state["lambda"]) - 1
@@ -226,7 +230,7 @@ def _close_round(
         record |= {"exact": learner.exact(run.adapter_folder(number), lambda_), "seconds": seconds, "hashes": state["hashes"]}
         if truncated:
             record["truncated_scores"] = truncated
-        if unlabelled := _unlabelled(run, recipe, number):
+        if unlabelled:
             record["unlabelled_prompts"] = unlabelled
         if num_processes() > 1:
             record["processes"] = num_processes()
@@ -265,10 +269,13 @@ def _relabel(run: RunDirectory, recipe: Recipe, lambda_: pd.Series, number: int)
 
 
 def _unlabelled(run: RunDirectory, recipe: Recipe, number: int) -> int:
-    """How many fit and dual prompts have no row among a round's labels."""
+    """How many fit and dual prompts have no row among a round's labels; says so on stderr where there are any."""
     prompts = run.prompts()
-    labelled_ids = read_parquet(run.labels_file(number, recipe.fit.grouped), ["prompt_id"])["prompt_id"]
-    return int((~prompts["prompt_id"][prompts["split"] != "test"].isin(labelled_ids)).sum())
+    fits = prompts["prompt_id"][prompts["split"] != "test"]
+    missing = int((~fits.isin(read_parquet(run.labels_file(number, recipe.fit.grouped), ["prompt_id"])["prompt_id"])).sum())
+    if missing:
+        print(f"round {number}: {missing} of {len(fits)} prompts have nothing to compare and no part in the fit", file=sys.stderr)
+    return missing
 
 
 def _fit(run: RunDirectory, recipe: Recipe, learner: Learner, lambda_: pd.Series, number: int) -> None:

@@ -46,16 +46,14 @@ def choose_responses(
     last = (drawn_in >= 0) & (drawn_in == drawn_in.max())
     given = (pool["source"] == "dataset").to_numpy()
     kinds = {"reference": (drawn_in < 0) & ~given, "dataset": given, "last": last, "earlier": (drawn_in >= 0) & ~last}
-    wanted = {kind: shares.get(kind, 0.0) for kind in kinds} | {"last": shares["recent"] + shares["hard"]}
-    counts = np.stack([np.bincount(prompt[of], minlength=len(rows.counts)) for of in kinds.values()])
-    taken = dict(zip(kinds, _apportioned(counts, np.array(list(wanted.values())), limit), strict=True))
+    taken = _apportioned({kind: np.bincount(prompt[of], minlength=len(rows.counts)) for kind, of in kinds.items()}, shares, limit)
     chosen = np.zeros(len(pool), dtype=bool)
     for kind in ("reference", "dataset", "earlier"):
         chosen |= _first(kinds[kind], prompt, uniform, taken[kind])
     from_last = taken["last"]
     if shares["hard"] and last.any():
         own = hashed_uniforms(derive_seed(seed, round_number, "pool-hard"), rows.hashes)
-        hard = np.rint(from_last * shares["hard"] / wanted["last"]).astype(int)
+        hard = np.rint(from_last * shares["hard"] / (shares["recent"] + shares["hard"])).astype(int)
         if shares["recent"]:
             hard = np.where(from_last > 1, np.clip(hard, 1, from_last - 1), hard)
         picked = _first(last, prompt, _hard(pool, prompt, last, own, reward, lambda_, beta), hard)
@@ -66,19 +64,19 @@ def choose_responses(
 def responses_taken(available: Mapping[str, int], shares: Mapping[str, float], max_per_prompt: int | None) -> int:
     """How many responses `choose_responses` takes of a prompt that has so many of each source: reference, dataset, last (the last round's,
     which recent and hard share) and earlier."""
-    wanted = {**shares, "last": shares["recent"] + shares["hard"]}
-    counts = np.array([[count] for count in available.values()])
-    limit = counts.sum() if max_per_prompt is None else max_per_prompt
-    return int(_apportioned(counts, np.array([wanted[kind] for kind in available]), limit).sum())
+    limit = sum(available.values()) if max_per_prompt is None else max_per_prompt
+    return sum(int(count[0]) for count in _apportioned({kind: np.array([n]) for kind, n in available.items()}, shares, limit).values())
 
 
-def _apportioned(counts: np.ndarray, wanted: np.ndarray, limit: int) -> np.ndarray:
-    """How many responses each source gives to each prompt: (num_sources, num_prompts), int.
+def _apportioned(available: Mapping[str, np.ndarray], shares: Mapping[str, float], limit: int) -> dict[str, np.ndarray]:
+    """How many responses each source gives to each prompt: (num_prompts,) int by source.
 
-    counts: (num_sources, num_prompts) what there is; wanted: (num_sources,) shares. Where one for every source is too many for the limit,
-    the source that gives most gives one less, of several the last. A prompt without any response that has a share gets none.
+    available: (num_prompts,) by source, what there is; `last` has the shares of recent and hard together. Where one for every source is too
+    many for the limit, the source that gives most gives one less, of several the last. A prompt without any response that has a share gets
+    none.
     """
-    share = np.where(counts > 0, wanted[:, None], 0.0)
+    counts, wanted = np.stack(list(available.values())), {"dataset": 0.0, **shares, "last": shares["recent"] + shares["hard"]}
+    share = np.where(counts > 0, np.array([[wanted[kind]] for kind in available]), 0.0)
     offered = share > 0
     share /= np.maximum(share.sum(axis=0), 1e-300)
     size = np.where(offered, counts / np.where(offered, share, 1.0), np.inf).min(axis=0)
@@ -91,7 +89,7 @@ def _apportioned(counts: np.ndarray, wanted: np.ndarray, limit: int) -> np.ndarr
     while (over := taken.sum(axis=0) > limit).any():
         largest = np.argmax(taken * len(taken) + order, axis=0)
         taken -= (order == largest) & over
-    return taken
+    return dict(zip(available, taken, strict=True))
 
 
 def _hard(
