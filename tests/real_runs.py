@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def play(recipe: Path, run: Path, overrides: list[str], start_from: Path | None 
 
 
 def _commands(commands: list[list[str]]) -> None:
-    """The commands one after the other in this process, quietly; exits at the first that fails."""
+    """The commands one after the other in this process, quietly; exits at the first that fails, and with the bench that started it."""
+    threading.Thread(target=_end_with_the_bench, daemon=True).start()
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         for arguments in commands:
             sys.argv = ["cdpo", *arguments]
@@ -41,3 +43,9 @@ def _commands(commands: list[list[str]]) -> None:
             except SystemExit as stopped:
                 if stopped.code:
                     raise
+
+
+def _end_with_the_bench() -> None:
+    """Ends this process when the bench is gone, also by kill -9: the server that forked it would let it go on."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
