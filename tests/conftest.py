@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from constrained_dpo.run_directory import RunDirectory, init_run
@@ -63,12 +65,18 @@ SMALL += ("sampling.batch_size=64", "fit.steps=30", "dual.rounds=2")
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """Two rounds of the embedded world, played by the CLI in a process of its own; read-only for tests."""
+    """Two rounds of the embedded world, played by the CLI in a process of its own; read-only for tests, one for all workers."""
     from test_cli import CDPO
 
-    run = init_run(QUICKSTART, tmp_path_factory.mktemp("small") / "run", list(SMALL))
-    subprocess.run([*CDPO, "run", str(run.path)], check=True, stdout=subprocess.DEVNULL)
-    return run
+    session = tmp_path_factory.getbasetemp()
+    folder = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "small"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            playing = Path(tempfile.mkdtemp(dir=folder.parent))
+            run = init_run(QUICKSTART, playing / "run", list(SMALL))
+            subprocess.run([*CDPO, "run", str(run.path)], check=True, stdout=subprocess.DEVNULL)
+            playing.rename(folder)
+    return RunDirectory(folder / "run")
 
 
 @pytest.fixture(scope="module")

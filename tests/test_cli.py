@@ -154,13 +154,13 @@ def test_init_and_prompts_answer_in_json(tmp_path):
     assert sum(found["prompts"].values()) == 40 and found["prompts"]["dual"] == 5 and found["left_out"]["duplicates"] == 10
 
 
-def test_a_finished_run_says_so_and_rounds_are_chosen_by_name(small_run):
-    done = json.loads(cdpo("run", small_run.path, "--until-converged", "--json", check=0).stdout)
+def test_a_finished_run_says_so_and_rounds_are_chosen_by_name(run):
+    done = json.loads(cdpo("run", run.path, "--until-converged", "--json", check=0).stdout)
     assert done["round"] == 1 and done["stopped"] is None
-    content = json.loads(cdpo("status", small_run.path, "--json", check=0).stdout)
+    content = json.loads(cdpo("status", run.path, "--json", check=0).stdout)
     assert content["best_dual"] in (0, 1) and content["certificate"].startswith("certificate (dual prompts): ")
     assert {"lagrangian_gap", "residual", "ess", "step"} <= set(content["rounds"][0])
     satisfied = content["best"] is not None
-    report = cdpo("report", small_run.path, "--round", "best", check=0 if satisfied else 2)
+    report = cdpo("report", run.path, "--round", "best", check=0 if satisfied else 2)
     assert satisfied or "no round of 2 is satisfied on the dual prompts at 95 %" in report.stderr
-    assert "--round best-dual: round" in cdpo("status", small_run.path, check=0).stdout
+    assert "--round best-dual: round" in cdpo("status", run.path, check=0).stdout
