@@ -30,6 +30,7 @@ status: setup
 report: setup
 	$(BIN)/cdpo report $(RUN)
 
+# Files in their own order: by default those with few tests come last, and the longest have few.
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
