@@ -51,15 +51,6 @@ def print_check(console: Console, report: dict) -> None:
         console.print(f"sampling server: {sampler['fingerprint']}, {law}{again}")
     if "pilot" in report:
         _print_pilot(console, report["pilot"])
-    if "memory_gib" in report:
-        parts = dict(report["memory_gib"])
-        measured = parts.pop("measured_peak", None)
-        peak, padded = parts.pop("peak"), parts.pop("fit_padded", None)
-        console.print(f"memory, estimated: {', '.join(f'{k} {_gib(v)}' for k, v in parts.items())}; peak {_gib(peak)}")
-        if padded is not None:
-            console.print(f"  a fit that falls back to padded rows needs {_gib(padded)} instead of {_gib(parts['fit'])}")
-        if measured is not None:
-            console.print(f"  peak of this check, measured: {_gib(measured)} (on a CPU with the libraries' own 0.5 to 1 GiB)")
     for line in report["warnings"]:
         console.print(f"warning: {line}")
     for line in report["not_checked"]:
@@ -99,3 +90,4 @@ def _print_pilot(console: Console, pilot: dict) -> None:
         f"expected time: prepare {duration(seconds['prepare'])}; each round: fit {duration(seconds['fit'])}, "
         f"rescore {duration(seconds['rescore'])}; the whole run {duration(seconds['run'])}"
     )
+    console.print(f"memory: {_gib(pilot['peak_gib'])} at the pilot's peak (on a CPU with the libraries' own 0.5 to 1 GiB)")

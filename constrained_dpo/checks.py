@@ -58,12 +58,11 @@ def _collected(errors: list[str], unchecked: list[str] | None = None) -> Iterato
 def check_recipe(
     recipe: Recipe, *, pilot: bool, target_se: dict[str, float], announce: Announce = silent, show_progress: bool = False
 ) -> dict[str, object]:
-    """What `cdpo check` found, JSON-ready: prompts, lengths, policy, scorers, memory, the pilot's precision and seconds, not_checked.
+    """What `cdpo check` found, JSON-ready: prompts, lengths, policy, scorers, the pilot's precision, seconds and peak, not_checked.
 
     target_se: wanted standard error of u by constraint (score units). Raises UserError with every mistake found, one per line.
     """
     from constrained_dpo.learner import LoraLearner
-    from constrained_dpo.memory import estimate_memory
 
     errors: list[str] = []
     unchecked: list[str] = []
@@ -124,14 +123,12 @@ def check_recipe(
         report["scorers"] = {name: _describe_scorer(name, scorer, recipe.scorers[name], recipe) for name, scorer in scorers.items()}
         report["golden"] = _golden_lines(recipe, scorers)
         complete = learner is not None and len(scorers) == len(recipe.scorers) and sampled
-        if learner is not None:
-            report["memory_gib"] = estimate_memory(policy, recipe, scorers, report["lengths"]["longest_prompt"])
         if complete and pilot:
             from constrained_dpo.pilot import run_pilot
 
             given = report["dataset"]["responses"] if "dataset" in report else 0
             report["pilot"] = run_pilot(learner, target_se, announce, given)
-            report["memory_gib"]["measured_peak"] = measured_peak()
+            report["pilot"]["peak_gib"] = measured_peak()
             warnings += report["pilot"].pop("warnings")
     report["warnings"], report["not_checked"] = warnings, unchecked
     return report

@@ -13,7 +13,7 @@ from data_prep.implicit import AskedPolicy
 from data_prep.policy import QUICKSTART, Policy, attached_adapter, load_policy
 from data_prep.sampling import check_lengths, law_hash, response_logps, sample_shard
 from data_prep.sampling_server import CompletionServer, sample_served
-from data_prep.score_cache import ScoreCache, shared_scores_file
+from data_prep.score_cache import ScoreCache
 from data_prep.scorer_settings import ScorerSettings
 from data_prep.scoring import Scorer, apply_options, make_scorer, score_texts, score_tokens
 from data_prep.settings import UserError, derive_seed
@@ -56,7 +56,7 @@ class LoraLearner:
 
     @cached_property
     def cache(self) -> ScoreCache:
-        return ScoreCache(self.run.score_cache, shared_scores_file())
+        return ScoreCache(self.run.score_cache)
 
     @cached_property
     def prompt_tokens(self) -> dict[str, list[int]]:

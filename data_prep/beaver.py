@@ -78,7 +78,6 @@ class BeaverScorer:
         self.truncated = 0
         shape = settings.model_dump_json(exclude=OUTSIDE_FINGERPRINT)
         self.fingerprint = f"beaver:{fingerprint_model(settings.model, settings.revision)}:{shape}"
-        self.content_addressed = True
 
     def _check_config(self, config: LlamaConfig) -> None:
         architectures = config.architectures or []

@@ -65,8 +65,6 @@ class ClassifierScorer:
         later = {key for key in ("quantization", "output") if key not in settings.model_dump(exclude_defaults=True)}
         shape = settings.model_dump_json(exclude=OUTSIDE_FINGERPRINT | later)
         self.fingerprint = f"classifier:{fingerprint_model(settings.model, settings.revision)}:{self.label}:{shape}"
-        # Code of a hub model may lie in another repository, which the fingerprint does not see.
-        self.content_addressed = not settings.trust_remote_code
 
     def quantization_drift(self) -> dict[str, object] | None:
         """`measure_drift` against the unquantized weights in the scorer's dtype, loaded now and freed after; None where not quantized.

@@ -185,7 +185,7 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Add one score column (higher is better) to a table of prompts and responses."""
-    from data_prep.score_cache import ScoreCache, shared_scores_file
+    from data_prep.score_cache import ScoreCache
     from data_prep.scorer_settings import parse_scorer
     from data_prep.scoring import make_scorer, score_texts
     from data_prep.tables import RESERVED_NAMES, read_table, require_columns, write_parquet
@@ -199,7 +199,7 @@ def score(
         quiet_libraries()
     values = score_texts(
         make_scorer(settings), table["prompt"].astype(str).tolist(), table["response"].astype(str).tolist(),
-        options=settings, name=name, cache=ScoreCache(cache, shared_scores_file()),
+        options=settings, name=name, cache=ScoreCache(cache),
     )  # fmt: skip
     write_parquet(table.assign(**{name: values}), output)
     if as_json:

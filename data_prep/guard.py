@@ -78,7 +78,6 @@ class GuardScorer:
         if settings.template is None and not self.tokenizer.chat_template:
             raise UserError(f"{self.key}: its tokenizer has no chat template; set template, with {{prompt}} and {{response}}")
         self.max_length = min(v for v in (settings.max_length, loaded.window, self.tokenizer.model_max_length) if v)
-        self.content_addressed = not settings.trust_remote_code
         self.truncated = 0
         self.verdict = self._probe()
         shape = settings.model_dump_json(include={"safe", "unsafe", "template", "max_length", "truncate"})

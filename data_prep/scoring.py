@@ -36,11 +36,7 @@ Scored = tuple[list[int], np.ndarray]  # positions, and their scores
 
 
 class Scorer(Protocol):
-    """Scores texts. `fingerprint` identifies everything a score depends on; `score` returns (num_texts,) floats.
-
-    A scorer whose fingerprint covers weights, tokenizer and all code that is not a library's has `content_addressed = True`: its scores
-    alone are shared between runs. A `python` function has not: its file is hashed, what it imports or reads is not.
-    """
+    """Scores texts. `fingerprint` identifies everything a score depends on; `score` returns (num_texts,) floats."""
 
     fingerprint: str
 
@@ -234,14 +230,13 @@ def _scored_once(
     """Raw scores of all rows, (num_rows,); `compute` is asked for those rows alone that neither the cache nor an equal row has, and what
     it has scored so far is kept at once."""
     keys = [hashlib.sha256(json.dumps([scorer.fingerprint, p, r]).encode()).digest() for p, r in zip(prompts, responses, strict=True)]
-    share = getattr(scorer, "content_addressed", False)
-    known = cache.get(list(dict.fromkeys(keys)), share=share)
+    known = cache.get(list(dict.fromkeys(keys)))
     todo = {key: i for i, key in enumerate(keys) if key not in known}
     waiting, rows = list(todo), list(todo.values())
     for positions, fresh in compute(rows):
         finite = np.isfinite(fresh)
         new = {waiting[p]: float(score) for p, score, ok in zip(positions, fresh, finite, strict=True) if ok}
-        cache.put(new, share=share)
+        cache.put(new)
         known.update(new)
         if not finite.all():
             bad = np.flatnonzero(~finite)

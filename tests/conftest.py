@@ -7,7 +7,6 @@ import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["CDPO_SHARED_SCORES"] = "off"  # but where a test is about it
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the commands set it
 # `make test` has two workers for two cores; the processes that tests start count too
 os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"

@@ -101,8 +101,7 @@ def test_a_valid_recipe_is_described(quickstart_report):
     }  # fmt: skip
     harmless = found["scorers"]["harmless"]
     assert harmless["polite"] > harmless["rude"] and harmless["direction"] == "higher for the polite answer"
-    assert found["memory_gib"]["peak"] > found["memory_gib"]["base"] > 0
-    assert found["memory_gib"]["measured_peak"] > found["memory_gib"]["peak"]  # the libraries' own memory is in it
+    assert 0.1 < found["pilot"]["peak_gib"] < 24
     json.dumps(found)
 
 
@@ -121,7 +120,7 @@ def test_expected_error_and_time_of_the_embedded_world(quickstart_report):
 def test_no_pilot_samples_nothing_and_a_negated_scorer_turns_round():
     recipe = load_recipe(QUICKSTART, ["objective.constraints.harmless.scorer.negate=true"])
     found = check_recipe(recipe, pilot=False, target_se={})
-    assert "pilot" not in found and "measured_peak" not in found["memory_gib"]
+    assert "pilot" not in found
     assert found["scorers"]["harmless"]["direction"].startswith("higher for the rude answer")
 
 

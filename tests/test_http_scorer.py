@@ -61,9 +61,9 @@ def test_a_server_killed_midway_and_restarted_loses_nothing(serve, tmp_path):
     arrived = 0
     put = cache.put
 
-    def put_and_kill(new, share):
+    def put_and_kill(new):
         nonlocal arrived
-        put(new, share=share)
+        put(new)
         arrived += 1
         if arrived == 5:
             server.kill()

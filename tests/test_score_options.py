@@ -21,7 +21,7 @@ from constrained_dpo.scorer_facts import describe_drift, prepared_lines, score_s
 from data_prep import drift
 from data_prep.beaver import GOLDEN_TEXT
 from data_prep.checkpoints import fingerprint_model
-from data_prep.score_cache import ScoreCache, shared_scores_file
+from data_prep.score_cache import ScoreCache
 from data_prep.scorer_settings import ClassifierScorerSettings, PythonScorerSettings, ScorerOptions
 from data_prep.scoring import apply_options, make_scorer, score_texts
 from data_prep.settings import UserError
@@ -218,78 +218,48 @@ def test_modelling_code_of_a_checkpoints_own_is_asked_before_it_is_believed(tmp_
             make_scorer(settings)
         return
     scorer = make_scorer(settings)
-    assert not scorer.content_addressed
     words = [scorer.tokenizer(p, r)["input_ids"] for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     assert scorer.score(PROMPTS, RESPONSES).tolist() == [float(sum(ids)) for ids in words]
 
 
-# Scores shared between runs.
-
-
-@pytest.fixture
-def shared(tmp_path, monkeypatch):
-    monkeypatch.delenv("CDPO_SHARED_SCORES")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return shared_scores_file()
+# Scores that are computed already.
 
 
 def scores_of(scorer, cache):
     return score_texts(scorer, PROMPTS, RESPONSES, options=ScorerOptions(), name="g", cache=cache)
 
 
-def test_another_run_takes_known_scores_and_one_changed_weight_takes_none(tmp_path, shared):
+def test_a_score_is_computed_once_and_one_changed_weight_changes_all(tmp_path):
     save_classifier(tmp_path / "model")
-    first = scores_of(make_scorer(classifier(tmp_path / "model")), ScoreCache(tmp_path / "a.sqlite", shared))
+    first = scores_of(make_scorer(classifier(tmp_path / "model")), ScoreCache(tmp_path / "a.sqlite"))
     unable = make_scorer(classifier(tmp_path / "model"))
-    unable.model = None  # what is known needs no forward
-    own = tmp_path / "b.sqlite"
-    assert scores_of(unable, ScoreCache(own, shared)).tolist() == first.tolist()
-    assert scores_of(unable, ScoreCache(own)).tolist() == first.tolist()  # its own file is complete
+    unable.model = None  # a score that is there needs no forward
+    assert scores_of(unable, ScoreCache(tmp_path / "a.sqlite")).tolist() == first.tolist()
     with pytest.raises(AttributeError, match="NoneType"):
-        scores_of(unable, ScoreCache(tmp_path / "c.sqlite"))
+        scores_of(unable, ScoreCache(tmp_path / "b.sqlite"))
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][0, 0] += 1.0
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     changed = make_scorer(classifier(tmp_path / "model"))
-    found = scores_of(changed, ScoreCache(tmp_path / "d.sqlite", shared))
-    assert found.tolist() == changed.score(PROMPTS, RESPONSES).tolist() and not np.isin(found, first).any()
-
-
-def test_a_function_is_never_shared_since_its_fingerprint_is_its_own_file_alone(tmp_path, shared):
-    (tmp_path / "s.py").write_text("def f(p, r): return [1.0] * len(r)\n")
-    scores_of(make_scorer(PythonScorerSettings(type="python", target=f"{tmp_path / 's.py'}:f")), ScoreCache(None, shared))
-    assert not shared.exists()
-
-
-def test_a_shared_file_that_cannot_be_used_is_a_note_and_no_failure(tmp_path, shared, capsys):
-    shared.parent.mkdir(parents=True)
-    shared.write_text("not a database" * 100)
-    cache = ScoreCache(tmp_path / "own.sqlite", shared)
-    cache.put({b"k": 1.0}, share=True)
-    assert cache.get([b"k", b"l"], share=True) == {b"k": 1.0}
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and "CDPO_SHARED_SCORES=off" in said[0] and str(shared) in said[0]
+    scores = scores_of(changed, ScoreCache(tmp_path / "a.sqlite"))
+    assert scores.tolist() == changed.score(PROMPTS, RESPONSES).tolist() and not np.isin(scores, first).any()
 
 
 def _fill(path, start):
-    cache = ScoreCache(None, path)
+    cache = ScoreCache(path)
     for i in range(start, start + 40):
-        cache.put({i.to_bytes(4, "big"): float(i)}, share=True)
+        cache.put({i.to_bytes(4, "big"): float(i)})
 
 
-def test_two_processes_that_write_at_once_lose_nothing(shared):
-    processes = [multiprocessing.get_context("fork").Process(target=_fill, args=(shared, start)) for start in (0, 40)]
+def test_two_processes_that_write_at_once_lose_nothing(tmp_path):
+    path = tmp_path / "scores.sqlite"
+    processes = [multiprocessing.get_context("fork").Process(target=_fill, args=(path, start)) for start in (0, 40)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
     keys = [i.to_bytes(4, "big") for i in range(80)]
-    assert ScoreCache(None, shared).get(keys, share=True) == {key: float(i) for i, key in enumerate(keys)}
-
-
-def test_off_leaves_the_shared_file_out(monkeypatch):
-    monkeypatch.setenv("CDPO_SHARED_SCORES", "off")
-    assert shared_scores_file() is None
+    assert ScoreCache(path).get(keys) == {key: float(i) for i, key in enumerate(keys)}
 
 
 # Beaver's published value.
