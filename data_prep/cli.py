@@ -247,10 +247,10 @@ def relabel(
             said = f"{done['groups']} groups of {group_size} responses of {done['prompts']} prompts"
             print(f"{output}: {said}; left out: {left_out} prompts with fewer responses")
         return
-    texts = None if prompts is None else read_prompt_texts(prompts)
+    texts = text if prompts is None else read_prompt_texts(prompts)
     done = relabel_pairs(
         responses, output, reward, multipliers, labels=labels,
-        pairs_per_prompt=None if pairs_per_prompt == "all" else int(pairs_per_prompt), seed=seed, text=text, prompt_texts=texts,
+        pairs_per_prompt=None if pairs_per_prompt == "all" else int(pairs_per_prompt), seed=seed, prompt_texts=texts,
     )  # fmt: skip
     singles = done.pop("single_response")
     if as_json:

@@ -1,35 +1,27 @@
-"""`cdpo data relabel`: a file of scored responses to a file of pairs or groups, in the memory of a block of prompts.
+"""`cdpo data relabel`: a file of scored responses to a file of pairs or groups.
 
-A parquet file with more than BLOCK_ROWS rows is read in blocks of whole prompts in ascending order of prompt_id, as a run's own tables are
-sorted. Where it is not sorted, a prompt's rows lying anywhere in it, it is first dealt out into such blocks in temporary files beside the
-output. Blocks are labelled one after the other and written as row groups. Draws depend on ids alone and rows come by prompt, so the result
-is that of `label_pairs` or `label_groups` on the whole table.
-
-Memory, beside the libraries: 8 bytes per response (hashes that show that no id comes twice), one batch and one block of the needed columns
-(texts with --text only), and PIECE_PAIRS pairs twice, or all pairs of one prompt where it has more. Disk: the needed columns, uncompressed,
-where the file is not sorted. Other formats, and columns of other types than text ids and numbers, are read whole and make one block.
+The needed columns are read whole (parquet through arrow, other formats through `read_table`).
+Pairs and groups come by prompt, ascending by prompt_id, and are written piece by piece, because
+they are many times more than the responses.
 """
 
-import math
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep.preferences import (
     Labels,
     PromptRows,
-    all_differ,
     group_ids,
     group_rows,
-    hash_ids,
     lagrangian_score,
     no_group,
     no_pair,
@@ -37,13 +29,12 @@ from data_prep.preferences import (
     require_responses,
 )
 from data_prep.settings import UserError
-from data_prep.tables import read_parquet, read_table, replacing, require_columns, require_finite, require_unique
+from data_prep.tables import read_parquet, read_table, replacing, require_columns, require_unique
 
-BLOCK_ROWS = 1 << 16
-MAX_BLOCKS = 512  # open files; a table of more than 33 million rows has larger blocks
 IDS, TEXTS = ("prompt_id", "response_id"), ("prompt", "response")
-HASH = "hash of response_id"
-DICTIONARY_BYTES = 1 << 28  # each text once per row group, up to here; beyond, once per pair
+GROUPS_AT_ONCE = 1 << 15
+DICTIONARY_BYTES = 1 << 28
+"""Each text stands once per row group up to here, beyond it once per pair."""
 
 
 def relabel_pairs(
@@ -55,45 +46,47 @@ def relabel_pairs(
     labels: Labels,
     pairs_per_prompt: int | None,
     seed: int,
-    text: bool,
-    prompt_texts: pd.Series | None = None,
-    block_rows: int = BLOCK_ROWS,
+    prompt_texts: "pd.Series | bool" = False,
 ) -> dict[str, object]:
-    """Writes `label_pairs` of a file (parquet, csv, tsv, json, jsonl), with `text` also the columns prompt, chosen and rejected (texts).
+    """Write `label_pairs` of a file (parquet, csv, tsv, json, jsonl).
 
-    prompt_texts: by prompt_id; None: the file's column prompt (the first row of each prompt).
+    prompt_texts: add the columns prompt, chosen and rejected (texts). True takes the prompt from
+    the file's column prompt (the first row of each prompt), a Series from itself, by prompt_id.
 
-    Returns counts: pairs, prompts (with a pair), ambiguous_fraction (share of pairs with 0.05 < prob < 0.95), single_response (prompts
-    left out). Raises UserError on a bad table, or where no prompt has two responses.
+    Returns counts: pairs, prompts (with a pair), ambiguous_fraction (share of pairs with
+    0.05 < prob < 0.95), single_response (prompts left out). Raises UserError on a bad table, or
+    where no prompt has two responses.
     """
-    pairs = prompts = ambiguous = singles = 0
-    columns = [*IDS, reward, *lambda_.index]
-    if text:
-        columns += ["response"] if prompt_texts is not None else TEXTS
-    with replacing(output) as temporary, _row_groups(temporary) as write, closing(_blocks(path, columns, output, block_rows)) as blocks:
-        for block, hashes in blocks:
-            rows, score = PromptRows.of(block, hashes), lagrangian_score(block, reward, lambda_)
-            prompts, singles = prompts + int((rows.counts > 1).sum()), singles + int((rows.counts == 1).sum())
-            texts = [(name, block[name]) for name in IDS]
-            if text:
-                texts += [("prompt", _prompts_of(block, rows.codes, prompt_texts)), ("response", block["response"])]
-            arrays = {name: _arrow(column) for name, column in texts}
-            for piece in pair_pieces(rows, score, labels=labels, pairs_per_prompt=pairs_per_prompt, seed=seed):
-                of = {name: _encoded(array.take(pa.array(piece.rows)), name) for name, array in arrays.items()}
-                table = {
-                    "prompt_id": _taken(of["prompt_id"], piece.chosen),
-                    "chosen_id": _taken(of["response_id"], piece.chosen),
-                    "rejected_id": _taken(of["response_id"], piece.rejected),
-                    "prob": piece.prob, "target": piece.target, "margin": piece.margin,
-                }  # fmt: skip
-                if text:
-                    table["prompt"] = _taken(of["prompt"], piece.chosen)
-                    table |= {side: _taken(of["response"], getattr(piece, side)) for side in ("chosen", "rejected")}
-                write(pa.table(table))
-                pairs, ambiguous = pairs + len(piece.prob), ambiguous + int((np.abs(piece.prob - 0.5) < 0.45).sum())
+    responses = _read(path, reward, lambda_, prompt_texts)
+    pairs = ambiguous = 0
+    with replacing(output) as temporary, _row_groups(temporary) as write:
+        rule = {"labels": labels, "pairs_per_prompt": pairs_per_prompt, "seed": seed}
+        for piece in pair_pieces(responses.prompts, responses.score, **rule):
+            columns = {name: _encoded(column.take(pa.array(piece.rows)), name) for name, column in responses.columns.items()}
+            table = {
+                "prompt_id": _taken(columns["prompt_id"], piece.chosen),
+                "chosen_id": _taken(columns["response_id"], piece.chosen),
+                "rejected_id": _taken(columns["response_id"], piece.rejected),
+                "prob": piece.prob,
+                "target": piece.target,
+                "margin": piece.margin,
+            }
+            if "prompt" in columns:
+                table["prompt"] = _taken(columns["prompt"], piece.chosen)
+                table["chosen"] = _taken(columns["response"], piece.chosen)
+                table["rejected"] = _taken(columns["response"], piece.rejected)
+            write(pa.table(table))
+            pairs += len(piece.prob)
+            ambiguous += int((np.abs(piece.prob - 0.5) < 0.45).sum())
         if not pairs:
             raise no_pair()
-    return {"pairs": pairs, "prompts": prompts, "ambiguous_fraction": ambiguous / pairs, "single_response": singles}
+    counts = responses.prompts.counts
+    return {
+        "pairs": pairs,
+        "prompts": int((counts > 1).sum()),
+        "ambiguous_fraction": ambiguous / pairs,
+        "single_response": int((counts == 1).sum()),
+    }
 
 
 def relabel_groups(
@@ -105,63 +98,123 @@ def relabel_groups(
     group_size: int,
     groups_per_prompt: int,
     seed: int,
-    block_rows: int = BLOCK_ROWS,
 ) -> dict[str, int]:
-    """Writes `label_groups` of a file. Returns counts: groups, prompts (with groups), too_few_responses (prompts left out).
+    """Write `label_groups` of a file.
 
-    Raises UserError on a bad table, or where no prompt has `group_size` responses.
+    Returns counts: groups, prompts (with groups), too_few_responses (prompts left out). Raises
+    UserError on a bad table, or where no prompt has `group_size` responses.
     """
-    prompts = left_out = 0
-    columns = [*IDS, reward, *lambda_.index]
-    with replacing(output) as temporary, _row_groups(temporary) as write, closing(_blocks(path, columns, output, block_rows)) as blocks:
-        for block, hashes in blocks:
-            found, score = PromptRows.of(block, hashes), lagrangian_score(block, reward, lambda_)
-            grouped = group_rows(found, group_size=group_size, groups_per_prompt=groups_per_prompt, seed=seed)
-            prompts, left_out = prompts + len(grouped), left_out + len(found.counts) - len(grouped)
-            if not len(grouped):
-                continue
-            ids = {name: _arrow(block[name]) for name in IDS}
-            names = ids["prompt_id"].take(pa.array(grouped[:, 0, 0])).dictionary_encode()
-            groups = pa.array(group_ids(names.to_pylist(), groups_per_prompt), pa.large_string()).dictionary_encode()
-            rows = grouped.reshape(-1)
-            at = np.arange(len(rows)) // group_size
-            write(
-                pa.table(
-                    {
-                        "prompt_id": _taken(names, at // groups_per_prompt),
-                        "group_id": _taken(groups, at),
-                        "response_id": _taken(_encoded(ids["response_id"], "response_id"), rows),
-                        "score": score[rows],
-                    }
-                )
-            )
-        if not prompts:
-            raise no_group(group_size)
-    return {"groups": prompts * groups_per_prompt, "prompts": prompts, "too_few_responses": left_out}
-
-
-def _prompts_of(block: pd.DataFrame, codes: np.ndarray, known: pd.Series | None) -> pd.Series:
-    """The text of every row's prompt."""
-    if known is None:
-        return block["prompt"].take(np.unique(codes, return_index=True)[1][codes])
-    missing = ~block["prompt_id"].isin(known.index)
-    if missing.any():
-        raise UserError(
-            f"--prompts: has no prompt_id {block['prompt_id'][missing].iloc[0]!r}, which the responses name; give their own table"
-        )
-    return block["prompt_id"].map(known)
+    responses = _read(path, reward, lambda_, False)
+    rule = {"group_size": group_size, "groups_per_prompt": groups_per_prompt, "seed": seed}
+    grouped = group_rows(responses.prompts, **rule)
+    if not len(grouped):
+        raise no_group(group_size)
+    per_piece = max(1, GROUPS_AT_ONCE // groups_per_prompt)
+    with replacing(output) as temporary, _row_groups(temporary) as write:
+        for begin in range(0, len(grouped), per_piece):
+            write(_group_table(responses, grouped[begin : begin + per_piece]))
+    left_out = len(responses.prompts.counts) - len(grouped)
+    return {"groups": len(grouped) * groups_per_prompt, "prompts": len(grouped), "too_few_responses": left_out}
 
 
 def read_prompt_texts(path: Path) -> pd.Series:
-    """`prompt` by prompt_id, from a table that has both (a run's prompts.parquet, say). Raises UserError."""
+    """Read `prompt` by prompt_id from a table that has both, as a run's prompts.parquet.
+
+    Raises UserError where a column is missing or an id comes twice.
+    """
     table = read_table(path)
     require_columns(table, ["prompt_id", "prompt"], str(path))
     require_unique(table, ["prompt_id"], str(path))
     return table.astype({"prompt_id": str}).set_index("prompt_id")["prompt"]
 
 
+@dataclass(frozen=True)
+class _Responses:
+    """A file's responses. frame: the needed columns; hashes: of the response ids; texts: what
+    stands beside the ids; score: (num_responses,) s_λ, score units."""
+
+    frame: pd.DataFrame
+    hashes: np.ndarray
+    texts: dict[str, pd.Series]
+    score: np.ndarray
+
+    @cached_property
+    def prompts(self) -> PromptRows:
+        return PromptRows.of(self.frame, self.hashes)
+
+    @cached_property
+    def columns(self) -> dict[str, pa.Array]:
+        """Ids and texts in arrow, where taking rows makes no Python objects."""
+        return {name: _arrow(column) for name, column in [*((n, self.frame[n]) for n in IDS), *self.texts.items()]}
+
+
+def _read(path: Path, reward: str, lambda_: pd.Series, prompt_texts: "pd.Series | bool") -> _Responses:
+    """The needed columns of a file; raises UserError with all rows that are wrong."""
+    path, with_texts = Path(path), prompt_texts is not False
+    columns = [*IDS, reward, *lambda_.index, *(TEXTS if prompt_texts is True else TEXTS[1:] if with_texts else ())]
+    frame = _read_columns(path, columns)
+    require_columns(frame, IDS, "responses")
+    for name in IDS:
+        if frame[name].dtype != "str":
+            frame[name] = frame[name].map(str, na_action="ignore")  # ids that are numbers
+    hashes = require_responses(frame)
+    texts: dict[str, pd.Series] = {}
+    if with_texts:
+        _require_texts(frame, columns[-2:] if prompt_texts is True else columns[-1:])
+        texts = {"prompt": _prompts_of(frame, prompt_texts), "response": frame["response"]}
+    return _Responses(frame, hashes, texts, lagrangian_score(frame, reward, lambda_))
+
+
+def _read_columns(path: Path, columns: list[str]) -> pd.DataFrame:
+    if path.suffix != ".parquet" or not path.is_file():
+        return read_table(path)
+    try:
+        present = pq.read_schema(path).names
+    except (pa.ArrowInvalid, OSError):
+        present = columns  # reading it says what is wrong
+    return read_parquet(path, [name for name in dict.fromkeys(columns) if name in present])
+
+
+def _require_texts(frame: pd.DataFrame, columns: list[str]) -> None:
+    require_columns(frame, columns, "responses (--text)")
+    for name in columns:
+        wrong = np.flatnonzero([not isinstance(value, str) for value in frame[name]])
+        if len(wrong):
+            raise UserError(f"responses (--text): column {name} is not a text in row {wrong[0]} ({len(wrong)} rows); mend or remove them")
+
+
+def _prompts_of(frame: pd.DataFrame, prompt_texts: "pd.Series | bool") -> pd.Series:
+    """The text of every row's prompt."""
+    if isinstance(prompt_texts, bool):
+        return frame["prompt_id"].map(frame.drop_duplicates("prompt_id").set_index("prompt_id")["prompt"])
+    missing = ~frame["prompt_id"].isin(prompt_texts.index)
+    if missing.any():
+        raise UserError(
+            f"--prompts: has no prompt_id {frame['prompt_id'][missing].iloc[0]!r}, which the responses name; give their own table"
+        )
+    return frame["prompt_id"].map(prompt_texts)
+
+
+def _group_table(responses: _Responses, grouped: np.ndarray) -> pa.Table:
+    """Rows of the groups table; grouped: (num_prompts, groups_per_prompt, group_size) row numbers."""
+    _, groups_per_prompt, group_size = grouped.shape
+    rows = grouped.reshape(-1)
+    prompt_ids = responses.columns["prompt_id"].take(pa.array(grouped[:, 0, 0])).dictionary_encode()
+    groups = pa.array(group_ids(prompt_ids.to_pylist(), groups_per_prompt), pa.large_string()).dictionary_encode()
+    at = np.arange(len(rows)) // group_size
+    ids = responses.columns["response_id"].take(pa.array(rows))
+    return pa.table(
+        {
+            "prompt_id": _taken(prompt_ids, at // groups_per_prompt),
+            "group_id": _taken(groups, at),
+            "response_id": ids.dictionary_encode(),
+            "score": responses.score[rows],
+        }
+    )
+
+
 def _arrow(texts: pd.Series) -> pa.Array:
-    array = pa.array(texts, pa.large_string())  # large: the texts of a block may be more than 2 GiB
+    array = pa.array(texts, pa.large_string())  # large: all texts may be more than 2 GiB
     return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
 
 
@@ -199,156 +252,3 @@ def _row_groups(path: Path) -> Iterator[Callable[[pa.Table], None]]:
         yield write
         for last in pending:
             last.result()
-
-
-def _blocks(path: Path, columns: list[str], output: Path, block_rows: int) -> Iterator[tuple[pd.DataFrame, np.ndarray]]:
-    """Blocks of whole prompts, ascending by prompt_id, with the hashes of their response ids."""
-    path, output, columns = Path(path), Path(output), list(dict.fromkeys(columns))
-    if not _plain(path, columns) or pq.read_metadata(path).num_rows <= block_rows:
-        yield _whole(path, columns)
-        return
-    bounds = _bounds(path, block_rows)
-    if bounds is None:
-        if not (yield from _sorted_blocks(path, columns, block_rows)):
-            frame, _ = _whole(path, columns)
-            require_finite(frame, _numbers(columns), "responses")
-        return  # two ids with one hash, at worst
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-        files = _deal(path, columns, Path(folder), bounds)
-        for file in files or []:
-            with pa.OSFile(str(file)) as source, pa.ipc.open_stream(source) as reader:
-                block = reader.read_all().to_pandas()
-            file.unlink()
-            yield block.drop(columns=HASH), block[HASH].to_numpy()
-    if not files:
-        yield _whole(path, columns)
-
-
-def _whole(path: Path, columns: list[str]) -> tuple[pd.DataFrame, np.ndarray]:
-    """The needed columns of the whole table and the hashes of its response ids; raises UserError with all rows that are wrong."""
-    frame = read_parquet(path, columns) if _plain(path, columns) else read_table(path)
-    require_columns(frame, IDS, "responses")
-    for name in IDS:
-        if frame[name].dtype != "str":
-            frame[name] = frame[name].map(str, na_action="ignore")  # ids that are numbers
-    hashes = require_responses(frame)
-    texts = [name for name in TEXTS if name in columns]
-    if texts:
-        require_columns(frame, texts, "responses (--text)")
-        for name in texts:
-            odd = np.flatnonzero([not isinstance(value, str) for value in frame[name]])
-            if len(odd):
-                raise UserError(f"responses (--text): column {name} is not a text in row {odd[0]} ({len(odd)} rows); mend or remove them")
-    return frame, hashes
-
-
-def _plain(path: Path, columns: list[str]) -> bool:
-    """Whether this is a parquet file with text ids and texts, and numbers in the other columns."""
-    if path.suffix != ".parquet" or not path.is_file():
-        return False
-    try:
-        schema = pq.read_schema(path)
-    except (pa.ArrowInvalid, OSError):
-        return False  # reading it says what is wrong
-    types = {f.name: f.type for f in schema}
-    if any(name not in types for name in columns):
-        return False
-    texts = {name for name in columns if pa.types.is_string(types[name]) or pa.types.is_large_string(types[name])}
-    numbers = {name for name in columns if pa.types.is_floating(types[name]) or pa.types.is_integer(types[name])}
-    return texts == {*IDS, *TEXTS} & {*columns} and texts | numbers == {*columns}
-
-
-def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Batches of BLOCK_ROWS rows; raises UserError where the file is broken."""
-    try:
-        # One row group after the other, and not read ahead: else pyarrow holds the compressed columns of all of them.
-        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            for group in range(file.num_row_groups):
-                yield from file.iter_batches(BLOCK_ROWS, row_groups=[group], columns=columns)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]}); write it again") from error
-
-
-def _numbers(columns: list[str]) -> list[str]:
-    return [c for c in columns if c not in (*IDS, *TEXTS)]
-
-
-class _Hashes:
-    """Hashes of the response ids seen so far, in a buffer for `rows` of them."""
-
-    def __init__(self, rows: int) -> None:
-        self.seen, self.count = np.empty(rows, np.uint64), 0
-
-    def of(self, batch: pa.RecordBatch, numbers: list[str]) -> np.ndarray | None:
-        """The batch's hashes; None where a value is missing or infinite."""
-        if any(column.null_count for column in batch.columns):
-            return None
-        if not all(np.isfinite(batch.column(name).to_numpy(zero_copy_only=False)).all() for name in numbers):
-            return None
-        part = slice(self.count, self.count + len(batch))
-        self.seen[part] = hash_ids(batch.column("response_id").to_pandas())
-        self.count = part.stop
-        return self.seen[part]
-
-
-def _sorted_blocks(path: Path, columns: list[str], block_rows: int) -> Iterator[tuple[pd.DataFrame, np.ndarray]]:
-    """The blocks of a sorted file. Returns False where the whole table has to be looked at: a missing or infinite value, or two equal
-    hashes."""
-    hashes, left = _Hashes(pq.read_metadata(path).num_rows), None
-    for batch in _batches(path, columns):
-        own = hashes.of(batch, _numbers(columns))
-        if own is None:
-            return False
-        batch = pa.Table.from_batches([batch.append_column(HASH, pa.array(own))])
-        left = batch if left is None else pa.concat_tables([left, batch])
-        cut = pc.index(left["prompt_id"], left["prompt_id"][-1]).as_py() if len(left) >= block_rows else 0
-        if cut:  # the last prompt's rows may go on
-            yield _as_block(left.slice(0, cut))
-            left = left.slice(cut)
-    yield _as_block(left)
-    return all_differ(hashes.seen)
-
-
-def _as_block(table: pa.Table) -> tuple[pd.DataFrame, np.ndarray]:
-    return table.drop_columns([HASH]).to_pandas(), table[HASH].to_numpy()
-
-
-def _deal(path: Path, columns: list[str], folder: Path, bounds: np.ndarray) -> list[Path] | None:
-    """The rows dealt out into one Arrow stream per block, in the order of their prompts, with the hashes of their ids; None where the
-    whole table has to be looked at: a missing or infinite value, or two equal hashes."""
-    hashes = _Hashes(pq.read_metadata(path).num_rows)
-    with ExitStack() as stack:
-        writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
-        for batch in _batches(path, columns):
-            own = hashes.of(batch, _numbers(columns))
-            if own is None:
-                return None
-            batch = batch.append_column(HASH, pa.array(own))
-            ids = batch.column("prompt_id").dictionary_encode()
-            names = ids.dictionary.to_numpy(zero_copy_only=False)
-            block = np.searchsorted(bounds, names, side="right").astype(np.int16)[ids.indices.to_numpy()]
-            batch = batch.take(pa.array(np.argsort(block, kind="stable")))
-            met, counts = np.unique(block, return_counts=True)
-            for number, start, count in zip(met.tolist(), np.cumsum(counts) - counts, counts, strict=True):
-                if number not in writers:
-                    sink = stack.enter_context(pa.OSFile(str(folder / f"{number:04d}"), "wb"))
-                    writers[number] = stack.enter_context(pa.ipc.new_stream(sink, batch.schema))
-                writers[number].write_batch(batch.slice(start, count))
-    return [folder / f"{number:04d}" for number in sorted(writers)] if all_differ(hashes.seen) else None
-
-
-def _bounds(path: Path, block_rows: int) -> np.ndarray | None:
-    """Prompt ids that cut the rows into about equal blocks, ascending; from every n-th row. None where the file is sorted by prompt_id."""
-    rows = pq.read_metadata(path).num_rows
-    blocks = min(math.ceil(rows / block_rows), MAX_BLOCKS)
-    step, first, sampled, last, in_order = max(1, rows // (256 * blocks)), 0, [], "", True
-    for batch in _batches(path, ["prompt_id"]):
-        ids = batch.column("prompt_id")
-        if ids.null_count:
-            in_order, ids = False, ids.fill_null("")
-        in_order = in_order and last <= ids[0].as_py() and not pc.any(pc.less(ids[1:], ids[:-1])).as_py()
-        last = ids[-1].as_py()
-        sampled += ids.take(pa.array(np.arange(-first % step, len(ids), step))).to_pylist()
-        first += len(ids)
-    sampled.sort()
-    return None if in_order else np.array(sorted({sampled[len(sampled) * i // blocks] for i in range(1, blocks)}), dtype=object)

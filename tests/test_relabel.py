@@ -1,8 +1,6 @@
-"""`cdpo data relabel` on files: block by block it writes what the whole table gives in memory, in memory that does not grow with it."""
+"""`cdpo data relabel` on files: piece by piece it writes what `label_pairs` and `label_groups` give."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -11,7 +9,7 @@ import pytest
 from conftest import scored_frame
 from test_cli import cdpo
 
-from data_prep import relabel
+from data_prep import preferences, relabel
 from data_prep.preferences import label_groups, label_pairs
 from data_prep.relabel import relabel_groups, relabel_pairs
 from data_prep.settings import UserError
@@ -36,29 +34,17 @@ def path(frame, tmp_path_factory):
 
 
 def pairs_of(path, output, **changes):
-    rule = {"labels": "soft", "pairs_per_prompt": None, "seed": 3, "text": False} | changes
+    rule = {"labels": "soft", "pairs_per_prompt": None, "seed": 3} | changes
     return relabel_pairs(path, output, "r", LAMBDA, **rule)
 
 
-@pytest.fixture(scope="module")
-def in_order(frame, tmp_path_factory):
-    """The same rows sorted by prompt, one of which has more rows than a block of 100 or a batch."""
-    path = tmp_path_factory.mktemp("sorted") / "scores.parquet"
-    more = frame.iloc[:1].assign(prompt_id="p3", prompt="ask p3").loc[[0] * 400].assign(response_id=[f"more {i}" for i in range(400)])
-    pd.concat([frame, more]).sort_values("prompt_id", kind="stable").to_parquet(path, row_group_size=1000, index=False)
-    return path
-
-
-@pytest.mark.parametrize("kind", ["scattered", "sorted"])
-@pytest.mark.parametrize("block_rows", [100, 1 << 16])
+@pytest.mark.parametrize("piece_pairs", [200, preferences.PIECE_PAIRS])
 @pytest.mark.parametrize(("labels", "count"), [("soft", None), ("bernoulli", 4), ("argmax", None)])
-def test_blocks_give_the_pairs_of_the_whole_table(path, in_order, kind, tmp_path, labels, count, block_rows, monkeypatch):
-    path = path if kind == "scattered" else in_order
+def test_pieces_give_the_pairs_of_the_whole_table(path, tmp_path, labels, count, piece_pairs, monkeypatch):
     frame = pd.read_parquet(path)
-    assert (relabel._bounds(path, 100) is None) == (kind == "sorted")
-    monkeypatch.setattr(relabel, "BLOCK_ROWS", 300)  # the batches that are read
-    facts = pairs_of(path, tmp_path / "p.parquet", labels=labels, pairs_per_prompt=count, text=True, block_rows=block_rows)
     whole = label_pairs(frame, "r", LAMBDA, labels=labels, pairs_per_prompt=count, seed=3)
+    monkeypatch.setattr(preferences, "PIECE_PAIRS", piece_pairs)
+    facts = pairs_of(path, tmp_path / "p.parquet", labels=labels, pairs_per_prompt=count, prompt_texts=True)
     written = pd.read_parquet(tmp_path / "p.parquet")
     pd.testing.assert_frame_equal(written[list(whole)], whole, check_exact=True)
     texts = frame.set_index("response_id")["response"]
@@ -67,17 +53,15 @@ def test_blocks_give_the_pairs_of_the_whole_table(path, in_order, kind, tmp_path
     assert facts["pairs"] == len(whole) and facts["prompts"] == whole["prompt_id"].nunique() == 699 and facts["single_response"] == 2
     assert facts["ambiguous_fraction"] == (whole["prob"].sub(0.5).abs() < 0.45).mean()
     assert [f.name for f in tmp_path.iterdir()] == ["p.parquet"]
-    blocks = pq.ParquetFile(tmp_path / "p.parquet").num_row_groups
-    assert blocks > (40 if kind == "scattered" else 10) if block_rows == 100 else blocks == 1
+    assert (pq.ParquetFile(tmp_path / "p.parquet").num_row_groups > 10) == (piece_pairs == 200)
 
 
-@pytest.mark.parametrize("kind", ["scattered", "sorted"])
-def test_blocks_give_the_groups_of_the_whole_table(path, in_order, kind, tmp_path):
-    path = path if kind == "scattered" else in_order
-    frame = pd.read_parquet(path)
+@pytest.mark.parametrize("groups_at_once", [100, relabel.GROUPS_AT_ONCE])
+def test_pieces_give_the_groups_of_the_whole_table(path, groups_at_once, tmp_path, monkeypatch):
+    monkeypatch.setattr(relabel, "GROUPS_AT_ONCE", groups_at_once)
     rule = {"group_size": 3, "groups_per_prompt": 4, "seed": 5}
-    facts = relabel_groups(path, tmp_path / "g.parquet", "r", LAMBDA, block_rows=100, **rule)
-    whole = label_groups(frame, "r", LAMBDA, **rule)
+    facts = relabel_groups(path, tmp_path / "g.parquet", "r", LAMBDA, **rule)
+    whole = label_groups(pd.read_parquet(path), "r", LAMBDA, **rule)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "g.parquet"), whole, check_exact=True)
     assert facts["groups"] == whole["group_id"].nunique() and facts["prompts"] + facts["too_few_responses"] == 701
 
@@ -108,13 +92,10 @@ def test_prompts_come_from_their_own_table(frame, path, tmp_path):
         (lambda f: f.assign(prompt_id=f["response_id"]), "no prompt has two responses"),
     ],
 )
-@pytest.mark.parametrize("kind", ["scattered", "sorted"])
-def test_bad_rows_are_named_as_in_memory_and_leave_nothing_behind(frame, kind, tmp_path, change, match):
-    if kind == "sorted":
-        frame = frame.sort_values("prompt_id", kind="stable").reset_index(drop=True)
+def test_bad_rows_are_named_and_leave_nothing_behind(frame, tmp_path, change, match):
     change(frame).to_parquet(tmp_path / "bad.parquet")
     with pytest.raises(UserError, match=match):
-        pairs_of(tmp_path / "bad.parquet", tmp_path / "p.parquet", text=True, block_rows=100)
+        pairs_of(tmp_path / "bad.parquet", tmp_path / "p.parquet", prompt_texts=True)
     assert [f.name for f in tmp_path.iterdir()] == ["bad.parquet"]
 
 
@@ -123,7 +104,7 @@ def test_a_file_cut_short_is_one_line(path, tmp_path):
     data[2000:40000] = bytes(38000)  # the footer still reads
     (tmp_path / "broken.parquet").write_bytes(data)
     with pytest.raises(UserError, match="not a readable parquet file"):
-        pairs_of(tmp_path / "broken.parquet", tmp_path / "p.parquet", block_rows=100)
+        pairs_of(tmp_path / "broken.parquet", tmp_path / "p.parquet")
     assert [f.name for f in tmp_path.iterdir()] == ["broken.parquet"]
 
 
@@ -132,26 +113,3 @@ def test_ids_that_are_numbers_are_written_as_text(tmp_path):
     frame.to_csv(tmp_path / "s.csv", index=False)
     facts = cdpo("data", "relabel", tmp_path / "s.csv", "--reward", "r", "--json", "-o", tmp_path / "p.parquet", check=0).stdout
     assert json.loads(facts)["pairs"] == 180 and set(pd.read_parquet(tmp_path / "p.parquet")["prompt_id"]) == {str(i) for i in range(30)}
-
-
-PEAK = """
-import sys
-from constrained_dpo.cli import app
-app(["data", "relabel", sys.argv[1], "--reward", "r", "--lambda", "g=0.7", "-o", sys.argv[1] + ".out"], standalone_mode=False)
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-print(int(status["VmHWM"].split()[0]) / 1024)
-"""
-
-
-@pytest.mark.parametrize("kind", ["scattered", "sorted"])
-def test_memory_does_not_grow_with_the_table(kind, tmp_path):
-    """Ten times the responses. Their hashes alone grow, by 8 bytes each (7 MB); the frame of 3.5 million pairs
-    that label_pairs would make has 400 MB."""
-    peaks = []
-    for prompts in (12_500, 125_000):
-        table = scored_frame(prompts, prompts, 8)
-        table = table.sample(frac=1, random_state=0) if kind == "scattered" else table.sort_values("prompt_id")
-        table.to_parquet(tmp_path / f"{prompts}.parquet", row_group_size=1 << 17)
-        command = [sys.executable, "-c", PEAK, str(tmp_path / f"{prompts}.parquet")]
-        peaks.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
-    assert peaks[1] - peaks[0] < 80, peaks
