@@ -70,18 +70,6 @@ def _centred(values: pd.Series, prompts: pd.Series) -> pd.Series:
     return values - values.groupby(prompts).transform("mean")
 
 
-def response_factor(samples: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series) -> float | None:
-    """Share of theory's log-ratio that a fit delivered: slope of log π_θ/π_ref on s_λ/β within prompts; 1 at the maximizer, where
-    β log π_θ/π_ref = s_λ − β log Z(x). None where s_λ does not vary within prompts.
-
-    samples: best π_ref's, with π_θ's log-probabilities; among π_θ's own the slope is too small, because they were selected by it.
-    """
-    wanted_raw = _score(samples, problem, lambda_) / problem.beta
-    wanted, given = (_centred(values, samples["prompt_id"]) for values in (wanted_raw, log_ratio(samples)))
-    total = float((wanted**2).sum())
-    return float((wanted * given).sum() / total) if total > 1e-20 * float((wanted_raw**2).sum()) else None
-
-
 def off_policy_residual(table: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series) -> float:
     """Std within prompts of s_λ − β log π_θ/π_ref over responses of *any* sampling law (score units): 0 at the maximizer.
 
@@ -195,7 +183,6 @@ def certify(
     ess, fewest = float(estimates["policy", "ess"].mean()), int(samples.groupby("prompt_id").size().min())
     record: dict[str, object] = {
         "lagrangian": _mean_se(lagrangian)[0], "lagrangian_se": _mean_se(lagrangian)[1], "ess": ess,
-        "response_factor": response_factor(samples if off_policy is None else off_policy, problem, lambda_),
         "residual": None if off_policy is None else off_policy_residual(off_policy, problem, lambda_),
     }  # fmt: skip
     if fewest < MIN_RESPONSES:

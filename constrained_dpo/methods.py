@@ -100,13 +100,12 @@ def settings_line(recipe: Recipe) -> str:
     rows = "pairs" if fit.group_size == 2 and fit.loss == "logistic" else f"{fit.loss} groups of {fit.group_size}"
     moves = {
         "subgradient": f"subgradient steps η {dual.step_size:g} from λ_0 {_start(dual.init)}",
-        "newton": f"newton steps from λ_0 {_start(dual.init)}",
         "one_shot": "λ one-shot, kept",
         "fixed": f"λ fixed at {_start(dual.init)}",
     }[dual.method]
     if not recipe.objective.constraints:
         moves = "no constraint"
-    elif dual.confidence_side == "lower" and dual.method in ("subgradient", "newton"):
+    elif dual.confidence_side == "lower" and dual.method == "subgradient":
         moves += " on the lower bound"
     pool = "growing pool" if recipe.pool.grow else "fixed pool"
     return (

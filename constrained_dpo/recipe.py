@@ -87,10 +87,9 @@ class ObjectiveSettings(Settings):
 class DualSettings(Settings):
     """The multipliers and how they move."""
 
-    method: Literal["subgradient", "newton", "one_shot", "fixed"] = Field(
+    method: Literal["subgradient", "one_shot", "fixed"] = Field(
         "subgradient",
-        description="subgradient steps; newton: the measured slope of u sets the step (fewest rounds); one_shot: λ from reference samples, "
-        "kept; fixed: λ = init, kept",
+        description="subgradient steps; one_shot: λ from reference samples, kept; fixed: λ = init, kept",
     )
     step_size: float = Field(0.5, gt=0, description="η, in units of step_scale")
     step_schedule: Literal["constant", "inverse_sqrt"] = Field("constant", description="η, or η/√(round+1)")

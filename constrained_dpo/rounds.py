@@ -319,7 +319,7 @@ def certificate_record(
 ) -> dict[str, object]:
     """What `certify` says of a round, from the run's tables; null where the sampling law is not the policy."""
     if (reason := why_not_the_policy(recipe.sampling, samples, reference)) is not None:
-        return dict.fromkeys(("lagrangian", "lagrangian_se", "ess", "response_factor", "residual")) | nothing(reason)
+        return dict.fromkeys(("lagrangian", "lagrangian_se", "ess", "residual")) | nothing(reason)
     columns = ["prompt_id", "split", "sample_logp", "policy_logp", "ref_logp", *recipe.problem.objectives]
     samples, reference = (table[table["split"] == "dual"] for table in (samples, reference))
     off_policy = None
@@ -343,7 +343,7 @@ def round_record(run: RunDirectory, recipe: Recipe, lambda_: pd.Series, earlier:
         record["sampler"] = compare_sampler(pd.concat([samples, reference], ignore_index=True))
     record |= certificate_record(run, recipe, lambda_, samples, reference, number)
     record["steered_on"] = steered_on(recipe, record)
-    following, record["step"] = next_multipliers(run, recipe, [*earlier, record])
+    following, record["step"] = next_multipliers(recipe, record)
     law = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_new_tokens": sampling.max_new_tokens}
     return record | {"lambda_next": following.to_dict(), "sampling_law": law}
 

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 
 from constrained_dpo.certificate import best_bound, one_sided_bounds, recorded_slack
-from constrained_dpo.dual import ScoreTable, prompt_slack
-from constrained_dpo.dual_steps import Observation, auto_step_scale, dual_step, newton_step, predict, step_size_at
+from constrained_dpo.dual import ScoreTable
+from constrained_dpo.dual_steps import auto_step_scale, dual_step, step_size_at
 from constrained_dpo.infeasibility import INFEASIBLE, Feasibility, diagnose_feasibility
 from constrained_dpo.one_shot import solve_one_shot
 from constrained_dpo.recipe import Recipe
@@ -67,16 +67,9 @@ def steered_on(recipe: Recipe, record: dict) -> dict[str, float]:
     return one_sided_bounds(recorded_slack(record), recipe.dual.confidence)["low"].to_dict()
 
 
-def _observation(run: RunDirectory, recipe: Recipe, record: dict) -> Observation:
-    columns, names = ["prompt_id", "split", *recipe.problem.names], recipe.problem.names
-    samples, reference = (read_parquet(path, columns) for path in (run.samples_file(record["round"]), run.reference_file))
-    slack = prompt_slack(samples[samples["split"] == "dual"], reference[reference["split"] == "dual"], recipe.problem)
-    return Observation(*(pd.Series(record[key], index=names, dtype=float) for key in ("lambda", "steered_on")), slack)
-
-
-def next_multipliers(run: RunDirectory, recipe: Recipe, records: list[dict]) -> tuple[pd.Series, str]:
-    """λ_{t+1} and how it was found, from the records of rounds 0 … t (the last one without its λ_next) and the run's tables."""
-    dual, problem, record = recipe.dual, recipe.problem, records[-1]
+def next_multipliers(recipe: Recipe, record: dict) -> tuple[pd.Series, str]:
+    """λ_{t+1} and by which step, from the record of round t (without its λ_next)."""
+    dual, problem = recipe.dual, recipe.problem
     lambda_ = problem.multipliers(record["lambda"])
     if dual.method in ("one_shot", "fixed"):
         return lambda_, "kept"
@@ -84,15 +77,7 @@ def next_multipliers(run: RunDirectory, recipe: Recipe, records: list[dict]) -> 
         raise ValueError("dual.step_scale is not resolved yet; pass the recipe that `prepare` returned, or the run's own")
     unit = pd.Series(dual.step_scale if isinstance(dual.step_scale, dict) else 1.0, index=problem.names, dtype=float)
     step = step_size_at(dual.step_size, dual.step_schedule, record["round"]) * unit
-    if dual.method == "subgradient":
-        return dual_step(lambda_, pd.Series(record["steered_on"], dtype=float), step, dual.max_lambda), "subgradient"
-    history = [_observation(run, recipe, r) for r in records]
-    theory = None
-    if record["response_factor"] is not None and problem.names:
-        samples = read_parquet(run.samples_file(record["round"]), ["prompt_id", "split", *problem.objectives])
-        table = ScoreTable.from_frame(samples[samples["split"] == "dual"], problem)
-        theory = predict(history[-1], table, reference_table(run, recipe), problem, record["response_factor"], dual.max_lambda)
-    return newton_step(history, theory, step, unit, dual.max_lambda)
+    return dual_step(lambda_, pd.Series(record["steered_on"], dtype=float), step, dual.max_lambda), "subgradient"
 
 
 def demanded(run: RunDirectory, recipe: Recipe) -> tuple[pd.Series, pd.Series]:

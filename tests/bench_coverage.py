@@ -6,7 +6,7 @@
 1. Intervals: each replication draws its prompts iid from a population of 5,000 (skewed: a fifth of the prompts answers λ three times as
    strongly), samples π_θ and π_ref, and asks whether the 95 % interval of u holds the population's exact u.
    The last column: the policy is exactly on the boundary (u = 0 at λ*), where *satisfied* is a false claim every time.
-2. Verdicts: whole runs (`prepare`, `play_round`, four Newton rounds, `--round best`) with the exact maximizer as the learner, on 40 dual
+2. Verdicts: whole runs (`prepare`, `play_round`, four rounds, `--round best`) with the exact maximizer as the learner, on 40 dual
    and 40 test prompts drawn from the population. *Satisfied* is false where the population's exact u of the chosen policy is below 0 for
    any constraint.
 """
@@ -85,7 +85,7 @@ def one_run(world: TabularWorld, rng: np.random.Generator) -> tuple[str, bool]:
     """The verdict of a run's best round, and whether the population's exact u is ≥ 0 for every constraint."""
     part = subset(world, rng.integers(POPULATION, size=80))
     with tempfile.TemporaryDirectory() as folder:
-        settings = ["dual.method=newton", "dual.confidence_side=lower", "dual.responses_per_prompt=8", "sampling.responses_per_prompt=8"]
+        settings = ["dual.confidence_side=lower", "dual.responses_per_prompt=8", "sampling.responses_per_prompt=8"]
         run, recipe, learner = make_run(Path(folder) / "run", part, [*settings, f"seed={rng.integers(10**6)}"])
         prompts = [f"p{i}" for i in range(80)]
         learner = TabularLearner(part, pd.DataFrame({"prompt_id": prompts, "prompt": "?", "split": ["dual"] * 40 + ["test"] * 40}))

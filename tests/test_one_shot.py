@@ -6,8 +6,6 @@ import sys
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from conftest import REPO, scored_frame
 from scipy import optimize, special
@@ -225,26 +223,6 @@ def test_which_rows_are_the_reference_policys(tmp_path):
     refused(frame.assign(source=[None] * 24), "not the reference policy's")
     assert "--assume-reference" in read(mixed, assume_reference=True).taken_as
     assert "taken as" in read(frame.assign(sample_logp=np.nan, ref_logp=np.nan)).taken_as
-
-
-@pytest.mark.parametrize("kind", ["strings", "dictionary", "integers"])
-@pytest.mark.parametrize("contiguous", [True, False])
-def test_a_file_read_by_row_groups_is_the_table_in_memory(kind, contiguous, tmp_path):
-    frame = scored_frame(3, 70, 9, ("r", "g", "h")).assign(text="not read", source="reference")
-    frame = frame.sample(frac=0.8, random_state=1)
-    if contiguous:
-        frame = frame.sort_values("prompt_id", kind="stable")
-    if kind == "integers":
-        frame["prompt_id"] = frame["prompt_id"].str[1:].astype(int)
-    elif kind == "dictionary":
-        frame["prompt_id"] = frame["prompt_id"].astype("category")
-    frame["g"] = frame["g"].astype("float32")
-    problem = ConstrainedProblem("r", 0.5, (Constraint("g", margin=0.1), Constraint("h", margin=0.2)))
-    pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), tmp_path / "t.parquet", row_group_size=100)
-    read, expected = read_scores(tmp_path / "t.parquet", problem).table, ScoreTable.from_frame(frame, problem)
-    for name in ("reward", "utilities", "log_weight", "starts", "counts"):
-        np.testing.assert_array_equal(getattr(read, name), getattr(expected, name))
-    assert solve_one_shot(read, problem).lambda_.equals(solve_one_shot(expected, problem).lambda_)
 
 
 @pytest.mark.parametrize("broken", ["truncated", "nan", "null id", "words", "missing", "empty"])
