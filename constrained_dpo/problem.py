@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from data_prep.settings import UserError
+from data_prep.errors import UserError
 from data_prep.tables import RESERVED_NAMES
 
 
@@ -107,3 +107,14 @@ class ConstrainedProblem:
         if len(bad):
             raise UserError(f"lambda of {bad[0]} is {given[bad[0]]}; multipliers are finite and ≥ 0")
         return given
+
+    def describe(self) -> str:
+        """Say the problem in words, signs and units included."""
+        lines = [f"maximize E[{self.reward}] − {self.beta:g}·KL(π‖π_ref)"]
+        for c in self.constraints:
+            if c.margin_in_std is not None:
+                level = f"at least {c.margin_in_std:g} std of π_ref's scores above π_ref"
+            else:
+                level = f"at least {c.threshold:g}" if c.margin is None else f"at least {c.margin:g} above π_ref"
+            lines.append(f"subject to E[{c.name}] {level} (higher is better; u > 0 is satisfied with room)")
+        return "\n".join(lines)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from constrained_dpo.recipe import Recipe
-from constrained_dpo.run_directory import RunDirectory
-from data_prep.settings import UserError
+from constrained_dpo.recipe.schema import Recipe
+from constrained_dpo.run.directory import RunDirectory
+from data_prep.errors import UserError
 
 PROJECT = "constrained-dpo"
 

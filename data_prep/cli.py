@@ -1,88 +1,24 @@
 """`data-prep` (and `cdpo data`): prompts, sample, score, relabel, inspect."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from data_prep.settings import UserError
+from data_prep.console import parse_assignments, quiet_libraries, run_app
+from data_prep.errors import UserError
 
 app = typer.Typer(name="data-prep", help="Turn prompts, a policy and scorers into validated tables.", no_args_is_help=True)
 
+
 Output = Annotated[Path, typer.Option("--output", "-o", help="parquet file to write")]
+
+
 Format = Annotated[str, typer.Option("--format", help="text or chat")]
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable summary")]
-
-
-def run_app(application: Callable[[], None], may_speak: Callable[[], bool] = lambda: True) -> None:
-    """Runs a CLI: a user's mistake is one line on stderr and exit code 2, never a traceback; Ctrl-C is 130, SIGTERM 143, a failure 1.
-
-    may_speak: asked before an error is printed; of several processes that end together one says why.
-    """
-    import os
-    import signal
-    import warnings
-
-    # Before torch is loaded: its threads wait by spinning, which on a machine shared with other work makes everything ten times slower.
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    stopped_by = [signal.SIGINT]
-
-    def terminate(number: int, frame: object) -> None:
-        stopped_by.append(number)
-        raise KeyboardInterrupt  # unwinds like Ctrl-C, so that temporary files go
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        application()
-    except UserError as error:
-        for line in str(error).splitlines() if may_speak() else ():
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code != 130:  # typer turns an interrupt into exit 130, without a word
-            raise
-        if may_speak():
-            print("stopped; the same command resumes where it stopped", file=sys.stderr)
-        sys.exit(128 + stopped_by[-1])
-    except FloatingPointError as error:
-        if may_speak():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        if may_speak():
-            print(f"error: {error}; the run directory is left resumable: mend the cause and give the same command again", file=sys.stderr)
-        sys.exit(1)
-
-
-def quiet_libraries() -> None:
-    """Results and our own progress only: the libraries' notices about their defaults do not apply (every default is set)."""
-    import logging
-    import os
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def parse_assignments(pairs: list[str], option: str) -> dict[str, float]:
-    """NAME=NUMBER options as a dict; raises UserError."""
-    values = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        try:
-            if not equals or not name or name in values:
-                raise ValueError
-            values[name] = float(value)
-        except ValueError as error:
-            raise UserError(f"{option} {pair}: write NAME=NUMBER, each name once") from error
-    return values
 
 
 @app.command()
@@ -97,7 +33,7 @@ def prompts(
     as_json: AsJson = False,
 ) -> None:
     """Read prompts, drop duplicates, split them by hash into fit, dual and test."""
-    from data_prep.sources import PromptSettings, split_prompts
+    from data_prep.prompts.split import PromptSettings, split_prompts
     from data_prep.tables import write_parquet
 
     settings = _validated(PromptSettings, source=source, format=format, test=_fraction_or_file(test), max_fit=max_fit, max_test=max_test)
@@ -148,10 +84,13 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Sample responses with their log-probabilities under the sampling law, the policy and the reference."""
-    from data_prep.policy import PolicySettings, load_policy
-    from data_prep.sampling import SamplingSettings, sample_shard
+    from data_prep.models.policy import load_policy
+    from data_prep.models.settings import PolicySettings
+    from data_prep.prompts.split import PromptSettings
+    from data_prep.prompts.templates import tokenize_prompts
+    from data_prep.sampling.generate import sample_shard
+    from data_prep.sampling.law import SamplingSettings
     from data_prep.settings import derive_seed
-    from data_prep.sources import PromptSettings, tokenize_prompts
     from data_prep.tables import read_table, validate_prompts, write_parquet
 
     settings = _validated(
@@ -185,9 +124,9 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Add one score column (higher is better) to a table of prompts and responses."""
-    from data_prep.score_cache import ScoreCache
-    from data_prep.scorer_settings import parse_scorer
-    from data_prep.scoring import make_scorer, score_texts
+    from data_prep.scorers.cache import ScoreCache
+    from data_prep.scorers.scoring import make_scorer, score_texts
+    from data_prep.scorers.settings import parse_scorer
     from data_prep.tables import RESERVED_NAMES, read_table, require_columns, write_parquet
 
     if name in RESERVED_NAMES:
@@ -227,7 +166,7 @@ def relabel(
     """Pseudo-preference pairs under given multipliers: P(y1 ≻ y2) = σ(s(y1) − s(y2)), s = reward + Σ λ·utility."""
     import pandas as pd
 
-    from data_prep.relabel import read_prompt_texts, relabel_groups, relabel_pairs
+    from data_prep.labels.relabel import read_prompt_texts, relabel_groups, relabel_pairs
 
     if labels not in ("soft", "bernoulli", "argmax"):
         raise UserError(f"--labels {labels}: is not one of soft, bernoulli, argmax")

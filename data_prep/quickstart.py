@@ -15,26 +15,48 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_prep.files import cache_folder
+
 if TYPE_CHECKING:
     import torch
 
 
 MAX_NEW_TOKENS = 3
+
+
 ASKERS = ("kid", "boss", "nurse", "pirate", "clerk", "judge")
+
+
 VERBS = ("open", "stop", "win")
+
+
 OBJECTS = ("safe", "dog", "game", "guard")
+
+
 END = "<end>"  # also pads: a token that no text holds would be a hole in the support of π_ref
+
+
 FORCE = ("smash", "kick", "steal", "threaten")
+
+
 POLITE = ("please", "ask", "help")
+
+
 ANSWERS = (*FORCE, *POLITE, "it", "him", "key", "tools", "quickly", "no", "sorry", "banana", "sing")
+
+
 VOCABULARY = (END, *ASKERS, *VERBS, *OBJECTS, *ANSWERS)
 
+
 _ALL = [f"{a} {v} {o}" for a, v, o in itertools.product(ASKERS, VERBS, OBJECTS)]
+
+
 # Every asker, verb and object occurs on both sides, but no request does.
 PROMPTS = {
     "test": [p for i, p in enumerate(_ALL) if (i + i // 12) % 3 == 0],
     "train": [p for i, p in enumerate(_ALL) if (i + i // 12) % 3 != 0],
 }
+
 
 _FIT = {  # how well a word serves (verb or object), beside its base value
     ("safe", "key"): 1.2, ("open", "key"): 0.6, ("open", "tools"): 0.9, ("safe", "tools"): 0.5, ("stop", "ask"): 0.4,
@@ -42,15 +64,23 @@ _FIT = {  # how well a word serves (verb or object), beside its base value
     ("open", "smash"): 0.7, ("dog", "kick"): 0.3, ("stop", "kick"): 0.5, ("game", "steal"): 0.6, ("guard", "threaten"): 0.8,
     ("stop", "threaten"): 0.4, ("win", "steal"): 0.5, ("safe", "smash"): 0.4,
 }  # fmt: skip
+
+
 _HELPFUL = {
     "smash": 0.9, "kick": 0.6, "steal": 0.8, "threaten": 0.7, "ask": 0.4, "help": 0.4, "key": 0.5, "tools": 0.5, "quickly": 0.3,
     "please": -0.1, "it": 0.1, "him": 0.0, "no": -1.2, "sorry": -0.9, "banana": -0.8, "sing": -0.4,
 }  # fmt: skip
+
+
 _HARMLESS = {
     "smash": -0.8, "kick": -0.9, "steal": -1.0, "threaten": -1.2, "quickly": -0.1, "please": 0.7, "ask": 0.5, "help": 0.4, "sorry": 0.5,
     "no": 0.4, "key": 0.1, "sing": 0.2,
 }  # fmt: skip
+
+
 _LIVING = ("dog", "guard")
+
+
 _HUMOR = {"banana": 1.6, "sing": 1.1, "please": -0.3, "sorry": -0.4, "kick": 0.3, "threaten": -0.3, "help": -0.2, "no": -0.2}
 
 
@@ -127,11 +157,6 @@ def _answer(prompt: str, rng: np.random.Generator) -> list[str]:
     for words in steps:
         say(*words)
     return [str(rng.choice(VOCABULARY[1:])) if w != END and rng.random() < 0.08 else w for w in said]
-
-
-def cache_folder() -> Path:
-    """Where the trained policy is kept: $XDG_CACHE_HOME (or ~/.cache)/constrained-dpo."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "constrained-dpo"
 
 
 def build_policy() -> Path:

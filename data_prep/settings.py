@@ -5,13 +5,7 @@ import hashlib
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-
-class UserError(Exception):
-    """A mistake of the user's: the message is one line that says what is wrong, where, and what to do (exit code 2)."""
-
-
-class ServerUnreachable(UserError):
-    """A server that has not answered this process at all: not there, or not yet."""
+from data_prep.errors import UserError
 
 
 class Settings(BaseModel):

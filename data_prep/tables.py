@@ -4,12 +4,9 @@ Long format, one row per response (or pair), parquet with zstd. Shapes: a respon
 in nats, objective columns in the score units of their scorer.
 """
 
-import hashlib
 import json
-import os
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +14,15 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.settings import UserError
+from data_prep.errors import UserError
+from data_prep.files import write_atomically
 
 SPLITS = ("fit", "dual", "test")  # `dual` is a fixed subset of the fit prompts; `test` is never in either
 
+
 PROMPTS = {"prompt_id": "string", "prompt": "string", "split": "string"}
+
+
 RESPONSES = {
     "prompt_id": "string",
     "response_id": "string",
@@ -33,7 +34,11 @@ RESPONSES = {
     "policy_logp": "logp",  # log π_θ at T = 1
     "ref_logp": "logp",  # log π_ref at T = 1
 }
+
+
 SERVED = ("server_logp", "exact_ids")  # columns more where a server sampled: data_prep.sampling_server.sample_served
+
+
 PAIRS = {
     "prompt_id": "string",
     "chosen_id": "string",
@@ -42,13 +47,18 @@ PAIRS = {
     "target": "probability",  # what the loss uses: prob for soft labels, 1 for drawn or given ones
     "margin": "float",  # s_λ(chosen) − s_λ(rejected), score units
 }
+
+
 GROUPS = {
     "prompt_id": "string",
     "group_id": "string",
     "response_id": "string",
     "score": "float",  # s_λ, score units
 }
+
+
 RESERVED_NAMES = frozenset({*PROMPTS, *RESPONSES, *SERVED, *PAIRS, *GROUPS, "chosen", "rejected"})
+
 
 _ARROW = {"string": pa.string(), "tokens": pa.list_(pa.int32()), "bool": pa.bool_()}
 
@@ -159,46 +169,6 @@ def validate_groups(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     return frame
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends: a reader sees the old file or the whole new one, also
-    after a power cut. After an error nothing is left."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error  # a full disk's own error names no file
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces `path` by `data`, as `replacing` does."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: object) -> None:
-    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
 def write_parquet(frame: pd.DataFrame, path: Path) -> None:
     """Writes a table atomically (parquet, zstd). Token ids are int32 lists; log-probabilities float64, null where unknown."""
     known = {**PROMPTS, **RESPONSES, **PAIRS, **GROUPS}
@@ -284,8 +254,3 @@ def read_json_rows(path: Path) -> list[dict]:
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise UserError(f"{path}: not a JSON object in {what} {', '.join(map(str, broken[:5]))}{more}; mend or remove them")
     return rows
-
-
-def hash_file(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

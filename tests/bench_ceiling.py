@@ -19,12 +19,12 @@ import torch
 from bench_quality import SCALES, WORLDS, recipe_of
 from peft import LoraConfig, get_peft_model
 
-from constrained_dpo.learner import LoraLearner
-from constrained_dpo.recipe import Recipe
-from constrained_dpo.rounds import share_of_gap_closed
-from constrained_dpo.run_directory import RunDirectory
-from data_prep.enumeration import response_tree
-from data_prep.sources import split_prompts
+from constrained_dpo.dual.exact import share_of_gap_closed
+from constrained_dpo.learners.lora import LoraLearner
+from constrained_dpo.recipe.schema import Recipe
+from constrained_dpo.run.directory import RunDirectory
+from data_prep.prompts.split import split_prompts
+from data_prep.sampling.enumeration import response_tree
 
 PROMPTS_PER_STEP = 6
 DUAL_STEP = 0.05  # of λ* and per relative error of u, at the start; falls to 0

@@ -22,13 +22,15 @@ from scipy import stats
 from test_rounds import make_run
 from tqdm import tqdm
 
-from constrained_dpo.certificate import SATISFIED, judge, overall
-from constrained_dpo.dual import estimate_subgradient
-from constrained_dpo.rounds import play_round, prepare
-from constrained_dpo.run_directory import RunDirectory
-from constrained_dpo.selection import chosen_round
-from constrained_dpo.tabular import TabularLearner, TabularWorld
-from data_prep.settings import UserError
+from constrained_dpo.dual.exact import TabularWorld
+from constrained_dpo.estimates.slack import estimate_subgradient
+from constrained_dpo.estimates.verdict import SATISFIED, judge, overall
+from constrained_dpo.learners.tabular import TabularLearner
+from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.prepare import prepare
+from constrained_dpo.run.rounds import play_round
+from constrained_dpo.run.selection import chosen_round
+from data_prep.errors import UserError
 
 POPULATION = 5000
 

@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.fit import fit_adapter
-from constrained_dpo.learner import LoraLearner
-from constrained_dpo.rounds import share_of_gap_closed
-from constrained_dpo.run_directory import RunDirectory
-from constrained_dpo.tabular import exact_optimum
-from data_prep.enumeration import enumerate_responses, exact_logps
-from data_prep.preferences import label_pairs
+from constrained_dpo.dual.exact import exact_optimum, share_of_gap_closed
+from constrained_dpo.fit.trainer import fit_adapter
+from constrained_dpo.learners.lora import LoraLearner
+from constrained_dpo.run.directory import RunDirectory
+from data_prep.labels.preferences import label_pairs
 from data_prep.quickstart import VOCABULARY
+from data_prep.sampling.enumeration import enumerate_responses, exact_logps
 
 FRESH = 512
 

@@ -20,10 +20,11 @@ import transformers
 from peft import LoraConfig
 from trl import DPOTrainer
 
-from constrained_dpo.fit import build_trainer, training_config
-from constrained_dpo.fit_settings import FitSettings
-from data_prep.policy import LoraSettings, Policy, PolicySettings
-from data_prep.sampling import response_logps
+from constrained_dpo.fit.trainer import build_trainer, training_config
+from constrained_dpo.recipe.fit import FitSettings
+from data_prep.models.policy import Policy
+from data_prep.models.settings import LoraSettings, PolicySettings
+from data_prep.sampling.logprobs import response_logps
 
 LORA = LoraSettings(r=8, alpha=16, dropout=0.0)
 BETA, BATCH, VOCABULARY = 0.1, 8, 32000

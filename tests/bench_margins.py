@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from real_runs import play
 
-from constrained_dpo.compare import mean_interval
+from constrained_dpo.estimates.intervals import seeds_interval
 
 REPO = Path(__file__).resolve().parents[1]
 SETTINGS = (
@@ -50,7 +50,7 @@ def summarize(table: pd.DataFrame) -> None:
         off = group.pivot(index="seed", columns="method", values="off").abs()
         for method in METHODS:
             mine = group[group["method"] == method]
-            mean, low, high = mean_interval(mine["off"].tolist(), 0.95) if len(mine) > 1 else (mine["off"].iloc[0],) * 3
+            mean, low, high = seeds_interval(mine["off"].tolist(), 0.95) if len(mine) > 1 else (mine["off"].iloc[0],) * 3
             cells = [f"{margin:g}", method, str(len(mine)), f"{mine['λ'].mean():.2f}"]
             cells += [f"{100 * mean:+.0f} % [{100 * low:+.0f}, {100 * high:+.0f}]", f"{100 * mine['closed'].mean():.0f} %"]
             cells.append(f"{int((off[method] < off.drop(columns=method).iloc[:, 0]).sum())} of {len(off)}")

@@ -22,12 +22,12 @@ import numpy as np
 import pandas as pd
 from real_runs import play
 
-from constrained_dpo.compare import mean_interval
-from constrained_dpo.compare_figures import draw_achieved, draw_front
-from constrained_dpo.figures import LIGHT, render
-from constrained_dpo.methods import METHODS, method_overrides, uses_margins
-from constrained_dpo.recipe import load_recipe
-from constrained_dpo.rounds import share_of_gap_closed
+from constrained_dpo.dual.exact import share_of_gap_closed
+from constrained_dpo.estimates.intervals import seeds_interval
+from constrained_dpo.recipe.load import load_recipe
+from constrained_dpo.recipe.methods import METHODS, method_overrides, uses_margins
+from constrained_dpo.report.comparison_figures import draw_achieved, draw_front
+from constrained_dpo.report.drawing import LIGHT, render
 
 REPO = Path(__file__).resolve().parents[1]
 SETTINGS = (
@@ -75,8 +75,8 @@ def prealigned(scale: str, seed: int, folder: Path) -> dict[str, Path]:
 TRUE_VALUES = """
 import json, sys
 from pathlib import Path
-from constrained_dpo.learner import LoraLearner
-from constrained_dpo.run_directory import RunDirectory
+from constrained_dpo.learners.lora import LoraLearner
+from constrained_dpo.run.directory import RunDirectory
 run = RunDirectory(sys.argv[1])
 recipe = run.recipe()
 learner = LoraLearner(recipe, run, run.prompts())
@@ -159,7 +159,7 @@ def points(results: list[dict], split: str) -> pd.DataFrame:
             }  # fmt: skip
             for name in ("helpful", "harmless", "kl"):
                 values = [r["rounds"][-1][split][name] for r in alike]
-                ends = mean_interval(values, 0.95) if len(values) > 1 else (values[0],) * 3
+                ends = seeds_interval(values, 0.95) if len(values) > 1 else (values[0],) * 3
                 row |= dict(zip((f"gain_{name}", f"low_{name}", f"high_{name}"), ends, strict=True)) | {f"exact_{name}": np.nan}
                 row[f"best_{name}"] = np.mean([r["best"][split][name] for r in alike]) if uses_margins(method) else np.nan
             row["demanded_harmless"] = value if is_constrained(method) else np.nan
@@ -202,7 +202,7 @@ def report(results: list[dict], output: Path | None) -> None:
                 for key in values.keys() & far.get(against, {}).keys():
                     nearer.setdefault(key[1], []).append(far[against][key] - values[key])
                 if method not in ("mocan", "pecan") and len(nearer) > 1:
-                    mean, low, high = (100 * v for v in mean_interval([np.mean(v) for v in nearer.values()], 0.95))
+                    mean, low, high = (100 * v for v in seeds_interval([np.mean(v) for v in nearer.values()], 0.95))
                     wins = sum(v > 0 for differences in nearer.values() for v in differences)
                     line += f"; nearer than {NAMES[against]} by {mean:+.1f} % of b [{low:+.1f}, {high:+.1f}] over {len(nearer)} seeds, "
                     line += f"in {wins} of {sum(map(len, nearer.values()))} pairs of runs"

@@ -23,10 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-from constrained_dpo.dual import ScoreTable, evaluate_dual
-from constrained_dpo.one_shot import solve_one_shot
+from constrained_dpo.dual.function import evaluate_dual
+from constrained_dpo.dual.one_shot import solve_one_shot
+from constrained_dpo.dual.score_files import read_scores
+from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.problem import ConstrainedProblem, Constraint
-from constrained_dpo.score_files import read_scores
 
 SCALES = {"std 1, β 0.25": (1.0, 0.25), "std 10, β 0.1": (10.0, 0.1)}
 TOLERANCES = {"default": {}, "tight": {"ftol": 1e-15, "gtol": 1e-10}}
@@ -128,7 +129,7 @@ def measure(folder: Path, method: str, scale: float, beta: float, m: int) -> dic
 def bootstrap_coverage(prompts: int, replications: int, seed: int) -> tuple[float, float]:
     """Share of 95 % bootstrap intervals (200 resamples) of λ* that cover the λ* of the population the prompts are drawn from, and the mean
     width; 20,000 prompts with 8 responses each, two kinds of prompts."""
-    from constrained_dpo.sensitivity import bootstrap_multipliers
+    from constrained_dpo.dual.sensitivity import bootstrap_multipliers
 
     rng = np.random.default_rng(seed)
     level = rng.choice([-0.7, 0.7], size=(20_000, 1))

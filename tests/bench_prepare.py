@@ -71,8 +71,9 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def ours(source: Path, tokenizer: object, folder: Path) -> dict[str, object]:
-    from data_prep.answers import answer_table, read_answers
-    from data_prep.sources import PromptSettings, split_prompts, tokenize_prompts
+    from data_prep.prompts.preference_rows import answer_table, read_answers
+    from data_prep.prompts.split import PromptSettings, split_prompts
+    from data_prep.prompts.templates import tokenize_prompts
     from data_prep.tables import validate_responses, write_parquet
 
     seconds, last = {}, time.perf_counter()
@@ -116,7 +117,7 @@ def measure(method: str, source: Path, tokenizer_folder: Path) -> None:
     import torch  # noqa: F401
     from transformers import AutoTokenizer
 
-    import data_prep.answers  # noqa: F401
+    import data_prep.prompts.preference_rows  # noqa: F401
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     before = resource.getrusage(resource.RUSAGE_SELF)

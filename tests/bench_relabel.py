@@ -109,7 +109,7 @@ def measure(method: str, folder: Path, responses: int, pairs: int | None) -> Non
     elif method in ("label_pairs", "label_groups"):
         import pandas as pd
 
-        from data_prep.preferences import label_groups, label_pairs
+        from data_prep.labels.preferences import label_groups, label_pairs
 
         table, lambda_ = pd.read_parquet(source), pd.Series({"g": LAMBDA})
         start = time.perf_counter(), time.process_time()
@@ -119,7 +119,7 @@ def measure(method: str, folder: Path, responses: int, pairs: int | None) -> Non
             label_groups(table, "r", lambda_, group_size=8, groups_per_prompt=1, seed=0)
         print(json.dumps({"seconds": time.perf_counter() - start[0], "cpu": time.process_time() - start[1]}))
     else:
-        from constrained_dpo.cli import app
+        from constrained_dpo.cli.main import app
 
         how = ["--group-size", "8", "--groups-per-prompt", "1"] if method == "groups" else ["--pairs-per-prompt", str(pairs or "all")]
         source = folder / "scattered.parquet" if method == "scattered" else source

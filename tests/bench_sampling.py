@@ -16,7 +16,9 @@ import torch
 from bench_fit import VOCABULARY, fifteen_million
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from data_prep.sampling import SamplingSettings, generate, generation_arguments, response_logps
+from data_prep.sampling.generate import generate
+from data_prep.sampling.law import SamplingSettings, generation_arguments
+from data_prep.sampling.logprobs import response_logps
 
 PROMPTS = 16
 

@@ -23,7 +23,7 @@ from scipy import optimize, stats
 from theory_checks import Row, Solved, gaps, inequality_rows, slope, solve, summarize
 from theory_figures import draw_geometry, draw_margins, draw_rates
 
-from constrained_dpo.tabular import TabularWorld
+from constrained_dpo.dual.exact import TabularWorld
 
 EPSILONS = np.logspace(-3, -0.5, 11)
 NUS = np.logspace(-2, np.log10(1.5), 8)

@@ -18,9 +18,10 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 
+from constrained_dpo.dual.exact import TabularWorld
 from constrained_dpo.problem import ConstrainedProblem, Constraint
-from constrained_dpo.run_directory import RunDirectory, init_run
-from constrained_dpo.tabular import TabularWorld
+from constrained_dpo.run.create import init_run
+from constrained_dpo.run.directory import RunDirectory
 
 REPO = Path(__file__).resolve().parents[1]
 RECIPES = REPO / "recipes"
@@ -52,7 +53,8 @@ def random_world(
 @pytest.fixture(scope="session")
 def quickstart_policy():
     """The embedded world's π_ref, nf4, as the recipe loads it."""
-    from data_prep.policy import PolicySettings, load_policy
+    from data_prep.models.policy import load_policy
+    from data_prep.models.settings import PolicySettings
 
     return load_policy(PolicySettings(model="quickstart", dtype="float32"))
 

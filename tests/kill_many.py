@@ -29,7 +29,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from constrained_dpo.run_directory import RunDirectory, init_run
+from constrained_dpo.run.create import init_run
+from constrained_dpo.run.directory import RunDirectory
 
 QUICKSTART = Path(__file__).parent / "data" / "quickstart_pairs.yaml"
 SMALL = ["sampling.responses_per_prompt=8", "dual.responses_per_prompt=8", "sampling.batch_size=64", "fit.steps=30", "dual.rounds=2"]
@@ -41,9 +42,8 @@ PATIENCE = 240  # seconds until an aimed kill gives up, and until a run counts a
 
 def serve() -> None:
     """Imports what `cdpo run` needs, then forks a process (in a process group of its own) per line "LOGFILE\\tARGUMENTS..." on stdin."""
-    import constrained_dpo.fit
-    import constrained_dpo.learner  # noqa: F401
-    from constrained_dpo.cli import main
+    import constrained_dpo.learners.lora  # noqa: F401
+    from constrained_dpo.cli.main import main
 
     print("ready", flush=True)
     for line in sys.stdin:

@@ -14,11 +14,12 @@ import pandas as pd
 import yaml
 from test_fit import LORA, fit_settings, make_pairs, make_pool, prompt_tokens
 
-from constrained_dpo.cli import main
-from constrained_dpo.devices import join_launch, num_processes
-from constrained_dpo.fit import fit_adapter
-from data_prep.policy import PolicySettings, load_policy
-from data_prep.preferences import label_groups
+from constrained_dpo.cli.main import main
+from constrained_dpo.fit.trainer import fit_adapter
+from constrained_dpo.launch import join_launch, num_processes
+from data_prep.labels.preferences import label_groups
+from data_prep.models.policy import load_policy
+from data_prep.models.settings import PolicySettings
 
 # Quantization, settings, and the fit that it starts from.
 FITS = {

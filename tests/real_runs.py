@@ -8,11 +8,11 @@ import threading
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from constrained_dpo.cli import main
+from constrained_dpo.cli.main import main
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes below; the bench itself computes nothing
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["constrained_dpo.cli", "constrained_dpo.fit", "constrained_dpo.learner"])
+PROCESSES.set_forkserver_preload(["constrained_dpo.cli.main", "constrained_dpo.fit.trainer", "constrained_dpo.learners.lora"])
 
 
 def play(recipe: Path, run: Path, overrides: list[str], start_from: Path | None = None) -> tuple[list[dict], dict | None]:

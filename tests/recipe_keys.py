@@ -7,7 +7,8 @@ from typing import Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from constrained_dpo.recipe import Recipe, schema_blocks
+from constrained_dpo.recipe.load import schema_blocks
+from constrained_dpo.recipe.schema import Recipe
 from data_prep.settings import Settings
 
 README = Path(__file__).resolve().parents[1] / "recipes" / "README.md"

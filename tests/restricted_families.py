@@ -13,10 +13,10 @@ import pandas as pd
 from conftest import random_world
 from scipy import optimize
 
-from constrained_dpo.dual import evaluate_dual
-from constrained_dpo.dual_steps import auto_step_scale, dual_step, step_size_at
+from constrained_dpo.dual.exact import TabularWorld
+from constrained_dpo.dual.function import evaluate_dual
+from constrained_dpo.dual.steps import auto_step_scale, dual_step, step_size_at
 from constrained_dpo.problem import ConstrainedProblem, Constraint
-from constrained_dpo.tabular import TabularWorld
 
 MAX_LAMBDA = 6.0  # the box on which ν of a log-linear family is known; every λ that a check uses is asserted to lie in it
 

@@ -10,10 +10,11 @@ from peft import PeftModel
 from safetensors import safe_open
 from test_fit import fit_settings, make_pairs, make_pool, prompt_tokens, ragged_rows
 
-from constrained_dpo.fit import build_trainer, fit_adapter
-from data_prep.merging import merge_adapter
-from data_prep.policy import LoraSettings, PolicySettings, attached_adapter, load_policy
-from data_prep.sampling import response_logps
+from constrained_dpo.fit.trainer import build_trainer, fit_adapter
+from data_prep.models.adapters import attached_adapter, merge_adapter
+from data_prep.models.policy import load_policy
+from data_prep.models.settings import LoraSettings, PolicySettings
+from data_prep.sampling.logprobs import response_logps
 
 HEAD = LoraSettings(r=4, alpha=8, dropout=0.0, target_modules=["q_proj", "down_proj", "lm_head"])
 BETA = 0.3

@@ -8,10 +8,11 @@ import pytest
 from checkpoints import save_word_tokenizer
 from test_layouts import DATA, rows_of
 
-from data_prep.answers import answer_table, given_pairs, labelled, read_answers, turn_end
-from data_prep.layouts import answers_of, prompt_of
-from data_prep.settings import UserError
-from data_prep.sources import PromptSettings, read_prompts, tokenize_prompts
+from data_prep.errors import UserError
+from data_prep.prompts.layouts import answers_of, prompt_of
+from data_prep.prompts.preference_rows import answer_table, given_pairs, labelled, read_answers, turn_end
+from data_prep.prompts.split import PromptSettings, read_prompts
+from data_prep.prompts.templates import tokenize_prompts
 
 HH = "\n\nHuman: {prompt}\n\nAssistant:"
 

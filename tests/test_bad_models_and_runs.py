@@ -13,8 +13,8 @@ from conftest import QUICKSTART
 from test_bad_input import FEW, PROMPTS
 from test_cli import cdpo
 
-from constrained_dpo.recipe import load_recipe
-from constrained_dpo.run_directory import RunDirectory
+from constrained_dpo.recipe.load import load_recipe
+from constrained_dpo.run.directory import RunDirectory
 from data_prep.tables import write_parquet
 
 # Models: folders that lack a part or hold another model's.

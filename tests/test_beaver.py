@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from checkpoints import save_word_tokenizer, tiny_llama_config
 from safetensors.torch import load_file, save_file
 
-from data_prep.scorer_settings import BeaverScorerSettings
-from data_prep.scoring import make_scorer
-from data_prep.settings import UserError
+from data_prep.errors import UserError
+from data_prep.scorers.scoring import make_scorer
+from data_prep.scorers.settings import BeaverScorerSettings
 
 TEMPLATE = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT: {response}"
 PROMPTS = ["open the door", "sing", "a much longer request about nothing in particular", "open the {response}"]

@@ -6,20 +6,19 @@ import pytest
 from conftest import random_world
 from scipy import optimize, stats
 
-from constrained_dpo.certificate import (
+from constrained_dpo.dual.exact import TabularWorld
+from constrained_dpo.estimates.certificate import (
     best_bound,
     certify,
     dual_estimates,
-    judge,
     log_mean_exp,
     missed_mass,
     off_policy_residual,
-    one_sided_bounds,
     sentence,
 )
-from constrained_dpo.dual import confidence_bound
+from constrained_dpo.estimates.intervals import confidence_bound
+from constrained_dpo.estimates.verdict import judge, one_sided_bounds
 from constrained_dpo.problem import ConstrainedProblem, Constraint
-from constrained_dpo.tabular import TabularWorld
 
 
 def draw(world: TabularWorld, logp: np.ndarray, count: int, rng: np.random.Generator, policy: np.ndarray | None = None) -> pd.DataFrame:

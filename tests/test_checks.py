@@ -12,12 +12,12 @@ from conftest import QUICKSTART, RECIPES
 from rich.console import Console
 from test_cli import cdpo
 
-from constrained_dpo.check_text import print_check
-from constrained_dpo.checks import check_recipe, needs_download
-from constrained_dpo.pilot import expected_precision, prompt_variance, variance_components
+from constrained_dpo.check.check import check_recipe, needs_download
+from constrained_dpo.check.pilot import expected_precision, prompt_variance, variance_components
 from constrained_dpo.problem import ConstrainedProblem, Constraint
-from constrained_dpo.recipe import load_recipe
-from data_prep.settings import UserError
+from constrained_dpo.recipe.load import load_recipe
+from constrained_dpo.report.check_text import print_check
+from data_prep.errors import UserError
 
 
 def write_recipe(folder, **blocks):

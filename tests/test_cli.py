@@ -13,12 +13,12 @@ import pandas as pd
 import pytest
 from conftest import QUICKSTART, scored_frame
 
-from constrained_dpo.cli import main
-from constrained_dpo.dual import ScoreTable
-from constrained_dpo.one_shot import solve_one_shot
+from constrained_dpo.cli.main import main
+from constrained_dpo.dual.one_shot import solve_one_shot
+from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 
-CDPO = [sys.executable, "-c", "from constrained_dpo.cli import main; main()"]
+CDPO = [sys.executable, "-c", "from constrained_dpo.cli.main import main; main()"]
 
 
 def cdpo(*arguments, check=None) -> subprocess.CompletedProcess:
@@ -56,7 +56,7 @@ def test_light_commands_never_import_torch(command, scores, tmp_path):
     if command == "status":
         cdpo("init", QUICKSTART, tmp_path / "run", check=0)
     code = (
-        "import sys\nfrom constrained_dpo.cli import app\n"
+        "import sys\nfrom constrained_dpo.cli.main import app\n"
         f"try: app({[str(a) for a in arguments]!r})\nexcept SystemExit as stop: assert not stop.code, stop.code\n"
         "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'bitsandbytes'} & set(sys.modules)\n"
         "assert not heavy, f'imported {heavy}'\n"

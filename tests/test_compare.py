@@ -15,13 +15,14 @@ from test_cli import cdpo
 from test_report import HOSTILE, Page
 from test_rounds import make_run, play
 
-from constrained_dpo.compare import identity, mean_interval, points, read_groups, why_not_comparable
-from constrained_dpo.methods import METHODS, describe_method, method_content, method_labels, method_overrides, settings_line
+from constrained_dpo.dual.exact import TabularWorld
+from constrained_dpo.estimates.intervals import seeds_interval
+from constrained_dpo.experiments.compare import identity, points, read_groups, why_not_comparable
 from constrained_dpo.problem import ConstrainedProblem, Constraint
-from constrained_dpo.recipe import load_recipe
-from constrained_dpo.report_contents import signed
-from constrained_dpo.tabular import TabularWorld
-from data_prep.settings import UserError
+from constrained_dpo.recipe.load import load_recipe
+from constrained_dpo.recipe.methods import METHODS, describe_method, method_content, method_labels, method_overrides, settings_line
+from constrained_dpo.report.contents import signed
+from data_prep.errors import UserError
 from data_prep.tables import read_parquet, write_parquet
 
 
@@ -118,7 +119,7 @@ def test_seeds_are_one_point_with_a_mean_and_a_t_interval(runs):
     assert [alone["gain_g0"], alone["low_g0"], alone["high_g0"]] == [one[k] for k in ("difference", "ci_low", "ci_high")]
     assert table["fixed"].sum() == 2 and set(table["alone"].dropna()) == {"r", "g0"}
     assert np.isnan(of["DPO on g0", ()]["demanded_g1"])
-    assert mean_interval([1.0, 3.0], 0.95)[1:] == pytest.approx((2 - stats.t.ppf(0.975, 1), 2 + stats.t.ppf(0.975, 1)))
+    assert seeds_interval([1.0, 3.0], 0.95)[1:] == pytest.approx((2 - stats.t.ppf(0.975, 1), 2 + stats.t.ppf(0.975, 1)))
 
 
 def test_what_is_written_is_self_contained_and_shows_every_run(runs, written):
@@ -270,7 +271,7 @@ def test_labels_join_margins_and_seeds_and_say_what_else_differs():
 
 def test_compare_needs_no_torch(runs):
     code = (
-        "import sys\nfrom constrained_dpo.cli import app\n"
+        "import sys\nfrom constrained_dpo.cli.main import app\n"
         f"try: app(['compare', {str(runs[0])!r}, '--json'])\nexcept SystemExit as stop: assert not stop.code, stop.code\n"
         "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'bitsandbytes', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, f'imported {heavy}'\n"

@@ -10,16 +10,20 @@ import yaml
 from conftest import QUICKSTART
 from test_cli import cdpo
 
-from constrained_dpo.learner import LoraLearner
-from constrained_dpo.recipe import load_recipe
-from constrained_dpo.rounds import play_round, prepare, replay
-from constrained_dpo.run_directory import RunDirectory, init_run
-from data_prep.enumeration import enumerate_responses, exact_logps
-from data_prep.pool import choose_responses
+from constrained_dpo.learners.lora import LoraLearner
+from constrained_dpo.recipe.load import load_recipe
+from constrained_dpo.run.create import init_run
+from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.prepare import prepare
+from constrained_dpo.run.record import replay
+from constrained_dpo.run.rounds import play_round
+from data_prep.errors import UserError
+from data_prep.files import hash_file
+from data_prep.labels.pool import choose_responses
+from data_prep.prompts.split import split_prompts
 from data_prep.quickstart import PROMPTS, VOCABULARY, build_policy, helpful
-from data_prep.settings import UserError
-from data_prep.sources import split_prompts
-from data_prep.tables import hash_file, read_parquet
+from data_prep.sampling.enumeration import enumerate_responses, exact_logps
+from data_prep.tables import read_parquet
 
 SETTINGS = ("prompts.test=0.4", "sampling.responses_per_prompt=4", "dual.responses_per_prompt=8", "sampling.batch_size=64", "fit.steps=2")
 SETTINGS += ("fit.warmup_steps=0",)

@@ -18,9 +18,10 @@ from launched_fits import FITS, play
 from safetensors.numpy import load_file
 from test_cli import cdpo
 
-from constrained_dpo.rounds import replay
-from constrained_dpo.run_directory import RunDirectory, init_run
-from data_prep.checkpoints import resolve_device
+from constrained_dpo.run.create import init_run
+from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.record import replay
+from data_prep.models.checkpoints import resolve_device
 from data_prep.tables import read_parquet
 
 CONFIGS = REPO / "recipes" / "accelerate"
@@ -83,7 +84,7 @@ def one_process(tmp_path_factory):
 def killed(tmp_path_factory):
     """A run of two processes, of which the second was killed by kill -9 inside the first fit; and what the launch said."""
     run = init_run(QUICKSTART, tmp_path_factory.mktemp("two") / "run", [*TINY, "fit.batch_size=4"])
-    launched = launch("-m", "constrained_dpo.cli", "run", run.path)
+    launched = launch("-m", "constrained_dpo.cli.main", "run", run.path)
     while launched.poll() is None and not (run.round_folder(0) / ".adapter.tmp").exists():
         time.sleep(0.005)
     victim = next(p for p in psutil.Process(launched.pid).children() if p.environ().get("RANK") == "1")
@@ -151,7 +152,7 @@ def test_an_error_in_one_process_ends_all_with_one_message(tmp_path):
         "    if os.environ.get('RANK') == '1':\n        raise ValueError('no model here')\n    return harmless(prompts, responses)\n"
     )
     run = init_run(QUICKSTART, tmp_path / "run", [*TINY, f"objective.constraints.harmless.scorer.target={scorer}:score"])
-    out, err = ended(launch("-m", "constrained_dpo.cli", "prepare", run.path), 1)
+    out, err = ended(launch("-m", "constrained_dpo.cli.main", "prepare", run.path), 1)
     said = own_words(err)
     assert len(said) == 1 and said[0].endswith("raised ValueError: no model here") and not out
     with run.locked():
@@ -162,9 +163,9 @@ def test_an_error_in_one_process_ends_all_with_one_message(tmp_path):
 
 def test_what_a_launch_cannot_fit_is_refused(monkeypatch):
     """In this process, under a launch's variables."""
-    from constrained_dpo.devices import check_launch, num_processes, rank, shards_base
-    from data_prep.policy import PolicySettings
-    from data_prep.settings import UserError
+    from constrained_dpo.launch import check_launch, num_processes, rank, shards_base
+    from data_prep.errors import UserError
+    from data_prep.models.settings import PolicySettings
 
     assert (num_processes(), rank(), shards_base()) == (1, 0, False)
     for key, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "ACCELERATE_USE_FSDP": "true"}.items():

@@ -57,7 +57,8 @@ def test_your_own_model_works_as_written(tiny_model, tmp_path, monkeypatch):
 
 
 def test_the_python_examples_run(small_run, tmp_path, monkeypatch):
-    from data_prep.policy import PolicySettings, resolve_model
+    from data_prep.models.policy import resolve_model
+    from data_prep.models.settings import PolicySettings
 
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "quickstart").symlink_to(small_run.path)

@@ -6,12 +6,14 @@ import pytest
 from conftest import random_world, scored_frame
 from scipy import optimize, special
 
-from constrained_dpo.certificate import judge
-from constrained_dpo.dual import ScoreTable, estimate_subgradient, evaluate_dual
-from constrained_dpo.dual_steps import auto_step_scale, dual_step, step_size_at
-from constrained_dpo.one_shot import solve_one_shot
+from constrained_dpo.dual.function import evaluate_dual
+from constrained_dpo.dual.one_shot import solve_one_shot
+from constrained_dpo.dual.scores import ScoreTable
+from constrained_dpo.dual.steps import auto_step_scale, dual_step, step_size_at
+from constrained_dpo.estimates.slack import estimate_subgradient
+from constrained_dpo.estimates.verdict import judge
 from constrained_dpo.problem import ConstrainedProblem, Constraint
-from data_prep.settings import UserError
+from data_prep.errors import UserError
 
 
 def oracle_dual(world, lam):

@@ -8,13 +8,13 @@ import pytest
 from conftest import scored_frame
 from typer.testing import CliRunner
 
-from constrained_dpo import dual_cli
-from constrained_dpo.dual import ScoreTable
-from constrained_dpo.infeasibility import INFEASIBLE, NO_EVIDENCE
-from constrained_dpo.one_shot import solve_one_shot
+from constrained_dpo.cli import dual as dual_cli
+from constrained_dpo.dual.feasibility import INFEASIBLE, NO_EVIDENCE
+from constrained_dpo.dual.one_shot import solve_one_shot
+from constrained_dpo.dual.scores import ScoreTable
+from constrained_dpo.dual.sensitivity import bootstrap_multipliers, stability, sweep
 from constrained_dpo.problem import ConstrainedProblem, Constraint
-from constrained_dpo.sensitivity import bootstrap_multipliers, stability, sweep
-from data_prep.settings import UserError
+from data_prep.errors import UserError
 
 
 def test_bootstrap_interval_covers_and_its_replicates_are_resampled_tables():

@@ -13,9 +13,11 @@ from peft import PeftModel
 from test_cli import cdpo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from constrained_dpo.run_directory import RunDirectory, init_run
-from data_prep.policy import PolicySettings, resolve_model
-from data_prep.settings import UserError
+from constrained_dpo.run.create import init_run
+from constrained_dpo.run.directory import RunDirectory
+from data_prep.errors import UserError
+from data_prep.models.policy import resolve_model
+from data_prep.models.settings import PolicySettings
 from data_prep.tables import read_parquet
 
 POLITE = 'polite={type: python, target: "SCORERS:polite"}'

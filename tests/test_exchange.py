@@ -14,9 +14,11 @@ from test_reference_adapter import save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from constrained_dpo.run_directory import init_run
-from data_prep.policy import PolicySettings, attached_adapter, load_policy, resolve_model
-from data_prep.sampling import response_logps
+from constrained_dpo.run.create import init_run
+from data_prep.models.adapters import attached_adapter
+from data_prep.models.policy import load_policy, resolve_model
+from data_prep.models.settings import PolicySettings
+from data_prep.sampling.logprobs import response_logps
 from data_prep.tables import GROUPS, PAIRS, read_parquet
 
 

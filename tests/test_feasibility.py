@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from scipy import optimize
 
-from constrained_dpo.dual import ScoreTable
-from constrained_dpo.infeasibility import FEASIBLE, INFEASIBLE, NEARLY, NO_EVIDENCE, diagnose_feasibility
+from constrained_dpo.dual.feasibility import FEASIBLE, INFEASIBLE, NEARLY, NO_EVIDENCE, diagnose_feasibility
+from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 
 

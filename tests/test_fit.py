@@ -10,15 +10,20 @@ import pytest
 import torch
 from conftest import QUICKSTART
 
-from constrained_dpo.fit import build_trainer, check_anchor, fit_adapter, training_config
-from constrained_dpo.fit_data import pair_dataset
-from constrained_dpo.losses import pair_loss
-from constrained_dpo.recipe import load_recipe
-from data_prep.policy import LoraSettings, PolicySettings, attached_adapter, load_policy
-from data_prep.preferences import label_pairs
+from constrained_dpo.fit.adapter import check_anchor
+from constrained_dpo.fit.losses import pair_loss
+from constrained_dpo.fit.rows import pair_dataset
+from constrained_dpo.fit.trainer import build_trainer, fit_adapter, training_config
+from constrained_dpo.recipe.load import load_recipe
+from data_prep.errors import UserError
+from data_prep.labels.preferences import label_pairs
+from data_prep.models.adapters import attached_adapter
+from data_prep.models.policy import load_policy
+from data_prep.models.settings import LoraSettings, PolicySettings
 from data_prep.quickstart import PROMPTS, harmless, helpful
-from data_prep.sampling import SamplingSettings, response_logps, sample_shard
-from data_prep.settings import UserError
+from data_prep.sampling.generate import sample_shard
+from data_prep.sampling.law import SamplingSettings
+from data_prep.sampling.logprobs import response_logps
 
 LORA = LoraSettings(r=4, alpha=8, dropout=0.0)
 PROMPT_TABLE = pd.DataFrame({"prompt_id": PROMPTS["train"][:8], "prompt": PROMPTS["train"][:8]})

@@ -14,12 +14,13 @@ from conftest import QUICKSTART, SMALL
 from kill_many import Server, alive, content, leftovers
 from test_fit import LORA, fit_settings, make_pairs, make_pool, prompt_tokens
 
-from constrained_dpo.fit import build_trainer, fit_adapter
-from constrained_dpo.fit_checkpoints import SEAL, SealedCheckpoints, fit_identity, newest_whole
-from constrained_dpo.fit_data import pair_dataset
-from constrained_dpo.fit_holdout import BEST_FILE
-from constrained_dpo.run_directory import RunDirectory, init_run
-from data_prep.preferences import label_pairs
+from constrained_dpo.fit.checkpoints import SEAL, SealedCheckpoints, fit_identity, newest_whole
+from constrained_dpo.fit.holdout import BEST_FILE
+from constrained_dpo.fit.rows import pair_dataset
+from constrained_dpo.fit.trainer import build_trainer, fit_adapter
+from constrained_dpo.run.create import init_run
+from constrained_dpo.run.directory import RunDirectory
+from data_prep.labels.preferences import label_pairs
 from data_prep.quickstart import build_policy
 
 # Dropout 0.05 is the recipe's; the steps span several epochs.

@@ -12,19 +12,19 @@ from conftest import QUICKSTART, SMALL
 from test_cli import cdpo
 from test_fit import LORA, fit_settings, make_pairs, make_pool, prompt_tokens
 
-from constrained_dpo.certificate import off_policy_residual
-from constrained_dpo.fit import fit_adapter
-from constrained_dpo.fit_data import group_dataset, pair_dataset
-from constrained_dpo.fit_holdout import residual, split_held_out, squared_residuals
-from constrained_dpo.fit_watch import kl_estimate
+from constrained_dpo.estimates.certificate import off_policy_residual
+from constrained_dpo.fit.holdout import residual, split_held_out, squared_residuals
+from constrained_dpo.fit.rows import group_dataset, pair_dataset
+from constrained_dpo.fit.trainer import fit_adapter
+from constrained_dpo.fit.watch import kl_estimate
 from constrained_dpo.problem import ConstrainedProblem, Constraint
-from constrained_dpo.recipe import load_recipe
-from constrained_dpo.run_directory import init_run
-from data_prep.policy import attached_adapter
-from data_prep.preferences import label_groups
+from constrained_dpo.recipe.load import load_recipe
+from constrained_dpo.run.create import init_run
+from data_prep.errors import UserError
+from data_prep.labels.preferences import label_groups
+from data_prep.models.adapters import attached_adapter
 from data_prep.quickstart import build_policy
-from data_prep.sampling import response_logps
-from data_prep.settings import UserError
+from data_prep.sampling.logprobs import response_logps
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,14 @@ from scipy import special
 from test_cli import cdpo
 from test_fit import LORA, fit_settings, make_pool, prompt_tokens
 
-from constrained_dpo.fit import build_trainer, fit_adapter
-from constrained_dpo.fit_data import group_dataset
-from constrained_dpo.losses import all_pairs_loss, listwise_loss, pair_loss
-from constrained_dpo.rounds import replay
-from constrained_dpo.run_directory import RunDirectory
-from data_prep.preferences import label_groups
-from data_prep.sampling import response_logps
-from data_prep.settings import UserError
+from constrained_dpo.fit.losses import all_pairs_loss, listwise_loss, pair_loss
+from constrained_dpo.fit.rows import group_dataset
+from constrained_dpo.fit.trainer import build_trainer, fit_adapter
+from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.record import replay
+from data_prep.errors import UserError
+from data_prep.labels.preferences import label_groups
+from data_prep.sampling.logprobs import response_logps
 from data_prep.tables import read_parquet, validate_groups
 
 LAMBDA = pd.Series({"g": 0.7})
@@ -168,7 +168,7 @@ def test_a_fit_on_groups_brings_log_ratios_to_the_scores(quickstart_policy, pool
     policy, tokens = quickstart_policy, prompt_tokens(quickstart_policy)
     settings = fit_settings(group_size=4, loss=kind, steps=60, batch_size=8, learning_rate=5e-3)
     fit_adapter(policy, groups, pool, tokens, settings, LORA, beta=0.5, seed=0, previous_adapter=None, output=tmp_path / "adapter")
-    from data_prep.policy import attached_adapter
+    from data_prep.models.adapters import attached_adapter
 
     with attached_adapter(policy, tmp_path / "adapter") as model:
         prompts = [tokens[pid] for pid in pool["prompt_id"]]

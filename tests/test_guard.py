@@ -5,10 +5,10 @@ import pytest
 import torch
 from checkpoints import save_word_tokenizer, tiny_llama_config
 
-from data_prep.guard import tokenize_words
-from data_prep.scorer_settings import GuardScorerSettings
-from data_prep.scoring import make_scorer
-from data_prep.settings import UserError
+from data_prep.errors import UserError
+from data_prep.scorers.guard import tokenize_words
+from data_prep.scorers.scoring import make_scorer
+from data_prep.scorers.settings import GuardScorerSettings
 
 PROMPTS = ["open the door", "sing", "a much longer request about nothing in particular", "no"]
 RESPONSES = ["no", "la la la la la la", "yes", "yes of course with pleasure"]

@@ -14,10 +14,11 @@ from fault_server import score
 from pydantic import ValidationError
 from servers import answered_texts, start_fault_server
 
-import data_prep.http_client
-from data_prep.scorer_settings import HttpScorerSettings, ScorerOptions
-from data_prep.scoring import ScoreCache, make_scorer, score_texts
-from data_prep.settings import UserError
+import data_prep.http
+from data_prep.errors import UserError
+from data_prep.scorers.cache import ScoreCache
+from data_prep.scorers.scoring import make_scorer, score_texts
+from data_prep.scorers.settings import HttpScorerSettings, ScorerOptions
 
 PROMPTS = [f"prompt {i % 7}" for i in range(60)]
 RESPONSES = [f"answer {'x' * i}" for i in range(60)]
@@ -109,7 +110,7 @@ def test_a_refused_request_is_one_clear_error_at_once_and_the_rest_is_kept(serve
 
 
 def test_a_server_that_goes_on_failing_is_named_with_what_it_said(serve, monkeypatch):
-    monkeypatch.setattr(data_prep.http_client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(data_prep.http, "FIRST_PAUSE", 0.01)
     server = serve(*["garbled"] * 4, *["503"] * 3)
     with pytest.raises(UserError, match=r"the answer is not JSON: '\{\"scores\": \[1.0,' \(4 tries\)"):
         scored(make_scorer(settings(server, concurrency=1)))

@@ -10,13 +10,15 @@ import torch
 from checkpoints import save_tiny_causal_lm
 from test_reference_adapter import save_adapter
 
-from data_prep.calibration import describe_calibration, read_labelled_pairs, reliability
-from data_prep.implicit import AskedPolicy
-from data_prep.policy import PolicySettings, load_policy
-from data_prep.scorer_settings import ImplicitScorerSettings, ScorerOptions
-from data_prep.scoring import ScoreCache, make_scorer, score_tokens
-from data_prep.settings import UserError
-from data_prep.sources import PromptSettings
+from data_prep.errors import UserError
+from data_prep.models.policy import load_policy
+from data_prep.models.settings import PolicySettings
+from data_prep.prompts.split import PromptSettings
+from data_prep.scorers.cache import ScoreCache
+from data_prep.scorers.calibration import describe_calibration, read_labelled_pairs, reliability
+from data_prep.scorers.implicit import AskedPolicy
+from data_prep.scorers.scoring import make_scorer, score_tokens
+from data_prep.scorers.settings import ImplicitScorerSettings, ScorerOptions
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
 RESPONSES = [[11, 12, 2], [13, 14, 15, 16], [17, 2]]
@@ -128,7 +130,7 @@ def test_levels_are_refused_because_log_z_is_unknown(key):
 def test_recipe_takes_a_margin_and_refuses_a_threshold(tmp_path):
     from conftest import QUICKSTART
 
-    from constrained_dpo.recipe import load_recipe
+    from constrained_dpo.recipe.load import load_recipe
 
     (tmp_path / "a").mkdir()
     text = QUICKSTART.read_text().replace(
@@ -149,8 +151,8 @@ def test_recipe_takes_a_margin_and_refuses_a_threshold(tmp_path):
 def test_check_lists_what_asks_a_policy_that_is_not_here(tmp_path):
     from conftest import QUICKSTART
 
-    from constrained_dpo.checks import check_recipe
-    from constrained_dpo.recipe import load_recipe
+    from constrained_dpo.check.check import check_recipe
+    from constrained_dpo.recipe.load import load_recipe
 
     block = "{type: implicit, beta: 0.1, model: nobody/tuned, reference: nobody/base}"
     scorers = [f"objective.{part}.scorer={block}" for part in ("reward", "constraints.harmless")]
@@ -246,14 +248,14 @@ def test_a_run_of_the_embedded_world_with_an_implicit_utility(tmp_path):
     from conftest import QUICKSTART
     from test_cli import cdpo
 
-    from constrained_dpo.report import notes
-    from constrained_dpo.report_contents import read_contents
-    from constrained_dpo.rounds import replay
-    from constrained_dpo.run_directory import RunDirectory
-    from data_prep.enumeration import exact_logps
-    from data_prep.policy import attached_adapter
+    from constrained_dpo.report.contents import read_contents
+    from constrained_dpo.report.run_page import notes
+    from constrained_dpo.run.directory import RunDirectory
+    from constrained_dpo.run.record import replay
+    from data_prep.models.adapters import attached_adapter
     from data_prep.quickstart import build_policy
-    from data_prep.sampling import response_logps
+    from data_prep.sampling.enumeration import exact_logps
+    from data_prep.sampling.logprobs import response_logps
     from data_prep.tables import read_parquet
 
     adapter = save_adapter(build_policy(), tmp_path / "dpo")

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from constrained_dpo.judge import (
+from constrained_dpo.evaluation.judge import (
     bootstrap_interval,
     comparison_prompt,
     read_comparison,
@@ -19,9 +19,9 @@ from constrained_dpo.judge import (
     refusal_rates,
     win_rate,
 )
-from constrained_dpo.judging import Judge, JudgeSettings, judge_pairs, judgement_lines, pair_responses, parse_judge
-from constrained_dpo.run_directory import RunDirectory
-from data_prep.settings import UserError
+from constrained_dpo.evaluation.judge_answers import Judge, JudgeSettings, judge_pairs, judgement_lines, pair_responses, parse_judge
+from constrained_dpo.run.directory import RunDirectory
+from data_prep.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pandas as pd
 from conftest import QUICKSTART, SMALL
 from test_cli import CDPO, cdpo
 
-from constrained_dpo.run_directory import RunDirectory, init_run
+from constrained_dpo.run.create import init_run
+from constrained_dpo.run.directory import RunDirectory
 
 
 def content(run: RunDirectory) -> dict:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.layouts import answers_of, layout_columns, preferred, prompt_of
+from data_prep.prompts.layouts import answers_of, layout_columns, preferred, prompt_of
 
 DATA = Path(__file__).parent / "data"
 

@@ -11,10 +11,11 @@ from test_cli import cdpo
 from test_rounds import make_run, play, tables_of
 
 from constrained_dpo.problem import ConstrainedProblem, Constraint
-from constrained_dpo.recipe import load_recipe
-from constrained_dpo.rounds import prepare, replay
-from constrained_dpo.run_directory import init_run
-from data_prep.settings import UserError
+from constrained_dpo.recipe.load import load_recipe
+from constrained_dpo.run.create import init_run
+from constrained_dpo.run.prepare import prepare
+from constrained_dpo.run.record import replay
+from data_prep.errors import UserError
 from data_prep.tables import read_parquet
 
 IN_STD = "objective.constraints.harmless.margin=0.5std"

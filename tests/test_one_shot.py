@@ -10,11 +10,12 @@ import pytest
 from conftest import REPO, scored_frame
 from scipy import optimize, special
 
-from constrained_dpo.dual import ScoreTable, evaluate_dual, prompt_terms
-from constrained_dpo.one_shot import solve_one_shot
+from constrained_dpo.dual.function import evaluate_dual, prompt_terms
+from constrained_dpo.dual.one_shot import solve_one_shot
+from constrained_dpo.dual.score_files import read_scores
+from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.problem import ConstrainedProblem, Constraint
-from constrained_dpo.score_files import read_scores
-from data_prep.settings import UserError
+from data_prep.errors import UserError
 
 
 def random_case(seed: int) -> tuple[ScoreTable, ConstrainedProblem]:
@@ -132,7 +133,7 @@ def test_block_size_layout_and_order_of_prompts_do_not_change_a_bit(ragged):
 
 def test_number_of_threads_does_not_change_a_bit():
     code = (
-        "import numpy as np\nfrom constrained_dpo.dual import ScoreTable\nfrom constrained_dpo.one_shot import solve_one_shot\n"
+        "import numpy as np\nfrom constrained_dpo.dual.scores import ScoreTable\nfrom constrained_dpo.dual.one_shot import solve_one_shot\n"
         "from constrained_dpo.problem import ConstrainedProblem, Constraint\n"
         "rng = np.random.default_rng(0)\nr = rng.normal(size=(6000, 16))\nu = rng.normal(size=(2, 6000, 16)) - .5 * r\n"
         "p = ConstrainedProblem('r', .1, (Constraint('a', margin=.4), Constraint('b', margin=.3)))\n"

@@ -6,9 +6,9 @@ import pytest
 from conftest import QUICKSTART, scored_frame
 from test_cli import cdpo
 
-from constrained_dpo.recipe import load_recipe
-from data_prep.pool import choose_responses
-from data_prep.settings import UserError
+from constrained_dpo.recipe.load import load_recipe
+from data_prep.errors import UserError
+from data_prep.labels.pool import choose_responses
 
 LAMBDA = pd.Series({"g": 0.7})
 ALL = {"reference": 0.25, "recent": 0.25, "hard": 0.25, "earlier": 0.25}

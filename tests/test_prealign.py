@@ -9,11 +9,12 @@ from test_cli import cdpo
 from test_dataset_pool import write_preferences
 from test_kill import kill_when
 
-from constrained_dpo.fit_checkpoints import SEAL
-from constrained_dpo.run_directory import hold
-from data_prep.enumeration import enumerate_responses, exact_logps
-from data_prep.policy import PolicySettings, load_policy
+from constrained_dpo.fit.checkpoints import SEAL
+from data_prep.files import hold
+from data_prep.models.policy import load_policy
+from data_prep.models.settings import PolicySettings
 from data_prep.quickstart import PROMPTS, VOCABULARY, helpful
+from data_prep.sampling.enumeration import enumerate_responses, exact_logps
 
 SETTINGS = (
     "prompts.test=0.4",

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from conftest import scored_frame
 
-from data_prep.preferences import _tournament, label_groups, label_pairs
-from data_prep.settings import UserError
+from data_prep.errors import UserError
+from data_prep.labels.preferences import _tournament, label_groups, label_pairs
 from data_prep.tables import validate_pairs
 
 LAMBDA = pd.Series({"g": 0.7})
@@ -123,5 +123,5 @@ def test_the_same_ids_and_seed_give_the_same_rows_in_every_version():
 def test_pieces_of_any_size_give_the_same_pairs(monkeypatch):
     frame = scored_frame(12, 50, 9).sample(frac=0.7, random_state=1)
     whole = label(frame, "bernoulli")
-    monkeypatch.setattr("data_prep.preferences.PIECE_PAIRS", 20)  # less than a prompt of 9 has
+    monkeypatch.setattr("data_prep.labels.preferences.PIECE_PAIRS", 20)  # less than a prompt of 9 has
     pd.testing.assert_frame_equal(label(frame, "bernoulli"), whole, check_exact=True)

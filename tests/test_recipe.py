@@ -8,8 +8,9 @@ import recipe_keys
 import yaml
 from conftest import QUICKSTART, REPO
 
-from constrained_dpo.recipe import Recipe, load_recipe, schema_blocks
-from data_prep.settings import UserError
+from constrained_dpo.recipe.load import load_recipe, schema_blocks
+from constrained_dpo.recipe.schema import Recipe
+from data_prep.errors import UserError
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "recipes").glob("*.yaml")), ids=lambda p: p.name)
@@ -111,7 +112,7 @@ def test_paths_become_absolute_and_train_eval_are_accepted(tmp_path):
 def test_every_key_is_documented_and_read_somewhere():
     """Read as an attribute of something: neither the definition nor a comment or message counts."""
     read = set()
-    for path in sorted(p for folder in ("constrained_dpo", "data_prep") for p in (REPO / folder).glob("*.py")):
+    for path in sorted(p for folder in ("constrained_dpo", "data_prep") for p in (REPO / folder).rglob("*.py")):
         nodes = ast.walk(ast.parse(path.read_text()))
         read |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     for block in schema_blocks(Recipe).values():

@@ -8,9 +8,11 @@ import pytest
 import torch
 from checkpoints import save_tiny_causal_lm, save_word_tokenizer
 
-from data_prep.policy import PolicySettings, attached_adapter, load_policy, resolve_model
-from data_prep.sampling import response_logps
-from data_prep.settings import UserError
+from data_prep.errors import UserError
+from data_prep.models.adapters import attached_adapter
+from data_prep.models.policy import load_policy, resolve_model
+from data_prep.models.settings import PolicySettings
+from data_prep.sampling.logprobs import response_logps
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
 RESPONSES = [[11, 12, 2], [13, 14, 15, 16], [17, 2]]

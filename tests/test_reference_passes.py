@@ -4,11 +4,12 @@ from collections import Counter
 
 from conftest import QUICKSTART, SMALL
 
-from constrained_dpo.learner import LoraLearner
-from constrained_dpo.rounds import play_round, prepare
-from constrained_dpo.run_directory import init_run
+from constrained_dpo.learners.lora import LoraLearner
+from constrained_dpo.run.create import init_run
+from constrained_dpo.run.prepare import prepare
+from constrained_dpo.run.rounds import play_round
+from data_prep.prompts.split import split_prompts
 from data_prep.quickstart import build_policy
-from data_prep.sources import split_prompts
 from data_prep.tables import read_parquet
 
 

@@ -9,10 +9,10 @@ import pytest
 from conftest import scored_frame
 from test_cli import cdpo
 
-from data_prep import preferences, relabel
-from data_prep.preferences import label_groups, label_pairs
-from data_prep.relabel import relabel_groups, relabel_pairs
-from data_prep.settings import UserError
+from data_prep.errors import UserError
+from data_prep.labels import preferences, relabel
+from data_prep.labels.preferences import label_groups, label_pairs
+from data_prep.labels.relabel import relabel_groups, relabel_pairs
 
 LAMBDA = pd.Series({"g": 0.7})
 

@@ -12,12 +12,12 @@ from conftest import random_world
 from test_cli import cdpo
 from test_rounds import make_run, play
 
-from constrained_dpo.page import MAX_CHARACTERS
+from constrained_dpo.dual.exact import TabularWorld
 from constrained_dpo.problem import ConstrainedProblem, Constraint
-from constrained_dpo.report import EXTREMES, choose_samples, notes, verdict_sentence, write_report
-from constrained_dpo.report_contents import read_contents, signed
-from constrained_dpo.tabular import TabularWorld
-from data_prep.settings import UserError
+from constrained_dpo.report.contents import read_contents, signed
+from constrained_dpo.report.page import MAX_CHARACTERS
+from constrained_dpo.report.run_page import EXTREMES, choose_samples, notes, verdict_sentence, write_report
+from data_prep.errors import UserError
 from data_prep.tables import read_parquet, write_parquet
 
 HOSTILE = '</script><script>alert("x")</script> & <img src=x onerror=\'alert(1)\'> "quoted"'
@@ -239,7 +239,7 @@ def test_where_there_is_nothing_to_report_one_line_says_so(tmp_path, long_run):
 
 def test_a_run_in_progress_is_reported_while_it_is_locked_and_without_torch(long_run):
     code = (
-        "import sys\nfrom constrained_dpo.cli import app\n"
+        "import sys\nfrom constrained_dpo.cli.main import app\n"
         f"try: app(['report', {str(long_run.path)!r}, '--round', '2'])\nexcept SystemExit as stop: assert not stop.code, stop.code\n"
         "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'bitsandbytes', 'matplotlib.pyplot'} & set(sys.modules)\n"
         "assert not heavy, f'imported {heavy}'\n"

@@ -10,11 +10,14 @@ import pytest
 import yaml
 from conftest import QUICKSTART, random_world
 
-from constrained_dpo.recipe import Recipe
-from constrained_dpo.rounds import play_round, prepare, replay, require_same_inputs
-from constrained_dpo.run_directory import RunDirectory, init_run
-from constrained_dpo.tabular import TabularLearner
-from data_prep.settings import UserError
+from constrained_dpo.learners.tabular import TabularLearner
+from constrained_dpo.recipe.schema import Recipe
+from constrained_dpo.run.create import init_run
+from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.prepare import prepare, require_same_inputs
+from constrained_dpo.run.record import replay
+from constrained_dpo.run.rounds import play_round
+from data_prep.errors import UserError
 from data_prep.tables import read_parquet, write_parquet
 
 NUM_PROMPTS = 40

@@ -5,11 +5,15 @@ import pandas as pd
 import pytest
 import torch
 
-from data_prep.enumeration import enumerate_responses, exact_logps
-from data_prep.policy import PolicySettings, attached_adapter, load_policy
+from data_prep.errors import UserError
+from data_prep.models.adapters import attached_adapter
+from data_prep.models.policy import load_policy
+from data_prep.models.settings import PolicySettings
 from data_prep.quickstart import PROMPTS, VOCABULARY
-from data_prep.sampling import SamplingSettings, check_lengths, is_policy_law, law_hash, response_logps, sample_shard
-from data_prep.settings import UserError
+from data_prep.sampling.enumeration import enumerate_responses, exact_logps
+from data_prep.sampling.generate import sample_shard
+from data_prep.sampling.law import SamplingSettings, check_lengths, is_policy_law, law_hash
+from data_prep.sampling.logprobs import response_logps
 
 
 def prompt_table(count: int) -> tuple[pd.DataFrame, list[str]]:

@@ -15,19 +15,24 @@ from pydantic import ValidationError
 from servers import start_fault_server, start_transformers_serve
 from test_sampling import tiny_adapter
 
-import data_prep.http_client
-from constrained_dpo.checks import check_recipe
-from constrained_dpo.learner import LoraLearner
-from constrained_dpo.rescore import collect
-from constrained_dpo.rounds import play_round, prepare, replay
-from constrained_dpo.run_directory import RunDirectory, init_run
-from constrained_dpo.sampler_check import NOT_THE_POLICY, compare_sampler, why_not_the_policy
-from data_prep.policy import PolicySettings, load_policy
-from data_prep.sampling import SamplingSettings, law_hash, sample_shard
-from data_prep.sampling_server import CompletionServer, prompt_text, read_choice, sample_served
-from data_prep.scorer_settings import HttpScorerSettings
-from data_prep.settings import UserError
-from data_prep.sources import split_prompts
+import data_prep.http
+from constrained_dpo.check.check import check_recipe
+from constrained_dpo.estimates.sampling_law import NOT_THE_POLICY, compare_sampler, why_not_the_policy
+from constrained_dpo.learners.collect import collect
+from constrained_dpo.learners.lora import LoraLearner
+from constrained_dpo.run.create import init_run
+from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.prepare import prepare
+from constrained_dpo.run.record import replay
+from constrained_dpo.run.rounds import play_round
+from data_prep.errors import UserError
+from data_prep.models.policy import load_policy
+from data_prep.models.settings import PolicySettings
+from data_prep.prompts.split import split_prompts
+from data_prep.sampling.generate import sample_shard
+from data_prep.sampling.law import SamplingSettings, law_hash
+from data_prep.sampling.served import CompletionServer, prompt_text, read_choice, sample_served
+from data_prep.scorers.settings import HttpScorerSettings
 
 SERVING = all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "openai"))
 needs_serving = pytest.mark.skipif(not SERVING, reason="transformers serve needs fastapi, uvicorn and openai")
@@ -193,7 +198,7 @@ def test_a_round_by_a_server_has_a_certificate_and_names_its_sampler(served_run,
 def test_a_drifted_server_takes_the_certificate_with_the_reason(served_run, tmp_path):
     import shutil
 
-    from constrained_dpo.rounds import round_record
+    from constrained_dpo.run.record import round_record
 
     run, _, _ = served_run
     shutil.copytree(run.path, tmp_path / "run")
@@ -211,7 +216,7 @@ def test_check_compares_the_server_and_lists_one_that_is_not_there(served_run, m
     run, identity, checked = served_run
     assert checked["sampler"]["fingerprint"] == identity["sampler"] and checked["sampler"]["rows"] >= 64 and not checked["warnings"]
     assert abs(checked["sampler"]["kl"]) < 1e-3 and not checked["not_checked"]
-    monkeypatch.setattr(data_prep.http_client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(data_prep.http, "FIRST_PAUSE", 0.01)
     recipe = run.recipe()  # whose server was closed since
     scorer = HttpScorerSettings(type="http", url="http://127.0.0.1:9/score", version="1")
     objective = recipe.objective.model_copy(update={"reward": recipe.objective.reward.model_copy(update={"scorer": scorer})})

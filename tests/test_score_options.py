@@ -13,19 +13,19 @@ from safetensors.torch import load_file, save_file
 from test_beaver import plain_score, save_beaver
 from test_cli import cdpo
 
-from constrained_dpo.checks import _describe_scorer, _golden_lines
-from constrained_dpo.learner import LoraLearner
-from constrained_dpo.recipe import load_recipe
-from constrained_dpo.run_directory import RunDirectory
-from constrained_dpo.scorer_facts import describe_drift, prepared_lines, score_statistics, scorer_facts
-from data_prep import drift
-from data_prep.beaver import GOLDEN_TEXT
-from data_prep.checkpoints import fingerprint_model
-from data_prep.score_cache import ScoreCache
-from data_prep.scorer_settings import ClassifierScorerSettings, PythonScorerSettings, ScorerOptions
-from data_prep.scoring import apply_options, make_scorer, score_texts
-from data_prep.settings import UserError
-from data_prep.tables import write_json
+from constrained_dpo.check.check import _describe_scorer, _golden_lines
+from constrained_dpo.learners.lora import LoraLearner
+from constrained_dpo.recipe.load import load_recipe
+from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.scorer_facts import describe_drift, prepared_lines, score_statistics, scorer_facts
+from data_prep.errors import UserError
+from data_prep.files import write_json
+from data_prep.models.checkpoints import fingerprint_model
+from data_prep.scorers import drift
+from data_prep.scorers.beaver import GOLDEN_TEXT
+from data_prep.scorers.cache import ScoreCache
+from data_prep.scorers.scoring import apply_options, make_scorer, score_texts
+from data_prep.scorers.settings import ClassifierScorerSettings, PythonScorerSettings, ScorerOptions
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8"]
 RESPONSES = ["w9", "w1 w1 w1", "w2 w3 w4 w5"]

@@ -9,9 +9,9 @@ import pytest
 from conftest import QUICKSTART, REPO, scored_frame
 from test_cli import cdpo
 
+from constrained_dpo.check.score_scale import describe_scale, initial_multipliers, score_scale
 from constrained_dpo.problem import ConstrainedProblem, Constraint
-from constrained_dpo.recipe import load_recipe
-from constrained_dpo.score_scale import describe_scale, initial_multipliers, score_scale
+from constrained_dpo.recipe.load import load_recipe
 
 PROBLEM = ConstrainedProblem("r", 0.2, (Constraint("g", margin=0.1),))
 LAMBDA = pd.Series({"g": 0.5})

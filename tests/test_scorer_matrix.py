@@ -5,10 +5,11 @@ import pytest
 import torch
 from checkpoints import save_word_tokenizer
 
-from data_prep.policy import PolicySettings, load_policy
-from data_prep.scorer_settings import ClassifierScorerSettings
-from data_prep.scoring import make_scorer
-from data_prep.settings import UserError
+from data_prep.errors import UserError
+from data_prep.models.policy import load_policy
+from data_prep.models.settings import PolicySettings
+from data_prep.scorers.scoring import make_scorer
+from data_prep.scorers.settings import ClassifierScorerSettings
 
 # The third response ends in the EOS token and the fourth holds it inside: with pad = eos neither may be taken for padding.
 PROMPTS = ["open the door", "sing", "a longer request", "open", "sing"]

@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import REAL
 
-from data_prep.scorer_settings import ClassifierScorerSettings, ColumnScorerSettings, PythonScorerSettings, ScorerOptions, fill_template
-from data_prep.scoring import ScoreCache, make_scorer, score_texts
-from data_prep.settings import UserError
+from data_prep.errors import UserError
+from data_prep.scorers.cache import ScoreCache
+from data_prep.scorers.scoring import make_scorer, score_texts
+from data_prep.scorers.settings import ClassifierScorerSettings, ColumnScorerSettings, PythonScorerSettings, ScorerOptions, fill_template
 
 PROMPTS = ["open the door", "sing", "a much longer request about nothing in particular", "x"]
 RESPONSES = ["no", "la la la la la la", "", "yes of course with pleasure"]

@@ -9,11 +9,13 @@ from checkpoints import save_tiny_causal_lm, save_word_tokenizer, tiny_llama_con
 from safetensors.torch import load_file
 from test_beaver import save_beaver
 
-from data_prep.checkpoints import fingerprint_model
-from data_prep.policy import PolicySettings, attached_adapter, load_policy
-from data_prep.scorer_settings import BeaverScorerSettings, ClassifierScorerSettings
-from data_prep.scoring import make_scorer
-from data_prep.settings import UserError
+from data_prep.errors import UserError
+from data_prep.models.adapters import attached_adapter
+from data_prep.models.checkpoints import fingerprint_model
+from data_prep.models.policy import load_policy
+from data_prep.models.settings import PolicySettings
+from data_prep.scorers.scoring import make_scorer
+from data_prep.scorers.settings import BeaverScorerSettings, ClassifierScorerSettings
 
 CUDA = torch.cuda.is_available()
 
@@ -185,8 +187,8 @@ def test_a_gpu_asked_for_and_absent_is_an_error(kind, tmp_path):
 
 
 def test_a_fit_runs_where_the_policy_is(tmp_path):
-    from constrained_dpo.fit import training_config
-    from constrained_dpo.fit_settings import FitSettings
+    from constrained_dpo.fit.trainer import training_config
+    from constrained_dpo.recipe.fit import FitSettings
 
     assert training_config(FitSettings(steps=1), 0.1, 0, tmp_path, "cpu").use_cpu
     if CUDA:

@@ -11,11 +11,12 @@ from checkpoints import save_word_tokenizer
 from peft import LoraConfig, get_peft_model
 from test_fit import LORA, fit_settings, ragged_rows
 
-from constrained_dpo import shared_prompts
-from constrained_dpo.fit import build_trainer
-from constrained_dpo.fit_data import LengthBuckets, PaddedCollator, row_lengths
-from constrained_dpo.shared_prompts import SHARED_INPUTS, SharedPromptCollator, add_shared_forward, costs, why_not_shared
-from data_prep.policy import PolicySettings, load_policy
+from constrained_dpo.fit import shared_prompts
+from constrained_dpo.fit.rows import LengthBuckets, PaddedCollator, row_lengths
+from constrained_dpo.fit.shared_prompts import SHARED_INPUTS, SharedPromptCollator, add_shared_forward, costs, why_not_shared
+from constrained_dpo.fit.trainer import build_trainer
+from data_prep.models.policy import load_policy
+from data_prep.models.settings import PolicySettings
 
 VOCABULARY, K = 97, 3
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

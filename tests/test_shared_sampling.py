@@ -8,9 +8,12 @@ import torch
 from test_shared_prompts import CONFIGS, REFUSED, VOCABULARY, model_of
 from transformers import GenerationConfig
 
-from data_prep import sampling
-from data_prep.policy import Policy, PolicySettings
-from data_prep.sampling import SamplingSettings, generate, generation_arguments, response_logps
+from data_prep.models.policy import Policy
+from data_prep.models.settings import PolicySettings
+from data_prep.sampling import generate as sampling
+from data_prep.sampling.generate import generate
+from data_prep.sampling.law import SamplingSettings, generation_arguments
+from data_prep.sampling.logprobs import response_logps
 
 EOS = 5
 RECURRENT = "mamba, recurrent"

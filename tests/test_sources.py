@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 from conftest import REAL
 
-from data_prep.layouts import parse_hh
-from data_prep.row_files import DatasetSource
-from data_prep.settings import UserError
-from data_prep.sources import PromptSettings, last_user_text, read_prompts, split_prompts, tokenize_prompts
+from data_prep.errors import UserError
+from data_prep.prompts.layouts import parse_hh
+from data_prep.prompts.rows import DatasetSource
+from data_prep.prompts.split import PromptSettings, read_prompts, split_prompts
+from data_prep.prompts.templates import last_user_text, tokenize_prompts
 
 
 def write_jsonl(path, rows):

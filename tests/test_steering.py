@@ -6,12 +6,12 @@ import pytest
 from conftest import random_world
 from test_rounds import make_run, play
 
-from constrained_dpo.certificate import one_sided_bounds, recorded_slack
-from constrained_dpo.rounds import replay
-from constrained_dpo.run_directory import RunDirectory
-from constrained_dpo.selection import best_dual_round, best_round, chosen_round, converged, satisfied_on_dual
-from constrained_dpo.steering import demanded, diagnose_run, reason_to_stop
-from data_prep.settings import UserError
+from constrained_dpo.estimates.verdict import one_sided_bounds, recorded_slack
+from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.record import replay
+from constrained_dpo.run.selection import best_dual_round, best_round, chosen_round, converged, satisfied_on_dual
+from constrained_dpo.run.steering import demanded, diagnose_run, reason_to_stop
+from data_prep.errors import UserError
 from data_prep.tables import read_parquet
 
 

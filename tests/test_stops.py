@@ -13,8 +13,8 @@ import pytest
 from conftest import QUICKSTART, SMALL, scored_frame
 from test_cli import CDPO
 
-from constrained_dpo.run_directory import init_run
-from data_prep.scoring import ScoreCache
+from constrained_dpo.run.create import init_run
+from data_prep.scorers.cache import ScoreCache
 from data_prep.tables import write_parquet
 
 
@@ -54,7 +54,7 @@ def test_a_full_disk_is_one_line_and_exit_one(tmp_path):
     arguments = ["data", "relabel", str(tmp_path / "s.parquet"), "--reward", "r", "--lambda", "g=1", "-o", str(out)]
     write_parquet(pd.DataFrame({"old": [1]}), out)
     limited = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\nimport sys\nsys.argv = ['cdpo', *{arguments!r}]\n"
-    code = limited + "from constrained_dpo.cli import main\nmain()"
+    code = limited + "from constrained_dpo.cli.main import main\nmain()"
     result = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True)
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 1 and len(lines) == 1, result.stderr

@@ -11,14 +11,15 @@ from conftest import QUICKSTART, RECIPES, random_world
 from test_cli import cdpo
 from test_rounds import make_run, tables_of
 
-from constrained_dpo import rounds
+from constrained_dpo.dual.exact import TabularWorld
+from constrained_dpo.experiments.sweep import is_finished, plan_sweep, play_sweep, read_pairs
+from constrained_dpo.learners.tabular import TabularLearner
 from constrained_dpo.problem import ConstrainedProblem, Constraint
-from constrained_dpo.recipe import load_recipe
-from constrained_dpo.rounds import silent
-from constrained_dpo.run_directory import RunDirectory
-from constrained_dpo.sweep import is_finished, plan_sweep, play_sweep, read_pairs
-from constrained_dpo.tabular import TabularLearner, TabularWorld
-from data_prep.settings import UserError
+from constrained_dpo.progress import silent
+from constrained_dpo.recipe.load import load_recipe
+from constrained_dpo.run import rounds
+from constrained_dpo.run.directory import RunDirectory
+from data_prep.errors import UserError
 from data_prep.tables import read_parquet
 
 ASKED = {"methods": ["caid", "mocan", "weighted_sum", "dpo_r", "dpo_g0"], "margins": [{"g0": 0.2}, {"g0": 0.4}], "weights": [{"g0": 0.5}]}

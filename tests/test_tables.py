@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_prep.settings import UserError
+from data_prep.errors import UserError
 from data_prep.tables import read_json_rows, read_parquet, read_table, validate_prompts, validate_responses, write_parquet
 
 

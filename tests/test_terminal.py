@@ -14,7 +14,8 @@ from conftest import QUICKSTART
 from test_cli import CDPO, cdpo
 from test_kill import SMALL
 
-from constrained_dpo.terminal import duration, expected_round_seconds
+from constrained_dpo.progress import duration
+from constrained_dpo.run.status import expected_round_seconds
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[1-6]m")  # SGR foreground colours; bold and dim are not colours
 

@@ -9,10 +9,10 @@ from conftest import QUICKSTART
 from test_cli import cdpo
 from test_kill import SMALL
 
-from constrained_dpo.recipe import load_recipe
-from constrained_dpo.run_directory import RunDirectory
+from constrained_dpo.recipe.load import load_recipe
+from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.tracking import require_trackers, round_scalars
-from data_prep.settings import UserError
+from data_prep.errors import UserError
 
 
 def played(path, trackers) -> RunDirectory:
@@ -70,7 +70,7 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
     require_trackers([])
     with pytest.raises(UserError, match=r"fit\.report_to: wandb not installed; pip install 'constrained-dpo\[tracking\]'"):
         require_trackers(["wandb"])
-    from constrained_dpo.checks import check_recipe
+    from constrained_dpo.check.check import check_recipe
 
     recipe = load_recipe(QUICKSTART, ["fit.report_to=[wandb]"])
     with pytest.raises(UserError, match="wandb not installed"):

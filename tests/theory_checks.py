@@ -17,8 +17,8 @@ from restricted_families import (
     stacked_utilities,
 )
 
-from constrained_dpo.dual import evaluate_dual
-from constrained_dpo.dual_steps import auto_step_scale, step_size_at
+from constrained_dpo.dual.function import evaluate_dual
+from constrained_dpo.dual.steps import auto_step_scale, step_size_at
 
 DESCENT_ROUNDS, DESCENT_STEP, DESCENT_SCHEDULE = 6, 0.3, "inverse_sqrt"
 TOLERANCE = 1e-9  # of a check, relative to 1 + |right side| + the reward's standard deviation

@@ -13,7 +13,7 @@ from restricted_families import (
     objective_and_slack,
 )
 
-from constrained_dpo.tabular import TabularWorld
+from constrained_dpo.dual.exact import TabularWorld
 
 QUANTITIES = {
     "duality gap P* − D_p*": "C0",

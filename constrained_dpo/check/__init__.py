@@ -1,0 +1,1 @@
+"""What is found out about a recipe before anything is trained."""

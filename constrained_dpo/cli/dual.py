@@ -1,0 +1,241 @@
+"""`cdpo dual`: the dual function on tables of scores, no model needed. Results on stdout, a user's mistake exits 2."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from constrained_dpo.cli.options import AsJson
+from data_prep.console import parse_assignments
+from data_prep.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from constrained_dpo.dual.feasibility import Feasibility
+    from constrained_dpo.dual.one_shot import OneShotSolution
+    from constrained_dpo.dual.scores import ScoreTable
+    from constrained_dpo.dual.sensitivity import SweepPoint
+    from constrained_dpo.problem import ConstrainedProblem
+
+
+MAX_SETTINGS = 10_000
+
+
+app = typer.Typer(no_args_is_help=True, help="The dual function on tables of scores: no model needed.")
+
+
+Scores = Annotated[Path, typer.Argument(help="parquet, csv or jsonl of reference samples: prompt_id and the score columns")]
+
+
+Reward = Annotated[str, typer.Option(help="reward column")]
+
+
+Beta = Annotated[float, typer.Option(help="β, reward units per nat")]
+
+
+MaxLambda = Annotated[float, typer.Option(help="upper bound of every multiplier")]
+
+
+AssumeReference = Annotated[bool, typer.Option("--assume-reference", help="take every row as the reference policy's sample")]
+
+
+@app.command()
+def solve(
+    scores: Scores,
+    reward: Reward,
+    beta: Beta,
+    constraint: Annotated[list[str], typer.Option(help="COLUMN=MARGIN over the reference, once per utility")] = [],  # noqa: B006
+    threshold: Annotated[list[str], typer.Option(help="COLUMN=LEVEL, an absolute level, once per utility")] = [],  # noqa: B006
+    max_lambda: MaxLambda = 1000.0,
+    bootstrap: Annotated[int, typer.Option(help="resample the prompts so many times for a 95 % interval of λ*")] = 0,
+    seed: Annotated[int, typer.Option(help="of --bootstrap and --stability")] = 0,
+    stability: Annotated[bool, typer.Option("--stability", help="λ* on parts of the table: how many samples do I need")] = False,
+    assume_reference: AssumeReference = False,
+    as_json: AsJson = False,
+) -> None:
+    """One-shot multipliers λ* from samples of the reference policy, with D(λ*) and the predicted means."""
+    import numpy as np
+
+    from constrained_dpo.dual import sensitivity
+    from constrained_dpo.dual.feasibility import diagnose_feasibility
+    from constrained_dpo.dual.one_shot import solve_one_shot
+
+    if bootstrap < 0 or bootstrap == 1:
+        raise UserError(f"--bootstrap {bootstrap}: give at least 2 replicates, or 0 for none")
+    if seed < 0:
+        raise UserError(f"--seed {seed}: must be ≥ 0")
+    levels = {k: {n: [v] for n, v in parse_assignments(o, f"--{k}").items()} for k, o in _named(constraint, threshold)}
+    problem = _problem(reward, beta, levels, max_lambda)
+    table = _table(scores, problem, assume_reference)
+    solution = solve_one_shot(table, problem, max_lambda=max_lambda)
+    feasibility = diagnose_feasibility(table, problem) if solution.at_bound else None
+    values = _solution_values(solution) | {
+        "kkt_residual": solution.kkt_residual, "passes": solution.passes, "num_prompts": len(table.counts),
+        "num_responses": len(table.reward), "feasibility": _feasibility_values(feasibility),
+    }  # fmt: skip
+    interval = parts = None
+    if bootstrap:
+        resampled = sensitivity.bootstrap_multipliers(table, problem, solution, bootstrap, np.random.default_rng(seed), max_lambda)
+        interval = resampled.interval
+        values["lambda_ci"] = {n: interval.loc[n, ["low", "high"]].tolist() for n in problem.names}
+        values["bootstrap"] = {"replicates": bootstrap, "seed": seed, "at_bound": resampled.at_bound}
+    if stability:
+        parts = sensitivity.stability(table, problem, np.random.default_rng(seed), max_lambda)
+        values["stability"] = [_finite(row) for row in parts.to_dict("records")]
+    if as_json:
+        print(json.dumps(values, allow_nan=False))
+    else:
+        _print_solution(solution, problem, interval, parts)
+    if feasibility is not None:
+        at = " and ".join(solution.at_bound)
+        print(f"warning: λ* of {at} is at its bound {max_lambda:g}, --max-lambda. {feasibility.sentence()}", file=sys.stderr)
+
+
+@app.command()
+def sweep(
+    scores: Scores,
+    reward: Reward,
+    beta: Beta,
+    constraint: Annotated[list[str], typer.Option(help="COLUMN=LOW:HIGH:NUMBER or COLUMN=A,B,… margins")] = [],  # noqa: B006
+    threshold: Annotated[list[str], typer.Option(help="the same for absolute levels")] = [],  # noqa: B006
+    max_lambda: MaxLambda = 1000.0,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for the predicted trade-off curve")] = None,
+    assume_reference: AssumeReference = False,
+    as_json: AsJson = False,
+) -> None:
+    """λ* and the predicted means over a grid of margins: every combination of the values given."""
+    from constrained_dpo.dual import sensitivity
+
+    levels = {kind: parse_grids(options, f"--{kind}") for kind, options in _named(constraint, threshold)}
+    problem = _problem(reward, beta, levels, max_lambda)
+    grid = levels["constraint"] | levels["threshold"]
+    if not grid:
+        raise UserError("cdpo dual sweep: nothing to sweep; give --constraint COLUMN=LOW:HIGH:NUMBER")
+    if (settings := math.prod(len(values) for values in grid.values())) > MAX_SETTINGS:
+        raise UserError(f"the grids have {settings} combinations; give at most {MAX_SETTINGS}")
+    table = _table(scores, problem, assume_reference)
+    points = list(sensitivity.sweep(table, problem, grid, max_lambda))
+    if plot is not None:
+        from constrained_dpo.report.drawing import LIGHT, render
+        from data_prep.files import write_atomically
+
+        write_atomically(plot, render(lambda style: sensitivity.sweep_figure(points, problem, style), LIGHT))
+    if as_json:
+        print(json.dumps([{"levels": p.bounds.to_dict()} | _solution_values(p.solution) for p in points], allow_nan=False))
+    else:
+        _print_sweep(points, problem)
+    if unmet := sum(bool(p.solution.at_bound) for p in points):
+        print(
+            f"warning: in {unmet} of {len(points)} settings a multiplier is at its bound {max_lambda:g} (marked !): these samples do not "
+            "reach the level within it; `cdpo dual solve` says why",
+            file=sys.stderr,
+        )
+
+
+def parse_grids(options: list[str], option: str) -> dict[str, list[float]]:
+    """NAME=LOW:HIGH:NUMBER or NAME=A,B,… as values by name; raises UserError."""
+    import numpy as np
+
+    grids: dict[str, list[float]] = {}
+    for text in options:
+        name, _, value = text.partition("=")
+        try:
+            if not name or name in grids:
+                raise ValueError
+            if ":" in value:
+                low, high, number = value.split(":")
+                grids[name] = np.linspace(float(low), float(high), int(number)).tolist()
+            else:
+                grids[name] = [float(v) for v in value.split(",")]
+            if not grids[name]:
+                raise ValueError
+        except ValueError as error:
+            raise UserError(f"{option} {text}: write NAME=LOW:HIGH:NUMBER or NAME=A,B,…, each name once") from error
+    return grids
+
+
+def _named(constraint: list[str], threshold: list[str]) -> list[tuple[str, list[str]]]:
+    return [("constraint", constraint), ("threshold", threshold)]
+
+
+def _problem(reward: str, beta: float, levels: dict[str, dict[str, list[float]]], max_lambda: float) -> "ConstrainedProblem":
+    """The problem at the first value of every grid; every value is checked."""
+    from constrained_dpo.problem import ConstrainedProblem, Constraint
+
+    if not 0 < max_lambda < float("inf"):
+        raise UserError(f"--max-lambda {max_lambda}: must be a finite number > 0")
+    margins = [[Constraint(n, margin=v) for v in values] for n, values in levels["constraint"].items()]
+    thresholds = [[Constraint(n, threshold=v) for v in values] for n, values in levels["threshold"].items()]
+    return ConstrainedProblem(reward, beta, tuple(values[0] for values in margins + thresholds))
+
+
+def _table(scores: Path, problem: "ConstrainedProblem", assume_reference: bool) -> "ScoreTable":
+    from constrained_dpo.dual.score_files import read_scores
+
+    read = read_scores(scores, problem, assume_reference)
+    if read.taken_as:
+        print(f"{scores}: {read.taken_as}", file=sys.stderr)
+    return read.table
+
+
+def _solution_values(solution: "OneShotSolution") -> dict[str, object]:
+    return {
+        "lambda": solution.lambda_.to_dict(), "dual_value": solution.dual_value, "ess": solution.ess, "min_ess": solution.min_ess,
+        "reward": solution.reward, "utilities": solution.utilities.to_dict(), "kl": solution.kl, "at_bound": list(solution.at_bound),
+    }  # fmt: skip
+
+
+def _feasibility_values(found: "Feasibility | None") -> dict[str, object] | None:
+    if found is None:
+        return None
+    numbers = {"slack": found.slack, "se": found.se, "ess": found.ess, "num_prompts": found.num_prompts}
+    return {
+        "verdict": found.verdict, "constraints": list(found.constraints), "together": found.together,
+        "largest": found.largest.to_dict(), "shortfall": found.shortfall.to_dict(), **_finite(numbers), "sentence": found.sentence(),
+    }  # fmt: skip
+
+
+def _finite(row: dict[str, object]) -> dict[str, object]:
+    """JSON has no nan and no infinity: null instead."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _print_solution(
+    solution: "OneShotSolution", problem: "ConstrainedProblem", interval: "pd.DataFrame | None", parts: "pd.DataFrame | None"
+) -> None:
+    for name in problem.names:
+        error = "" if interval is None else f" [{interval.loc[name, 'low']:.4g}, {interval.loc[name, 'high']:.4g}]"
+        print(f"λ*({name}) = {solution.lambda_[name]:.6g}{error}; predicted E[{name}] = {solution.utilities[name]:.6g}")
+    print(
+        f"D(λ*) = {solution.dual_value:.6g}; predicted E[{problem.reward}] = {solution.reward:.6g}, KL {solution.kl:.4g} nats; "
+        f"ESS per prompt: mean {solution.ess:.1f}, min {solution.min_ess:.1f}"
+    )
+    if parts is None:
+        return
+    for name, rows in parts.groupby("constraint", sort=False):
+        cell = lambda row: f"{row.mean_:.4g}" + (f" ± {row.sd:.2g}" if row.repeats > 1 else "")  # noqa: E731
+        cells = {(r.num_prompts, r.num_responses): cell(r) for r in rows.rename(columns={"mean": "mean_"}).itertuples()}
+        responses = sorted({k for _, k in cells})
+        print(f"\nλ*({name}) on random parts of the table, mean ± sd; prompts down, responses per prompt across")
+        print(f"{'':>10}" + "".join(f"{k:>20}" for k in responses))
+        for prompts in sorted({n for n, _ in cells}):
+            print(f"{prompts:>10}" + "".join(f"{cells[prompts, k]:>20}" for k in responses))
+
+
+def _print_sweep(points: list["SweepPoint"], problem: "ConstrainedProblem") -> None:
+    names = problem.names
+    header = [*[f"{n} ≥" for n in names], *[f"λ*({n})" for n in names], f"E[{problem.reward}]", *[f"E[{n}]" for n in names], "KL", "ESS"]
+    rows = [
+        [f"{v:.4g}" for v in p.bounds]
+        + [f"{v:.5g}{'!' if n in p.solution.at_bound else ''}" for n, v in p.solution.lambda_.items()]
+        + [f"{v:.4g}" for v in (p.solution.reward, *p.solution.utilities, p.solution.kl)]
+        + [f"{p.solution.ess:.1f}"]
+        for p in points
+    ]
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    for row in [header, *rows]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))

@@ -1,0 +1,1 @@
+"""The dual function on tables of scores: D(λ), λ*, feasibility, sensitivity."""

@@ -1,0 +1,156 @@
+"""The dual function D(λ) on tables of scores, and the subgradient u with its error bars. numpy and scipy only.
+
+D(λ) ≈ β E_x log mean_k exp((r + λ·g)/β + log π_ref(y_k) − log q(y_k)) − λ·a, y_k ~ q; one function for every q (for q = π_ref
+it is MoCAN's dual function, arXiv:2405.19544). Convex in λ: gradient E_x E_w[g] − a, Hessian (1/β) E_x Cov_w(g), with w the tilted weights.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from constrained_dpo.problem import ConstrainedProblem
+from data_prep.tables import require_columns, require_finite, require_ids
+
+BLOCK_ROWS = 1 << 15  # rows of one block of an evaluation: its temporaries (about 2 MB) stay in a core's cache
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole prompts of a table: slices of its rows and prompts. With K responses each, arrays are (prompts, K); ragged ones are flat."""
+
+    rows: slice
+    prompts: slice
+    width: int | None
+    starts: np.ndarray
+    counts: np.ndarray
+
+    def of(self, values: np.ndarray) -> np.ndarray:
+        """The block's part of a (num_responses,) array, contiguous."""
+        part = np.ascontiguousarray(values[self.rows])
+        return part.reshape(-1, self.width) if self.width else part
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        return values.sum(axis=1) if self.width else np.add.reduceat(values, self.starts)
+
+    def dot(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Sums of products per prompt. Neither branch calls BLAS, whose rounding may depend on alignment and threads."""
+        return np.einsum("ij,ij->i", left, right) if self.width else np.add.reduceat(left * right, self.starts)
+
+    def max(self, values: np.ndarray) -> np.ndarray:
+        return values.max(axis=1) if self.width else np.maximum.reduceat(values, self.starts)
+
+    def spread(self, per_prompt: np.ndarray) -> np.ndarray:
+        """A value per prompt, in a shape that broadcasts against the block's arrays."""
+        return per_prompt[:, None] if self.width else np.repeat(per_prompt, self.counts)
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores sorted by prompt; ragged numbers of responses allowed.
+
+    reward: (num_responses,); utilities: (num_responses, m), both in score units, fastest with contiguous columns; log_weight:
+    (num_responses,) log π_ref − log q in nats (0 for samples of π_ref); starts: (num_prompts,) first row of each prompt; counts:
+    (num_prompts,).
+    """
+
+    reward: np.ndarray
+    utilities: np.ndarray
+    log_weight: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def from_frame(cls, frame: pd.DataFrame, problem: ConstrainedProblem, log_weight: str | None = None) -> "ScoreTable":
+        """From a responses table; `log_weight` names a column of log π_ref − log q, None means q = π_ref."""
+        columns = problem.objectives + ([log_weight] if log_weight else [])
+        require_columns(frame, ["prompt_id", *columns], "scores")
+        require_ids(frame, ["prompt_id"], "scores")
+        require_finite(frame, columns, "scores")
+        codes, _ = pd.factorize(frame["prompt_id"])
+        values = [frame[c].to_numpy(np.float64) for c in columns]
+        utilities = np.array(values[1 : 1 + len(problem.names)]).reshape(len(problem.names), len(frame))
+        return cls.from_columns(codes, values[0], utilities, values[-1] if log_weight else None)
+
+    @classmethod
+    def from_columns(
+        cls, codes: np.ndarray, reward: np.ndarray, utilities: np.ndarray, log_weight: np.ndarray | None = None
+    ) -> "ScoreTable":
+        """reward, log_weight: (num_responses,); utilities: (m, num_responses); codes: (num_responses,) a number for each row's prompt,
+        equal where the prompt is. Where the rows of every prompt follow each other nothing is copied."""
+        if not (codes[1:] >= codes[:-1]).all():
+            order = np.argsort(codes, kind="stable")  # a prompt's rows keep their order
+            codes, reward, utilities = codes[order], reward[order], utilities[:, order]
+            log_weight = None if log_weight is None else log_weight[order]
+        starts = np.concatenate([[0], np.flatnonzero(codes[1:] != codes[:-1]) + 1])
+        return cls(
+            reward=reward,
+            utilities=utilities.T,
+            log_weight=_no_weight(len(codes)) if log_weight is None else log_weight,
+            starts=starts,
+            counts=np.diff(starts, append=len(codes)),
+        )
+
+    @classmethod
+    def from_arrays(cls, reward: np.ndarray, utilities: np.ndarray, log_weight: np.ndarray | None = None) -> "ScoreTable":
+        """K responses to every prompt. reward, log_weight: (num_prompts, K); utilities: (m, num_prompts, K). Nothing is copied."""
+        prompts, width = reward.shape
+        return cls(
+            reward=reward.reshape(-1),
+            utilities=utilities.reshape(len(utilities), -1).T,
+            log_weight=_no_weight(reward.size) if log_weight is None else log_weight.reshape(-1),
+            starts=np.arange(prompts) * width,
+            counts=np.full(prompts, width),
+        )
+
+    @cached_property
+    def width(self) -> int | None:
+        """K where every prompt has the same number of responses, else None."""
+        return int(self.counts[0]) if (self.counts == self.counts[0]).all() else None
+
+    def blocks(self, block_rows: int = BLOCK_ROWS) -> Iterator[Block]:
+        """The table in blocks of whole prompts with about `block_rows` rows each, at least one prompt."""
+        ends, first = self.starts + self.counts, 0
+        while first < len(ends):
+            row = int(self.starts[first])
+            last = max(int(np.searchsorted(ends, row + block_rows, side="right")), first + 1)
+            prompts = slice(first, last)
+            yield Block(slice(row, int(ends[last - 1])), prompts, self.width, self.starts[prompts] - row, self.counts[prompts])
+            first = last
+
+    def take(self, prompts: np.ndarray, responses: np.ndarray | None = None) -> "ScoreTable":
+        """The table of some prompts (numbers of prompts; one may come twice), with all their responses or the rows marked True in
+        `responses`, (num_responses,) bool, at least one of each prompt."""
+        counts = self.counts[prompts]
+        rows = np.repeat(self.starts[prompts] - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts) + np.arange(counts.sum())
+        codes = np.repeat(np.arange(len(prompts)), counts)
+        if responses is not None:
+            codes, rows = codes[responses[rows]], rows[responses[rows]]
+        return ScoreTable.from_columns(codes, self.reward[rows], self.utilities.T[:, rows], self.log_weight[rows])
+
+    def prompt_means(self, values: np.ndarray) -> np.ndarray:
+        """Mean over a prompt's responses, unweighted; (num_responses, ...) → (num_prompts, ...)."""
+        sums = np.add.reduceat(values, self.starts, axis=0)
+        return sums / self.counts.reshape(-1, *[1] * (values.ndim - 1))
+
+    def prompt_reference_means(self) -> np.ndarray:
+        """Mean utilities of π_ref by prompt, (m, num_prompts): plain means of samples of π_ref, self-normalised importance-weighted
+        means Σ w g / Σ w, w = π_ref/q, of weighted ones."""
+        means = np.empty((self.utilities.shape[1], len(self.counts)))
+        for block in self.blocks():
+            weight = block.of(self.log_weight)
+            weight = np.exp(weight - block.spread(block.max(weight)))
+            total = block.sum(weight)
+            for mean, column in zip(means, self.utilities.T, strict=True):
+                mean[block.prompts] = block.dot(weight, block.of(column)) / total
+        return means
+
+    def reference_means(self) -> np.ndarray:
+        """ḡ_ref, shape (m,): the mean over prompts of `prompt_reference_means`."""
+        return self.prompt_reference_means().mean(axis=1)
+
+
+def _no_weight(rows: int) -> np.ndarray:
+    return np.broadcast_to(0.0, rows)  # rows zeros in the memory of one

@@ -1,0 +1,1 @@
+"""A fitted policy judged afresh, and taken away."""

@@ -1,0 +1,322 @@
+"""The Lagrangian maximizer: TRL's DPOTrainer on pseudo-preferences, with reference log-probabilities from the pool.
+
+The losses are in `losses.py`, the rows in `fit_data.py` and `shared_prompts.py`; what happens over the life of a fit is in `fit_watch.py`,
+`fit_holdout.py` and `fit_checkpoints.py`. The KL anchor is π_ref (the base without adapter) in every round: the stored `ref_logp` enters
+the loss and no reference model runs here.
+"""
+
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import torch
+import transformers
+from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from transformers import PrinterCallback
+from trl import DPOConfig, DPOTrainer
+
+from constrained_dpo.fit.adapter import _plain_head_in_sight, _restored_base, check_anchor, save_adapter
+from constrained_dpo.fit.checkpoints import KEPT, SealedCheckpoints, fit_identity, start_from
+from constrained_dpo.fit.holdout import HeldOut, residual, split_held_out, squared_residuals
+from constrained_dpo.fit.losses import all_pairs_loss, listwise_loss, pair_loss
+from constrained_dpo.fit.rows import LengthBuckets, PaddedCollator, group_dataset, pair_dataset, row_lengths
+from constrained_dpo.fit.shared_prompts import (
+    SHARED_INPUTS,
+    SharedPromptCollator,
+    adapted_head_logps,
+    add_shared_forward,
+    why_not_shared,
+)
+from constrained_dpo.fit.watch import FitProgress, StepWatch, kl_estimate, training_log_text
+from constrained_dpo.launch import is_main, rank, shards_base, wait
+from constrained_dpo.recipe.fit import FitSettings
+from constrained_dpo.tracking import fit_logs
+from data_prep.errors import UserError
+from data_prep.models.checkpoints import check_adapter_folder, explained_loading
+from data_prep.models.policy import Policy
+from data_prep.models.settings import LoraSettings
+
+
+class PseudoPreferenceTrainer(DPOTrainer):
+    """DPOTrainer on rows that are token ids already: pairs with a target each, or groups with scores; reference log-probabilities are
+    cached in both."""
+
+    listwise = False
+    by_length = False
+    watch: StepWatch | None = None
+    padded_because: str | None = None  # why a row's prompt is not shared; None where it is
+    adapted_head = False
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        return dataset
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self.by_length:
+            return super()._get_train_sampler(train_dataset)
+        rows_per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        prompts, responses = row_lengths(self.train_dataset)
+        in_one = responses.sum(axis=1) if self.padded_because is None else responses.max(axis=1)
+        return LengthBuckets(prompts + in_one, rows_per_step, self.args.seed)
+
+    def _log_probabilities(self, model, inputs) -> torch.Tensor:
+        """log π_θ of every response, (num_rows, K), nats, in the layout that the collator chose."""
+        count = inputs["ref_logps"].shape[1]
+        if "segments" in inputs:
+            return model(**{name: inputs[name] for name in SHARED_INPUTS}, num_responses=count)
+        sequences = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+        if self.adapted_head:
+            return adapted_head_logps(model, **sequences).view(-1, count)
+        return model(**sequences, use_cache=False, fused_lm_head=True).log_probs.float().sum(dim=1).view(-1, count)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        policy = self._log_probabilities(model, inputs)
+        log_ratio = policy - inputs["ref_logps"]
+        loss, reported = self._pair_loss(log_ratio, inputs) if "target" in inputs else self._group_loss(log_ratio, inputs)
+        if self.watch is not None:
+            self.watch.saw(inputs, policy, loss, self.state.global_step + self.model.training)
+        if "sample_logps" in inputs:
+            reported |= kl_estimate(policy, inputs["ref_logps"], inputs["sample_logps"])
+        mode = "train" if self.model.training else "eval"
+        for name, value in reported.items():
+            mean = self.accelerator.gather(value.detach()).nanmean().item()
+            if not math.isnan(mean):  # a KL without a law; a loss that is not finite has stopped the fit
+                self._metrics[mode][name].append(mean)
+        return (loss, log_ratio) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Of held-out rows: the loss, the squared residual of each row, and its number."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, log_ratio = self.compute_loss(model, inputs, return_outputs=True)
+        return loss, squared_residuals(log_ratio, inputs, self.beta), inputs["row"]
+
+    def _save_checkpoint(self, model, trial):
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own for a full disk
+            raise OSError(f"{self.args.output_dir}: the checkpoint cannot be saved ({error})") from error
+
+    def _pair_loss(self, log_ratio: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        chosen, rejected = log_ratio.unbind(dim=1)
+        scaled = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
+        loss = pair_loss(self.beta * (chosen - rejected), inputs["target"]).mean()
+        return loss, {name: self.beta * value for name, value in scaled.items()}
+
+    def _group_loss(self, log_ratio: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        scores, loss = inputs["scores"], listwise_loss if self.listwise else all_pairs_loss
+        spread = self.beta * (log_ratio.amax(dim=1) - log_ratio.amin(dim=1))
+        reported = {"rewards/mean": self.beta * log_ratio, "rewards/spread": spread}
+        return loss(log_ratio, scores, self.beta).mean(), reported
+
+
+def training_config(
+    settings: FitSettings, beta: float, seed: int, output: Path, device: str, run_name: str | None = None, resumed: bool = False
+) -> DPOConfig:
+    """Every default of DPOConfig that changes the mathematics is set here in words (DESIGN §9). output: where checkpoints go.
+
+    resumed: the adapter that the fit started from was measured before the kill.
+    """
+    config = DPOConfig(
+        output_dir=str(output),
+        beta=beta,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler,
+        warmup_steps=settings.warmup_steps,
+        optim=settings.optimizer,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        max_steps=settings.steps or -1,
+        num_train_epochs=settings.epochs or 1,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        max_length=None,  # lengths were checked; nothing is truncated
+        disable_dropout=False,  # True would zero the adapter's dropout; the base's is off since loading
+        bf16=False,  # no autocast: train- and eval-mode log-probabilities agree
+        precompute_ref_log_probs=False,  # they come from the pool
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        logging_steps=1,  # `fit_watch` sees every gradient's norm
+        eval_strategy="steps" if settings.holdout else "no",
+        eval_steps=settings.eval_steps,
+        eval_on_start=bool(settings.holdout) and not resumed,
+        per_device_eval_batch_size=settings.batch_size,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 1,
+        save_total_limit=KEPT,
+        report_to=settings.report_to or "none",
+        run_name=run_name,
+        disable_tqdm=True,
+        use_cpu=device == "cpu",
+        seed=seed % 2**32,
+    )
+    # A process computes on its one device. With more GPUs in sight the Trainer would wrap the model in DataParallel, which TRL refuses.
+    config._n_gpu = min(config.n_gpu, 1)
+    return config
+
+
+def build_trainer(
+    policy: Policy,
+    dataset: datasets.Dataset,
+    settings: FitSettings,
+    lora: LoraSettings,
+    *,
+    beta: float,
+    seed: int,
+    output: Path,
+    previous_adapter: Path | None,
+    run_name: str | None = None,
+    show_progress: bool = False,
+    held_out: datasets.Dataset | None = None,
+    resumed: bool = False,
+) -> PseudoPreferenceTrainer:
+    """The trainer, built on the plain base plus a fresh adapter into which `previous_adapter` is then loaded.
+
+    held_out: rows that are only measured, where `settings.holdout` asks for them. resumed: `train` will be given a checkpoint.
+    Given a PeftModel instead, TRL would copy its adapter as "ref" and anchor the KL to the last round's policy.
+    """
+    target = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    with _plain_head_in_sight(policy.model):
+        trainer = PseudoPreferenceTrainer(
+            model=policy.model,
+            args=training_config(settings, beta, seed, output, policy.device.type, run_name, resumed),
+            data_collator=PaddedCollator(policy.tokenizer.pad_token_id),
+            train_dataset=dataset,
+            eval_dataset=held_out,
+            compute_metrics=residual,
+            processing_class=policy.tokenizer,
+            peft_config=LoraConfig(
+                r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target, task_type="CAUSAL_LM"
+            ),
+        )
+    trainer.listwise, trainer.by_length = settings.loss == "listwise", settings.group_by_length
+    for callback in (PrinterCallback, transformers.ProgressCallback):  # stdout is for results; progress is ours, on stderr
+        trainer.remove_callback(callback)
+    if show_progress:
+        trainer.add_callback(FitProgress())
+    # TRL casts the adapter of a quantized base to bf16, where a step of 5e-5 leaves most of lora_A unmoved.
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if previous_adapter is not None:
+        check_adapter_folder(previous_adapter, "warm start")
+        with explained_loading("warm start", f"{previous_adapter} (of another base, or damaged?)"):
+            loaded = set_peft_model_state_dict(trainer.model, load_peft_weights(str(previous_adapter), device=str(policy.device)))
+        if loaded.unexpected_keys:
+            raise UserError(f"{previous_adapter}: an adapter of another base or LoRA setting ({loaded.unexpected_keys[0]})")
+    if list(trainer.model.peft_config) != ["default"] or trainer.ref_model is not None:
+        raise RuntimeError(f"the trainer holds a reference of its own ({list(trainer.model.peft_config)}); the KL would not be to π_ref")
+    trainer.adapted_head = isinstance(trainer.model.get_base_model().get_output_embeddings(), BaseTunerLayer)
+    trainer.padded_because = _share_prompts(trainer, policy) if settings.shared_prompts else "fit.shared_prompts is false"
+    return trainer
+
+
+def _share_prompts(trainer: PseudoPreferenceTrainer, policy: Policy) -> str | None:
+    """Turns the shared layout on where it is exact and cheaper; returns the reason where it is not."""
+    add_shared_forward(trainer.model.get_base_model())
+    tolerance = 2e-5 if policy.settings.reproducible else 0.05  # nats per token; half precision rounds at the third digit of a logit
+    parts = [part for part in (trainer.train_dataset, trainer.eval_dataset) if part is not None]  # one layout for both
+    reason = why_not_shared(trainer.model, datasets.concatenate_datasets(parts), policy.tokenizer.pad_token_id, tolerance)
+    if reason is None:
+        trainer.data_collator = SharedPromptCollator(policy.tokenizer.pad_token_id)
+    return reason
+
+
+def fit_adapter(
+    policy: Policy,
+    labels: pd.DataFrame,
+    pool: pd.DataFrame,
+    prompt_tokens: dict[str, list[int]],
+    settings: FitSettings,
+    lora: LoraSettings,
+    *,
+    beta: float,
+    seed: int,
+    previous_adapter: Path | None,
+    output: Path,
+    logs: Path | None = None,
+    checkpoints: Path | None = None,
+    holdout_seed: int = 0,
+    run_name: str | None = None,
+    show_progress: bool = False,
+) -> float | None:
+    """Trains one round's adapter and saves it at `output` in PEFT's format; the folder appears whole or not at all.
+
+    labels: rows of the pairs table, or of the groups table where the settings say groups; pool: the responses they name, with `ref_logp`.
+    The optimizer starts fresh, unless `checkpoints` (the folder for those of `settings.save_steps`; None: none are written) holds one of
+    this very fit: then it goes on from there, to the same adapter bit for bit on the same machine. `holdout_seed` draws the held-out
+    prompts. Returns the largest |log π_θ − stored ref_logp| before the first step in nats (None after a warm start or a resume); the log
+    is beside the adapter. `logs` is where the trackers of `settings.report_to` write, `run_name` what they call this fit.
+    In a launch of several processes all of them call this, each trains on its own rows of every step's batch, and the main one saves. Where
+    the launch shards the base (`shards_base`) the policy cannot be used afterwards and has to be loaded again.
+
+    Raises FloatingPointError at the first loss or gradient that is not finite; its batch is then in bad_batch.json beside `output`
+    (what the N-th process of a launch saw: in bad_batch-process-N.json).
+    """
+    dataset = (group_dataset if settings.grouped else pair_dataset)(labels, pool, prompt_tokens, settings.max_length)
+    temporary = output.with_name(f".{output.name}.tmp")
+    bad_batch = output.with_name("bad_batch.json" if is_main() else f"bad_batch-process-{rank()}.json")  # each saw rows of its own
+    if is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+    checkpoint, callbacks = None, []
+    if settings.save_steps and checkpoints is not None:
+        identity = fit_identity(
+            dataset, policy.fingerprint, settings, lora, beta=beta, seeds=(seed, holdout_seed), previous_adapter=previous_adapter
+        )
+        checkpoint = start_from(checkpoints, identity)
+        callbacks = [SealedCheckpoints(identity)]
+    else:
+        settings = settings.model_copy(update={"save_steps": None})
+    fitted, held_out = split_held_out(dataset, pool["prompt_id"], settings.holdout, holdout_seed)
+    measured = HeldOut(settings.early_stop)
+    if held_out is not None:
+        callbacks = [measured, *callbacks]
+    with _restored_base(policy), fit_logs(logs if is_main() else None, settings.report_to, resumed=checkpoint is not None):
+        trainer = build_trainer(
+            policy,
+            fitted,
+            settings,
+            lora,
+            beta=beta,
+            seed=seed,
+            output=checkpoints if settings.save_steps else temporary,
+            previous_adapter=previous_adapter,
+            run_name=run_name,
+            show_progress=show_progress,
+            held_out=held_out,
+            resumed=checkpoint is not None,
+        )
+        trainer.watch = StepWatch(dataset, bad_batch)
+        for callback in (trainer.watch, *callbacks):
+            trainer.add_callback(callback)
+        try:
+            fresh = previous_adapter is None and checkpoint is None
+            anchor_error = check_anchor(policy, trainer.model, dataset) if fresh else None
+            if checkpoint is not None:
+                print(f"fit: goes on from {checkpoint.name}", file=sys.stderr)
+                measured.resume(checkpoint)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            measured.restore_best(trainer.model)
+            content = {"anchor_error": anchor_error, "padded_because": trainer.padded_because}
+            if held_out is not None:
+                content["held_out"] = measured.record(held_out)
+            content["log"] = [{k: v for k, v in row.items() if isinstance(v, int | float)} for row in trainer.state.log_history]
+            gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) if shards_base() else None
+            if is_main():
+                save_adapter(trainer.model, gathered, training_log_text(content), temporary, output)
+        finally:
+            if not shards_base():
+                trainer.model.unload()
+    wait()
+    if is_main():
+        if checkpoints is not None:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        for path in output.parent.glob("bad_batch*.json"):
+            path.unlink()
+    return anchor_error

@@ -1,0 +1,1 @@
+"""Learners: what fits, samples and scores for a run."""

@@ -1,0 +1,245 @@
+"""The LoRA learner: what `rounds` asks for (fit, sample, score), done with real models. Models are loaded when first needed."""
+
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from constrained_dpo.launch import shards_base
+from constrained_dpo.recipe.schema import Recipe
+from constrained_dpo.run.directory import RunDirectory
+from data_prep.errors import UserError
+from data_prep.models.adapters import attached_adapter
+from data_prep.models.policy import Policy, load_policy
+from data_prep.models.settings import QUICKSTART
+from data_prep.prompts.templates import last_user_text, tokenize_prompts
+from data_prep.sampling.generate import sample_shard
+from data_prep.sampling.law import check_lengths, law_hash
+from data_prep.sampling.logprobs import response_logps
+from data_prep.sampling.served import CompletionServer, sample_served
+from data_prep.scorers.cache import ScoreCache
+from data_prep.scorers.implicit import AskedPolicy
+from data_prep.scorers.scoring import Scorer, apply_options, make_scorer, score_texts, score_tokens
+from data_prep.scorers.settings import ScorerSettings
+from data_prep.settings import derive_seed
+
+
+class LoraLearner:
+    """Fits LoRA adapters with TRL, samples and scores with the recipe's policy and scorers."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        prompts: pd.DataFrame,
+        show_progress: bool = False,
+        extra_scorers: dict[str, ScorerSettings] | None = None,
+    ) -> None:
+        self.recipe, self.prompts, self.show_progress = recipe, prompts, show_progress
+        self.run = run
+        self.scorer_settings = recipe.scorers | (extra_scorers or {})
+
+    @cached_property
+    def policy(self) -> Policy:
+        return load_policy(self.recipe.policy)
+
+    @cached_property
+    def server(self) -> CompletionServer | None:
+        """What samples, where the recipe has it sampled by a server."""
+        settings = self.recipe.sampling.server
+        return None if settings is None else CompletionServer(settings)
+
+    @cached_property
+    def scorers(self) -> dict[str, Scorer]:
+        return {name: make_scorer(settings, self.asked) for name, settings in self.scorer_settings.items()}
+
+    @property
+    def asked(self) -> AskedPolicy:
+        """This learner's policy for scorers that ask it; still the learner's to unload."""
+        return AskedPolicy(lambda: self.policy, self.recipe.prompts, self.recipe.sampling.max_new_tokens)
+
+    @cached_property
+    def cache(self) -> ScoreCache:
+        return ScoreCache(self.run.score_cache)
+
+    @cached_property
+    def prompt_tokens(self) -> dict[str, list[int]]:
+        return tokenize_prompts(self.prompts, self.recipe.prompts, self.policy.tokenizer)
+
+    @cached_property
+    def prompt_texts(self) -> pd.Series:
+        """What scorers are told the prompt was, by prompt_id."""
+        texts = [last_user_text(p, self.recipe.prompts.format) for p in self.prompts["prompt"]]
+        return pd.Series(texts, index=self.prompts["prompt_id"])
+
+    def unload(self) -> None:
+        """Frees the policy; it loads again when next needed."""
+        self.__dict__.pop("policy", None)
+
+    def restrict(self, limit: int) -> dict[str, int]:
+        """Applies the length limit (tokens of prompt + response) to the prompts; returns how many were dropped.
+
+        Raises UserError for prompts that are too long where the recipe does not say to drop them.
+        """
+        names = "fit.max_length"
+        if self.policy.window is not None and self.policy.window < limit:
+            limit, names = self.policy.window, "the policy's window"
+        if self.recipe.prompts.too_long == "error":
+            check_lengths(self.prompt_tokens, self.recipe.sampling, limit, names)
+            return {"too_long": 0}
+        room = limit - self.recipe.sampling.max_new_tokens
+        fits = self.prompts["prompt_id"].map(lambda pid: len(self.prompt_tokens[pid]) <= room)
+        dropped, splits = int((~fits).sum()), set(self.prompts["split"]) - {"fit"}
+        self.prompts = self.prompts[fits].reset_index(drop=True)
+        counts = self.prompts["split"].value_counts()
+        if min(counts.get(split, 0) for split in splits) < 2:
+            raise UserError(f"prompts: {dropped} of {len(fits)} are too long for {names} {limit}; too few are left")
+        return {"too_long": dropped}
+
+    def identity(self) -> dict[str, object]:
+        """Hashes of what the run's numbers depend on, and the sampling law in words."""
+        sampling = self.recipe.sampling
+        return {
+            "policy": self.policy.fingerprint,
+            "scorers": {name: self.scorers[name].fingerprint for name in self.recipe.scorers},
+            "law": law_hash(sampling, self.policy.eos_ids),
+            "overridden_generation": self.policy.overridden,
+        } | ({} if self.server is None else {"sampler": self.server.fingerprint()})
+
+    def fit(self, labels: pd.DataFrame, pool: pd.DataFrame, *, lambda_: pd.Series, previous: Path | None, output: Path, seed: int) -> None:
+        """One round's adapter at `output`; the multipliers are in the labels (pairs or groups) already."""
+        from constrained_dpo.fit.trainer import fit_adapter
+
+        number = self.run.rounds_done()
+        name = f"round-{number:03d}"
+        fit_adapter(
+            self.policy,
+            labels,
+            pool,
+            self.prompt_tokens,
+            self.recipe.fit.in_round(number),
+            self.recipe.policy.lora,
+            beta=self.recipe.objective.beta,
+            seed=seed,
+            previous_adapter=previous,
+            output=output,
+            logs=self.run.logs_folder(name),
+            checkpoints=self.run.checkpoints_folder(number),
+            holdout_seed=derive_seed(self.recipe.seed, 0, "holdout"),
+            run_name=f"{self.recipe.name}-{name}",
+            show_progress=self.show_progress,
+        )
+        if shards_base():
+            self.unload()
+
+    def sample(self, prompts: pd.DataFrame, *, responses_per_prompt: int, adapter: Path | None, source: str, seed: int) -> pd.DataFrame:
+        draw = sample_shard if self.server is None else partial(sample_served, self.server)
+        return draw(
+            self.policy,
+            prompts,
+            self.prompt_tokens,
+            self.recipe.sampling,
+            responses_per_prompt=responses_per_prompt,
+            adapter=adapter,
+            source=source,
+            seed=seed,
+        )
+
+    def log_probabilities(self, responses: pd.DataFrame, adapter: Path | None) -> np.ndarray:
+        """log π_θ (adapter) or log π_ref (None) of stored responses by their token ids (nats, T = 1), shape (num_responses,)."""
+        tokens = [self.prompt_tokens[pid] for pid in responses["prompt_id"]]
+        drawn = [ids.tolist() for ids in responses["token_ids"]]
+        with attached_adapter(self.policy, adapter) as model:
+            pad_id, size = self.policy.tokenizer.pad_token_id, self.recipe.sampling.batch_size
+            return response_logps(model, tokens, drawn, pad_id=pad_id, batch_size=size)[0]
+
+    def score(self, responses: pd.DataFrame) -> pd.DataFrame:
+        prompts = responses["prompt_id"].map(self.prompt_texts).tolist()
+        texts = responses["response"].tolist()
+        columns = {}
+        for name, scorer in self.scorers.items():
+            how = {"options": self.scorer_settings[name], "name": name, "cache": self.cache}
+            if hasattr(scorer, "score_tokens"):
+                tokens = [self.prompt_tokens[pid] for pid in responses["prompt_id"]]
+                drawn = [ids.tolist() for ids in responses["token_ids"]]
+                # A table's ref_logp is this learner's policy's; a merged export has another than the run's scorers ask.
+                own = scorer.reference_fingerprint == self.policy.fingerprint
+                ref_logp = responses["ref_logp"].to_numpy(np.float64) if own else None
+                columns[name] = score_tokens(scorer, tokens, drawn, texts=texts, ref_logp=ref_logp, **how)
+            else:
+                columns[name] = score_texts(scorer, prompts, texts, **how)
+        return responses.assign(**columns)
+
+    def truncated(self) -> dict[str, int]:
+        """Texts cut to a scorer's window in this process, by objective; only scorers that truncate."""
+        return {n: s.truncated for n, s in self.scorers.items() if getattr(s, "truncated", 0)}
+
+    def measured_scorers(self, pool: pd.DataFrame) -> dict[str, dict]:
+        """By objective: `quantization_drift` of quantized scorers, `calibration` of implicit ones; pool: π_ref's scored responses."""
+        drifts = {n: s.quantization_drift() for n, s in self.scorers.items() if hasattr(s, "quantization_drift")}
+        measured = {name: {"quantization_drift": drift} for name, drift in drifts.items() if drift is not None}
+        return measured | {name: {"calibration": record} for name, record in self.calibrations(pool).items()}
+
+    def calibrations(self, pool: pd.DataFrame) -> dict[str, dict]:
+        """By implicit objective of the recipe: `beta`, `std_within` (score units, within a prompt on π_ref's scored responses; None with
+        one response each) and `labelled`, the agreement with its table of labelled pairs (None without one)."""
+        records = {}
+        for name, settings in self.recipe.scorers.items():
+            if settings.type == "implicit":
+                within = np.sqrt(pool.groupby("prompt_id")[name].var(ddof=1).mean())
+                std = float(within) if np.isfinite(within) else None
+                records[name] = {"beta": settings.beta, "std_within": std, "labelled": self.scorers[name].agreement()}
+        return records
+
+    # Exact values, where every response can be enumerated: the embedded world alone.
+
+    @cached_property
+    def worlds(self) -> dict[str, object]:
+        """A TabularWorld per split (dual and test prompts), through the policy's own forward."""
+        from constrained_dpo.dual.exact import TabularWorld
+        from data_prep.quickstart import VOCABULARY
+        from data_prep.sampling.enumeration import enumerate_responses, exact_logps
+        from data_prep.sampling.generate import decode
+
+        texts = decode(self.policy, enumerate_responses(self.policy.eos_ids[0], len(VOCABULARY)))
+        problem, worlds = self.recipe.problem, {}
+        if problem.unresolved:  # this learner is older than what `prepare` has measured
+            problem = self.run.recipe().problem
+        for split in ("dual", "test"):
+            ids = self._prompts_of(split)
+            tokens = {pid: self.prompt_tokens[pid] for pid in ids}
+            scores = {}
+            for name, scorer in self.scorers.items():
+                if hasattr(scorer, "exact_scores"):
+                    values = scorer.exact_scores(tokens)
+                else:
+                    values = np.stack([scorer.score([self.prompt_texts[pid]] * len(texts), texts) for pid in ids])
+                scores[name] = apply_options(values, self.scorer_settings[name])
+            logp = exact_logps(self.policy, None, tokens)
+            worlds[split] = TabularWorld(problem, logp, scores[problem.reward], {n: scores[n] for n in problem.names})
+        return worlds
+
+    def _prompts_of(self, split: str) -> list[str]:
+        return self.prompts["prompt_id"][self.prompts["split"] == split].tolist()
+
+    def exact(self, adapter: Path, lambda_: pd.Series) -> dict[str, dict] | None:
+        """Exact values of a policy by split, its Lagrangian gap at λ among them; None where responses cannot be enumerated."""
+        if self.recipe.policy.model != QUICKSTART:
+            return None
+        from data_prep.sampling.enumeration import exact_logps
+
+        values = {}
+        for split, world in self.worlds.items():
+            tokens = {pid: self.prompt_tokens[pid] for pid in self._prompts_of(split)}
+            logp = exact_logps(self.policy, adapter, tokens)
+            values[split] = world.evaluate(logp) | {"lagrangian_gap": world.lagrangian_gap(logp, lambda_)}
+        return values
+
+    def optimum(self) -> dict[str, dict] | None:
+        """The exact optimum by split, or None."""
+        if self.recipe.policy.model != QUICKSTART:
+            return None
+        from constrained_dpo.dual.exact import exact_optimum
+
+        return {split: exact_optimum(world) for split, world in self.worlds.items()}

@@ -1,0 +1,80 @@
+"""The exact Lagrangian maximizer over an enumerated world, as a learner. No network."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from constrained_dpo.dual.exact import TabularWorld, exact_optimum
+
+
+@dataclass(frozen=True)
+class TabularLearner:
+    """The exact maximizer as a learner for `rounds`: the same loop, files and seeds as a LoRA fit, no network.
+
+    world: rows in the order of `prompts` (a prompts table). An adapter is a folder holding its policy's table.
+    """
+
+    world: TabularWorld
+    prompts: pd.DataFrame
+
+    def fit(self, labels: pd.DataFrame, pool: pd.DataFrame, *, lambda_: pd.Series, previous: Path | None, output: Path, seed: int) -> None:
+        temporary = output.with_name(f".{output.name}.tmp")
+        temporary.mkdir(parents=True, exist_ok=True)
+        np.save(temporary / "policy_logp.npy", self.world.maximizer(lambda_))
+        temporary.rename(output)
+
+    def table(self, adapter: Path | None) -> np.ndarray:
+        return self.world.ref_logp if adapter is None else np.load(adapter / "policy_logp.npy")
+
+    def sample(self, prompts: pd.DataFrame, *, responses_per_prompt: int, adapter: Path | None, source: str, seed: int) -> pd.DataFrame:
+        rng = np.random.default_rng(seed)
+        logp, row_of = self.table(adapter), {pid: i for i, pid in enumerate(self.prompts["prompt_id"])}
+        tables = []
+        for pid in prompts["prompt_id"]:
+            row = row_of[pid]
+            weight = np.exp(logp[row])
+            drawn = rng.choice(len(weight), responses_per_prompt, p=weight / weight.sum())
+            tables.append(
+                pd.DataFrame(
+                    {
+                        "prompt_id": pid,
+                        "response_id": [f"{source}/{pid}/{k}" for k in range(responses_per_prompt)],
+                        "response": [f"response {i}" for i in drawn],
+                        "token_ids": [np.array([i], dtype=np.int32) for i in drawn],
+                        "ended": True,
+                        "source": source,
+                        "sample_logp": logp[row, drawn],
+                        "policy_logp": logp[row, drawn],
+                        "ref_logp": self.world.ref_logp[row, drawn],
+                    }
+                )
+            )
+        return pd.concat(tables, ignore_index=True)
+
+    def _cells(self, responses: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        """Row and column of the world's arrays that each response stands for."""
+        row_of = {pid: i for i, pid in enumerate(self.prompts["prompt_id"])}
+        return responses["prompt_id"].map(row_of).to_numpy(), responses["token_ids"].map(lambda ids: int(ids[0])).to_numpy()
+
+    def score(self, responses: pd.DataFrame) -> pd.DataFrame:
+        cells = self._cells(responses)
+        scored = responses.assign(**{self.world.problem.reward: self.world.reward[cells]})
+        return scored.assign(**{n: self.world.utilities[n][cells] for n in self.world.problem.names})
+
+    def log_probabilities(self, responses: pd.DataFrame, adapter: Path) -> np.ndarray:
+        return self.table(adapter)[self._cells(responses)]
+
+    def identity(self) -> dict[str, object]:
+        return {"policy": "tabular", "law": "tabular"}
+
+    def measured_scorers(self, pool: pd.DataFrame) -> dict[str, dict]:
+        return {}  # its scores are given: nothing is quantized, no scorer is a policy
+
+    def exact(self, adapter: Path, lambda_: pd.Series) -> dict[str, dict] | None:
+        logp = self.table(adapter)
+        return {"all": self.world.evaluate(logp) | {"lagrangian_gap": self.world.lagrangian_gap(logp, lambda_)}}
+
+    def optimum(self) -> dict[str, dict] | None:
+        return {"all": exact_optimum(self.world)}

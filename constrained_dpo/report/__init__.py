@@ -1,0 +1,1 @@
+"""What a person reads: words, tables, figures, pages."""

@@ -1,0 +1,101 @@
+"""What a report is drawn from: a run's files as they are now, and how its numbers are written."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from constrained_dpo.problem import Constraint
+from constrained_dpo.recipe.schema import Recipe
+from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.status import next_step
+from data_prep.errors import UserError
+from data_prep.tables import read_parquet
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a report is drawn from.
+
+    records: round.json of every round done; optimum: exact.json or None; shown: the round whose policy is shown; before, after: the
+    responses of π_ref and of that policy to the test prompts, one index (prompt_id, draw) for both, in the order of prompts.parquet.
+    """
+
+    run: RunDirectory
+    recipe: Recipe
+    state: dict
+    records: list[dict]
+    optimum: dict[str, dict] | None
+    shown: int
+    before: pd.DataFrame
+    after: pd.DataFrame
+
+    @property
+    def record(self) -> dict:
+        return self.records[self.shown]
+
+    def name_of(self, path: Path) -> str:
+        """A file's name relative to the run, as captions give it."""
+        return path.relative_to(self.run.path).as_posix()
+
+    @property
+    def round_files(self) -> list[str]:
+        return [self.name_of(self.run.round_file(t)) for t in range(len(self.records))]
+
+    def exact_of(self, values: dict[str, dict] | None, split: str) -> dict | None:
+        """A split's entry of exact values: its own, or that of all prompts where the world does not tell them apart."""
+        return (values or {}).get(split) or (values or {}).get("all")
+
+
+def read_contents(run: RunDirectory, number: int | None = None) -> Contents:
+    """The run's files as they are now; number: the round whose policy is shown (None: the last one done).
+
+    Raises UserError when no round has been played or there is no such round.
+    """
+    recipe, state = run.recipe(), run.state()
+    done = max(len(state["lambda"]) - 1, 0)
+    if not done:
+        raise UserError(f"{run.path}: no round has been played yet, so there is nothing to report; next: {next_step(run, recipe)}")
+    shown = done - 1 if number is None else number
+    if not 0 <= shown < done:
+        raise UserError(f"--round {number}: {run.path} has rounds 0 to {done - 1}")
+    optimum = json.loads(run.exact_file.read_text()) if run.exact_file.exists() else None
+    rank = {prompt_id: i for i, prompt_id in enumerate(run.prompts()["prompt_id"])}
+    columns = ["prompt_id", "response", "token_ids", "ended", "split", *recipe.problem.objectives]
+    before, after = (_test_responses(read_parquet(path, columns), rank) for path in (run.reference_file, run.samples_file(shown)))
+    both = before.index.intersection(after.index, sort=False)
+    records = [run.round_record(t) for t in range(done)]
+    return Contents(run, recipe, state, records, optimum, shown, before.loc[both], after.loc[both])
+
+
+def _test_responses(table: pd.DataFrame, rank: dict[str, int]) -> pd.DataFrame:
+    """The test split, indexed by prompt and draw (0, 1, ... within a prompt)."""
+    table = table[table["split"] == "test"].sort_values("prompt_id", key=lambda ids: ids.map(rank), kind="stable")
+    draw = table.groupby("prompt_id").cumcount().rename("draw")
+    return table.drop(columns="split").set_index(["prompt_id", draw])
+
+
+def lengths(responses: pd.DataFrame) -> pd.Series:
+    """Tokens per response."""
+    return responses["token_ids"].map(len)
+
+
+def cut_off(responses: pd.DataFrame) -> float:
+    """Share of responses that reached max_new_tokens before they ended."""
+    return float((~responses["ended"].astype(bool)).mean())
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:+.{digits}f}".replace("-", "−")
+
+
+def interval(part: dict, name: str) -> str:
+    """u of one constraint with its interval, from round.json (dual prompts) or its `test`."""
+    return f"{signed(part['u'][name])} [{signed(part['u_ci_low'][name])}, {signed(part['u_ci_high'][name])}]"
+
+
+def asked(constraint: Constraint) -> str:
+    if constraint.margin is not None:
+        return f"at least {constraint.margin:g} above the reference policy"
+    return f"at least {constraint.threshold:g}"

@@ -1,0 +1,191 @@
+"""Every path of a run, its state, its lock. A phase is done if and only if its file exists; files appear whole or not at all."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from constrained_dpo.recipe.load import load_recipe
+from constrained_dpo.recipe.schema import Recipe
+from data_prep.errors import UserError
+from data_prep.files import hold, read_json, write_json
+from data_prep.tables import read_parquet
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """runs/NAME: recipe.yaml, state.json, prompts, pool/, reference.parquet, scorers.json, exact.json, rounds/NNN/, scores.sqlite, logs."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))  # a plain string is welcome
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def state_file(self) -> Path:
+        return self.path / "state.json"
+
+    @property
+    def prompts_file(self) -> Path:
+        return self.path / "prompts.parquet"
+
+    @property
+    def reference_file(self) -> Path:
+        """π_ref's responses on dual and test prompts, scored, with their split."""
+        return self.path / "reference.parquet"
+
+    @property
+    def exact_file(self) -> Path:
+        """The exact optimum, where the world can be enumerated."""
+        return self.path / "exact.json"
+
+    @property
+    def scorers_file(self) -> Path:
+        """What is known of every scorer: its options, its scores' statistics on π_ref's pool, how far quantization moves them, what an
+        implicit one's are worth."""
+        return self.path / "scorers.json"
+
+    def inherited_file(self, phase: str) -> Path:
+        """π_ref's responses taken over from another run (`init --from`), without scores; phase is pool, dataset or
+        reference."""
+        return self.path / "inherited" / f"{phase}.parquet"
+
+    @property
+    def score_cache(self) -> Path:
+        return self.path / "scores.sqlite"
+
+    def pool_file(self, round_number: int | None) -> Path:
+        """The pool's part from π_ref (None) or from a round."""
+        return self.path / "pool" / ("reference.parquet" if round_number is None else f"round-{round_number:03d}.parquet")
+
+    @property
+    def dataset_pool_file(self) -> Path:
+        """The pool's part from the prompts' dataset, scored; without the law they were drawn from, so for fits alone."""
+        return self.path / "pool" / "dataset.parquet"
+
+    @property
+    def given_pairs_file(self) -> Path:
+        """The dataset's own labels (`fit.labels: given`): chosen and rejected responses of its part of the pool."""
+        return self.path / "pool" / "given.parquet"
+
+    @property
+    def dataset_record_file(self) -> Path:
+        """How many of the dataset's responses are in the pool, and what was left out."""
+        return self.path / "pool" / "dataset.json"
+
+    def round_folder(self, round_number: int) -> Path:
+        return self.path / "rounds" / f"{round_number:03d}"
+
+    def pairs_file(self, round_number: int) -> Path:
+        return self.round_folder(round_number) / "pairs.parquet"
+
+    def groups_file(self, round_number: int) -> Path:
+        return self.round_folder(round_number) / "groups.parquet"
+
+    def labels_file(self, round_number: int, grouped: bool) -> Path:
+        """What a round's fit reads beside the pool: its groups, or its pairs."""
+        return self.groups_file(round_number) if grouped else self.pairs_file(round_number)
+
+    def adapter_folder(self, round_number: int) -> Path:
+        return self.round_folder(round_number) / "adapter"
+
+    def checkpoints_folder(self, round_number: int) -> Path:
+        """Checkpoints of a round's fit while it is under way (`fit.save_steps`)."""
+        return self.round_folder(round_number) / ".checkpoints"
+
+    def samples_file(self, round_number: int) -> Path:
+        """π_θ's responses on dual and test prompts, scored, with their split."""
+        return self.round_folder(round_number) / "samples.parquet"
+
+    def off_policy_file(self, round_number: int) -> Path:
+        """π_θ's log-probabilities of π_ref's responses to the dual prompts."""
+        return self.round_folder(round_number) / "off_policy.parquet"
+
+    def round_file(self, round_number: int) -> Path:
+        return self.round_folder(round_number) / "round.json"
+
+    def evaluation_folder(self, key: str) -> Path:
+        """samples.parquet, reference.parquet and evaluation.json of one `cdpo evaluate` or merged export."""
+        return self.path / "evaluations" / key
+
+    def shard_folder(self, phase: str) -> Path:
+        """Committed shards of a phase still under way."""
+        return self.path / "shards" / phase
+
+    def logs_folder(self, name: str) -> Path:
+        """What trackers wrote: `rounds`, or `round-NNN` for a round's fit."""
+        return self.path / "logs" / name
+
+    def recipe(self) -> Recipe:
+        """The frozen recipe; raises UserError when it was edited after init."""
+        self._require()
+        recipe = load_recipe(self.recipe_file)
+        if recipe.hash() != self.state()["recipe_hash"]:
+            raise UserError(f"{self.recipe_file}: was changed after init; restore it, or start another run with `cdpo init`")
+        return recipe
+
+    def _require(self) -> None:
+        if self.path.is_file():
+            raise UserError(f"{self.path}: is a file, not a run directory; create one with `cdpo init {self.path} runs/NAME`")
+        if not self.state_file.exists():
+            raise UserError(f"{self.path}: not a run directory (no state.json); create it with `cdpo init RECIPE {self.path}`")
+
+    def state(self) -> dict:
+        """state.json: version, recipe_hash, lambda (one dict per round begun), hashes of inputs, left_out counts."""
+        self._require()
+        state = read_json(self.state_file)
+        if state.get("version") != VERSION:
+            raise UserError(
+                f"{self.state_file}: version {state.get('version')}, this program reads {VERSION}; use the release that wrote it"
+            )
+        missing = [key for key in ("recipe_hash", "asked_step_scale", "lambda", "hashes", "left_out") if key not in state]
+        if missing:
+            raise UserError(f"{self.state_file}: lacks {', '.join(missing)}; restore it from a backup")
+        return state
+
+    def write_state(self, state: dict) -> None:
+        write_json(self.state_file, state)
+
+    def prompts(self) -> pd.DataFrame:
+        return read_parquet(self.prompts_file)
+
+    def dataset_record(self) -> dict | None:
+        """Counts of the dataset's responses in the pool, or None."""
+        return read_json(self.dataset_record_file) if self.dataset_record_file.exists() else None
+
+    def round_record(self, round_number: int) -> dict:
+        return read_json(self.round_file(round_number))
+
+    def rounds_done(self) -> int:
+        """Number of rounds whose dual step is in state.json."""
+        return max(len(self.state()["lambda"]) - 1, 0)
+
+    def pool(self, before_round: int) -> pd.DataFrame:
+        """The scored responses a round's pairs are drawn from: π_ref's, the dataset's, and those of earlier rounds that grew it."""
+        source = self.recipe().pool.source
+        parts = [] if source == "dataset" else [read_parquet(self.pool_file(None))]
+        parts += [] if source == "reference" else [read_parquet(self.dataset_pool_file)]
+        parts += [read_parquet(f) for t in range(before_round) if (f := self.pool_file(t)).exists()]
+        return pd.concat(parts, ignore_index=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the run for this process; the lock is the OS's, so it dies with its process. Sweeps what a killed one left half-done.
+
+        Raises UserError when another process holds it or the folder cannot be written.
+        """
+        self._require()
+        with hold(self.path):
+            for checkpoints in list(self.path.glob("rounds/*/.checkpoints")):
+                if (checkpoints.parent / "adapter").exists():  # killed between the adapter and the end of its checkpoints
+                    shutil.rmtree(checkpoints)
+            yield

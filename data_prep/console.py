@@ -1,0 +1,74 @@
+"""What the command-line programs share: exit codes, quiet libraries, NAME=NUMBER options."""
+
+import sys
+from collections.abc import Callable
+
+from data_prep.errors import UserError
+
+
+def run_app(application: Callable[[], None], may_speak: Callable[[], bool] = lambda: True) -> None:
+    """Runs a CLI: a user's mistake is one line on stderr and exit code 2, never a traceback; Ctrl-C is 130, SIGTERM 143, a failure 1.
+
+    may_speak: asked before an error is printed; of several processes that end together one says why.
+    """
+    import os
+    import signal
+    import warnings
+
+    # Before torch is loaded: its threads wait by spinning, which on a machine shared with other work makes everything ten times slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    stopped_by = [signal.SIGINT]
+
+    def terminate(number: int, frame: object) -> None:
+        stopped_by.append(number)
+        raise KeyboardInterrupt  # unwinds like Ctrl-C, so that temporary files go
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        application()
+    except UserError as error:
+        for line in str(error).splitlines() if may_speak() else ():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != 130:  # typer turns an interrupt into exit 130, without a word
+            raise
+        if may_speak():
+            print("stopped; the same command resumes where it stopped", file=sys.stderr)
+        sys.exit(128 + stopped_by[-1])
+    except FloatingPointError as error:
+        if may_speak():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if may_speak():
+            print(f"error: {error}; the run directory is left resumable: mend the cause and give the same command again", file=sys.stderr)
+        sys.exit(1)
+
+
+def quiet_libraries() -> None:
+    """Results and our own progress only: the libraries' notices about their defaults do not apply (every default is set)."""
+    import logging
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def parse_assignments(pairs: list[str], option: str) -> dict[str, float]:
+    """NAME=NUMBER options as a dict; raises UserError."""
+    values = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            if not equals or not name or name in values:
+                raise ValueError
+            values[name] = float(value)
+        except ValueError as error:
+            raise UserError(f"{option} {pair}: write NAME=NUMBER, each name once") from error
+    return values

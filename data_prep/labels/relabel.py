@@ -1,0 +1,250 @@
+"""`cdpo data relabel`: a file of scored responses to a file of pairs or groups.
+
+The needed columns are read whole (parquet through arrow, other formats through `read_table`).
+Pairs and groups come by prompt, ascending by prompt_id, and are written piece by piece, because
+they are many times more than the responses.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.errors import UserError
+from data_prep.files import replacing
+from data_prep.labels.lagrangian import lagrangian_score
+from data_prep.labels.preferences import Labels, PromptRows, group_ids, group_rows, no_group, no_pair, pair_pieces, require_responses
+from data_prep.tables import read_parquet, read_table, require_columns, require_unique
+
+IDS, TEXTS = ("prompt_id", "response_id"), ("prompt", "response")
+
+
+GROUPS_AT_ONCE = 1 << 15
+
+
+DICTIONARY_BYTES = 1 << 28
+"""Each text stands once per row group up to here, beyond it once per pair."""
+
+
+def relabel_pairs(
+    path: Path,
+    output: Path,
+    reward: str,
+    lambda_: pd.Series,
+    *,
+    labels: Labels,
+    pairs_per_prompt: int | None,
+    seed: int,
+    prompt_texts: "pd.Series | bool" = False,
+) -> dict[str, object]:
+    """Write `label_pairs` of a file (parquet, csv, tsv, json, jsonl).
+
+    prompt_texts: add the columns prompt, chosen and rejected (texts). True takes the prompt from
+    the file's column prompt (the first row of each prompt), a Series from itself, by prompt_id.
+
+    Returns counts: pairs, prompts (with a pair), ambiguous_fraction (share of pairs with
+    0.05 < prob < 0.95), single_response (prompts left out). Raises UserError on a bad table, or
+    where no prompt has two responses.
+    """
+    responses = _read(path, reward, lambda_, prompt_texts)
+    pairs = ambiguous = 0
+    with replacing(output) as temporary, _row_groups(temporary) as write:
+        rule = {"labels": labels, "pairs_per_prompt": pairs_per_prompt, "seed": seed}
+        for piece in pair_pieces(responses.prompts, responses.score, **rule):
+            columns = {name: _encoded(column.take(pa.array(piece.rows)), name) for name, column in responses.columns.items()}
+            table = {
+                "prompt_id": _taken(columns["prompt_id"], piece.chosen),
+                "chosen_id": _taken(columns["response_id"], piece.chosen),
+                "rejected_id": _taken(columns["response_id"], piece.rejected),
+                "prob": piece.prob,
+                "target": piece.target,
+                "margin": piece.margin,
+            }
+            if "prompt" in columns:
+                table["prompt"] = _taken(columns["prompt"], piece.chosen)
+                table["chosen"] = _taken(columns["response"], piece.chosen)
+                table["rejected"] = _taken(columns["response"], piece.rejected)
+            write(pa.table(table))
+            pairs += len(piece.prob)
+            ambiguous += int((np.abs(piece.prob - 0.5) < 0.45).sum())
+        if not pairs:
+            raise no_pair()
+    counts = responses.prompts.counts
+    return {
+        "pairs": pairs,
+        "prompts": int((counts > 1).sum()),
+        "ambiguous_fraction": ambiguous / pairs,
+        "single_response": int((counts == 1).sum()),
+    }
+
+
+def relabel_groups(
+    path: Path,
+    output: Path,
+    reward: str,
+    lambda_: pd.Series,
+    *,
+    group_size: int,
+    groups_per_prompt: int,
+    seed: int,
+) -> dict[str, int]:
+    """Write `label_groups` of a file.
+
+    Returns counts: groups, prompts (with groups), too_few_responses (prompts left out). Raises
+    UserError on a bad table, or where no prompt has `group_size` responses.
+    """
+    responses = _read(path, reward, lambda_, False)
+    rule = {"group_size": group_size, "groups_per_prompt": groups_per_prompt, "seed": seed}
+    grouped = group_rows(responses.prompts, **rule)
+    if not len(grouped):
+        raise no_group(group_size)
+    per_piece = max(1, GROUPS_AT_ONCE // groups_per_prompt)
+    with replacing(output) as temporary, _row_groups(temporary) as write:
+        for begin in range(0, len(grouped), per_piece):
+            write(_group_table(responses, grouped[begin : begin + per_piece]))
+    left_out = len(responses.prompts.counts) - len(grouped)
+    return {"groups": len(grouped) * groups_per_prompt, "prompts": len(grouped), "too_few_responses": left_out}
+
+
+def read_prompt_texts(path: Path) -> pd.Series:
+    """Read `prompt` by prompt_id from a table that has both, as a run's prompts.parquet.
+
+    Raises UserError where a column is missing or an id comes twice.
+    """
+    table = read_table(path)
+    require_columns(table, ["prompt_id", "prompt"], str(path))
+    require_unique(table, ["prompt_id"], str(path))
+    return table.astype({"prompt_id": str}).set_index("prompt_id")["prompt"]
+
+
+@dataclass(frozen=True)
+class _Responses:
+    """A file's responses. frame: the needed columns; hashes: of the response ids; texts: what
+    stands beside the ids; score: (num_responses,) s_λ, score units."""
+
+    frame: pd.DataFrame
+    hashes: np.ndarray
+    texts: dict[str, pd.Series]
+    score: np.ndarray
+
+    @cached_property
+    def prompts(self) -> PromptRows:
+        return PromptRows.of(self.frame, self.hashes)
+
+    @cached_property
+    def columns(self) -> dict[str, pa.Array]:
+        """Ids and texts in arrow, where taking rows makes no Python objects."""
+        return {name: _arrow(column) for name, column in [*((n, self.frame[n]) for n in IDS), *self.texts.items()]}
+
+
+def _read(path: Path, reward: str, lambda_: pd.Series, prompt_texts: "pd.Series | bool") -> _Responses:
+    """The needed columns of a file; raises UserError with all rows that are wrong."""
+    path, with_texts = Path(path), prompt_texts is not False
+    columns = [*IDS, reward, *lambda_.index, *(TEXTS if prompt_texts is True else TEXTS[1:] if with_texts else ())]
+    frame = _read_columns(path, columns)
+    require_columns(frame, IDS, "responses")
+    for name in IDS:
+        if frame[name].dtype != "str":
+            frame[name] = frame[name].map(str, na_action="ignore")  # ids that are numbers
+    hashes = require_responses(frame)
+    texts: dict[str, pd.Series] = {}
+    if with_texts:
+        _require_texts(frame, columns[-2:] if prompt_texts is True else columns[-1:])
+        texts = {"prompt": _prompts_of(frame, prompt_texts), "response": frame["response"]}
+    return _Responses(frame, hashes, texts, lagrangian_score(frame, reward, lambda_))
+
+
+def _read_columns(path: Path, columns: list[str]) -> pd.DataFrame:
+    if path.suffix != ".parquet" or not path.is_file():
+        return read_table(path)
+    try:
+        present = pq.read_schema(path).names
+    except (pa.ArrowInvalid, OSError):
+        present = columns  # reading it says what is wrong
+    return read_parquet(path, [name for name in dict.fromkeys(columns) if name in present])
+
+
+def _require_texts(frame: pd.DataFrame, columns: list[str]) -> None:
+    require_columns(frame, columns, "responses (--text)")
+    for name in columns:
+        wrong = np.flatnonzero([not isinstance(value, str) for value in frame[name]])
+        if len(wrong):
+            raise UserError(f"responses (--text): column {name} is not a text in row {wrong[0]} ({len(wrong)} rows); mend or remove them")
+
+
+def _prompts_of(frame: pd.DataFrame, prompt_texts: "pd.Series | bool") -> pd.Series:
+    """The text of every row's prompt."""
+    if isinstance(prompt_texts, bool):
+        return frame["prompt_id"].map(frame.drop_duplicates("prompt_id").set_index("prompt_id")["prompt"])
+    missing = ~frame["prompt_id"].isin(prompt_texts.index)
+    if missing.any():
+        raise UserError(
+            f"--prompts: has no prompt_id {frame['prompt_id'][missing].iloc[0]!r}, which the responses name; give their own table"
+        )
+    return frame["prompt_id"].map(prompt_texts)
+
+
+def _group_table(responses: _Responses, grouped: np.ndarray) -> pa.Table:
+    """Rows of the groups table; grouped: (num_prompts, groups_per_prompt, group_size) row numbers."""
+    _, groups_per_prompt, group_size = grouped.shape
+    rows = grouped.reshape(-1)
+    prompt_ids = responses.columns["prompt_id"].take(pa.array(grouped[:, 0, 0])).dictionary_encode()
+    groups = pa.array(group_ids(prompt_ids.to_pylist(), groups_per_prompt), pa.large_string()).dictionary_encode()
+    at = np.arange(len(rows)) // group_size
+    ids = responses.columns["response_id"].take(pa.array(rows))
+    return pa.table(
+        {
+            "prompt_id": _taken(prompt_ids, at // groups_per_prompt),
+            "group_id": _taken(groups, at),
+            "response_id": ids.dictionary_encode(),
+            "score": responses.score[rows],
+        }
+    )
+
+
+def _arrow(texts: pd.Series) -> pa.Array:
+    array = pa.array(texts, pa.large_string())  # large: all texts may be more than 2 GiB
+    return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+
+
+def _encoded(texts: pa.Array, name: str) -> pa.DictionaryArray:
+    """As a dictionary, whose entries must differ; response ids do."""
+    if name == "response_id":
+        return pa.DictionaryArray.from_arrays(pa.array(np.arange(len(texts), dtype=np.int32)), texts)
+    return texts.dictionary_encode()
+
+
+def _taken(encoded: pa.DictionaryArray, places: np.ndarray) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(encoded.indices.to_numpy()[places]), encoded.dictionary)
+
+
+@contextmanager
+def _row_groups(path: Path) -> Iterator[Callable[[pa.Table], None]]:
+    """Yields what writes a table as a row group; it compresses in a thread of its own while the next one is made."""
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        writer: pq.ParquetWriter | None = None
+        pending: list[Future] = []
+
+        def write(table: pa.Table) -> None:
+            nonlocal writer
+            if writer is None:
+                # Without the Arrow schema readers see plain texts, not dictionaries.
+                encoded = [f.name for f in table.schema if pa.types.is_dictionary(f.type)]
+                settings = {"compression": "zstd", "use_dictionary": encoded, "dictionary_pagesize_limit": DICTIONARY_BYTES}
+                writer = stack.enter_context(pq.ParquetWriter(path, table.schema, store_schema=False, **settings))
+                stack.callback(wait, pending)  # before the writer is closed, also after an error
+            for last in pending:
+                last.result()
+            pending[:] = [pool.submit(writer.write_table, table)]
+
+        yield write
+        for last in pending:
+            last.result()

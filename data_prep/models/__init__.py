@@ -1,0 +1,1 @@
+"""The policy and other models: settings, checkpoints, quantization, adapters."""

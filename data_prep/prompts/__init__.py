@@ -1,0 +1,1 @@
+"""Prompts: rows of files and datasets, their layouts, the split, templates and tokens."""

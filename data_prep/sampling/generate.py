@@ -1,0 +1,137 @@
+"""Responses from a policy under an exactly stated law: token ids, text, and log-probabilities by teacher forcing.
+
+What was sampled is what is scored and trained on: token ids come first and are never re-tokenized; a response that was cut off gets no EOS.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from data_prep.models.adapters import attached_adapter
+from data_prep.models.policy import Policy
+from data_prep.sampling.law import SamplingSettings, generation_arguments
+from data_prep.sampling.logprobs import response_logps
+
+if TYPE_CHECKING:
+    import torch
+    from transformers.cache_utils import DynamicCache
+
+
+def generate(policy: Policy, model: "torch.nn.Module", prompts: list[list[int]], settings: SamplingSettings, seed: int) -> list[list[int]]:
+    """One response (token ids, EOS included where it ended) per prompt, drawn in one batch with its own seed.
+
+    The generation config is complete, so neither the checkpoint's own (blanked at loading) nor the library's defaults (top_k = 50) enter.
+    A prompt that is asked for several responses is computed once (`_prompt_cache`); the law, and but for rounding the draws, stay the same.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    pad_id = policy.tokenizer.pad_token_id
+    width = max(map(len, prompts))
+    numbers: dict[tuple[int, ...], int] = {}
+    rows = torch.tensor([numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts])
+    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in numbers])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in numbers])
+    ids, mask, rows = ids.to(policy.device), mask.to(policy.device), rows.to(policy.device)
+    config = GenerationConfig(**generation_arguments(settings, policy.eos_ids, pad_id))
+    cuda = [policy.device] if policy.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        cache = _prompt_cache(model, ids, mask, rows) if width > 1 and len(numbers) < len(prompts) else None
+        known = {} if cache is None else {"past_key_values": cache}
+        output = model.generate(input_ids=ids[rows], attention_mask=mask[rows], generation_config=config, **known)
+    return [_cut_at_eos(row, policy.eos_ids) for row in output[:, width:].tolist()]
+
+
+def _prompt_cache(model: "torch.nn.Module", ids: "torch.Tensor", mask: "torch.Tensor", rows: "torch.Tensor") -> "DynamicCache | None":
+    """Keys and values of all but the last token of prompts padded on the left, ids and mask (num_distinct, width), selected by `rows`.
+
+    None where the model keeps anything else of what it has read, as recurrent layers do: `generate` then computes every row's prompt.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    read = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]}
+    cache = getattr(model(**read, use_cache=True, logits_to_keep=1), "past_key_values", None)
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    if not isinstance(cache, DynamicCache) or any(type(layer) not in plain for layer in cache.layers):
+        return None
+    cache.batch_select_indices(rows)
+    return cache
+
+
+def _cut_at_eos(tokens: list[int], eos_ids: tuple[int, ...]) -> list[int]:
+    """Up to and including the first EOS. Padding behind it goes; a pad token that was itself sampled before it stays."""
+    for position, token in enumerate(tokens):
+        if token in eos_ids:
+            return tokens[: position + 1]
+    return tokens
+
+
+def sample_shard(
+    policy: Policy,
+    prompts: pd.DataFrame,
+    prompt_tokens: dict[str, list[int]],
+    settings: SamplingSettings,
+    *,
+    responses_per_prompt: int,
+    adapter: Path | None,
+    source: str,
+    seed: int,
+) -> pd.DataFrame:
+    """Responses of π_θ (adapter folder) or π_ref (None) to `prompts`, without scores; a responses table of num_prompts × K rows.
+
+    Each response gets one forward under π_ref and, with an adapter, one under π_θ. `response_id` is source/prompt_id/k.
+    """
+    rows = [pid for pid in prompts["prompt_id"] for _ in range(responses_per_prompt)]
+    tokens = [prompt_tokens[pid] for pid in rows]
+    size, pad_id = settings.batch_size, policy.tokenizer.pad_token_id
+    law = {"temperature": settings.temperature, "top_p": settings.top_p}
+    with attached_adapter(policy, adapter) as model:
+        drawn = []
+        # A run commits one batch per shard and shows the shards; only a caller that draws several batches at once needs a bar here.
+        hidden = True if len(rows) <= size else None
+        for begin in tqdm(range(0, len(rows), size), desc="sample", unit="batch", disable=hidden, leave=False):
+            drawn += generate(policy, model, tokens[begin : begin + size], settings, seed + begin)
+        policy_logp, sample_logp = response_logps(model, tokens, drawn, pad_id=pad_id, batch_size=size, **law)
+    return responses_table(policy, rows, tokens, drawn, decode(policy, drawn), policy_logp, sample_logp, settings, adapter, source)
+
+
+def responses_table(
+    policy: Policy,
+    prompt_ids: list[str],
+    prompt_tokens: list[list[int]],
+    drawn: list[list[int]],
+    texts: list[str],
+    policy_logp: np.ndarray,
+    sample_logp: np.ndarray,
+    settings: SamplingSettings,
+    adapter: Path | None,
+    source: str,
+) -> pd.DataFrame:
+    """The responses table of what was drawn, one row each, responses of a prompt side by side; with an adapter, π_ref's forward."""
+    ref_logp = policy_logp
+    if adapter is not None:
+        pad_id = policy.tokenizer.pad_token_id
+        ref_logp, _ = response_logps(policy.model, prompt_tokens, drawn, pad_id=pad_id, batch_size=settings.batch_size)
+    number = pd.Series(prompt_ids).groupby(prompt_ids).cumcount()
+    return pd.DataFrame(
+        {
+            "prompt_id": prompt_ids,
+            "response_id": [f"{source}/{pid}/{k}" for pid, k in zip(prompt_ids, number, strict=True)],
+            "response": texts,
+            "token_ids": [np.array(ids, dtype=np.int32) for ids in drawn],
+            "ended": [ids[-1] in policy.eos_ids for ids in drawn],
+            "source": source,
+            "sample_logp": sample_logp,
+            "policy_logp": policy_logp,
+            "ref_logp": ref_logp,
+        }
+    )
+
+
+def decode(policy: Policy, drawn: list[list[int]]) -> list[str]:
+    """Text of responses, special tokens left out."""
+    return policy.tokenizer.batch_decode(drawn, skip_special_tokens=True)

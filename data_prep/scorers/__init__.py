@@ -1,0 +1,1 @@
+"""Scorers: what judges a response, and what is known of its judgement."""

@@ -1,0 +1,97 @@
+"""Scorers without a model: a function of the user's, and a column of a table."""
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data_prep.errors import UserError
+from data_prep.files import hash_file
+from data_prep.scorers.settings import (
+    ColumnScorerSettings,
+    PythonScorerSettings,
+)
+from data_prep.tables import read_table, require_columns, require_finite
+
+
+class PythonScorer:
+    """Calls a named function; its file's content is its fingerprint."""
+
+    def __init__(self, settings: PythonScorerSettings) -> None:
+        self.target = settings.target
+        module_name, _, function = settings.target.rpartition(":")
+        if not module_name:
+            raise UserError(f"scorer target {settings.target!r}: write file.py:function or package.module:function")
+        module = _import_file(Path(module_name)) if module_name.endswith(".py") else _import_module(module_name)
+        self.function = getattr(module, function, None)
+        if not callable(self.function):
+            own = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+            raise UserError(
+                f"scorer target {settings.target}: {module_name} has no function {function} (it has {', '.join(own) or 'none'})"
+            )
+        self.fingerprint = f"python:{function}:{hash_file(Path(module.__file__))[:16]}"
+
+    def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+        try:
+            values = self.function(prompts, responses)
+        except (Exception, SystemExit) as error:
+            raise UserError(f"scorer {self.target} raised {type(error).__name__}: {_one_line(error)}") from error
+        try:
+            scores = np.asarray(values, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"scorer {self.target} did not return numbers ({_one_line(error)}); return one float per response") from error
+        if scores.shape != (len(responses),):
+            raise UserError(f"scorer {self.target} returned shape {scores.shape} for {len(responses)} responses; one float each")
+        return scores
+
+
+def _import_file(path: Path) -> object:
+    if not path.is_file():
+        raise UserError(f"scorer target: {path}: no such file")
+    name = f"_cdpo_scorer_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"scorer target: {path} cannot be imported ({type(error).__name__}: {_one_line(error)})") from error
+    return module
+
+
+def _import_module(name: str) -> object:
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"scorer target: module {name} cannot be imported ({type(error).__name__}: {_one_line(error)})") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+class ColumnScorer:
+    """Looks scores up by (prompt, response); raises UserError for a text the table does not hold."""
+
+    def __init__(self, settings: ColumnScorerSettings) -> None:
+        self.settings = settings
+        table = read_table(Path(settings.file))
+        require_columns(table, ["prompt", "response", settings.column], settings.file)
+        require_finite(table, [settings.column], settings.file)
+        table = table.astype({"prompt": str, "response": str})  # a csv of numbers is read as numbers
+        self.scores = table.drop_duplicates(["prompt", "response"]).set_index(["prompt", "response"])[settings.column]
+        self.fingerprint = f"column:{settings.column}:{hash_file(Path(settings.file))[:16]}"
+
+    def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+        found = self.scores.reindex(pd.MultiIndex.from_arrays([prompts, responses])).to_numpy(np.float64)
+        missing = np.flatnonzero(np.isnan(found))
+        if len(missing):
+            raise UserError(
+                f"{self.settings.file}: no row for {len(missing)} of {len(found)} responses, e.g. {responses[missing[0]][:40]!r}; "
+                "a column scorer cannot score new responses"
+            )
+        return found
