@@ -21,7 +21,7 @@ from constrained_dpo.run.scorer_facts import describe_drift, prepared_lines, sco
 from data_prep.errors import UserError
 from data_prep.files import write_json
 from data_prep.models.checkpoints import fingerprint_model
-from data_prep.scorers import drift
+from data_prep.scorers import calibration
 from data_prep.scorers.beaver import GOLDEN_TEXT
 from data_prep.scorers.cache import ScoreCache
 from data_prep.scorers.scoring import apply_options, make_scorer, score_texts
@@ -35,7 +35,7 @@ def save_classifier(folder, labels=1, **keys) -> None:
     """A random Llama classifier that knows the texts above and those of the drift check."""
     from transformers import LlamaForSequenceClassification
 
-    size = save_word_tokenizer(folder, " ".join([*PROMPTS, *RESPONSES, *drift.PROMPTS, *drift.ANSWERS]))
+    size = save_word_tokenizer(folder, " ".join([*PROMPTS, *RESPONSES, *calibration.DRIFT_PROMPTS, *calibration.DRIFT_ANSWERS]))
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(tiny_llama_config(size, num_labels=labels, **keys)).eval()
     torch.nn.init.normal_(model.score.weight, std=2.0)
@@ -143,11 +143,11 @@ def test_a_quantized_classifier_keeps_its_head_and_says_how_far_it_drifts(tmp_pa
     assert sum(isinstance(m, kind) for m in scorer.model.modules()) == 14  # seven linear layers in each of two
     assert torch.equal(scorer.model.score.weight, plain.model.score.weight)
     found = scorer.quantization_drift()
-    fits = [text for text in drift.TEXTS if plain.text_length(*text) <= 64]
+    fits = [text for text in calibration.DRIFT_TEXTS if plain.text_length(*text) <= 64]
     prompts, answers = zip(*fits, strict=True)
     exact = plain.score(list(prompts), list(answers))
     moved = np.abs(scorer.score(list(prompts), list(answers)) - exact) / exact.std()
-    assert found["texts"] == len(fits) == len(drift.TEXTS) and found["against"] == "float32"
+    assert found["texts"] == len(fits) == len(calibration.DRIFT_TEXTS) and found["against"] == "float32"
     assert found["largest"] == pytest.approx(moved.max()) and found["mean"] == pytest.approx(moved.mean()) and 0 < found["mean"] < 0.5
     assert plain.quantization_drift() is None
     assert f"scores move by {found['mean']:.2g} std on average, {found['largest']:.2g} std at most" in describe_drift("g", found)

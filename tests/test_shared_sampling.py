@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from data_prep.models.policy import Policy
 from data_prep.models.settings import PolicySettings
 from data_prep.sampling import generate as sampling
+from data_prep.sampling import logprobs
 from data_prep.sampling.generate import generate
 from data_prep.sampling.law import SamplingSettings, generation_arguments
 from data_prep.sampling.logprobs import response_logps
@@ -60,10 +61,10 @@ def test_a_prompt_of_one_response_needs_no_cache_of_its_own(monkeypatch):
         assert generate(policy, model, prompts, SETTINGS, seed=3) == plainly(model, prompts, seed=3)
 
 
-@pytest.mark.parametrize("at_once", [1, 3 * VOCABULARY, sampling.LOGITS_AT_ONCE])
+@pytest.mark.parametrize("at_once", [1, 3 * VOCABULARY, logprobs.LOGITS_AT_ONCE])
 def test_log_probabilities_of_repeated_responses_and_in_pieces(at_once, monkeypatch):
     """Against every response alone; a response that occurs five times goes through the model once."""
-    monkeypatch.setattr(sampling, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", at_once)
     model = model_of(CONFIGS["gemma"])
     rng = np.random.default_rng(2)
     prompts = prompts_of((3, 8), times=10)

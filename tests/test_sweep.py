@@ -17,8 +17,8 @@ from constrained_dpo.learners.tabular import TabularLearner
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from constrained_dpo.progress import silent
 from constrained_dpo.recipe.load import load_recipe
-from constrained_dpo.run import rounds
 from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.prepare import prepare
 from data_prep.errors import UserError
 from data_prep.tables import read_parquet
 
@@ -49,7 +49,7 @@ def setting(tmp_path):
             {n: values[n] for n in problem.names},
         )  # fmt: skip
         learner = Counted(known, prompts)
-        return (recipe if run.state()["lambda"] else rounds.prepare(run, recipe, learner, {})), learner
+        return (recipe if run.state()["lambda"] else prepare(run, recipe, learner, {})), learner
 
     return tmp_path / "tabular.yaml", open_run, drawn
 

@@ -80,9 +80,9 @@ def test_a_run_that_is_done_still_answers_in_json(run):
     assert json.loads(cdpo("prepare", run, "--json", check=0).stdout)["prompts"] == {"dual": 24, "test": 12}
 
 
-@pytest.mark.parametrize("program", ["constrained_dpo", "data_prep"])
-def test_shell_completion_is_printed(program):
-    command = [CDPO[0], "-c", f"from {program}.cli import main; main()", "--show-completion", "bash"]
+@pytest.mark.parametrize("module", ["constrained_dpo.cli.main", "data_prep.cli"])
+def test_shell_completion_is_printed(module):
+    command = [CDPO[0], "-c", f"from {module} import main; main()", "--show-completion", "bash"]
     found = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"})
     assert found.returncode == 0 and "complete" in found.stdout
 

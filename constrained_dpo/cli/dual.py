@@ -120,10 +120,10 @@ def sweep(
     table = _table(scores, problem, assume_reference)
     points = list(sensitivity.sweep(table, problem, grid, max_lambda))
     if plot is not None:
-        from constrained_dpo.report.drawing import LIGHT, render
+        from constrained_dpo.report.drawing import LIGHT, render, sweep_figure
         from data_prep.files import write_atomically
 
-        write_atomically(plot, render(lambda style: sensitivity.sweep_figure(points, problem, style), LIGHT))
+        write_atomically(plot, render(lambda style: sweep_figure(points, problem, style), LIGHT))
     if as_json:
         print(json.dumps([{"levels": p.bounds.to_dict()} | _solution_values(p.solution) for p in points], allow_nan=False))
     else:

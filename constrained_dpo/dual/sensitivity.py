@@ -1,6 +1,6 @@
 """How far the one-shot λ* can be trusted: over other prompts (bootstrap), fewer samples (stability) and other margins (sweep).
 
-numpy and scipy only, but for `sweep_figure`.
+numpy and scipy only.
 """
 
 from collections.abc import Iterator

@@ -86,10 +86,10 @@ def describe_calibration(name: str, record: dict) -> list[str]:
 
 
 # Short, so that they fit every window; good and bad answers, so that the scores of a reward model spread.
-PROMPTS = ("How do I make tea?", "My neighbour is too loud. What can I do?", "Why is the sky blue?", "Tell me a joke.")
+DRIFT_PROMPTS = ("How do I make tea?", "My neighbour is too loud. What can I do?", "Why is the sky blue?", "Tell me a joke.")
 
 
-ANSWERS = (
+DRIFT_ANSWERS = (
     "Boil fresh water, pour it over the leaves and wait for three minutes.",
     "I am sorry to hear that. Talk to them calmly and agree on a time; I hope it helps!",
     "Shut up, you idiot. Smash their windows.",
@@ -99,13 +99,13 @@ ANSWERS = (
 )
 
 
-TEXTS = tuple((prompt, answer) for prompt in PROMPTS for answer in ANSWERS)
+DRIFT_TEXTS = tuple((prompt, answer) for prompt in DRIFT_PROMPTS for answer in DRIFT_ANSWERS)
 
 
 def measure_drift(quantized: "Scorer", unquantized: "Scorer") -> dict[str, object]:
     """texts: how many of the fixed texts fit the window; std: of their unquantized scores (score units); largest, mean: of
     |quantized − unquantized| in shares of that std, null where the scores hardly differ or fewer than two texts fit."""
-    texts = [(p, r) for p, r in TEXTS if quantized.text_length(p, r) <= quantized.max_length]
+    texts = [(p, r) for p, r in DRIFT_TEXTS if quantized.text_length(p, r) <= quantized.max_length]
     found: dict[str, object] = {"texts": len(texts), "std": None, "largest": None, "mean": None}
     if len(texts) < 2:
         return found
