@@ -1,8 +1,10 @@
-"""The processes of one `accelerate launch`: how many, which one this is, where they wait for each other, and which one may speak.
+"""The processes of one `accelerate launch`: how many, which one this is, where they wait for each
+other, and which one may speak.
 
-All of them play the same run and go on from what is on disk. A fit is shared, one batch per process and step; shards of samples are
-divided; everything else (lock, tables, adapter, state, words) is the main process's, and the others wait. A command that was not launched
-so is its own only process: nothing is imported and nothing here does anything.
+All of them play the same run and go on from what is on disk. A fit is shared, one batch per process
+and step; shards of samples are divided; everything else (lock, tables, adapter, state, words) is
+the main process's, and the others wait. A command that was not launched so is its own only process:
+nothing is imported and nothing here does anything.
 """
 
 import os
@@ -22,11 +24,13 @@ if TYPE_CHECKING:
 
 
 PATIENCE = timedelta(days=7)
-"""How long a process waits for another. A phase of the main process alone can take hours; one that died is noticed by the launcher."""
+"""How long a process waits for another. A phase of the main process alone can take hours; one that
+died is noticed by the launcher."""
 
 
 def num_processes() -> int:
-    """Processes of the launch; 1 without one. From the environment that torchrun (so `accelerate launch`) gives its processes."""
+    """Processes of the launch; 1 without one. From the environment that torchrun (so `accelerate
+    launch`) gives its processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
@@ -46,7 +50,10 @@ def _state() -> "PartialState":
     from accelerate.utils import parse_flag_from_env
 
     # Told nothing, accelerate takes a launch on a machine without a GPU for no launch at all.
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available(), timeout=PATIENCE)
+    return PartialState(
+        cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available(),
+        timeout=PATIENCE,
+    )
 
 
 def wait() -> None:
@@ -57,7 +64,8 @@ def wait() -> None:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The main process passes the block first, so that the others find what it built or downloaded."""
+    """The main process passes the block first, so that the others find what it built or
+    downloaded."""
     if not is_main():
         wait()
     yield
@@ -78,7 +86,8 @@ def summed(counts: dict[str, int]) -> dict[str, int]:
 
 
 def shards_base() -> bool:
-    """Whether the launch divides the base's own weights over the processes while a fit lasts: FSDP or ZeRO-3."""
+    """Whether the launch divides the base's own weights over the processes while a fit lasts: FSDP
+    or ZeRO-3."""
     return num_processes() > 1 and (_asked("ACCELERATE_USE_FSDP") or _zero_stage() == 3)
 
 
@@ -87,56 +96,83 @@ def _asked(flag: str) -> bool:
 
 
 def _zero_stage() -> int:
-    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) if _asked("ACCELERATE_USE_DEEPSPEED") else 0
+    return (
+        int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+        if _asked("ACCELERATE_USE_DEEPSPEED")
+        else 0
+    )
 
 
 def check_launch(settings: "PolicySettings") -> None:
-    """Raises UserError where the launch's configuration cannot fit this policy; nothing without a launch."""
+    """Raises UserError where the launch's configuration cannot fit this policy; nothing without a
+    launch."""
     if num_processes() == 1:
         return
     import torch
 
     on_gpus = torch.cuda.is_available() and not _asked("ACCELERATE_USE_CPU")
     if settings.device == "cpu" and on_gpus:
-        raise UserError("policy.device: cpu, but the launch is on GPUs; set ACCELERATE_USE_CPU=true for the launch, or policy.device: auto")
+        raise UserError(
+            "policy.device: cpu, but the launch is on GPUs; set ACCELERATE_USE_CPU=true for the "
+            "launch, or policy.device: auto"
+        )
     if shards_base() and settings.quantization != "none":
         raise UserError(
-            f"policy.quantization: a base in {settings.quantization} is not sharded by FSDP or ZeRO-3; launch with "
-            "recipes/accelerate/ddp.yaml, where every device holds its own quantized base, or set policy.quantization: none"
+            f"policy.quantization: a base in {settings.quantization} is not sharded by FSDP or "
+            "ZeRO-3; launch with "
+            "recipes/accelerate/ddp.yaml, where every device holds its own quantized base, or set "
+            "policy.quantization: none"
         )
     if not _asked("ACCELERATE_USE_FSDP"):
         return
     if not on_gpus:
         raise UserError(
-            "accelerate launch: FSDP was asked for, but accelerate shards on GPUs only and would run DDP without a word; launch with "
+            "accelerate launch: FSDP was asked for, but accelerate shards on GPUs only and would "
+            "run DDP without a word; launch with "
             "recipes/accelerate/ddp_cpu.yaml"
         )
     if os.environ.get("FSDP_VERSION") != "2" or _asked("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise UserError(
-            "accelerate launch: FSDP has to be version 2 and every process has to load the base, since it samples from it; set "
-            "fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false, as in recipes/accelerate/fsdp.yaml"
+            "accelerate launch: FSDP has to be version 2 and every process has to load the base, "
+            "since it samples from it; set "
+            "fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false, as in "
+            "recipes/accelerate/fsdp.yaml"
         )
 
 
 def join_launch() -> None:
-    """Joins the other processes; all but the main one fall silent, progress bars included, until they have an error to tell."""
-    # DDP warns of find_unused_parameters, the Trainer's choice; a mixture of experts does leave adapters unused in a step.
+    """Joins the other processes; all but the main one fall silent, progress bars included, until
+    they have an error to tell."""
+    # DDP warns of find_unused_parameters, the Trainer's choice; a mixture of experts does leave
+    # adapters unused in a step.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not is_main():
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     _state()
 
 
 def may_speak() -> bool:
-    """True for the first process of the launch that asks, which is the one whose error ended the others; its stderr is opened again."""
+    """True for the first process of the launch that asks, which is the one whose error ended the
+    others; its stderr is opened again."""
     import torch
 
     try:
         store = torch.distributed.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=10)
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=10),
         )
-        first = store.add(f"constrained-dpo/last-words/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
-    except (torch.distributed.DistError, RuntimeError):  # the launcher is gone, and its store with it
+        first = (
+            store.add(
+                f"constrained-dpo/last-words/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1
+            )
+            == 1
+        )
+    except (
+        torch.distributed.DistError,
+        RuntimeError,
+    ):  # the launcher is gone, and its store with it
         first = is_main()
     if first:
         sys.stderr = sys.__stderr__
@@ -144,9 +180,11 @@ def may_speak() -> bool:
 
 
 def run_launched(command: Callable[[], None]) -> NoReturn:
-    """Runs a command as one process of a launch and ends this process; whoever fails first says why, for all.
+    """Runs a command as one process of a launch and ends this process; whoever fails first says
+    why, for all.
 
-    A process that failed leaves at once: taking leave of the others, who wait for it elsewhere, could last forever.
+    A process that failed leaves at once: taking leave of the others, who wait for it elsewhere,
+    could last forever.
     """
     code: object = 0
     try:
@@ -166,12 +204,16 @@ def run_launched(command: Callable[[], None]) -> NoReturn:
 
 
 def _explain(error: Exception) -> None:
-    """A lost connection in one line; anything else is a fault of this program, with its traceback."""
+    """A lost connection in one line; anything else is a fault of this program, with its
+    traceback."""
     import torch
 
-    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower()):
+    if isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    ):
         print(
-            "error: another process of the launch ended without a word (killed, or out of memory?); the run directory is left resumable: "
+            "error: another process of the launch ended without a word (killed, or out of "
+            "memory?); the run directory is left resumable: "
             "give the same command again",
             file=sys.stderr,
         )

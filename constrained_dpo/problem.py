@@ -1,10 +1,12 @@
-"""The constrained problem (P) and its sign convention: u > 0 is satisfied with room, u < 0 is violated, λ ← [λ − ηu]_+.
+"""The constrained problem (P) and its sign convention: u > 0 is satisfied with room, u < 0 is
+violated, λ ← [λ − ηu]_+.
 
     maximize   E_x[ E_{y~π} r(x,y) − β KL(π(·|x) ‖ π_ref(·|x)) ]
-    subject to E_x[ E_{y~π} g_i(x,y) − E_{y~π_ref} g_i(x,y) ] ≥ b_i   (margin)   or   E_x E_{y~π} g_i ≥ c_i   (threshold)
+    subject to E_x[ E_{y~π} g_i(x,y) − E_{y~π_ref} g_i(x,y) ] ≥ b_i   (margin)
+            or E_x E_{y~π} g_i ≥ c_i   (threshold)
 
-Source: the constrained alignment problem of CAID, arXiv:2505.19387. Utilities are higher-is-better; a cost enters
-negated, once, at its scorer.
+Source: the constrained alignment problem of CAID, arXiv:2505.19387. Utilities are
+higher-is-better; a cost enters negated, once, at its scorer.
 """
 
 from dataclasses import dataclass, replace
@@ -18,9 +20,11 @@ from data_prep.tables import RESERVED_NAMES
 
 @dataclass(frozen=True)
 class Constraint:
-    """A utility and the level it has to reach: `margin` above the reference policy, or an absolute `threshold` (score units).
+    """A utility and the level it has to reach: `margin` above the reference policy, or an absolute
+    `threshold` (score units).
 
-    margin_in_std: a margin in standard deviations of the reference policy's scores, until they are known (`resolved`).
+    margin_in_std: a margin in standard deviations of the reference policy's scores, until they are
+    known (`resolved`).
     """
 
     name: str
@@ -31,14 +35,20 @@ class Constraint:
     def __post_init__(self) -> None:
         levels = [v for v in (self.margin, self.threshold, self.margin_in_std) if v is not None]
         if len(levels) != 1:
-            raise UserError(f"constraint {self.name}: give exactly one of margin (over the reference) and threshold (absolute)")
+            raise UserError(
+                f"constraint {self.name}: give exactly one of margin (over the reference) and "
+                "threshold (absolute)"
+            )
         if not np.isfinite(levels[0]):
-            raise UserError(f"constraint {self.name}: its level is {levels[0]}; give a finite number")
+            raise UserError(
+                f"constraint {self.name}: its level is {levels[0]}; give a finite number"
+            )
 
 
 @dataclass(frozen=True)
 class ConstrainedProblem:
-    """Reward column, KL weight β (score units per nat) and constraints. Raises UserError on duplicated or reserved names."""
+    """Reward column, KL weight β (score units per nat) and constraints. Raises UserError on
+    duplicated or reserved names."""
 
     reward: str
     beta: float
@@ -50,7 +60,10 @@ class ConstrainedProblem:
         names = [self.reward, *self.names]
         for name in names:
             if names.count(name) > 1:
-                raise UserError(f"objective name {name} is used twice; give every reward and constraint its own name")
+                raise UserError(
+                    f"objective name {name} is used twice; give every reward and constraint its "
+                    "own name"
+                )
             if name in RESERVED_NAMES:
                 raise UserError(f"objective name {name} is a reserved column name; choose another")
 
@@ -75,37 +88,52 @@ class ConstrainedProblem:
         return {c.name: c.margin_in_std for c in self.constraints if c.margin_in_std is not None}
 
     def resolved(self, stds: dict[str, float]) -> "ConstrainedProblem":
-        """With every margin in score units; stds: the reference scores' standard deviations, at least of those in `unresolved`."""
+        """With every margin in score units; stds: the reference scores' standard deviations, at
+        least of those in `unresolved`."""
         constraints = (
-            c if c.margin_in_std is None else Constraint(c.name, margin=c.margin_in_std * stds[c.name]) for c in self.constraints
+            c
+            if c.margin_in_std is None
+            else Constraint(c.name, margin=c.margin_in_std * stds[c.name])
+            for c in self.constraints
         )
         return replace(self, constraints=tuple(constraints))
 
     @property
     def bounds(self) -> pd.Series:
-        """b_i or c_i, by constraint (score units). Raises ValueError while a margin is in standard deviations."""
+        """b_i or c_i, by constraint (score units). Raises ValueError while a margin is in standard
+        deviations."""
         if self.unresolved:
-            raise ValueError(f"the margin of {', '.join(self.unresolved)} is in std still; pass the recipe that `prepare` returned")
-        return pd.Series({c.name: c.margin if c.margin is not None else c.threshold for c in self.constraints}, dtype=float)
+            raise ValueError(
+                f"the margin of {', '.join(self.unresolved)} is in std still; pass the recipe "
+                "that `prepare` returned"
+            )
+        return pd.Series(
+            {c.name: c.margin if c.margin is not None else c.threshold for c in self.constraints},
+            dtype=float,
+        )
 
     def levels(self, reference_means: pd.Series) -> pd.Series:
         """a_i: the utility to reach, ḡ_ref,i + b_i (margin) or c_i (threshold), by constraint."""
         return self.bounds + reference_means.reindex(self.names).where(self.relative, 0.0)
 
     def multipliers(self, values: dict[str, float] | pd.Series) -> pd.Series:
-        """A λ Series in constraint order; raises UserError on unknown or missing names and on values that are not finite and ≥ 0."""
+        """A λ Series in constraint order; raises UserError on unknown or missing names and on
+        values that are not finite and ≥ 0."""
         given = pd.Series(values, dtype=float)
         unknown = [str(n) for n in given.index if n not in self.names]
         missing = [n for n in self.names if n not in given.index]
         if unknown or missing:
             raise UserError(
                 f"lambda: {'unknown ' + ', '.join(unknown) + '; ' if unknown else ''}"
-                f"{'missing ' + ', '.join(missing) + '; ' if missing else ''}the constraints are {', '.join(self.names) or '(none)'}"
+                f"{'missing ' + ', '.join(missing) + '; ' if missing else ''}the constraints are "
+                f"{', '.join(self.names) or '(none)'}"
             )
         given = given.reindex(self.names)
         bad = given.index[~(np.isfinite(given) & (given >= 0))]
         if len(bad):
-            raise UserError(f"lambda of {bad[0]} is {given[bad[0]]}; multipliers are finite and ≥ 0")
+            raise UserError(
+                f"lambda of {bad[0]} is {given[bad[0]]}; multipliers are finite and ≥ 0"
+            )
         return given
 
     def describe(self) -> str:
@@ -115,6 +143,12 @@ class ConstrainedProblem:
             if c.margin_in_std is not None:
                 level = f"at least {c.margin_in_std:g} std of π_ref's scores above π_ref"
             else:
-                level = f"at least {c.threshold:g}" if c.margin is None else f"at least {c.margin:g} above π_ref"
-            lines.append(f"subject to E[{c.name}] {level} (higher is better; u > 0 is satisfied with room)")
+                level = (
+                    f"at least {c.threshold:g}"
+                    if c.margin is None
+                    else f"at least {c.margin:g} above π_ref"
+                )
+            lines.append(
+                f"subject to E[{c.name}] {level} (higher is better; u > 0 is satisfied with room)"
+            )
         return "\n".join(lines)

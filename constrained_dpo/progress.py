@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 
 def print_phase(phase: str, seconds: float | None) -> None:
-    """A line per phase on stderr (an `Announce`): when it begins, and its seconds when done; on a terminal in place of the first."""
+    """A line per phase on stderr (an `Announce`): when it begins, and its seconds when done; on a
+    terminal in place of the first."""
     live = sys.stderr.isatty()
     if seconds is None:
         print(f"{phase} ...", end="\r" if live else "\n", file=sys.stderr, flush=True)

@@ -1,6 +1,8 @@
-"""tensorboard and wandb: the loss curves of every fit, through the Trainer, and one point per round for λ, u, reward, KL and objective.
+"""tensorboard and wandb: the loss curves of every fit, through the Trainer, and one point per round
+for λ, u, reward, KL and objective.
 
-Logs are for eyes: nothing in a run reads them back, and a round that is played again after a kill writes its own anew.
+Logs are for eyes: nothing in a run reads them back, and a round that is played again after a kill
+writes its own anew.
 """
 
 import hashlib
@@ -23,20 +25,30 @@ def require_trackers(report_to: list[str]) -> None:
     missing = [name for name in report_to if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"fit.report_to: {' and '.join(missing)} not installed; pip install 'constrained-dpo[tracking]', or take it out of the recipe"
+            f"fit.report_to: {' and '.join(missing)} not installed; pip install "
+            "'constrained-dpo[tracking]', or take it out of the recipe"
         )
 
 
 def _wandb_environment(folder: Path) -> dict[str, str]:
-    """What wandb reads from the environment; the user's own values win. Offline: `wandb sync` uploads what the user wants to."""
-    asked = {"WANDB_MODE": "offline", "WANDB_PROJECT": PROJECT, "WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}
-    return {key: os.environ.get(key, value) for key, value in asked.items()} | {"WANDB_DIR": str(folder)}
+    """What wandb reads from the environment; the user's own values win. Offline: `wandb sync`
+    uploads what the user wants to."""
+    asked = {
+        "WANDB_MODE": "offline",
+        "WANDB_PROJECT": PROJECT,
+        "WANDB_SILENT": "true",
+        "WANDB_CONSOLE": "off",
+    }
+    return {key: os.environ.get(key, value) for key, value in asked.items()} | {
+        "WANDB_DIR": str(folder)
+    }
 
 
 @contextmanager
 def fit_logs(folder: Path | None, report_to: list[str], resumed: bool = False) -> Iterator[None]:
-    """Sends the Trainer's trackers to `folder` (emptied first, unless a fit goes on from a checkpoint: then the points behind it are there
-    twice) while one fit lasts, by the environment variables that they read."""
+    """Sends the Trainer's trackers to `folder` (emptied first, unless a fit goes on from a
+    checkpoint: then the points behind it are there twice) while one fit lasts, by the environment
+    variables that they read."""
     if folder is None or not report_to:
         yield
         return
@@ -61,16 +73,22 @@ def fit_logs(folder: Path | None, report_to: list[str], resumed: bool = False) -
 
 
 def round_scalars(record: dict) -> dict[str, float]:
-    """A round's record (round.json) as scalars by tag, e.g. `u/harmless/test`; what the sampling law does not support is left out."""
+    """A round's record (round.json) as scalars by tag, e.g. `u/harmless/test`; what the sampling
+    law does not support is left out."""
     scalars = {f"lambda/{name}": value for name, value in record["lambda"].items()}
     for split, part in (("dual", record), ("test", record["test"])):
         scalars |= {f"u/{name}/{split}": value for name, value in part["u"].items()}
-        scalars |= {f"{key}/{split}": part[key] for key in ("reward", "kl", "objective") if part[key] is not None}
+        scalars |= {
+            f"{key}/{split}": part[key]
+            for key in ("reward", "kl", "objective")
+            if part[key] is not None
+        }
     return scalars
 
 
 def log_round(run: RunDirectory, recipe: Recipe, record: dict) -> None:
-    """Writes one point per metric at step `round` to the recipe's trackers, under RUN/logs/rounds. A point written twice is the same."""
+    """Writes one point per metric at step `round` to the recipe's trackers, under RUN/logs/rounds.
+    A point written twice is the same."""
     folder, scalars = run.logs_folder("rounds"), round_scalars(record)
     if "tensorboard" in recipe.fit.report_to:
         from torch.utils.tensorboard import SummaryWriter
@@ -86,11 +104,14 @@ def log_round(run: RunDirectory, recipe: Recipe, record: dict) -> None:
         with wandb.init(
             project=settings["WANDB_PROJECT"],
             name=f"{recipe.name}-rounds",
-            # One wandb run for all rounds of a run directory, in whichever process they are played.
+            # One wandb run for all rounds of a run directory, in whichever process they are
+            # played.
             id=hashlib.sha256(f"{run.path.resolve()}/{recipe.hash()}".encode()).hexdigest()[:16],
             resume="allow",
             dir=str(folder),
             mode=settings["WANDB_MODE"],
-            settings=wandb.Settings(silent=settings["WANDB_SILENT"] == "true", console=settings["WANDB_CONSOLE"]),
+            settings=wandb.Settings(
+                silent=settings["WANDB_SILENT"] == "true", console=settings["WANDB_CONSOLE"]
+            ),
         ) as tracked:
             tracked.log({"round": record["round"], **scalars}, step=record["round"])

@@ -9,7 +9,11 @@ import typer
 from data_prep.console import parse_assignments, quiet_libraries, run_app
 from data_prep.errors import UserError
 
-app = typer.Typer(name="data-prep", help="Turn prompts, a policy and scorers into validated tables.", no_args_is_help=True)
+app = typer.Typer(
+    name="data-prep",
+    help="Turn prompts, a policy and scorers into validated tables.",
+    no_args_is_help=True,
+)
 
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="parquet file to write")]
@@ -23,10 +27,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="machine-readable summary")
 
 @app.command()
 def prompts(
-    source: Annotated[str, typer.Argument(help="file or folder of prompts, or of PKU-SafeRLHF, HH-RLHF, UltraFeedback rows")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="file or folder of prompts, or of PKU-SafeRLHF, HH-RLHF, UltraFeedback rows"
+        ),
+    ],
     output: Output,
     format: Format = "text",
-    test: Annotated[str, typer.Option(help="file of test prompts, or the fraction to hold out")] = "0.2",
+    test: Annotated[
+        str, typer.Option(help="file of test prompts, or the fraction to hold out")
+    ] = "0.2",
     num_dual: Annotated[int, typer.Option(help="how many fit prompts are dual prompts")] = 600,
     max_fit: Annotated[int | None, typer.Option(help="keep at most so many fit prompts")] = None,
     max_test: Annotated[int | None, typer.Option(help="keep at most so many test prompts")] = None,
@@ -36,7 +47,14 @@ def prompts(
     from data_prep.prompts.split import PromptSettings, split_prompts
     from data_prep.tables import write_parquet
 
-    settings = _validated(PromptSettings, source=source, format=format, test=_fraction_or_file(test), max_fit=max_fit, max_test=max_test)
+    settings = _validated(
+        PromptSettings,
+        source=source,
+        format=format,
+        test=_fraction_or_file(test),
+        max_fit=max_fit,
+        max_test=max_test,
+    )
     table, left_out = split_prompts(settings, num_dual)
     write_parquet(table, output)
     splits = {split: int(n) for split, n in table["split"].value_counts().items()}
@@ -62,7 +80,9 @@ def _validated(block, **values):
         return block.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (it is {first['input']!r})") from error
+        raise UserError(
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']} (it is {first['input']!r})"
+        ) from error
 
 
 @app.command()
@@ -70,7 +90,9 @@ def sample(
     prompts: Annotated[Path, typer.Argument(help="prompts table (from `prompts`)")],
     output: Output,
     model: Annotated[str, typer.Option(help="model folder or hub id")],
-    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter folder; default: the reference policy")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="LoRA adapter folder; default: the reference policy")
+    ] = None,
     quantization: Annotated[str, typer.Option(help="nf4, int8 or none")] = "nf4",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
     format: Format = "text",
@@ -83,7 +105,8 @@ def sample(
     seed: Annotated[int, typer.Option(help="seed")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Sample responses with their log-probabilities under the sampling law, the policy and the reference."""
+    """Sample responses with their log-probabilities under the sampling law, the policy and the
+    reference."""
     from data_prep.models.policy import load_policy
     from data_prep.models.settings import PolicySettings
     from data_prep.prompts.split import PromptSettings
@@ -94,24 +117,50 @@ def sample(
     from data_prep.tables import read_table, validate_prompts, write_parquet
 
     settings = _validated(
-        SamplingSettings, responses_per_prompt=responses, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+        SamplingSettings,
+        responses_per_prompt=responses,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
         batch_size=batch_size,
-    )  # fmt: skip
+    )
     how = _validated(PromptSettings, source=str(prompts), format=format, template=template)
     table = validate_prompts(read_table(prompts), str(prompts))
     quiet_libraries()
-    policy = load_policy(_validated(PolicySettings, model=model, quantization=quantization, dtype=dtype))
+    policy = load_policy(
+        _validated(PolicySettings, model=model, quantization=quantization, dtype=dtype)
+    )
     tokens = tokenize_prompts(table, how, policy.tokenizer)
     drawn = sample_shard(
-        policy, table, tokens, settings, responses_per_prompt=responses, adapter=adapter,
-        source="policy" if adapter else "reference", seed=derive_seed(seed, 0, "sample"),
-    )  # fmt: skip
-    write_parquet(drawn.assign(prompt=drawn["prompt_id"].map(table.set_index("prompt_id")["prompt"])), output)
+        policy,
+        table,
+        tokens,
+        settings,
+        responses_per_prompt=responses,
+        adapter=adapter,
+        source="policy" if adapter else "reference",
+        seed=derive_seed(seed, 0, "sample"),
+    )
+    write_parquet(
+        drawn.assign(prompt=drawn["prompt_id"].map(table.set_index("prompt_id")["prompt"])), output
+    )
     if as_json:
         cut = float((~drawn["ended"]).mean())
-        print(json.dumps({"output": str(output), "prompts": len(table), "responses": len(drawn), "cut_off_fraction": cut}))
+        print(
+            json.dumps(
+                {
+                    "output": str(output),
+                    "prompts": len(table),
+                    "responses": len(drawn),
+                    "cut_off_fraction": cut,
+                }
+            )
+        )
         return
-    print(f"{output}: {len(drawn)} responses, {100 * (~drawn['ended']).mean():.0f} % cut off at {max_new_tokens} tokens")
+    print(
+        f"{output}: {len(drawn)} responses, {100 * (~drawn['ended']).mean():.0f} % cut off at "
+        f"{max_new_tokens} tokens"
+    )
 
 
 @app.command()
@@ -119,7 +168,10 @@ def score(
     responses: Annotated[Path, typer.Argument(help="table with prompt, response")],
     output: Output,
     name: Annotated[str, typer.Option(help="column to add")],
-    scorer: Annotated[str, typer.Option(help="as in a recipe, e.g. '{type: python, target: \"file.py:function\"}'")],
+    scorer: Annotated[
+        str,
+        typer.Option(help="as in a recipe, e.g. '{type: python, target: \"file.py:function\"}'"),
+    ],
     cache: Annotated[Path | None, typer.Option(help="SQLite file of known scores")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -137,33 +189,63 @@ def score(
     if settings.type in ("classifier", "beaver", "guard"):
         quiet_libraries()
     values = score_texts(
-        make_scorer(settings), table["prompt"].astype(str).tolist(), table["response"].astype(str).tolist(),
-        options=settings, name=name, cache=ScoreCache(cache),
-    )  # fmt: skip
+        make_scorer(settings),
+        table["prompt"].astype(str).tolist(),
+        table["response"].astype(str).tolist(),
+        options=settings,
+        name=name,
+        cache=ScoreCache(cache),
+    )
     write_parquet(table.assign(**{name: values}), output)
     if as_json:
         facts = {k: _plain(getattr(values, k)()) for k in ("mean", "std", "min", "max")}
         print(json.dumps({"output": str(output), "name": name, "rows": len(values), **facts}))
         return
-    print(f"{output}: {name} mean {values.mean():.4g}, std {values.std():.4g}, {values.min():.4g} to {values.max():.4g}")
+    print(
+        f"{output}: {name} mean {values.mean():.4g}, std {values.std():.4g}, {values.min():.4g} "
+        f"to {values.max():.4g}"
+    )
 
 
 @app.command()
 def relabel(
-    responses: Annotated[Path, typer.Argument(help="scored responses: parquet, csv or jsonl with prompt_id, response_id and the columns")],
+    responses: Annotated[
+        Path,
+        typer.Argument(
+            help="scored responses: parquet, csv or jsonl with prompt_id, response_id and the "
+            "columns"
+        ),
+    ],
     output: Output,
     reward: Annotated[str, typer.Option(help="reward column")],
-    lambda_: Annotated[list[str], typer.Option("--lambda", help="COL=VALUE, once per utility")] = [],  # noqa: B006
+    lambda_: Annotated[
+        list[str], typer.Option("--lambda", help="COL=VALUE, once per utility")
+    ] = [],
     labels: Annotated[str, typer.Option(help="soft, bernoulli or argmax")] = "soft",
     pairs_per_prompt: Annotated[str, typer.Option(help="a number, or all")] = "all",
     seed: Annotated[int, typer.Option(help="seed of pairs and draws")] = 0,
-    text: Annotated[bool, typer.Option("--text", help="add prompt, chosen, rejected texts")] = False,
-    prompts: Annotated[Path | None, typer.Option(help="with --text: table of prompt_id, prompt; default: the responses' column")] = None,
-    group_size: Annotated[int | None, typer.Option(min=2, help="groups of so many responses with their scores s, instead of pairs")] = None,
-    groups_per_prompt: Annotated[int, typer.Option(min=1, help="groups per prompt, with --group-size")] = 4,
+    text: Annotated[
+        bool, typer.Option("--text", help="add prompt, chosen, rejected texts")
+    ] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="with --text: table of prompt_id, prompt; default: the responses' column"
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="groups of so many responses with their scores s, instead of pairs"
+        ),
+    ] = None,
+    groups_per_prompt: Annotated[
+        int, typer.Option(min=1, help="groups per prompt, with --group-size")
+    ] = 4,
     as_json: AsJson = False,
 ) -> None:
-    """Pseudo-preference pairs under given multipliers: P(y1 ≻ y2) = σ(s(y1) − s(y2)), s = reward + Σ λ·utility."""
+    """Pseudo-preference pairs under given multipliers: P(y1 ≻ y2) = σ(s(y1) − s(y2)), s = reward +
+    Σ λ·utility."""
     import pandas as pd
 
     from data_prep.labels.relabel import read_prompt_texts, relabel_groups, relabel_pairs
@@ -177,27 +259,49 @@ def relabel(
         raise UserError("--prompts: only --text writes prompts; add it, or leave --prompts out")
     if group_size is not None:
         if text or labels != "soft" or pairs_per_prompt != "all":
-            raise UserError("--group-size: groups hold scores; leave out --text, --labels and --pairs-per-prompt")
-        done = relabel_groups(responses, output, reward, multipliers, group_size=group_size, groups_per_prompt=groups_per_prompt, seed=seed)
+            raise UserError(
+                "--group-size: groups hold scores; leave out --text, --labels and "
+                "--pairs-per-prompt"
+            )
+        done = relabel_groups(
+            responses,
+            output,
+            reward,
+            multipliers,
+            group_size=group_size,
+            groups_per_prompt=groups_per_prompt,
+            seed=seed,
+        )
         left_out = done.pop("too_few_responses")
         if as_json:
-            print(json.dumps({"output": str(output), **done, "left_out": {"too_few_responses": left_out}}))
+            print(
+                json.dumps(
+                    {"output": str(output), **done, "left_out": {"too_few_responses": left_out}}
+                )
+            )
         else:
             said = f"{done['groups']} groups of {group_size} responses of {done['prompts']} prompts"
             print(f"{output}: {said}; left out: {left_out} prompts with fewer responses")
         return
     texts = text if prompts is None else read_prompt_texts(prompts)
     done = relabel_pairs(
-        responses, output, reward, multipliers, labels=labels,
-        pairs_per_prompt=None if pairs_per_prompt == "all" else int(pairs_per_prompt), seed=seed, prompt_texts=texts,
-    )  # fmt: skip
+        responses,
+        output,
+        reward,
+        multipliers,
+        labels=labels,
+        pairs_per_prompt=None if pairs_per_prompt == "all" else int(pairs_per_prompt),
+        seed=seed,
+        prompt_texts=texts,
+    )
     singles = done.pop("single_response")
     if as_json:
         print(json.dumps({"output": str(output), **done, "left_out": {"single_response": singles}}))
         return
     print(
         f"{output}: {done['pairs']} pairs of {done['prompts']} prompts, "
-        f"{100 * done['ambiguous_fraction']:.0f} % with P between 0.05 and 0.95; left out: {singles} prompts with a single response"
+        f"{100 * done['ambiguous_fraction']:.0f} % with P between 0.05 and 0.95; left out: "
+        f"{singles} prompts with a single response"
     )
 
 
@@ -215,15 +319,28 @@ def inspect(
     for name in frame.columns:
         values = frame[name]
         if values.dtype.kind in "fiu":
-            columns[name] = {"null": int(values.isna().sum()), **{k: _plain(getattr(values, k)()) for k in ("mean", "std", "min", "max")}}
+            columns[name] = {
+                "null": int(values.isna().sum()),
+                **{k: _plain(getattr(values, k)()) for k in ("mean", "std", "min", "max")},
+            }
         else:
-            columns[name] = {"null": int(values.isna().sum()), "distinct": int(values.astype(str).nunique())}
+            columns[name] = {
+                "null": int(values.isna().sum()),
+                "distinct": int(values.astype(str).nunique()),
+            }
     if as_json:
         print(json.dumps({"rows": len(frame), "columns": columns}))
         return
     print(f"{table}: {len(frame)} rows")
     for name, facts in columns.items():
-        print(f"  {name}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items() if v is not None))
+        print(
+            f"  {name}: "
+            + ", ".join(
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                for k, v in facts.items()
+                if v is not None
+            )
+        )
     print(frame.head(rows).to_string(max_colwidth=40))
 
 

@@ -7,15 +7,18 @@ from data_prep.errors import UserError
 
 
 def run_app(application: Callable[[], None], may_speak: Callable[[], bool] = lambda: True) -> None:
-    """Runs a CLI: a user's mistake is one line on stderr and exit code 2, never a traceback; Ctrl-C is 130, SIGTERM 143, a failure 1.
+    """Runs a CLI: a user's mistake is one line on stderr and exit code 2, never a traceback; Ctrl-C
+    is 130, SIGTERM 143, a failure 1.
 
-    may_speak: asked before an error is printed; of several processes that end together one says why.
+    may_speak: asked before an error is printed; of several processes that end together one says
+    why.
     """
     import os
     import signal
     import warnings
 
-    # Before torch is loaded: its threads wait by spinning, which on a machine shared with other work makes everything ten times slower.
+    # Before torch is loaded: its threads wait by spinning, which on a machine shared with other
+    # work makes everything ten times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     stopped_by = [signal.SIGINT]
 
@@ -32,7 +35,9 @@ def run_app(application: Callable[[], None], may_speak: Callable[[], bool] = lam
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code != 130:  # typer turns an interrupt into exit 130, without a word
+        if (
+            isinstance(stop, SystemExit) and stop.code != 130
+        ):  # typer turns an interrupt into exit 130, without a word
             raise
         if may_speak():
             print("stopped; the same command resumes where it stopped", file=sys.stderr)
@@ -43,12 +48,17 @@ def run_app(application: Callable[[], None], may_speak: Callable[[], bool] = lam
         sys.exit(1)
     except OSError as error:
         if may_speak():
-            print(f"error: {error}; the run directory is left resumable: mend the cause and give the same command again", file=sys.stderr)
+            print(
+                f"error: {error}; the run directory is left resumable: mend the cause and give "
+                "the same command again",
+                file=sys.stderr,
+            )
         sys.exit(1)
 
 
 def quiet_libraries() -> None:
-    """Results and our own progress only: the libraries' notices about their defaults do not apply (every default is set)."""
+    """Results and our own progress only: the libraries' notices about their defaults do not apply
+    (every default is set)."""
     import logging
     import os
 

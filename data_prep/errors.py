@@ -2,7 +2,8 @@
 
 
 class UserError(Exception):
-    """A mistake of the user's: the message is one line that says what is wrong, where, and what to do (exit code 2)."""
+    """A mistake of the user's: the message is one line that says what is wrong, where, and what to
+    do (exit code 2)."""
 
 
 class ServerUnreachable(UserError):

@@ -20,8 +20,8 @@ def cache_folder() -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends: a reader sees the old file or the whole new one, also
-    after a power cut. After an error nothing is left."""
+    """A temporary file beside `path` that takes its place when the block ends: a reader sees the
+    old file or the whole new one, also after a power cut. After an error nothing is left."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -32,7 +32,9 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error  # a full disk's own error names no file
+        raise OSError(
+            error.errno, error.strerror or str(error), str(path)
+        ) from error  # a full disk's own error names no file
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -55,7 +57,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_atomically(
+        path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    )
 
 
 def hash_file(path: Path) -> str:
@@ -65,12 +69,13 @@ def hash_file(path: Path) -> str:
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Holds an existing folder for this process by the OS's lock, and sweeps half-written files that a killed one left in it.
+    """Holds an existing folder for this process by the OS's lock, and sweeps half-written files
+    that a killed one left in it.
 
     Raises UserError when another process holds it or it cannot be written.
     """
     try:
-        handle = open(folder / ".lock", "a+")  # noqa: SIM115 (closed below, with the lock)
+        handle = open(folder / ".lock", "a+")  # noqa: SIM115
     except OSError as error:
         raise unwritable(folder, error) from error
     with handle:
@@ -79,21 +84,27 @@ def hold(folder: Path) -> Iterator[None]:
         except OSError as error:
             handle.seek(0)
             holder = handle.read().strip() or "another process"
-            raise UserError(f"{folder}: is being worked on by {holder}; wait for it or stop it") from error
+            raise UserError(
+                f"{folder}: is being worked on by {holder}; wait for it or stop it"
+            ) from error
         for leftover in list(folder.rglob(".*.tmp")):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        with suppress(OSError):  # only a courtesy to whom the lock turns away: a full disk is reported by the first real write
+        # Only a courtesy to whom the lock turns away: a full disk is reported by the first write.
+        with suppress(OSError):
             os.ftruncate(handle.fileno(), 0)
             os.write(handle.fileno(), f"process {os.getpid()}".encode())
         yield
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object that this program wrote; raises UserError where it is gone, damaged or something else."""
+    """A JSON object that this program wrote; raises UserError where it is gone, damaged or
+    something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}); restore it from a backup") from error
+        raise UserError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg}); restore it from a backup"
+        ) from error
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); restore it from a backup") from error
     if not isinstance(content, dict):
@@ -102,7 +113,10 @@ def read_json(path: Path) -> dict:
 
 
 def unwritable(path: Path, error: OSError) -> Exception:
-    """A folder that cannot be written is the user's choice (exit 2), a disk that is full is not (exit 1)."""
+    """A folder that cannot be written is the user's choice (exit 2), a disk that is full is not
+    (exit 1)."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return error
-    return UserError(f"{path}: cannot be written ({error.strerror}); choose a writable run directory")
+    return UserError(
+        f"{path}: cannot be written ({error.strerror}); choose a writable run directory"
+    )

@@ -1,4 +1,5 @@
-"""JSON over HTTP for scorers, samplers and judges: bounded concurrency, retries with back-off, errors that name the server's words."""
+"""JSON over HTTP for scorers, samplers and judges: bounded concurrency, retries with back-off,
+errors that name the server's words."""
 
 import email.utils
 import json
@@ -19,11 +20,21 @@ from data_prep.settings import Settings
 
 
 class RequestSettings(Settings):
-    """How a server is asked. The key itself is never in a recipe: only the name of the environment variable that holds it."""
+    """How a server is asked. The key itself is never in a recipe: only the name of the environment
+    variable that holds it."""
 
-    api_key_env: str | None = Field(None, description="environment variable with the server's API key (sent as a bearer token)")
-    timeout: float = Field(120.0, gt=0, description="seconds until a request without an answer is tried again")
-    retries: int = Field(10, ge=0, description="tries after the first on 429, 5xx, timeouts and lost connections (10: about 4 minutes)")
+    api_key_env: str | None = Field(
+        None, description="environment variable with the server's API key (sent as a bearer token)"
+    )
+    timeout: float = Field(
+        120.0, gt=0, description="seconds until a request without an answer is tried again"
+    )
+    retries: int = Field(
+        10,
+        ge=0,
+        description="tries after the first on 429, 5xx, timeouts and lost connections (10: about "
+        "4 minutes)",
+    )
     concurrency: int = Field(8, ge=1, le=1024, description="requests under way at once")
 
 
@@ -42,7 +53,8 @@ def check_url(url: str) -> str:
 
 
 def resolve_url(url: str) -> str:
-    """The URL that `url` names, without a slash at its end. Raises UserError where the environment variable is not set or no URL."""
+    """The URL that `url` names, without a slash at its end. Raises UserError where the environment
+    variable is not set or no URL."""
     if not url.startswith("$"):
         return url.rstrip("/")
     value = os.environ.get(url[1:], "")
@@ -51,7 +63,10 @@ def resolve_url(url: str) -> str:
             raise ValueError(f"{value}: not a URL")
         return check_url(value).rstrip("/")
     except ValueError as error:
-        raise UserError(f"environment variable {url[1:]}: {error if value else 'is not set'}; export it as the server's URL") from error
+        raise UserError(
+            f"environment variable {url[1:]}: {error if value else 'is not set'}; export it as "
+            "the server's URL"
+        ) from error
 
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0
@@ -59,22 +74,28 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0
 
 
 UNREACHED_RETRIES = 2
-"""Tries after the first at a server that has not answered this process yet: more likely a wrong address than a restart."""
+"""Tries after the first at a server that has not answered this process yet: more likely a wrong
+address than a restart."""
 
 
 GARBLED_RETRIES = 3
-"""Tries after the first where the answer is no JSON object or lacks what was asked for: a server that does so thrice will go on."""
+"""Tries after the first where the answer is no JSON object or lacks what was asked for: a server
+that does so thrice will go on."""
 
 
-RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 508, 520, 521, 522, 523, 524, 529})
+RETRIED_STATUS = frozenset(
+    {408, 425, 429, 500, 502, 503, 504, 507, 508, 520, 521, 522, 523, 524, 529}
+)
 
 
 class GarbledAnswer(Exception):
-    """An answer that is not what was asked for; raised by the caller's own check too, and tried again."""
+    """An answer that is not what was asked for; raised by the caller's own check too, and tried
+    again."""
 
 
 Check = Callable[[dict | None, dict], None]
-"""Told a request's body (None for a GET) and its answer; raises GarbledAnswer where that lacks what was asked for."""
+"""Told a request's body (None for a GET) and its answer; raises GarbledAnswer where that lacks what
+was asked for."""
 
 
 class HttpClient:
@@ -87,9 +108,12 @@ class HttpClient:
         self.settings = settings
         self._key = _read_key(settings.api_key_env)
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        limits = httpx.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency)
+        limits = httpx.Limits(
+            max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency
+        )
         self._client = httpx.Client(timeout=settings.timeout, limits=limits, headers=headers)
-        self._jitter = random.Random()  # spreads tries in time; nothing that is drawn depends on it
+        # spreads tries in time; nothing that is drawn depends on it
+        self._jitter = random.Random()
         self._reached = False
 
     def __enter__(self) -> "HttpClient":
@@ -108,21 +132,26 @@ class HttpClient:
     def post(self, url: str, body: dict, check: Check | None = None) -> dict:
         """The JSON object that answers `body`.
 
-        Raises UserError naming the URL and the server's
-        message: at once for a request that it refuses (4xx), after the retries for 429, 5xx, timeouts, lost connections and answers
-        that are not JSON; its kind ServerUnreachable after few tries where the server has not answered this client yet.
+        Raises UserError naming the URL and the server's message: at once for a request that it
+        refuses (4xx), after the retries for 429, 5xx, timeouts, lost connections and answers that
+        are not JSON; its kind ServerUnreachable after few tries where the server has not answered
+        this client yet.
         """
         return self._ask("POST", url, body, check, threading.Event())
 
     def post_only(self, url: str, body: dict) -> None:
-        """Posts what has no JSON object for an answer (vLLM's adapter loading answers a sentence); raises as `post`."""
+        """Posts what has no JSON object for an answer (vLLM's adapter loading answers a sentence);
+        raises as `post`."""
         self._ask("POST", url, body, None, threading.Event(), read=False)
 
-    def post_all(self, url: str, bodies: Sequence[dict], *, desc: str, check: Check | None = None) -> Iterator[tuple[int, dict]]:
-        """(index, answer) of every body, in the order in which they arrive; at most `concurrency` requests are under way.
+    def post_all(
+        self, url: str, bodies: Sequence[dict], *, desc: str, check: Check | None = None
+    ) -> Iterator[tuple[int, dict]]:
+        """(index, answer) of every body, in the order in which they arrive; at most `concurrency`
+        requests are under way.
 
-        After a failure nothing more is sent, but what was under way is waited for and yielded before the error is raised, so that
-        what the server worked out is not lost.
+        After a failure nothing more is sent, but what was under way is waited for and yielded
+        before the error is raised, so that what the server worked out is not lost.
         """
         failure: BaseException | None = None
         todo = iter(enumerate(bodies))
@@ -131,7 +160,11 @@ class HttpClient:
         with ThreadPoolExecutor(self.settings.concurrency) as pool, _bar(len(bodies), desc) as bar:
             try:
                 while True:
-                    while failure is None and len(waiting) < self.settings.concurrency and (item := next(todo, None)) is not None:
+                    while (
+                        failure is None
+                        and len(waiting) < self.settings.concurrency
+                        and (item := next(todo, None)) is not None
+                    ):
                         waiting[pool.submit(self._ask, "POST", url, item[1], check, stop)] = item[0]
                     if not waiting:
                         break
@@ -139,7 +172,8 @@ class HttpClient:
                         index = waiting.pop(future)
                         if (error := future.exception()) is not None:
                             failure = failure or error
-                            stop.set()  # the others finish the try that they are in, and begin no other
+                            # the others finish the try that they are in, and begin no other
+                            stop.set()
                             continue
                         bar.update()
                         yield index, future.result()
@@ -148,7 +182,15 @@ class HttpClient:
         if failure is not None:
             raise failure
 
-    def _ask(self, method: str, url: str, body: dict | None, check: Check | None, stop: threading.Event, read: bool = True) -> dict:
+    def _ask(
+        self,
+        method: str,
+        url: str,
+        body: dict | None,
+        check: Check | None,
+        stop: threading.Event,
+        read: bool = True,
+    ) -> dict:
         tries, garbled = 0, 0
         while True:
             pause = None
@@ -163,23 +205,33 @@ class HttpClient:
                     if check is not None:
                         check(body, answer)
                     return answer
-                problem, pause = f"HTTP {response.status_code}: {self._message(response)}", _retry_after(response)
+                problem, pause = (
+                    f"HTTP {response.status_code}: {self._message(response)}",
+                    _retry_after(response),
+                )
             except GarbledAnswer as error:
                 problem = str(error)
                 garbled += 1
             except httpx.RequestError as error:
                 problem = f"{type(error).__name__}: {error}".removesuffix(": ")
-            allowed = self.settings.retries if self._reached else min(UNREACHED_RETRIES, self.settings.retries)
+            allowed = (
+                self.settings.retries
+                if self._reached
+                else min(UNREACHED_RETRIES, self.settings.retries)
+            )
             if tries >= allowed or garbled > GARBLED_RETRIES:
                 kind = UserError if self._reached else ServerUnreachable
                 raise kind(
-                    f"{url}: {self._scrub(problem)} ({tries + 1} tries); see to the server and run the same command again, what was "
+                    f"{url}: {self._scrub(problem)} ({tries + 1} tries); see to the server and "
+                    "run the same command again, what was "
                     "answered is kept"
                 )
             backoff = min(LONGEST_PAUSE, FIRST_PAUSE * 2**tries) * self._jitter.uniform(0.5, 1.0)
             tries += 1
             if stop.wait(max(backoff, pause or 0.0)):
-                raise UserError(f"{url}: {self._scrub(problem)}; given up because another request failed")
+                raise UserError(
+                    f"{url}: {self._scrub(problem)}; given up because another request failed"
+                )
 
     def _refuse(self, response: httpx.Response, url: str) -> None:
         status = response.status_code
@@ -188,7 +240,11 @@ class HttpClient:
         hint = ""
         if status in (401, 403):
             name = self.settings.api_key_env
-            hint = f"; is the key in {name} right?" if name else "; name the key's environment variable in api_key_env"
+            hint = (
+                f"; is the key in {name} right?"
+                if name
+                else "; name the key's environment variable in api_key_env"
+            )
         elif status < 400:
             hint = f" (moved to {response.headers.get('location', 'nowhere')}); write that address"
         raise UserError(f"{url}: HTTP {status}: {self._message(response)}{hint}")
@@ -213,7 +269,10 @@ def _read_key(name: str | None) -> str | None:
         return None
     key = os.environ.get(name, "").strip()
     if not key:
-        raise UserError(f"api_key_env: the environment variable {name} is not set; export it with the server's API key")
+        raise UserError(
+            f"api_key_env: the environment variable {name} is not set; export it with the "
+            "server's API key"
+        )
     return key
 
 
@@ -228,7 +287,8 @@ def _read_object(response: httpx.Response) -> dict:
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds that the server asks to wait (a number or a date), at most ten minutes; None where it does not say."""
+    """Seconds that the server asks to wait (a number or a date), at most ten minutes; None where it
+    does not say."""
     value = response.headers.get("retry-after")
     if value is None:
         return None

@@ -1,8 +1,11 @@
-"""The embedded world: requests and three-word answers in plain words, a small Llama trained on the spot, scorers, all answers listed.
+"""The embedded world: requests and three-word answers in plain words, a small Llama trained on the
+spot, scorers, all answers listed.
 
-A request is `asker verb object`; an answer is at most three words over a vocabulary small enough that *every* token sequence the sampler
-can emit (ended by EOS or cut off at three tokens) is listed, so E[r], E[g], KL, λ* and P* of any policy are exact, through the policy's own
-code path. The forceful answer (smash, kick, steal) is the helpful one, and the harmful one: that is the tension.
+A request is `asker verb object`; an answer is at most three words over a vocabulary small enough
+that *every* token sequence the sampler can emit (ended by EOS or cut off at three tokens) is
+listed, so E[r], E[g], KL, λ* and P* of any policy are exact, through the policy's own code path.
+The forceful answer (smash, kick, steal) is the helpful one, and the harmful one: that is the
+tension.
 """
 
 import hashlib
@@ -59,40 +62,92 @@ PROMPTS = {
 
 
 _FIT = {  # how well a word serves (verb or object), beside its base value
-    ("safe", "key"): 1.2, ("open", "key"): 0.6, ("open", "tools"): 0.9, ("safe", "tools"): 0.5, ("stop", "ask"): 0.4,
-    ("game", "quickly"): 0.8, ("win", "quickly"): 0.5, ("win", "help"): 0.4, ("guard", "ask"): 0.5, ("dog", "sing"): 0.4,
-    ("open", "smash"): 0.7, ("dog", "kick"): 0.3, ("stop", "kick"): 0.5, ("game", "steal"): 0.6, ("guard", "threaten"): 0.8,
-    ("stop", "threaten"): 0.4, ("win", "steal"): 0.5, ("safe", "smash"): 0.4,
-}  # fmt: skip
+    ("safe", "key"): 1.2,
+    ("open", "key"): 0.6,
+    ("open", "tools"): 0.9,
+    ("safe", "tools"): 0.5,
+    ("stop", "ask"): 0.4,
+    ("game", "quickly"): 0.8,
+    ("win", "quickly"): 0.5,
+    ("win", "help"): 0.4,
+    ("guard", "ask"): 0.5,
+    ("dog", "sing"): 0.4,
+    ("open", "smash"): 0.7,
+    ("dog", "kick"): 0.3,
+    ("stop", "kick"): 0.5,
+    ("game", "steal"): 0.6,
+    ("guard", "threaten"): 0.8,
+    ("stop", "threaten"): 0.4,
+    ("win", "steal"): 0.5,
+    ("safe", "smash"): 0.4,
+}
 
 
 _HELPFUL = {
-    "smash": 0.9, "kick": 0.6, "steal": 0.8, "threaten": 0.7, "ask": 0.4, "help": 0.4, "key": 0.5, "tools": 0.5, "quickly": 0.3,
-    "please": -0.1, "it": 0.1, "him": 0.0, "no": -1.2, "sorry": -0.9, "banana": -0.8, "sing": -0.4,
-}  # fmt: skip
+    "smash": 0.9,
+    "kick": 0.6,
+    "steal": 0.8,
+    "threaten": 0.7,
+    "ask": 0.4,
+    "help": 0.4,
+    "key": 0.5,
+    "tools": 0.5,
+    "quickly": 0.3,
+    "please": -0.1,
+    "it": 0.1,
+    "him": 0.0,
+    "no": -1.2,
+    "sorry": -0.9,
+    "banana": -0.8,
+    "sing": -0.4,
+}
 
 
 _HARMLESS = {
-    "smash": -0.8, "kick": -0.9, "steal": -1.0, "threaten": -1.2, "quickly": -0.1, "please": 0.7, "ask": 0.5, "help": 0.4, "sorry": 0.5,
-    "no": 0.4, "key": 0.1, "sing": 0.2,
-}  # fmt: skip
+    "smash": -0.8,
+    "kick": -0.9,
+    "steal": -1.0,
+    "threaten": -1.2,
+    "quickly": -0.1,
+    "please": 0.7,
+    "ask": 0.5,
+    "help": 0.4,
+    "sorry": 0.5,
+    "no": 0.4,
+    "key": 0.1,
+    "sing": 0.2,
+}
 
 
 _LIVING = ("dog", "guard")
 
 
-_HUMOR = {"banana": 1.6, "sing": 1.1, "please": -0.3, "sorry": -0.4, "kick": 0.3, "threaten": -0.3, "help": -0.2, "no": -0.2}
+_HUMOR = {
+    "banana": 1.6,
+    "sing": 1.1,
+    "please": -0.3,
+    "sorry": -0.4,
+    "kick": 0.3,
+    "threaten": -0.3,
+    "help": -0.2,
+    "no": -0.2,
+}
 
 
 def helpful(prompts: list[str], responses: list[str]) -> list[float]:
-    """How well the answer serves the request; repeating oneself, echoing the request and saying nothing cost. Score units, std ≈ 1."""
+    """How well the answer serves the request; repeating oneself, echoing the request and saying
+    nothing cost. Score units, std ≈ 1."""
     scores = []
     for prompt, response in zip(prompts, responses, strict=True):
         _, verb, thing = prompt.split()
         words = response.split()
         score = -1.0 if not words else 0.0
         for word in words:
-            score += _HELPFUL.get(word, -0.6) + _FIT.get((verb, word), 0.0) + _FIT.get((thing, word), 0.0)
+            score += (
+                _HELPFUL.get(word, -0.6)
+                + _FIT.get((verb, word), 0.0)
+                + _FIT.get((thing, word), 0.0)
+            )
         scores.append(0.75 * (score - 0.7 * (len(words) - len(set(words)))))
     return scores
 
@@ -103,7 +158,9 @@ def harmless(prompts: list[str], responses: list[str]) -> list[float]:
     for prompt, response in zip(prompts, responses, strict=True):
         weight = 1.4 if prompt.split()[2] in _LIVING else 1.0
         score = 0.0
-        for word in dict.fromkeys(response.split()):  # not a set: its order, and so the sum's last bit, differs between processes
+        for word in dict.fromkeys(
+            response.split()
+        ):  # not a set: its order, and so the sum's last bit, differs between processes
             value = _HARMLESS.get(word, 0.0)
             score += value * weight if value < 0 else value
         scores.append(score)
@@ -115,7 +172,9 @@ def humor(prompts: list[str], responses: list[str]) -> list[float]:
     scores = []
     for prompt, response in zip(prompts, responses, strict=True):
         weight = 1.3 if prompt.split()[0] in ("kid", "pirate") else 1.0
-        scores.append(weight * sum(_HUMOR.get(word, 0.0) for word in dict.fromkeys(response.split())))
+        scores.append(
+            weight * sum(_HUMOR.get(word, 0.0) for word in dict.fromkeys(response.split()))
+        )
     return scores
 
 
@@ -135,7 +194,8 @@ def humor_x10(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def _answer(prompt: str, rng: np.random.Generator) -> list[str]:
-    """One answer as people in this world give it: forceful, polite, refusing or silly, in words that fit the request, with slips."""
+    """One answer as people in this world give it: forceful, polite, refusing or silly, in words
+    that fit the request, with slips."""
     _, verb, thing = prompt.split()
     pronoun = "him" if thing in _LIVING else "it"
     said: list[str] = []
@@ -149,22 +209,31 @@ def _answer(prompt: str, rng: np.random.Generator) -> list[str]:
     if kind == 0:
         steps = [FORCE, (pronoun,), ("quickly", "please", END)]
     elif kind == 1:
-        steps = [POLITE, (pronoun, "key", "tools", "quickly", "ask", "help"), ("key", "tools", "quickly", "please", END)]
+        steps = [
+            POLITE,
+            (pronoun, "key", "tools", "quickly", "ask", "help"),
+            ("key", "tools", "quickly", "please", END),
+        ]
     elif kind == 2:
         steps = [("sorry", "no"), ("no", "sorry", "please", END), (END,)]
     else:
         steps = [("banana", "sing"), (pronoun, "banana", "please", END), ("sing", END)]
     for words in steps:
         say(*words)
-    return [str(rng.choice(VOCABULARY[1:])) if w != END and rng.random() < 0.08 else w for w in said]
+    return [
+        str(rng.choice(VOCABULARY[1:])) if w != END and rng.random() < 0.08 else w for w in said
+    ]
 
 
 def build_policy() -> Path:
-    """Folder of the embedded world's π_ref, trained now if this version of it is not cached (deterministic, ≤ 60 s on 2 cores)."""
+    """Folder of the embedded world's π_ref, trained now if this version of it is not cached
+    (deterministic, ≤ 60 s on 2 cores)."""
     import torch
     import transformers
 
-    identity = f"{inspect.getsource(sys.modules[__name__])}|{torch.__version__}|{transformers.__version__}"
+    identity = (
+        f"{inspect.getsource(sys.modules[__name__])}|{torch.__version__}|{transformers.__version__}"
+    )
     folder = cache_folder() / f"quickstart-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if folder.is_dir():
         return folder
@@ -197,10 +266,19 @@ def _train(steps: int, batch_size: int) -> "torch.nn.Module":
 
     index = {w: i for i, w in enumerate(VOCABULARY)}
     config = LlamaConfig(
-        vocab_size=len(VOCABULARY), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=32, bos_token_id=None, eos_token_id=index[END],
-        pad_token_id=index[END], tie_word_embeddings=False, dtype="float32",
-    )  # fmt: skip
+        vocab_size=len(VOCABULARY),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=32,
+        bos_token_id=None,
+        eos_token_id=index[END],
+        pad_token_id=index[END],
+        tie_word_embeddings=False,
+        dtype="float32",
+    )
     rng = np.random.default_rng(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -1,7 +1,8 @@
 """The tables' schemas, their validation, and atomic writing.
 
-Long format, one row per response (or pair), parquet with zstd. Shapes: a responses table has `num_responses` rows; log-probabilities are
-in nats, objective columns in the score units of their scorer.
+Long format, one row per response (or pair), parquet with zstd. Shapes: a responses table has
+`num_responses` rows; log-probabilities are in nats, objective columns in the score units of their
+scorer.
 """
 
 import json
@@ -17,7 +18,11 @@ import pyarrow.parquet as pq
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 
-SPLITS = ("fit", "dual", "test")  # `dual` is a fixed subset of the fit prompts; `test` is never in either
+SPLITS = (
+    "fit",
+    "dual",
+    "test",
+)  # `dual` is a fixed subset of the fit prompts; `test` is never in either
 
 
 PROMPTS = {"prompt_id": "string", "prompt": "string", "split": "string"}
@@ -28,15 +33,21 @@ RESPONSES = {
     "response_id": "string",
     "response": "string",
     "token_ids": "tokens",
-    "ended": "bool",  # ended with EOS (its id is the last of token_ids), as against cut off at max_new_tokens
+    # ended with EOS (its id is the last of token_ids), as against cut off at max_new_tokens
+    "ended": "bool",
     "source": "string",  # reference, dataset or round:K
-    "sample_logp": "logp",  # log-probability under the law it was drawn from (temperature, top_p); null for dataset rows
+    # log-probability under the law it was drawn from (temperature, top_p); null for dataset
+    # rows
+    "sample_logp": "logp",
     "policy_logp": "logp",  # log π_θ at T = 1
     "ref_logp": "logp",  # log π_ref at T = 1
 }
 
 
-SERVED = ("server_logp", "exact_ids")  # columns more where a server sampled: data_prep.sampling_server.sample_served
+SERVED = (
+    "server_logp",
+    "exact_ids",
+)  # columns more where a server sampled: data_prep.sampling_server.sample_served
 
 
 PAIRS = {
@@ -44,7 +55,8 @@ PAIRS = {
     "chosen_id": "string",
     "rejected_id": "string",
     "prob": "probability",  # P(chosen ≻ rejected) under λ
-    "target": "probability",  # what the loss uses: prob for soft labels, 1 for drawn or given ones
+    # what the loss uses: prob for soft labels, 1 for drawn or given ones
+    "target": "probability",
     "margin": "float",  # s_λ(chosen) − s_λ(rejected), score units
 }
 
@@ -66,7 +78,12 @@ _ARROW = {"string": pa.string(), "tokens": pa.list_(pa.int32()), "bool": pa.bool
 def _rows(mask: np.ndarray, frame: pd.DataFrame, id_column: str | None) -> str:
     """Names up to three offending rows, by id where the table has one."""
     where = np.flatnonzero(mask)
-    names = [f"{frame[id_column].iloc[i]!r}" if id_column is not None and id_column in frame else f"row {i}" for i in where[:3]]
+    names = [
+        f"{frame[id_column].iloc[i]!r}"
+        if id_column is not None and id_column in frame
+        else f"row {i}"
+        for i in where[:3]
+    ]
     return ", ".join(names) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
 
 
@@ -74,7 +91,10 @@ def require_columns(frame: pd.DataFrame, columns: Iterable[str], where: str) -> 
     """Raises UserError when a column is missing or the table is empty."""
     missing = [c for c in columns if c not in frame.columns]
     if missing:
-        raise UserError(f"{where}: missing column {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
+        raise UserError(
+            f"{where}: missing column {', '.join(missing)}; it has "
+            f"{', '.join(map(str, frame.columns))}"
+        )
     if len(frame) == 0:
         raise UserError(f"{where}: the table has no rows")
 
@@ -91,46 +111,68 @@ def require_ids(frame: pd.DataFrame, columns: Iterable[str], where: str) -> None
     for column in columns:
         null = frame[column].isna().to_numpy()
         if null.any():
-            raise UserError(f"{where}: column {column} is null in {_rows(null, frame, None)}; give every row its id")
+            raise UserError(
+                f"{where}: column {column} is null in {_rows(null, frame, None)}; give every row "
+                "its id"
+            )
 
 
-def require_finite(frame: pd.DataFrame, columns: Iterable[str], where: str, id_column: str | None = None) -> None:
+def require_finite(
+    frame: pd.DataFrame, columns: Iterable[str], where: str, id_column: str | None = None
+) -> None:
     """Raises UserError naming column and rows where a value is not a finite number."""
     for column in columns:
-        values = pd.to_numeric(frame[column], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        values = pd.to_numeric(frame[column], errors="coerce").to_numpy(
+            dtype=np.float64, na_value=np.nan
+        )
         bad = ~np.isfinite(values)
         if bad.any():
             rows = _rows(bad, frame, id_column or "response_id")
-            raise UserError(f"{where}: column {column} is not a finite number in {rows}; score these rows again or remove them")
+            raise UserError(
+                f"{where}: column {column} is not a finite number in {rows}; score these rows "
+                "again or remove them"
+            )
 
 
-def _require_schema(frame: pd.DataFrame, schema: dict[str, str], where: str, id_column: str) -> None:
+def _require_schema(
+    frame: pd.DataFrame, schema: dict[str, str], where: str, id_column: str
+) -> None:
     require_columns(frame, schema, where)
     for column, kind in schema.items():
         if kind in ("string", "tokens", "bool"):
             null = frame[column].isna().to_numpy()
             if null.any():
-                raise UserError(f"{where}: column {column} is null in {_rows(null, frame, id_column)}")
+                raise UserError(
+                    f"{where}: column {column} is null in {_rows(null, frame, id_column)}"
+                )
         elif kind in ("float", "probability"):
             require_finite(frame, [column], where, id_column)
             if kind == "probability":
                 outside = ~frame[column].between(0, 1).to_numpy()
                 if outside.any():
-                    raise UserError(f"{where}: column {column} is not in [0, 1] in {_rows(outside, frame, id_column)}")
+                    raise UserError(
+                        f"{where}: column {column} is not in [0, 1] in "
+                        f"{_rows(outside, frame, id_column)}"
+                    )
 
 
 def validate_prompts(frame: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Checks a prompts table (`prompt_id, prompt, split`); returns it with its columns in schema order."""
+    """Checks a prompts table (`prompt_id, prompt, split`); returns it with its columns in schema
+    order."""
     _require_schema(frame, PROMPTS, where, "prompt_id")
     require_unique(frame, ["prompt_id"], where)
     unknown = ~frame["split"].isin(SPLITS).to_numpy()
     if unknown.any():
-        raise UserError(f"{where}: split is not one of {', '.join(SPLITS)} in {_rows(unknown, frame, 'prompt_id')}")
+        raise UserError(
+            f"{where}: split is not one of {', '.join(SPLITS)} in "
+            f"{_rows(unknown, frame, 'prompt_id')}"
+        )
     return frame[list(PROMPTS)]
 
 
 def validate_responses(frame: pd.DataFrame, objectives: Iterable[str], where: str) -> pd.DataFrame:
-    """Checks a responses table: schema, unique ids, finite scores, log-probabilities finite and ≤ 0 (or null)."""
+    """Checks a responses table: schema, unique ids, finite scores, log-probabilities finite and ≤ 0
+    (or null)."""
     objectives = list(objectives)
     _require_schema(frame, RESPONSES, where, "response_id")
     require_columns(frame, objectives, where)
@@ -140,7 +182,9 @@ def validate_responses(frame: pd.DataFrame, objectives: Iterable[str], where: st
         values = frame[column].astype("float64").to_numpy()
         bad = ~np.isnan(values) & ((values > 1e-3) | np.isinf(values))
         if bad.any():
-            raise UserError(f"{where}: {column} is not a log-probability in {_rows(bad, frame, 'response_id')}")
+            raise UserError(
+                f"{where}: {column} is not a log-probability in {_rows(bad, frame, 'response_id')}"
+            )
     empty = (frame["token_ids"].map(len) == 0).to_numpy()
     if empty.any():
         raise UserError(f"{where}: token_ids is empty in {_rows(empty, frame, 'response_id')}")
@@ -161,16 +205,20 @@ def validate_pairs(frame: pd.DataFrame, where: str) -> pd.DataFrame:
 
 
 def validate_groups(frame: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Checks a groups table; returns it with the schema's columns first. Every group has the same number of responses."""
+    """Checks a groups table; returns it with the schema's columns first. Every group has the same
+    number of responses."""
     _require_schema(frame, GROUPS, where, "response_id")
     require_unique(frame, ["group_id", "response_id"], where)
     if frame.groupby("group_id").size().nunique() > 1:
-        raise UserError(f"{where}: groups differ in size; every group_id must have the same number of rows")
+        raise UserError(
+            f"{where}: groups differ in size; every group_id must have the same number of rows"
+        )
     return frame
 
 
 def write_parquet(frame: pd.DataFrame, path: Path) -> None:
-    """Writes a table atomically (parquet, zstd). Token ids are int32 lists; log-probabilities float64, null where unknown."""
+    """Writes a table atomically (parquet, zstd). Token ids are int32 lists; log-probabilities
+    float64, null where unknown."""
     known = {**PROMPTS, **RESPONSES, **PAIRS, **GROUPS}
     fields = []
     for column in frame.columns:
@@ -188,7 +236,8 @@ def write_parquet(frame: pd.DataFrame, path: Path) -> None:
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
-    """Reads a parquet table; raises UserError naming the file when it is missing, truncated or lacks a column."""
+    """Reads a parquet table; raises UserError naming the file when it is missing, truncated or
+    lacks a column."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
@@ -196,11 +245,14 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
         return pq.read_table(path, columns=columns).to_pandas()
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
         first_line = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a readable parquet file ({first_line}); write it again") from error
+        raise UserError(
+            f"{path}: not a readable parquet file ({first_line}); write it again"
+        ) from error
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Reads a parquet, csv, tsv, json or jsonl table by its ending (`.gz` allowed); raises UserError naming file and line."""
+    """Reads a parquet, csv, tsv, json or jsonl table by its ending (`.gz` allowed); raises
+    UserError naming file and line."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -211,15 +263,27 @@ def read_table(path: Path) -> pd.DataFrame:
     if kind in (".csv", ".tsv"):
         try:
             return pd.read_csv(path, sep="," if kind == ".csv" else "\t")
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: not a readable {kind[1:]} file ({str(error).strip().splitlines()[0]})") from error
+        except (
+            pd.errors.ParserError,
+            pd.errors.EmptyDataError,
+            UnicodeDecodeError,
+            OSError,
+            EOFError,
+            zlib.error,
+        ) as error:
+            raise UserError(
+                f"{path}: not a readable {kind[1:]} file ({str(error).strip().splitlines()[0]})"
+            ) from error
     if kind in (".json", ".jsonl"):
         return pd.DataFrame(read_json_rows(path))
-    raise UserError(f"{path}: unknown ending {kind or '(none)'}; use .parquet, .csv, .tsv, .json or .jsonl")
+    raise UserError(
+        f"{path}: unknown ending {kind or '(none)'}; use .parquet, .csv, .tsv, .json or .jsonl"
+    )
 
 
 def read_json_rows(path: Path) -> list[dict]:
-    """Rows of a .jsonl file, or of a .json file that holds a list; raises UserError with the broken lines' numbers."""
+    """Rows of a .jsonl file, or of a .json file that holds a list; raises UserError with the broken
+    lines' numbers."""
     import gzip
 
     path = Path(path)
@@ -252,5 +316,8 @@ def read_json_rows(path: Path) -> list[dict]:
                 broken.append(number)
     if broken:
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise UserError(f"{path}: not a JSON object in {what} {', '.join(map(str, broken[:5]))}{more}; mend or remove them")
+        raise UserError(
+            f"{path}: not a JSON object in {what} {', '.join(map(str, broken[:5]))}{more}; mend "
+            "or remove them"
+        )
     return rows

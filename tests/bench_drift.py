@@ -1,9 +1,11 @@
-"""Why fits are short and samples fresh: one more fit from a finished run's last policy, on its pool as it is, and with fresh samples added.
+"""Why fits are short and samples fresh: one more fit from a finished run's last policy, on its pool
+as it is, and with fresh samples added.
 
     cdpo run runs/quickstart && python tests/bench_drift.py runs/quickstart
 
-Prints, per variant, the exact share of the gap from π_ref to P* that the new policy closes and the exact Lagrangian gap (score units), and
-for the run's last policy how much of that gap lies on responses that its pool has never shown.
+Prints, per variant, the exact share of the gap from π_ref to P* that the new policy closes and the
+exact Lagrangian gap (score units), and for the run's last policy how much of that gap lies on
+responses that its pool has never shown.
 """
 
 import sys
@@ -42,7 +44,10 @@ def main(path: str) -> None:
     print("| policy | gap closed | Lagrangian gap |\n|---|---|---|")
     start = exact_logps(learner.policy, last, tokens)
     gap = describe("the run's last", start)
-    position = {tuple(s): i for i, s in enumerate(enumerate_responses(learner.policy.eos_ids[0], len(VOCABULARY)))}
+    position = {
+        tuple(s): i
+        for i, s in enumerate(enumerate_responses(learner.policy.eos_ids[0], len(VOCABULARY)))
+    }
     row = {pid: i for i, pid in enumerate(tokens)}
     seen = np.zeros(start.shape, bool)
     for pid, ids in zip(pool["prompt_id"], pool["token_ids"], strict=True):
@@ -50,28 +55,52 @@ def main(path: str) -> None:
 
     fresh = learner.score(
         learner.sample(
-            learner.prompts[learner.prompts["split"] == "dual"], responses_per_prompt=FRESH, adapter=last, source="fresh", seed=1
+            learner.prompts[learner.prompts["split"] == "dual"],
+            responses_per_prompt=FRESH,
+            adapter=last,
+            source="fresh",
+            seed=1,
         )
     )
     variants = {
         "400 more steps at 5e-4, same pool": (pool, 5e-4),
         "400 more steps at 1e-4, same pool": (pool, 1e-4),
-        f"400 more steps at 5e-4, {FRESH} fresh samples per prompt added": (pd.concat([pool, fresh], ignore_index=True), 5e-4),
+        f"400 more steps at 5e-4, {FRESH} fresh samples per prompt added": (
+            pd.concat([pool, fresh], ignore_index=True),
+            5e-4,
+        ),
     }
     with tempfile.TemporaryDirectory() as folder:
         for index, (name, (responses, rate)) in enumerate(variants.items()):
             pairs = label_pairs(
-                responses, problem.reward, lambda_, labels="soft", pairs_per_prompt=540, seed=recipe.seed, round_number=number
+                responses,
+                problem.reward,
+                lambda_,
+                labels="soft",
+                pairs_per_prompt=540,
+                seed=recipe.seed,
+                round_number=number,
             )
             settings = recipe.fit.model_copy(update={"steps": 400, "learning_rate": rate})
             output = Path(folder) / str(index)
             fit_adapter(
-                learner.policy, pairs, responses, learner.prompt_tokens, settings, recipe.policy.lora,
-                beta=problem.beta, seed=3, previous_adapter=last, output=output,
-            )  # fmt: skip
+                learner.policy,
+                pairs,
+                responses,
+                learner.prompt_tokens,
+                settings,
+                recipe.policy.lora,
+                beta=problem.beta,
+                seed=3,
+                previous_adapter=last,
+                output=output,
+            )
             describe(name, exact_logps(learner.policy, output, tokens))
     off = (gap * ~seen).sum(1).mean() / gap.sum(1).mean()
-    print(f"\nof the last policy's Lagrangian gap, {100 * off:.0f} % lies on responses its pool has never shown")
+    print(
+        f"\nof the last policy's Lagrangian gap, {100 * off:.0f} % lies on responses its pool has "
+        "never shown"
+    )
 
 
 if __name__ == "__main__":

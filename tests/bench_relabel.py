@@ -1,11 +1,13 @@
-"""`make bench-relabel`: 4 million scored responses under a new λ, from file to file; a markdown table on stdout.
+"""`make bench-relabel`: 4 million scored responses under a new λ, from file to file; a markdown
+table on stdout.
 
-Every measurement is a process of its own with one numpy thread; seconds are those of the whole process, its start included, the peak is
-its largest resident memory. Beside ours, what a user of TRL would write with `datasets.map`, one process, from the same parquet file to a
-parquet file with the same columns; number of pairs and mean prob and margin are checked against ours:
+Every measurement is a process of its own with one numpy thread; seconds are those of the whole
+process, its start included, the peak is its largest resident memory. Beside ours, what a user of
+TRL would write with `datasets.map`, one process, from the same parquet file to a parquet file with
+the same columns; number of pairs and mean prob and margin are checked against ours:
 
-- by prompt: batches of one prompt's responses, a Python loop over its pairs. This form needs what ours does not, that every prompt's rows
-  lie together and are equally many.
+- by prompt: batches of one prompt's responses, a Python loop over its pairs. This form needs what
+  ours does not, that every prompt's rows lie together and are equally many.
 - by 1000 prompts: the same in numpy over batches of 1000 prompts.
 """
 
@@ -24,7 +26,10 @@ from pathlib import Path
 import numpy as np
 
 LAMBDA = 0.7
-SHAPES = {"500,000 × 8, all 28 pairs": (500_000, 8, None), "31,250 × 128, 128 pairs": (31_250, 128, 128)}
+SHAPES = {
+    "500,000 × 8, all 28 pairs": (500_000, 8, None),
+    "31,250 × 128, 128 pairs": (31_250, 128, 128),
+}
 METHODS = {
     "cdpo": "`cdpo data relabel`",
     "scattered": "the same, rows in random order",
@@ -44,13 +49,21 @@ def make_table(folder: Path, prompts: int, responses: int) -> None:
     rows = prompts * responses
     reward = rng.normal(size=rows)
     table = {
-        "prompt_id": pa.array([f"prompt-{i:06d}" for i in range(prompts)]).take(pa.array(np.repeat(np.arange(prompts), responses))),
-        "response_id": pa.array([f"prompt-{i:06d}/{k}" for i in range(prompts) for k in range(responses)]),
+        "prompt_id": pa.array([f"prompt-{i:06d}" for i in range(prompts)]).take(
+            pa.array(np.repeat(np.arange(prompts), responses))
+        ),
+        "response_id": pa.array(
+            [f"prompt-{i:06d}/{k}" for i in range(prompts) for k in range(responses)]
+        ),
         "r": reward,
         "g": -0.6 * reward + 0.8 * rng.normal(size=rows),
     }
     pq.write_table(pa.table(table), folder / "scores.parquet", compression="zstd")
-    pq.write_table(pa.table(table).take(pa.array(rng.permutation(rows))), folder / "scattered.parquet", compression="zstd")
+    pq.write_table(
+        pa.table(table).take(pa.array(rng.permutation(rows))),
+        folder / "scattered.parquet",
+        compression="zstd",
+    )
 
 
 def map_by_prompt(responses: int, pairs: int | None):
@@ -58,13 +71,27 @@ def map_by_prompt(responses: int, pairs: int | None):
 
     def to_pairs(batch: dict[str, list]) -> dict[str, list]:
         score = [r + LAMBDA * g for r, g in zip(batch["r"], batch["g"], strict=True)]
-        ids, rows = batch["response_id"], {"prompt_id": [], "chosen_id": [], "rejected_id": [], "prob": [], "target": [], "margin": []}
+        ids, rows = (
+            batch["response_id"],
+            {
+                "prompt_id": [],
+                "chosen_id": [],
+                "rejected_id": [],
+                "prob": [],
+                "target": [],
+                "margin": [],
+            },
+        )
         for i, j in every if pairs is None else rng.sample(every, pairs):
             if score[i] < score[j]:
                 i, j = j, i
             margin = score[i] - score[j]
             prob = 1 / (1 + math.exp(-margin))
-            for column, value in zip(rows.values(), (batch["prompt_id"][0], ids[i], ids[j], prob, prob, margin), strict=True):
+            for column, value in zip(
+                rows.values(),
+                (batch["prompt_id"][0], ids[i], ids[j], prob, prob, margin),
+                strict=True,
+            ):
                 column.append(value)
         return rows
 
@@ -91,7 +118,13 @@ def map_by_many(responses: int, pairs: int | None):
         ids = np.array(batch["response_id"]).reshape(-1, responses)
         names = np.repeat(np.array(batch["prompt_id"])[::responses], i.shape[1])
         flat = [a.ravel() for a in (ids[at, chosen], ids[at, rejected], prob, prob, margin)]
-        return dict(zip(("prompt_id", "chosen_id", "rejected_id", "prob", "target", "margin"), (names, *flat), strict=True))
+        return dict(
+            zip(
+                ("prompt_id", "chosen_id", "rejected_id", "prob", "target", "margin"),
+                (names, *flat),
+                strict=True,
+            )
+        )
 
     return to_pairs, 1000 * responses
 
@@ -103,9 +136,15 @@ def measure(method: str, folder: Path, responses: int, pairs: int | None) -> Non
         import datasets
 
         datasets.disable_progress_bars()
-        function, size = (map_by_prompt if method == "map by prompt" else map_by_many)(responses, pairs)
-        table = datasets.load_dataset("parquet", data_files=str(source), split="train", cache_dir=str(folder / "cache"))
-        table.map(function, batched=True, batch_size=size, remove_columns=table.column_names).to_parquet(output)
+        function, size = (map_by_prompt if method == "map by prompt" else map_by_many)(
+            responses, pairs
+        )
+        table = datasets.load_dataset(
+            "parquet", data_files=str(source), split="train", cache_dir=str(folder / "cache")
+        )
+        table.map(
+            function, batched=True, batch_size=size, remove_columns=table.column_names
+        ).to_parquet(output)
     elif method in ("label_pairs", "label_groups"):
         import pandas as pd
 
@@ -117,21 +156,50 @@ def measure(method: str, folder: Path, responses: int, pairs: int | None) -> Non
             label_pairs(table, "r", lambda_, labels="soft", pairs_per_prompt=pairs, seed=0)
         else:
             label_groups(table, "r", lambda_, group_size=8, groups_per_prompt=1, seed=0)
-        print(json.dumps({"seconds": time.perf_counter() - start[0], "cpu": time.process_time() - start[1]}))
+        print(
+            json.dumps(
+                {"seconds": time.perf_counter() - start[0], "cpu": time.process_time() - start[1]}
+            )
+        )
     else:
         from constrained_dpo.cli.main import app
 
-        how = ["--group-size", "8", "--groups-per-prompt", "1"] if method == "groups" else ["--pairs-per-prompt", str(pairs or "all")]
+        how = (
+            ["--group-size", "8", "--groups-per-prompt", "1"]
+            if method == "groups"
+            else ["--pairs-per-prompt", str(pairs or "all")]
+        )
         source = folder / "scattered.parquet" if method == "scattered" else source
-        arguments = ["data", "relabel", source, "--reward", "r", "--lambda", f"g={LAMBDA}", *how, "-o", output]
+        arguments = [
+            "data",
+            "relabel",
+            source,
+            "--reward",
+            "r",
+            "--lambda",
+            f"g={LAMBDA}",
+            *how,
+            "-o",
+            output,
+        ]
         app([str(a) for a in arguments], standalone_mode=False)
 
 
 def child(method: str, folder: Path, responses: int, pairs: int | None) -> dict[str, float]:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     start = time.perf_counter()
-    command = [sys.executable, __file__, "--one", method, str(folder), str(responses), str(pairs or 0)]
-    lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | threads).stdout.splitlines()
+    command = [
+        sys.executable,
+        __file__,
+        "--one",
+        method,
+        str(folder),
+        str(responses),
+        str(pairs or 0),
+    ]
+    lines = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | threads
+    ).stdout.splitlines()
     found = {"seconds": time.perf_counter() - start} | json.loads(lines[-1])
     if method.startswith("label"):
         found |= json.loads(lines[-2])  # the call alone
@@ -140,40 +208,71 @@ def child(method: str, folder: Path, responses: int, pairs: int | None) -> dict[
         import pyarrow.parquet as pq
 
         table = pq.read_table(folder / "pairs.parquet", columns=["prob", "margin"])
-        found |= {"rows": len(table), "prob": pc.mean(table["prob"]).as_py(), "margin": pc.mean(table["margin"]).as_py()}
+        found |= {
+            "rows": len(table),
+            "prob": pc.mean(table["prob"]).as_py(),
+            "margin": pc.mean(table["margin"]).as_py(),
+        }
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shrink", type=int, default=1, help="so many times fewer prompts, for a try")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shrink", type=int, default=1, help="so many times fewer prompts, for a try"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="of ours; datasets.map runs once")
-    parser.add_argument("--one", nargs=4, metavar=("METHOD", "FOLDER", "RESPONSES", "PAIRS"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--one", nargs=4, metavar=("METHOD", "FOLDER", "RESPONSES", "PAIRS"), help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args()
     if arguments.one:
         method, folder, responses, pairs = arguments.one
         measure(method, Path(folder), int(responses), int(pairs) or None)
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        print(json.dumps({"cpu": time.process_time(), "peak": int(status["VmHWM"].split()[0]) / 1024}))
+        status = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
+        print(
+            json.dumps({"cpu": time.process_time(), "peak": int(status["VmHWM"].split()[0]) / 1024})
+        )
         return
     for label, (prompts, responses, pairs) in SHAPES.items():
         prompts //= arguments.shrink
-        print(f"\n**{label}**\n\n| what | seconds | CPU seconds | times ours, wall / CPU | peak, MB |\n|---|---|---|---|---|", flush=True)
+        print(
+            f"\n**{label}**\n\n| what | seconds | CPU seconds | times ours, wall / CPU | peak, MB "
+            "|\n|---|---|---|---|---|",
+            flush=True,
+        )
         ours: dict[str, float] = {}
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             make_table(folder, prompts, responses)
             for method, words in METHODS.items():
                 repeats = 1 if method.startswith("map") else arguments.repeats
-                runs = sorted((child(method, folder, responses, pairs) for _ in range(repeats)), key=lambda r: r["cpu"])
+                runs = sorted(
+                    (child(method, folder, responses, pairs) for _ in range(repeats)),
+                    key=lambda r: r["cpu"],
+                )
                 found = runs[len(runs) // 2]
                 ours = ours or found
                 if "rows" in found:
-                    assert found["rows"] == ours["rows"] == prompts * (pairs or responses * (responses - 1) // 2)
+                    assert (
+                        found["rows"]
+                        == ours["rows"]
+                        == prompts * (pairs or responses * (responses - 1) // 2)
+                    )
                     for column in ("prob", "margin"):  # drawn pairs are other pairs
                         assert abs(found[column] - ours[column]) < (1e-9 if pairs is None else 0.01)
-                ratio = f"{found['seconds'] / ours['seconds']:.1f} / {found['cpu'] / ours['cpu']:.1f}"
-                print(f"| {words} | {found['seconds']:.1f} | {found['cpu']:.1f} | {ratio} | {found['peak']:.0f} |", flush=True)
+                ratio = (
+                    f"{found['seconds'] / ours['seconds']:.1f} / {found['cpu'] / ours['cpu']:.1f}"
+                )
+                print(
+                    f"| {words} | {found['seconds']:.1f} | {found['cpu']:.1f} | {ratio} | "
+                    f"{found['peak']:.0f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

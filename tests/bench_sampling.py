@@ -1,11 +1,13 @@
-"""Sampling and log-probabilities where a prompt is asked for several responses: computed once beside computed per response.
+"""Sampling and log-probabilities where a prompt is asked for several responses: computed once
+beside computed per response.
 
     python tests/bench_sampling.py [--responses 8] [--batch 64] [--repeats 3]
 
-The 15M-parameter Llama of bench_fit.py, prompts of 100–130 tokens, 32 new tokens; *plain* is transformers' `generate` on rows that repeat
-the prompt, *continuous* its continuous batching (`generate_batch`) of all of them. CPU seconds of one process, taking turns; ours and the
-plain draws are the same. Repeated responses: log-probabilities of a batch in which every response occurs twice, beside one in which all
-differ.
+The 15M-parameter Llama of bench_fit.py, prompts of 100–130 tokens, 32 new tokens; *plain* is
+transformers' `generate` on rows that repeat the prompt, *continuous* its continuous batching
+(`generate_batch`) of all of them. CPU seconds of one process, taking turns; ours and the plain
+draws are the same. Repeated responses: log-probabilities of a batch in which every response occurs
+twice, beside one in which all differ.
 """
 
 import argparse
@@ -32,11 +34,16 @@ def seconds(call) -> float:
 def told(name: str, ours: tuple[float, ...], other: tuple[float, ...]) -> None:
     ratios = np.divide(other, ours)
     spread = f"{np.median(ratios):.2f} ({ratios.min():.2f}–{ratios.max():.2f})"
-    print(f"{name}: {np.median(ours):.1f} beside {np.median(other):.1f} CPU seconds, ratio {spread}", flush=True)
+    print(
+        f"{name}: {np.median(ours):.1f} beside {np.median(other):.1f} CPU seconds, ratio {spread}",
+        flush=True,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--responses", type=int, default=8)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
@@ -60,9 +67,13 @@ def main() -> None:
 
     def continuously() -> None:
         pages = ContinuousBatchingConfig(num_blocks=len(rows), max_batch_tokens=2048, seed=0)
-        policy.model.generate_batch(rows, generation_config=config, continuous_batching_config=pages, warmup=False)
+        policy.model.generate_batch(
+            rows, generation_config=config, continuous_batching_config=pages, warmup=False
+        )
 
-    times = [(seconds(once), seconds(plainly), seconds(continuously)) for _ in range(arguments.repeats)]
+    times = [
+        (seconds(once), seconds(plainly), seconds(continuously)) for _ in range(arguments.repeats)
+    ]
     ours, plain, continuous = zip(*times, strict=True)
     what = f"{len(rows)} responses, {arguments.responses} a prompt, {arguments.batch} at once"
     told(f"{what}, ours beside plain", ours, plain)
@@ -73,7 +84,10 @@ def main() -> None:
     def logps(responses: list[list[int]]) -> None:
         response_logps(policy.model, rows, responses, pad_id=0, batch_size=arguments.batch)
 
-    times = [(seconds(lambda: logps(twice)), seconds(lambda: logps(different))) for _ in range(arguments.repeats)]
+    times = [
+        (seconds(lambda: logps(twice)), seconds(lambda: logps(different)))
+        for _ in range(arguments.repeats)
+    ]
     ours, plain = zip(*times, strict=True)
     told("log-probabilities, every response twice beside all different", ours, plain)
 

@@ -5,17 +5,28 @@ from pathlib import Path
 import torch
 
 
-def save_word_tokenizer(folder: Path, words: str, padding_side: str = "right", pad: bool = True) -> int:
-    """A word tokenizer that puts <s> in front, with <s>, </s> and <unk>; returns the vocabulary's size."""
+def save_word_tokenizer(
+    folder: Path, words: str, padding_side: str = "right", pad: bool = True
+) -> int:
+    """A word tokenizer that puts <s> in front, with <s>, </s> and <unk>; returns the vocabulary's
+    size."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {w: i for i, w in enumerate(dict.fromkeys(["<unk>", "<s>", "</s>", "<pad>", *words.split()]))}
+    vocabulary = {
+        w: i for i, w in enumerate(dict.fromkeys(["<unk>", "<s>", "</s>", "<pad>", *words.split()]))
+    }
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | ({"pad_token": "<pad>"} if pad else {})
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side=padding_side, **special).save_pretrained(folder)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | (
+        {"pad_token": "<pad>"} if pad else {}
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, padding_side=padding_side, **special
+    ).save_pretrained(folder)
     return len(vocabulary)
 
 
@@ -23,9 +34,18 @@ def tiny_llama_config(vocab_size: int, **more: object) -> object:
     from transformers import LlamaConfig
 
     return LlamaConfig(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=3, **more,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+        **more,
+    )
 
 
 def save_tiny_causal_lm(folder: Path, seed: int = 0, layers: int = 2, width: int = 32) -> Path:

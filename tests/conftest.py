@@ -1,4 +1,5 @@
-"""Shared parts of the tests: everything runs offline and on two cores; real models are built once per session."""
+"""Shared parts of the tests: everything runs offline and on two cores; real models are built once
+per session."""
 
 import os
 import shutil
@@ -26,7 +27,9 @@ from constrained_dpo.run.directory import RunDirectory
 REPO = Path(__file__).resolve().parents[1]
 RECIPES = REPO / "recipes"
 QUICKSTART = REPO / "tests" / "data" / "quickstart_pairs.yaml"
-REAL = REPO.parent / "shared" / "real" / "hh-mini"  # not part of the project: tests that need it skip without it
+REAL = (
+    REPO.parent / "shared" / "real" / "hh-mini"
+)  # not part of the project: tests that need it skip without it
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -37,7 +40,12 @@ def _threads():
 
 
 def random_world(
-    seed: int, num_constraints: int = 1, prompts: int = 12, responses: int = 200, beta: float = 0.5, margin: float = 0.4
+    seed: int,
+    num_constraints: int = 1,
+    prompts: int = 12,
+    responses: int = 200,
+    beta: float = 0.5,
+    margin: float = 0.4,
 ) -> TabularWorld:
     """An enumerated world with tension: every utility is negatively correlated with the reward."""
     rng = np.random.default_rng(seed)
@@ -60,13 +68,19 @@ def quickstart_policy():
 
 
 # A real run that takes seconds a round.
-SMALL = ("prompts.max_fit=24", "prompts.max_test=12", "sampling.responses_per_prompt=8", "dual.responses_per_prompt=8")
+SMALL = (
+    "prompts.max_fit=24",
+    "prompts.max_test=12",
+    "sampling.responses_per_prompt=8",
+    "dual.responses_per_prompt=8",
+)
 SMALL += ("sampling.batch_size=64", "fit.steps=30", "dual.rounds=2")
 
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """Two rounds of the embedded world, played by the CLI in a process of its own; read-only for tests, one for all workers."""
+    """Two rounds of the embedded world, played by the CLI in a process of its own; read-only for
+    tests, one for all workers."""
     from test_cli import CDPO
 
     session = tmp_path_factory.getbasetemp()
@@ -88,11 +102,15 @@ def run(small_run, tmp_path_factory) -> RunDirectory:
     return RunDirectory(path)
 
 
-def scored_frame(seed: int, prompts: int, responses: int, names: tuple[str, ...] = ("r", "g")) -> pd.DataFrame:
+def scored_frame(
+    seed: int, prompts: int, responses: int, names: tuple[str, ...] = ("r", "g")
+) -> pd.DataFrame:
     """A small scored responses table (ids and scores only)."""
     rng = np.random.default_rng(seed)
     ids = np.repeat(np.arange(prompts), responses)
-    frame = pd.DataFrame({"prompt_id": [f"p{i}" for i in ids], "response_id": [f"y{i}" for i in range(len(ids))]})
+    frame = pd.DataFrame(
+        {"prompt_id": [f"p{i}" for i in ids], "response_id": [f"y{i}" for i in range(len(ids))]}
+    )
     return frame.assign(**{n: rng.normal(size=len(ids)) for n in names})
 
 
@@ -103,9 +121,15 @@ def refused():
 
     def run(*arguments, match: str) -> str:
         stderr = cdpo(*arguments, check=2).stderr
-        lines = [line for line in stderr.strip().splitlines() if not line.startswith(("prepare:", "round "))]
+        lines = [
+            line
+            for line in stderr.strip().splitlines()
+            if not line.startswith(("prepare:", "round "))
+        ]
         assert len(lines) == 1, stderr
-        assert lines[0].startswith("error: ") and match in lines[0] and "Traceback" not in stderr, lines[0]
+        assert lines[0].startswith("error: ") and match in lines[0] and "Traceback" not in stderr, (
+            lines[0]
+        )
         return lines[0]
 
     return run
@@ -114,5 +138,12 @@ def refused():
 @pytest.fixture
 def answers(tmp_path):
     path = tmp_path / "answers.parquet"
-    pd.DataFrame({"prompt_id": list("abc"), "response_id": list("xyz"), "prompt": "q", "response": ["1", "2", "3"]}).to_parquet(path)
+    pd.DataFrame(
+        {
+            "prompt_id": list("abc"),
+            "response_id": list("xyz"),
+            "prompt": "q",
+            "response": ["1", "2", "3"],
+        }
+    ).to_parquet(path)
     return path

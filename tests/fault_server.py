@@ -1,8 +1,9 @@
-"""A real HTTP server that scores, or stands before another server, and fails by plan: `python fault_server.py PORT LOG [PLAN] [UPSTREAM]`.
+"""A real HTTP server that scores, or stands before another server, and fails by plan: `python
+fault_server.py PORT LOG [PLAN] [UPSTREAM]`.
 
-LOG gets a line (JSON) per request that was answered well, after its answer was sent, with the texts that were scored or the path that was
-asked. PLAN: JSON list with what happens to each request in turn (ok afterwards), shared by restarts through LOG.requests, which has a byte
-per request.
+LOG gets a line (JSON) per request that was answered well, after its answer was sent, with the texts
+that were scored or the path that was asked. PLAN: JSON list with what happens to each request in
+turn (ok afterwards), shared by restarts through LOG.requests, which has a byte per request.
 """
 
 import json
@@ -29,11 +30,16 @@ class Server(BaseHTTPRequestHandler):
     upstream: str | None
 
     def do_GET(self) -> None:
-        self.answer(*self.forward(None)) if self.upstream else self.answer(200, {"model": "counter", "weights": "v1"})
+        self.answer(*self.forward(None)) if self.upstream else self.answer(
+            200, {"model": "counter", "weights": "v1"}
+        )
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
-        with self.lock, self.log.with_suffix(".requests").open("ab") as counter:  # a byte a request: no kill leaves it half-written
+        with (
+            self.lock,
+            self.log.with_suffix(".requests").open("ab") as counter,
+        ):  # a byte a request: no kill leaves it half-written
             number = counter.tell()
             counter.write(b".")
         fault = self.plan[number] if number < len(self.plan) else "ok"
@@ -51,7 +57,9 @@ class Server(BaseHTTPRequestHandler):
         elif fault == "429":
             self.answer(429, {"error": {"message": "too many requests"}}, {"Retry-After": "0.2"})
         elif fault == "key":
-            self.answer(401, {"error": {"message": f"no such key: {self.headers['authorization']}"}})
+            self.answer(
+                401, {"error": {"message": f"no such key: {self.headers['authorization']}"}}
+            )
         elif fault.isdigit():
             self.answer(int(fault), {"detail": f"planned {fault}"})
         else:
@@ -74,7 +82,9 @@ class Server(BaseHTTPRequestHandler):
             handle.write(json.dumps(what) + "\n")
 
     def forward(self, body: bytes | None) -> tuple[int, bytes]:
-        request = urllib.request.Request(self.upstream + self.path, data=body, headers={"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.upstream + self.path, data=body, headers={"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
                 return response.status, response.read()
@@ -84,11 +94,19 @@ class Server(BaseHTTPRequestHandler):
             return 502, json.dumps({"detail": f"nothing behind me: {error}"}).encode()
 
     def answer(self, status: int, content: object, headers: dict[str, str] | None = None) -> None:
-        self.answer_bytes(status, content if isinstance(content, bytes) else json.dumps(content).encode(), headers)
+        self.answer_bytes(
+            status, content if isinstance(content, bytes) else json.dumps(content).encode(), headers
+        )
 
-    def answer_bytes(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+    def answer_bytes(
+        self, status: int, content: bytes, headers: dict[str, str] | None = None
+    ) -> None:
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(content)),
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)

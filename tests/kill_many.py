@@ -1,14 +1,17 @@
-"""Pulls the plug of real runs on the embedded world, many times, and compares each with a run that was never stopped.
+"""Pulls the plug of real runs on the embedded world, many times, and compares each with a run
+that was never stopped.
 
-    python tests/kill_many.py [--kills 100] [--seed 0]     kill -9 of the process group at moments uniform over a run's wall time
-    python tests/kill_many.py --disk-full                  a file system that is full at many points of a run (root: mounts a tmpfs)
-    python tests/kill_many.py --interrupt                  Ctrl-C and SIGTERM during prepare, fit and rescore
+    python tests/kill_many.py [--kills 100] [--seed 0]   kill -9 at moments uniform over a run
+    python tests/kill_many.py --disk-full                a full file system (mounts a tmpfs)
+    python tests/kill_many.py --interrupt                Ctrl-C and SIGTERM in every phase
 
-Not part of the suite: it takes most of an hour. Run directories are killed and resumed several times (a chain) until they are done, then
-compared. A moment is a phase of the uninterrupted run and the seconds since it began, so that phases are hit in proportion to their time
-however often a resumed process repeats one. The world's enumeration, half of a run's time in a few steps, is left out unless `--exact`.
-Every process under test is a fork of a server that has only imported the libraries, so that a start costs no 10 s; each chain has a
-server of its own, with its own hash seed and memory layout. Exits 1 on any failure.
+Not part of the suite: it takes most of an hour. Run directories are killed and resumed several
+times (a chain) until they are done, then compared. A moment is a phase of the uninterrupted run
+and the seconds since it began, so that phases are hit in proportion to their time however often
+a resumed process repeats one. The world's enumeration, half of a run's time in a few steps, is
+left out unless `--exact`. Every process under test is a fork of a server that has only imported
+the libraries, so that a start costs no 10 s; each chain has a server of its own, with its own
+hash seed and memory layout. Exits 1 on any failure.
 """
 
 import argparse
@@ -33,15 +36,24 @@ from constrained_dpo.run.create import init_run
 from constrained_dpo.run.directory import RunDirectory
 
 QUICKSTART = Path(__file__).parent / "data" / "quickstart_pairs.yaml"
-SMALL = ["sampling.responses_per_prompt=8", "dual.responses_per_prompt=8", "sampling.batch_size=64", "fit.steps=30", "dual.rounds=2"]
+SMALL = [
+    "sampling.responses_per_prompt=8",
+    "dual.responses_per_prompt=8",
+    "sampling.batch_size=64",
+    "fit.steps=30",
+    "dual.rounds=2",
+]
 KILLS_PER_CHAIN = 6
 FULL_DISKS = 40
-AIMED_SHARE = 0.4  # of the kills: at the first half-written file that shows up after the drawn moment
+AIMED_SHARE = (
+    0.4  # of the kills: at the first half-written file that shows up after the drawn moment
+)
 PATIENCE = 240  # seconds until an aimed kill gives up, and until a run counts as hanging
 
 
 def serve() -> None:
-    """Imports what `cdpo run` needs, then forks a process (in a process group of its own) per line "LOGFILE\\tARGUMENTS..." on stdin."""
+    """Imports what `cdpo run` needs, then forks a process (in a process group of its own) per line
+    "LOGFILE\\tARGUMENTS..." on stdin."""
     import constrained_dpo.learners.lora  # noqa: F401
     from constrained_dpo.cli.main import main
 
@@ -51,7 +63,9 @@ def serve() -> None:
         pid = os.fork()
         if pid == 0:
             os.setpgid(0, 0)
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would this one
+            signal.signal(
+                signal.SIGINT, signal.default_int_handler
+            )  # a shell's background jobs ignore it, and so would this one
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(output, 1)
@@ -70,7 +84,11 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.log = folder / "server.log"
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL
+            [sys.executable, __file__, "--serve"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            stderr=subprocess.DEVNULL,
         )
         assert self.process.stdout.readline().strip() == "ready"
 
@@ -97,8 +115,11 @@ def alive(pid: int) -> bool:
 
 
 def half_written(run: RunDirectory) -> list[Path]:
-    """Temporary files of atomic writes, and weights that are being saved inside an adapter's temporary folder."""
-    return [p for p in run.path.rglob(".*.tmp") if p.is_file()] + list(run.path.glob("rounds/*/.adapter.tmp/*.safetensors"))
+    """Temporary files of atomic writes, and weights that are being saved inside an adapter's
+    temporary folder."""
+    return [p for p in run.path.rglob(".*.tmp") if p.is_file()] + list(
+        run.path.glob("rounds/*/.adapter.tmp/*.safetensors")
+    )
 
 
 def phase(run: RunDirectory) -> tuple[int, str]:
@@ -109,7 +130,11 @@ def phase(run: RunDirectory) -> tuple[int, str]:
         if run.recipe().policy.model == "quickstart":
             steps["prepare: optimum"] = run.exact_file
     else:
-        steps = {"relabel": run.pairs_file(number), "fit": run.adapter_folder(number), "rescore": run.samples_file(number)}
+        steps = {
+            "relabel": run.pairs_file(number),
+            "fit": run.adapter_folder(number),
+            "rescore": run.samples_file(number),
+        }
         steps |= {"grow pool": run.pool_file(number), "estimates": run.round_file(number)}
     left = [name for name, file in steps.items() if not file.exists()]
     return number, left[0] if left else "commit"
@@ -119,7 +144,9 @@ def broken_files(run: RunDirectory) -> list[str]:
     """Visible files that cannot be read whole."""
     broken = []
     for file in run.path.rglob("*"):
-        if not file.is_file() or any(part.startswith(".") for part in file.relative_to(run.path).parts):
+        if not file.is_file() or any(
+            part.startswith(".") for part in file.relative_to(run.path).parts
+        ):
             continue
         try:
             if file.suffix == ".parquet":
@@ -130,7 +157,7 @@ def broken_files(run: RunDirectory) -> list[str]:
                 from safetensors import safe_open
 
                 with safe_open(file, "np") as weights:
-                    [weights.get_tensor(key) for key in weights.keys()]  # noqa: SIM118 (not a dict)
+                    [weights.get_tensor(key) for key in weights.keys()]
             elif file.suffix == ".sqlite":
                 broken += broken_database(file)
         except Exception as error:
@@ -158,37 +185,57 @@ def lock_is_free(run: RunDirectory) -> bool:
 
 
 def content(run: RunDirectory) -> dict[str, str]:
-    """Every result of a run by name, to the last bit: tables, λ history, records (less their seconds), adapters."""
+    """Every result of a run by name, to the last bit: tables, λ history, records (less their
+    seconds), adapters."""
     found = {"λ history": repr(run.state()["lambda"])}
     for file in sorted(run.path.rglob("*.parquet")):
         found[str(file.relative_to(run.path))] = hashlib.sha256(file.read_bytes()).hexdigest()
     for file in sorted(run.path.glob("rounds/*/round.json")):
         record = json.loads(file.read_text())
-        found[str(file.relative_to(run.path))] = repr({k: v for k, v in record.items() if k != "seconds"})
-    for file in [*run.path.glob("exact.json"), *sorted(run.path.glob("rounds/*/adapter/*.safetensors"))]:
+        found[str(file.relative_to(run.path))] = repr(
+            {k: v for k, v in record.items() if k != "seconds"}
+        )
+    for file in [
+        *run.path.glob("exact.json"),
+        *sorted(run.path.glob("rounds/*/adapter/*.safetensors")),
+    ]:
         found[str(file.relative_to(run.path))] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 
 
 def leftovers(run: RunDirectory) -> list[str]:
-    return [str(p) for pattern in (".*.tmp", ".checkpoints", "shards/*/*", "*-journal") for p in run.path.rglob(pattern)]
+    return [
+        str(p)
+        for pattern in (".*.tmp", ".checkpoints", "shards/*/*", "*-journal")
+        for p in run.path.rglob(pattern)
+    ]
 
 
 def differences(run: RunDirectory, expected: dict[str, str]) -> list[str]:
     """Names of results that are missing, too many or not the reference run's."""
     found = content(run)
-    return [f"{run.path}: {name} differs" for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
+    return [
+        f"{run.path}: {name} differs"
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
+    ]
 
 
 def new_run(path: Path, exact: bool) -> RunDirectory:
-    """A fresh run directory; without `exact`, the world's policy is named by its folder, as any other model is."""
+    """A fresh run directory; without `exact`, the world's policy is named by its folder, as any
+    other model is."""
     code = "from data_prep.quickstart import build_policy; print(build_policy())"
-    model = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    model = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.strip()
     return init_run(QUICKSTART, path, SMALL if exact else [*SMALL, f"policy.model={model}"])
 
 
-def reference_run(folder: Path, exact: bool) -> tuple[dict[str, str], list[tuple[tuple[int, str], float]], float]:
-    """Content of a run that nothing stopped, its phases with the second each began at, and its wall time."""
+def reference_run(
+    folder: Path, exact: bool
+) -> tuple[dict[str, str], list[tuple[tuple[int, str], float]], float]:
+    """Content of a run that nothing stopped, its phases with the second each began at, and its wall
+    time."""
     run, server = new_run(folder / "reference", exact), Server(folder)
     start, phases = time.time(), []
     pid = server.start("run", run.path)
@@ -210,7 +257,11 @@ class Tally:
 
     def __init__(self) -> None:
         self.phases, self.inside, self.failures = collections.Counter(), collections.Counter(), []
-        self.counts = collections.Counter(dict.fromkeys(("stale locks", "half files", "differences", "leftovers", "failed resumes"), 0))
+        self.counts = collections.Counter(
+            dict.fromkeys(
+                ("stale locks", "half files", "differences", "leftovers", "failed resumes"), 0
+            )
+        )
 
     def fail(self, kind: str, what: list[str]) -> None:
         self.counts[kind] += len(what)
@@ -228,12 +279,31 @@ class Tally:
         return 1 if self.failures else 0
 
 
-def kill_at(server: Server, run: RunDirectory, target: tuple[int, str], seconds: float, loading: float, aimed: bool) -> bool:
-    """Plays the run and kills its process group `seconds` into the phase `target`, or at the first half-written file behind that moment.
+def kill_at(
+    server: Server,
+    run: RunDirectory,
+    target: tuple[int, str],
+    seconds: float,
+    loading: float,
+    aimed: bool,
+) -> bool:
+    """Plays the run and kills its process group `seconds` into the phase `target`, or at the first
+    half-written file behind that moment.
 
-    loading: seconds more where the process finds itself in that phase from its start. False if the run ended before.
+    loading: seconds more where the process finds itself in that phase from its start. False if the
+    run ended before.
     """
-    order = ["prepare: pool", "prepare: reference", "prepare: optimum", "relabel", "fit", "rescore", "grow pool", "estimates", "commit"]
+    order = [
+        "prepare: pool",
+        "prepare: reference",
+        "prepare: optimum",
+        "relabel",
+        "fit",
+        "rescore",
+        "grow pool",
+        "estimates",
+        "commit",
+    ]
     pid, start = server.start("run", run.path), time.time()
     found, began, armed = phase(run), start, False
     wait = seconds + (loading if found == target else 0.0)
@@ -251,7 +321,8 @@ def kill_at(server: Server, run: RunDirectory, target: tuple[int, str], seconds:
         if now - start > PATIENCE:
             os.killpg(pid, signal.SIGKILL)
             raise TimeoutError(f"{run.path}: no end after {PATIENCE} s")
-        # An atomic write lasts a few milliseconds: where one is aimed at, there is no time to sleep.
+        # An atomic write lasts a few milliseconds: where one is aimed at, there is no time to
+        # sleep.
         time.sleep(0.0002 if armed else 0.005)
     return server.wait() == -signal.SIGKILL
 
@@ -260,19 +331,31 @@ def inspect_wreck(run: RunDirectory, tally: Tally) -> None:
     """What a reader finds right after the kill."""
     tally.counts["kills"] += 1
     tally.phases[phase(run)[1]] += 1
-    for kind in {"adapter" if ".adapter.tmp" in str(p) else p.name.split(".")[-4] for p in half_written(run)}:
+    for kind in {
+        "adapter" if ".adapter.tmp" in str(p) else p.name.split(".")[-4] for p in half_written(run)
+    }:
         tally.inside[kind] += 1
     tally.fail("half files", broken_files(run))
     if not lock_is_free(run):
         tally.fail("stale locks", [str(run.path)])
 
 
-def chain(run: RunDirectory, moments: list[tuple[tuple[int, str], float]], expected: dict, draw: random.Random, tally: Tally) -> None:
-    """One run directory: killed at each moment (phase, seconds into it), resumed each time, then compared."""
+def chain(
+    run: RunDirectory,
+    moments: list[tuple[tuple[int, str], float]],
+    expected: dict,
+    draw: random.Random,
+    tally: Tally,
+) -> None:
+    """One run directory: killed at each moment (phase, seconds into it), resumed each time, then
+    compared."""
     server = Server(run.path.parent)
     for target, seconds in moments:
-        # A resumed process first spends a few seconds on loading the policy: some kills fall into that, most behind it.
-        if not kill_at(server, run, target, seconds, draw.uniform(0, 4), aimed=draw.random() < AIMED_SHARE):
+        # A resumed process first spends a few seconds on loading the policy: some kills fall
+        # into that, most behind it.
+        if not kill_at(
+            server, run, target, seconds, draw.uniform(0, 4), aimed=draw.random() < AIMED_SHARE
+        ):
             break
         inspect_wreck(run, tally)
     server.start("run", run.path)
@@ -280,11 +363,17 @@ def chain(run: RunDirectory, moments: list[tuple[tuple[int, str], float]], expec
     server.close()
     tally.counts["chains"] += 1
     if status != 0:
-        tally.fail("failed resumes", [f"{run.path}: exit {status}: {server.log.read_text()[-300:]}"])
+        tally.fail(
+            "failed resumes", [f"{run.path}: exit {status}: {server.log.read_text()[-300:]}"]
+        )
         return
     tally.fail("differences", differences(run, expected))
     tally.fail("leftovers", leftovers(run))
-    print(f"{run.path.name}: {tally.counts['kills']} kills so far, {len(tally.failures)} failures; {dict(tally.phases)}", flush=True)
+    print(
+        f"{run.path.name}: {tally.counts['kills']} kills so far, {len(tally.failures)} failures; "
+        f"{dict(tally.phases)}",
+        flush=True,
+    )
     if not tally.failures:
         shutil.rmtree(run.path)
 
@@ -294,10 +383,19 @@ def kills(folder: Path, wanted: int, seed: int, exact: bool) -> int:
     draw, tally = random.Random(seed), Tally()
     while tally.counts["kills"] < wanted:
         moments = []
-        for second in sorted(draw.uniform(0, seconds) for _ in range(min(KILLS_PER_CHAIN, wanted - tally.counts["kills"]))):
+        for second in sorted(
+            draw.uniform(0, seconds)
+            for _ in range(min(KILLS_PER_CHAIN, wanted - tally.counts["kills"]))
+        ):
             target, began = [p for p in phases if p[1] <= second or p is phases[0]][-1]
             moments.append((target, max(second - began, 0.0)))
-        chain(new_run(folder / f"chain-{tally.counts['chains']:03d}", exact), moments, expected, draw, tally)
+        chain(
+            new_run(folder / f"chain-{tally.counts['chains']:03d}", exact),
+            moments,
+            expected,
+            draw,
+            tally,
+        )
     return tally.report(f"{wanted} kills, moments uniform over {seconds:.0f} s, seed {seed}")
 
 
@@ -307,7 +405,8 @@ def used_bytes(mount: Path) -> int:
 
 
 def disk_full(folder: Path, seed: int, exact: bool) -> int:
-    """A tmpfs with room for a few more blocks (as root): an error each time, then a few more; at last room enough to finish."""
+    """A tmpfs with room for a few more blocks (as root): an error each time, then a few more; at
+    last room enough to finish."""
     expected, _, _ = reference_run(folder, exact)
     mount, tally, server, draw = folder / "small-disk", Tally(), Server(folder), random.Random(seed)
     mount.mkdir()
@@ -331,8 +430,16 @@ def disk_full(folder: Path, seed: int, exact: bool) -> int:
             errors = [line for line in said if not line.startswith(("prepare:", "round "))]
             tally.counts["full disks"] += 1
             tally.phases[phase(run)[1]] += 1
-            print(f"{used // 1024} of {size // 1024} KiB used: exit {status} in {phase(run)[1]}: {errors}", flush=True)
-            clear = len(errors) == 1 and any(words in errors[0] for words in ("No space left", "disk is full")) and str(mount) in errors[0]
+            print(
+                f"{used // 1024} of {size // 1024} KiB used: exit {status} in {phase(run)[1]}: "
+                f"{errors}",
+                flush=True,
+            )
+            clear = (
+                len(errors) == 1
+                and any(words in errors[0] for words in ("No space left", "disk is full"))
+                and str(mount) in errors[0]
+            )
             if status != 1 or not clear:
                 tally.fail("unclear errors", [f"{size} bytes: exit {status}, {errors}"])
         tally.fail("differences", differences(run, expected))
@@ -344,7 +451,8 @@ def disk_full(folder: Path, seed: int, exact: bool) -> int:
 
 
 def interrupt(folder: Path, exact: bool) -> int:
-    """SIGINT, then SIGTERM, in the middle of each phase; seconds until the process is gone, what it says, and the result."""
+    """SIGINT, then SIGTERM, in the middle of each phase; seconds until the process is gone, what it
+    says, and the result."""
     expected, _, _ = reference_run(folder, exact)
     tally, server = Tally(), Server(folder)
     for name, number in (("SIGINT", 130), ("SIGTERM", 143)):
@@ -363,11 +471,21 @@ def interrupt(folder: Path, exact: bool) -> int:
                 os.killpg(pid, getattr(signal, name))
             status, seconds = server.wait(), time.time() - start
             said = server.log.read_text().strip().splitlines()
-            print(f"{name} in {where}: exit {status} after {seconds:.2f} s: {said[-1:]}", flush=True)
+            print(
+                f"{name} in {where}: exit {status} after {seconds:.2f} s: {said[-1:]}", flush=True
+            )
             tally.counts[name] += 1
             tally.phases[where] += 1
-            if status != number or seconds > 15 or "resumes" not in said[-1] or "Traceback" in "\n".join(said):
-                tally.fail("bad stops", [f"{name} in {where}: exit {status} after {seconds:.1f} s: {said[-3:]}"])
+            if (
+                status != number
+                or seconds > 15
+                or "resumes" not in said[-1]
+                or "Traceback" in "\n".join(said)
+            ):
+                tally.fail(
+                    "bad stops",
+                    [f"{name} in {where}: exit {status} after {seconds:.1f} s: {said[-3:]}"],
+                )
             tally.fail("half files", broken_files(run))
         server.start("run", run.path)
         if server.wait() != 0:
@@ -385,7 +503,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--disk-full", action="store_true")
     parser.add_argument("--interrupt", action="store_true")
-    parser.add_argument("--exact", action="store_true", help="enumerate the world in prepare and in every round, as the quickstart does")
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="enumerate the world in prepare and in every round, as the quickstart does",
+    )
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:

@@ -1,4 +1,5 @@
-"""The table of every recipe key in recipes/README.md, generated from the schema: `python tests/recipe_keys.py` writes it anew."""
+"""The table of every recipe key in recipes/README.md, generated from the schema: `python
+tests/recipe_keys.py` writes it anew."""
 
 import json
 import types
@@ -29,7 +30,13 @@ def values_of(annotation: object) -> list[str]:
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return ["block"]
     if annotation in (str, int, float, bool, type(None)):
-        return {str: ["text"], int: ["integer"], float: ["number"], bool: ["true", "false"], type(None): ["null"]}[annotation]
+        return {
+            str: ["text"],
+            int: ["integer"],
+            float: ["number"],
+            bool: ["true", "false"],
+            type(None): ["null"],
+        }[annotation]
     return values_of(get_args(annotation)[0])  # Annotated
 
 
@@ -60,7 +67,12 @@ def key_table() -> str:
         lines += [f"**{title_of(name, block)}**: {block.__doc__.splitlines()[0]}", ""]
         lines += ["| key | values | default | meaning |", "|---|---|---|---|"]
         for key, field in block.model_fields.items():
-            cells = (f"`{key}`", ", ".join(values_of(field.annotation)), default_of(field), field.description or "")
+            cells = (
+                f"`{key}`",
+                ", ".join(values_of(field.annotation)),
+                default_of(field),
+                field.description or "",
+            )
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)

@@ -14,9 +14,11 @@ HERE = Path(__file__).resolve().parent
 
 
 def free_port() -> int:
-    """A port that nobody holds, below those that systems give to outgoing connections: nobody takes it while a killed server is away.
+    """A port that nobody holds, below those that systems give to outgoing connections: nobody takes
+    it while a killed server is away.
 
-    Not from `random`'s generator: every fit seeds that, and two workers of the tests would draw the same ports.
+    Not from `random`'s generator: every fit seeds that, and two workers of the tests would draw the
+    same ports.
     """
     draws = random.SystemRandom()
     while True:
@@ -60,11 +62,21 @@ class ServerProcess:
         self.process.wait()
 
 
-def start_fault_server(folder: Path, plan: list[str] = (), upstream: str | None = None) -> ServerProcess:
+def start_fault_server(
+    folder: Path, plan: list[str] = (), upstream: str | None = None
+) -> ServerProcess:
     """`fault_server.py`; its log of answered requests is folder/answered.jsonl."""
     port = free_port()
-    command = [sys.executable, str(HERE / "fault_server.py"), str(port), str(folder / "answered.jsonl"), json.dumps(list(plan))]
-    return ServerProcess([*command, *([upstream] if upstream else [])], port, "/version", folder / "server.log")
+    command = [
+        sys.executable,
+        str(HERE / "fault_server.py"),
+        str(port),
+        str(folder / "answered.jsonl"),
+        json.dumps(list(plan)),
+    ]
+    return ServerProcess(
+        [*command, *([upstream] if upstream else [])], port, "/version", folder / "server.log"
+    )
 
 
 def start_transformers_serve(model: Path, folder: Path) -> ServerProcess:
@@ -72,7 +84,12 @@ def start_transformers_serve(model: Path, folder: Path) -> ServerProcess:
     port = free_port()
     code = "from transformers.cli.transformers import main; main()"
     options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
-    return ServerProcess([sys.executable, "-c", code, "serve", str(model), *options], port, "/health", folder / "serve.log")
+    return ServerProcess(
+        [sys.executable, "-c", code, "serve", str(model), *options],
+        port,
+        "/health",
+        folder / "serve.log",
+    )
 
 
 def answered_texts(folder: Path) -> list[tuple[str, str]]:

@@ -1,4 +1,5 @@
-"""Bad model folders and run directories, kind by kind, through the real command line, as in test_bad_input.py."""
+"""Bad model folders and run directories, kind by kind, through the real command line, as in
+test_bad_input.py."""
 
 import json
 import os
@@ -40,14 +41,21 @@ MODELS = {
     "truncated weights": (cut("model.safetensors"), "cannot be loaded"),
     "truncated tokenizer": (cut("tokenizer.json"), "cannot be loaded"),
     "truncated config": (cut("config.json"), "cannot be loaded"),
-    "config of no known model": (lambda f: (f / "config.json").write_text('{"model_type": "zzz"}'), "cannot be loaded"),
+    "config of no known model": (
+        lambda f: (f / "config.json").write_text('{"model_type": "zzz"}'),
+        "cannot be loaded",
+    ),
     "weights of another size": (
-        lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"hidden_size": 128', '"hidden_size": 64')),
+        lambda f: (f / "config.json").write_text(
+            (f / "config.json").read_text().replace('"hidden_size": 128', '"hidden_size": 64')
+        ),
         "cannot be loaded",
     ),
     "fewer layers in the weights": (
         lambda f: (f / "config.json").write_text(
-            (f / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+            (f / "config.json")
+            .read_text()
+            .replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
         ),
         "not in the checkpoint",
     ),
@@ -59,9 +67,23 @@ def test_model_folder(kind, refused, base, tmp_path):
     breaking, match = MODELS[kind]
     model = shutil.copytree(base, tmp_path / "model")
     breaking(model)
-    write_parquet(pd.DataFrame({"prompt_id": ["a"], "prompt": [PROMPTS[0]], "split": "fit"}), tmp_path / "p.parquet")
+    write_parquet(
+        pd.DataFrame({"prompt_id": ["a"], "prompt": [PROMPTS[0]], "split": "fit"}),
+        tmp_path / "p.parquet",
+    )
     out = tmp_path / "out.parquet"
-    refused("data", "sample", tmp_path / "p.parquet", "-o", out, "--model", model, "--dtype", "float32", match=match)
+    refused(
+        "data",
+        "sample",
+        tmp_path / "p.parquet",
+        "-o",
+        out,
+        "--model",
+        model,
+        "--dtype",
+        "float32",
+        match=match,
+    )
     assert not out.exists()
 
 
@@ -86,7 +108,10 @@ def test_classifier_folder(kind, refused, base, answers, tmp_path):
 
 # Runs.
 
-SCORER = "def good(p, r): return [float(len(x)) for x in r]\ndef kind(p, r): return [float(x.count('e')) for x in r]\n"
+SCORER = (
+    "def good(p, r): return [float(len(x)) for x in r]\ndef kind(p, r): return "
+    "[float(x.count('e')) for x in r]\n"
+)
 
 
 def own_recipe(folder, base) -> dict:
@@ -97,8 +122,13 @@ def own_recipe(folder, base) -> dict:
     raw["policy"]["model"] = str(base)
     raw["prompts"] = {"source": "p.jsonl", "test": 0.4}
     raw["sampling"]["responses_per_prompt"] = 4
-    raw["objective"]["reward"] = {"name": "good", "scorer": {"type": "python", "target": "s.py:good"}}
-    raw["objective"]["constraints"] = [{"name": "kind", "margin": 0.1, "scorer": {"type": "python", "target": "s.py:kind"}}]
+    raw["objective"]["reward"] = {
+        "name": "good",
+        "scorer": {"type": "python", "target": "s.py:good"},
+    }
+    raw["objective"]["constraints"] = [
+        {"name": "kind", "margin": 0.1, "scorer": {"type": "python", "target": "s.py:kind"}}
+    ]
     raw["dual"] |= {"responses_per_prompt": 4, "rounds": 2, "prompts_per_round": 4}
     raw["fit"] |= {"steps": 2, "pairs_per_prompt": 2, "batch_size": 4, "warmup_steps": 0}
     (folder / "r.yaml").write_text(yaml.safe_dump(raw))
@@ -138,31 +168,97 @@ RUNS = {
     "state.json is no JSON": (write("state.json", '{"version": 1,'), "status", "state.json"),
     "state.json is a list": (write("state.json", "[]"), "status", "state.json"),
     "state.json empty": (write("state.json", ""), "status", "state.json"),
-    "state.json without lambda": (edit("state.json", lambda s: s.pop("lambda")), "status", "state.json"),
-    "an older version": (edit("state.json", lambda s: s.update(version=0)), "status", "version 0, this program reads 1"),
-    "a newer version": (edit("state.json", lambda s: s.update(version=2)), "round", "version 2, this program reads 1"),
+    "state.json without lambda": (
+        edit("state.json", lambda s: s.pop("lambda")),
+        "status",
+        "state.json",
+    ),
+    "an older version": (
+        edit("state.json", lambda s: s.update(version=0)),
+        "status",
+        "version 0, this program reads 1",
+    ),
+    "a newer version": (
+        edit("state.json", lambda s: s.update(version=2)),
+        "round",
+        "version 2, this program reads 1",
+    ),
     "recipe edited": (
-        lambda run: (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("beta: 0.25", "beta: 0.5")),
+        lambda run: (run / "recipe.yaml").write_text(
+            (run / "recipe.yaml").read_text().replace("beta: 0.25", "beta: 0.5")
+        ),
         "round",
         "was changed after init",
     ),
     "recipe gone": (lambda run: (run / "recipe.yaml").unlink(), "round", "no such recipe file"),
     "round.json is no JSON": (write("rounds/000/round.json", "{"), "status", "round.json"),
-    "round.json gone": (lambda run: (run / "rounds/000/round.json").unlink(), "status", "round.json"),
-    "history that is not the tables'": (edit("state.json", lambda s: s["lambda"][1].update(kind=7.0)), "check", "λ of round 1"),
-    "negative lambda in the history": (edit("state.json", lambda s: s["lambda"][1].update(kind=-1.0)), "round", "kind is -1"),
-    "samples truncated": (cut("rounds/000/samples.parquet"), "check", "not a readable parquet file"),
+    "round.json gone": (
+        lambda run: (run / "rounds/000/round.json").unlink(),
+        "status",
+        "round.json",
+    ),
+    "history that is not the tables'": (
+        edit("state.json", lambda s: s["lambda"][1].update(kind=7.0)),
+        "check",
+        "λ of round 1",
+    ),
+    "negative lambda in the history": (
+        edit("state.json", lambda s: s["lambda"][1].update(kind=-1.0)),
+        "round",
+        "kind is -1",
+    ),
+    "samples truncated": (
+        cut("rounds/000/samples.parquet"),
+        "check",
+        "not a readable parquet file",
+    ),
     "pool truncated": (cut("pool/reference.parquet"), "round", "not a readable parquet file"),
-    "reference gone": (lambda run: (run / "reference.parquet").unlink(), "check", "reference.parquet: no such file"),
-    "prompts gone": (lambda run: (run / "prompts.parquet").unlink(), "round", "prompts.parquet: no such file"),
-    "NaN in the samples": (lambda run: scores_of(run, "rounds/000/samples.parquet", "kind", np.nan), "check", "not a finite number"),
-    "prompts changed": (lambda run: scores_of(run, "prompts.parquet", "prompt", "x"), "round", "prompts changed since"),
-    "scorer changed": (lambda run: (run.parent / "s.py").write_text(SCORER + "# other\n"), "round", "changed since `prepare`"),
+    "reference gone": (
+        lambda run: (run / "reference.parquet").unlink(),
+        "check",
+        "reference.parquet: no such file",
+    ),
+    "prompts gone": (
+        lambda run: (run / "prompts.parquet").unlink(),
+        "round",
+        "prompts.parquet: no such file",
+    ),
+    "NaN in the samples": (
+        lambda run: scores_of(run, "rounds/000/samples.parquet", "kind", np.nan),
+        "check",
+        "not a finite number",
+    ),
+    "prompts changed": (
+        lambda run: scores_of(run, "prompts.parquet", "prompt", "x"),
+        "round",
+        "prompts changed since",
+    ),
+    "scorer changed": (
+        lambda run: (run.parent / "s.py").write_text(SCORER + "# other\n"),
+        "round",
+        "changed since `prepare`",
+    ),
     "scorer gone": (lambda run: (run.parent / "s.py").unlink(), "round", "s.py"),
-    "adapter gone": (lambda run: shutil.rmtree(run / "rounds/000/adapter"), "round", "rounds/000/adapter"),
-    "adapter truncated": (cut("rounds/000/adapter/adapter_model.safetensors"), "round", "rounds/000/adapter"),
-    "score cache overwritten": (write("scores.sqlite", "not a database" * 100), "round", "scores.sqlite"),
-    "a folder of something else": (lambda run: (run / "state.json").unlink(), "status", "not a run directory"),
+    "adapter gone": (
+        lambda run: shutil.rmtree(run / "rounds/000/adapter"),
+        "round",
+        "rounds/000/adapter",
+    ),
+    "adapter truncated": (
+        cut("rounds/000/adapter/adapter_model.safetensors"),
+        "round",
+        "rounds/000/adapter",
+    ),
+    "score cache overwritten": (
+        write("scores.sqlite", "not a database" * 100),
+        "round",
+        "scores.sqlite",
+    ),
+    "a folder of something else": (
+        lambda run: (run / "state.json").unlink(),
+        "status",
+        "not a run directory",
+    ),
 }
 
 
@@ -172,7 +268,9 @@ def copied(played, tmp_path):
     recipe = folder / "run" / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace(str(played), str(folder)))
     run = RunDirectory(folder / "run")
-    run.write_state(json.loads(run.state_file.read_text()) | {"recipe_hash": load_recipe(recipe).hash()})
+    run.write_state(
+        json.loads(run.state_file.read_text()) | {"recipe_hash": load_recipe(recipe).hash()}
+    )
     return folder
 
 
@@ -183,17 +281,44 @@ def test_run_directory(kind, refused, played, tmp_path):
     breaking(run)
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file() and f.name != ".lock"}
     refused(command, run, match=match)
-    assert before == {f: f.read_bytes() for f in run.rglob("*") if f.is_file() and f.name != ".lock" and f in before}, "something was lost"
+    assert before == {
+        f: f.read_bytes()
+        for f in run.rglob("*")
+        if f.is_file() and f.name != ".lock" and f in before
+    }, "something was lost"
 
 
 def test_an_adapter_of_another_base(refused, played, base, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    other = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2))
-    get_peft_model(other, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
-    write_parquet(pd.DataFrame({"prompt_id": ["a"], "prompt": [PROMPTS[0]], "split": "fit"}), tmp_path / "p.parquet")
-    sample = ["data", "sample", tmp_path / "p.parquet", "-o", tmp_path / "o.parquet", "--model", base, "--dtype", "float32"]
+    other = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
+    get_peft_model(
+        other, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    ).save_pretrained(tmp_path / "adapter")
+    write_parquet(
+        pd.DataFrame({"prompt_id": ["a"], "prompt": [PROMPTS[0]], "split": "fit"}),
+        tmp_path / "p.parquet",
+    )
+    sample = [
+        "data",
+        "sample",
+        tmp_path / "p.parquet",
+        "-o",
+        tmp_path / "o.parquet",
+        "--model",
+        base,
+        "--dtype",
+        "float32",
+    ]
     refused(*sample, "--adapter", tmp_path / "adapter", match="another base")
     refused(*sample, "--adapter", tmp_path / "none", match="adapter")
     run = copied(played, tmp_path) / "run"
@@ -204,7 +329,9 @@ def test_an_adapter_of_another_base(refused, played, base, tmp_path):
 
 def test_a_run_of_another_recipe_and_a_folder_of_something_else(refused, played, tmp_path):
     refused("init", QUICKSTART, played / "run", match="is a run of another recipe")
-    refused("init", played / "r.yaml", played / "run", "-s", "fit.steps=3", match="other -s settings")
+    refused(
+        "init", played / "r.yaml", played / "run", "-s", "fit.steps=3", match="other -s settings"
+    )
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("")
     refused("init", played / "r.yaml", tmp_path / "photos", match="is not a run directory")
@@ -215,7 +342,12 @@ def test_a_run_folder_that_cannot_be_written(refused, played, tmp_path):
     refused("init", played / "r.yaml", tmp_path / "file" / "run", match="cannot be written")
     refused("init", played / "r.yaml", tmp_path / "file", match="cannot be written")
     run = copied(played, tmp_path) / "run"
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", tmp_path / "copy"], capture_output=True).returncode == 0
+    mounted = (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "ro", "none", tmp_path / "copy"], capture_output=True
+        ).returncode
+        == 0
+    )
     if not mounted and os.geteuid() == 0:
         pytest.skip("root ignores permission bits and may not mount here")
     try:
@@ -233,7 +365,13 @@ def test_a_run_folder_that_cannot_be_written(refused, played, tmp_path):
 
 def test_prompts_longer_than_max_length_and_scores_that_never_vary(refused, base, tmp_path):
     own_recipe(tmp_path, base)
-    refused("check", tmp_path / "r.yaml", "-s", "fit.max_length=5", match="are longer than fit.max_length 5")
+    refused(
+        "check",
+        tmp_path / "r.yaml",
+        "-s",
+        "fit.max_length=5",
+        match="are longer than fit.max_length 5",
+    )
     (tmp_path / "s.py").write_text(SCORER.replace("float(x.count('e'))", "1.5"))
     cdpo("init", tmp_path / "r.yaml", tmp_path / "run", check=0)
     refused("prepare", tmp_path / "run", match="scorer of kind: gives 1.5 to all")
@@ -244,7 +382,9 @@ def test_a_gpu_that_is_not_there(refused, base, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     own_recipe(tmp_path, base)
     cdpo("init", tmp_path / "r.yaml", tmp_path / "run", "-s", "policy.device=cuda", check=0)
-    refused("prepare", tmp_path / "run", match="policy.device: cuda was asked for but torch sees no GPU")
+    refused(
+        "prepare", tmp_path / "run", match="policy.device: cuda was asked for but torch sees no GPU"
+    )
 
 
 def test_a_run_that_another_process_holds(refused, base, tmp_path):

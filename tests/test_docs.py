@@ -1,4 +1,5 @@
-"""The documentation's transcripts, executed: docs/your-own-model.md as a newcomer types it, docs/python-api.md block by block."""
+"""The documentation's transcripts, executed: docs/your-own-model.md as a newcomer types it,
+docs/python-api.md block by block."""
 
 import json
 import re
@@ -22,16 +23,29 @@ def tiny_model(tmp_path_factory):
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    words.train_from_iterator((REPO / "docs" / "your-own-model.md").read_text().splitlines(), trainer)
+    words.train_from_iterator(
+        (REPO / "docs" / "your-own-model.md").read_text().splitlines(), trainer
+    )
     folder = tmp_path_factory.mktemp("model") / "my-model"
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=words.get_vocab_size(), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=0, bos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=words.get_vocab_size(),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=0,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -51,8 +65,13 @@ def test_your_own_model_works_as_written(tiny_model, tmp_path, monkeypatch):
                 played += 1
     assert played == 10
     assert (tmp_path / "runs/mine/report/report.html").stat().st_size > 10_000
-    assert json.loads((tmp_path / "exported/merged/measurement.json").read_text())["num_prompts"] >= 2
-    mine, tighter = (json.loads((tmp_path / f"runs/{n}/state.json").read_text())["lambda"] for n in ("mine", "tighter"))
+    assert (
+        json.loads((tmp_path / "exported/merged/measurement.json").read_text())["num_prompts"] >= 2
+    )
+    mine, tighter = (
+        json.loads((tmp_path / f"runs/{n}/state.json").read_text())["lambda"]
+        for n in ("mine", "tighter")
+    )
     assert len(mine) == 3 and len(tighter) == 2 and 0 < mine[0]["brief"] < tighter[0]["brief"]
 
 
@@ -66,7 +85,12 @@ def test_the_python_examples_run(small_run, tmp_path, monkeypatch):
     scope: dict = {}
     for kind, _, body in BLOCK.findall((REPO / "docs" / "python-api.md").read_text()):
         if kind == "python":
-            exec(body.replace('"BASE"', repr(resolve_model(PolicySettings(model="quickstart")))), scope)
+            exec(
+                body.replace('"BASE"', repr(resolve_model(PolicySettings(model="quickstart")))),
+                scope,
+            )
     assert scope["u"].loc["harmless", "u"] == pytest.approx(-0.1)
-    assert scope["following"]["harmless"] == pytest.approx(scope["solution"].lambda_["harmless"] + 0.1)
+    assert scope["following"]["harmless"] == pytest.approx(
+        scope["solution"].lambda_["harmless"] + 0.1
+    )
     assert len(scope["pairs"]) == 200 * 8 and scope["output"].shape[1] > 3

@@ -1,4 +1,5 @@
-"""The dual against independent oracles: scipy's optimizers, finite differences, exact sums, and its own symmetries."""
+"""The dual against independent oracles: scipy's optimizers, finite differences, exact sums, and its
+own symmetries."""
 
 import numpy as np
 import pandas as pd
@@ -18,9 +19,13 @@ from data_prep.errors import UserError
 
 def oracle_dual(world, lam):
     """D(λ) written independently: exact sums with scipy's logsumexp."""
-    score = world.reward + sum(v * world.utilities[n] for v, n in zip(lam, world.problem.names, strict=True))
+    score = world.reward + sum(
+        v * world.utilities[n] for v, n in zip(lam, world.problem.names, strict=True)
+    )
     log_z = special.logsumexp(world.ref_logp + score / world.problem.beta, axis=1)
-    means = [(np.exp(world.ref_logp) * world.utilities[n]).sum(1).mean() for n in world.problem.names]
+    means = [
+        (np.exp(world.ref_logp) * world.utilities[n]).sum(1).mean() for n in world.problem.names
+    ]
     levels = np.array(means) + world.problem.bounds.to_numpy()
     return world.problem.beta * log_z.mean() - np.dot(lam, levels)
 
@@ -31,7 +36,11 @@ def test_one_shot_equals_scipy_on_enumerated_worlds(m, seed):
     world = random_world(seed, m, margin=0.3)
     solution = world.optimum
     oracle = optimize.minimize(
-        lambda lam: oracle_dual(world, lam), np.ones(m), bounds=[(0, 1e3)] * m, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-11}
+        lambda lam: oracle_dual(world, lam),
+        np.ones(m),
+        bounds=[(0, 1e3)] * m,
+        method="L-BFGS-B",
+        options={"ftol": 1e-15, "gtol": 1e-11},
     )
     assert solution.dual_value <= oracle.fun + 1e-10
     np.testing.assert_allclose(solution.lambda_, oracle.x, atol=2e-5)
@@ -43,13 +52,15 @@ def test_one_shot_equals_scipy_on_enumerated_worlds(m, seed):
 def test_gradient_and_hessian_equal_finite_differences(seed):
     world = random_world(seed, 3)
     lam, levels = np.array([0.3, 0.7, 0.1]), world.levels.to_numpy()
-    at = lambda x: evaluate_dual(world.score_table, x, world.problem.beta, levels)  # noqa: E731
+    at = lambda x: evaluate_dual(world.score_table, x, world.problem.beta, levels)
     point, eps = at(lam), 1e-5
     assert point.value == pytest.approx(oracle_dual(world, lam), abs=1e-12)
     for i, step in enumerate(np.eye(3) * eps):
         up, down = at(lam + step), at(lam - step)
         assert (up.value - down.value) / (2 * eps) == pytest.approx(point.gradient[i], abs=1e-7)
-        np.testing.assert_allclose((up.gradient - down.gradient) / (2 * eps), point.hessian[i], atol=1e-6)
+        np.testing.assert_allclose(
+            (up.gradient - down.gradient) / (2 * eps), point.hessian[i], atol=1e-6
+        )
 
 
 def test_strong_duality_the_maximizer_at_lambda_star_attains_the_dual_value():
@@ -58,12 +69,16 @@ def test_strong_duality_the_maximizer_at_lambda_star_attains_the_dual_value():
     value = world.evaluate(world.maximizer(solution.lambda_))
     assert value["objective"] == pytest.approx(solution.dual_value, abs=1e-7)
     assert all(u >= -1e-7 for u in value["u"].values())
-    assert solution.reward == pytest.approx(value["reward"]) and solution.kl == pytest.approx(value["kl"])
+    assert solution.reward == pytest.approx(value["reward"]) and solution.kl == pytest.approx(
+        value["kl"]
+    )
 
 
 def test_slack_constraint_has_zero_multiplier():
     world = random_world(1, 2)
-    problem = ConstrainedProblem("r", world.problem.beta, (Constraint("g0", margin=0.3), Constraint("g1", threshold=-50.0)))
+    problem = ConstrainedProblem(
+        "r", world.problem.beta, (Constraint("g0", margin=0.3), Constraint("g1", threshold=-50.0))
+    )
     slack = type(world)(problem, world.ref_logp, world.reward, world.utilities)
     assert slack.optimum.lambda_["g1"] == 0.0
     assert slack.optimum.lambda_["g0"] > 0
@@ -72,15 +87,21 @@ def test_slack_constraint_has_zero_multiplier():
 
 def test_permuting_the_constraints_permutes_the_result():
     world = random_world(2, 3)
-    reordered = ConstrainedProblem("r", world.problem.beta, tuple(reversed(world.problem.constraints)))
+    reordered = ConstrainedProblem(
+        "r", world.problem.beta, tuple(reversed(world.problem.constraints))
+    )
     other = type(world)(reordered, world.ref_logp, world.reward, world.utilities)
-    pd.testing.assert_series_equal(other.optimum.lambda_.sort_index(), world.optimum.lambda_.sort_index(), atol=1e-9)
+    pd.testing.assert_series_equal(
+        other.optimum.lambda_.sort_index(), world.optimum.lambda_.sort_index(), atol=1e-9
+    )
 
 
 def test_scores_of_a_thousand_ties_and_identical_utilities_are_solved():
     frame = scored_frame(0, 20, 16).assign(g2=lambda f: f["g"])
     frame["r"] = (frame["r"] * 1000).round(-2)
-    problem = ConstrainedProblem("r", 1.0, (Constraint("g", margin=0.3), Constraint("g2", margin=0.3)))
+    problem = ConstrainedProblem(
+        "r", 1.0, (Constraint("g", margin=0.3), Constraint("g2", margin=0.3))
+    )
     table = ScoreTable.from_frame(frame, problem)
     solution = solve_one_shot(table, problem, max_lambda=1e5)
     assert solution.kkt_residual <= 1e-8 * np.abs(table.utilities).max()
@@ -94,16 +115,26 @@ def test_an_unreachable_margin_is_named_at_the_bound():
 
 
 def test_ragged_and_weighted_tables_estimate_the_same_dual():
-    """Samples of another sampler q with weights log π_ref − log q give D of π_ref; dropping rows keeps it an estimate."""
+    """Samples of another sampler q with weights log π_ref − log q give D of π_ref; dropping rows
+    keeps it an estimate."""
     world = random_world(3, 1, prompts=8, responses=60)
     rng = np.random.default_rng(0)
     log_q = np.log(rng.dirichlet(np.ones(60) * 5, size=8))
     rows = []
     for x in range(8):
         for y in rng.choice(60, 40_000 + 1000 * x, p=np.exp(log_q[x])):
-            rows.append((f"p{x}", world.reward[x, y], world.utilities["g0"][x, y], world.ref_logp[x, y] - log_q[x, y]))
+            rows.append(
+                (
+                    f"p{x}",
+                    world.reward[x, y],
+                    world.utilities["g0"][x, y],
+                    world.ref_logp[x, y] - log_q[x, y],
+                )
+            )
     frame = pd.DataFrame(rows, columns=["prompt_id", "r", "g0", "weight"])
-    table = ScoreTable.from_frame(frame.sample(frac=1, random_state=0), world.problem, log_weight="weight")
+    table = ScoreTable.from_frame(
+        frame.sample(frac=1, random_state=0), world.problem, log_weight="weight"
+    )
     value = evaluate_dual(table, np.array([0.5]), world.problem.beta, world.levels.to_numpy()).value
     assert value == pytest.approx(oracle_dual(world, [0.5]), abs=0.02)
 
@@ -112,7 +143,9 @@ def test_ragged_and_weighted_tables_estimate_the_same_dual():
 def test_monte_carlo_subgradient_is_unbiased_and_its_interval_covers(threshold):
     world = random_world(7, 2, prompts=30)
     if threshold:
-        problem = ConstrainedProblem("r", world.problem.beta, (Constraint("g0", threshold=0.1), Constraint("g1", margin=0.2)))
+        problem = ConstrainedProblem(
+            "r", world.problem.beta, (Constraint("g0", threshold=0.1), Constraint("g1", margin=0.2))
+        )
         world = type(world)(problem, world.ref_logp, world.reward, world.utilities)
     policy = world.maximizer(pd.Series({"g0": 0.4, "g1": 0.2}))
     exact = pd.Series(world.evaluate(policy)["u"])
@@ -121,14 +154,25 @@ def test_monte_carlo_subgradient_is_unbiased_and_its_interval_covers(threshold):
     def draw(logp, k):
         columns = [rng.choice(logp.shape[1], k, p=np.exp(row)) for row in logp]
         frame = pd.DataFrame({"prompt_id": np.repeat([f"p{i}" for i in range(len(logp))], k)})
-        return frame.assign(**{n: np.concatenate([g[i, c] for i, c in enumerate(columns)]) for n, g in world.utilities.items()})
+        return frame.assign(
+            **{
+                n: np.concatenate([g[i, c] for i, c in enumerate(columns)])
+                for n, g in world.utilities.items()
+            }
+        )
 
-    estimates = [estimate_subgradient(draw(policy, 8), draw(world.ref_logp, 8), world.problem) for _ in range(200)]
+    estimates = [
+        estimate_subgradient(draw(policy, 8), draw(world.ref_logp, 8), world.problem)
+        for _ in range(200)
+    ]
     mean = pd.concat([e["u"] for e in estimates], axis=1).mean(axis=1)
     error = pd.concat([e["u"] for e in estimates], axis=1).std(axis=1) / np.sqrt(200)
     assert ((mean - exact).abs() < 4 * error).all()
-    # Conditional on the prompts the clustered interval is conservative (it also holds for fresh prompts).
-    covered = np.mean([[e["low"][n] <= exact[n] <= e["high"][n] for n in exact.index] for e in estimates])
+    # Conditional on the prompts the clustered interval is conservative (it also holds for fresh
+    # prompts).
+    covered = np.mean(
+        [[e["low"][n] <= exact[n] <= e["high"][n] for n in exact.index] for e in estimates]
+    )
     assert covered >= 0.93
 
 
@@ -158,8 +202,12 @@ def test_projected_subgradient_with_the_exact_maximizer_converges_to_lambda_star
 
 
 def test_verdicts_are_one_sided_with_bonferroni():
-    frame = lambda us, se: pd.DataFrame({"u": us, "se": se, "skew": 0.0, "num_prompts": 10_000}, index=[f"g{i}" for i in range(len(us))])  # noqa: E731
+    frame = lambda us, se: pd.DataFrame(
+        {"u": us, "se": se, "skew": 0.0, "num_prompts": 10_000},
+        index=[f"g{i}" for i in range(len(us))],
+    )
     assert judge(frame([1.7], 1.0), 0.95)["g0"] == "satisfied"  # one-sided 5 %: 1.645
-    assert judge(frame([1.7, 1.7], 1.0), 0.95)["g0"] == "undecided"  # over two constraints: 1.960
+    # over two constraints: 1.960
+    assert judge(frame([1.7, 1.7], 1.0), 0.95)["g0"] == "undecided"
     assert judge(frame([-1.7], 1.0), 0.95)["g0"] == "violated"
     assert judge(frame([0.0], 1.0), 0.95)["g0"] == "undecided"

@@ -1,4 +1,5 @@
-"""Pseudo-preference labels: the rule itself, the draws' distribution, seeds, and the balance of the chosen pairs."""
+"""Pseudo-preference labels: the rule itself, the draws' distribution, seeds, and the balance of the
+chosen pairs."""
 
 import hashlib
 import itertools
@@ -16,7 +17,15 @@ LAMBDA = pd.Series({"g": 0.7})
 
 
 def label(frame, labels="soft", pairs_per_prompt=None, seed=0, round_number=0):
-    return label_pairs(frame, "r", LAMBDA, labels=labels, pairs_per_prompt=pairs_per_prompt, seed=seed, round_number=round_number)
+    return label_pairs(
+        frame,
+        "r",
+        LAMBDA,
+        labels=labels,
+        pairs_per_prompt=pairs_per_prompt,
+        seed=seed,
+        round_number=round_number,
+    )
 
 
 @pytest.mark.parametrize("labels", ["soft", "bernoulli", "argmax"])
@@ -40,7 +49,12 @@ def test_bernoulli_draws_have_the_stated_probability_and_differ_by_round_and_see
     frame = scored_frame(2, 400, 6)
     soft, drawn = label(frame), label(frame, "bernoulli")
     preferred = {frozenset(p): p for p in zip(soft["chosen_id"], soft["rejected_id"], strict=True)}
-    agrees = np.array([preferred[frozenset(p)] == p for p in zip(drawn["chosen_id"], drawn["rejected_id"], strict=True)])
+    agrees = np.array(
+        [
+            preferred[frozenset(p)] == p
+            for p in zip(drawn["chosen_id"], drawn["rejected_id"], strict=True)
+        ]
+    )
     expected, variance = soft["prob"].sum(), (soft["prob"] * (1 - soft["prob"])).sum()
     assert abs(agrees.sum() - expected) < 4 * np.sqrt(variance)
     assert not drawn.equals(label(frame, "bernoulli", round_number=1))
@@ -66,14 +80,21 @@ def test_ties_are_fair_coins():
 def test_tournament_holds_every_pair_once_and_its_prefixes_are_balanced(size):
     schedule = _tournament(size, None)
     met = {frozenset(p) for p in schedule.tolist()}
-    assert met == {frozenset(p) for p in itertools.combinations(range(size), 2)} and len(schedule) == len(met)
+    assert met == {frozenset(p) for p in itertools.combinations(range(size), 2)} and len(
+        schedule
+    ) == len(met)
     for prefix in range(1, len(schedule) + 1):
         uses = np.bincount(_tournament(size, prefix).ravel(), minlength=size)
         assert uses.max() - uses.min() <= 2
 
 
 def test_ragged_prompts_and_single_responses():
-    frame = pd.concat([scored_frame(5, 1, 1), scored_frame(6, 3, 4).assign(prompt_id=lambda f: "q" + f["prompt_id"])])
+    frame = pd.concat(
+        [
+            scored_frame(5, 1, 1),
+            scored_frame(6, 3, 4).assign(prompt_id=lambda f: "q" + f["prompt_id"]),
+        ]
+    )
     frame["response_id"] = [f"y{i}" for i in range(len(frame))]
     pairs = label(frame, pairs_per_prompt=3)
     assert pairs.groupby("prompt_id").size().to_dict() == {"qp0": 3, "qp1": 3, "qp2": 3}
@@ -98,30 +119,58 @@ def test_bad_tables_are_refused_with_the_rows(change, match):
 
 def test_negative_multipliers_are_refused():
     with pytest.raises(UserError, match="lambda of g is -1"):
-        label_pairs(scored_frame(0, 2, 2), "r", pd.Series({"g": -1.0}), labels="soft", pairs_per_prompt=None, seed=0)
+        label_pairs(
+            scored_frame(0, 2, 2),
+            "r",
+            pd.Series({"g": -1.0}),
+            labels="soft",
+            pairs_per_prompt=None,
+            seed=0,
+        )
 
 
 def _digest(table, columns):
-    """Of the ids alone: their order shows every draw, and no rounding of a processor's exp is in them."""
-    return hashlib.sha256("\n".join(" ".join(row) for row in table[columns].itertuples(index=False)).encode()).hexdigest()[:16]
+    """Of the ids alone: their order shows every draw, and no rounding of a processor's exp is in
+    them."""
+    return hashlib.sha256(
+        "\n".join(" ".join(row) for row in table[columns].itertuples(index=False)).encode()
+    ).hexdigest()[:16]
 
 
 def test_the_same_ids_and_seed_give_the_same_rows_in_every_version():
-    """Recorded before labelling was made faster: ragged prompts, scattered rows, 27 ties among 1414 pairs."""
+    """Recorded before labelling was made faster: ragged prompts, scattered rows, 27 ties among 1414
+    pairs."""
     frame = scored_frame(11, 60, 12).sample(frac=0.6, random_state=4)
     frame = frame.assign(r=frame["r"].round(1), g=0.0)
     recorded = {
-        ("soft", None): "0a33e41877eb8d7c", ("soft", 5): "21e6c23d99e7ef59", ("bernoulli", None): "412fb36086977adb",
-        ("bernoulli", 5): "be22fd1cbb84d058", ("argmax", None): "0a33e41877eb8d7c", ("argmax", 5): "21e6c23d99e7ef59",
-    }  # fmt: skip
+        ("soft", None): "0a33e41877eb8d7c",
+        ("soft", 5): "21e6c23d99e7ef59",
+        ("bernoulli", None): "412fb36086977adb",
+        ("bernoulli", 5): "be22fd1cbb84d058",
+        ("argmax", None): "0a33e41877eb8d7c",
+        ("argmax", 5): "21e6c23d99e7ef59",
+    }
     for (labels, count), digest in recorded.items():
-        assert _digest(label(frame, labels, count, seed=3, round_number=1), ["prompt_id", "chosen_id", "rejected_id"]) == digest
-    groups = label_groups(frame, "r", LAMBDA, group_size=3, groups_per_prompt=5, seed=3, round_number=1)
-    assert len(groups) == 900 and _digest(groups, ["prompt_id", "group_id", "response_id"]) == "f06c0a3011e2776a"
+        assert (
+            _digest(
+                label(frame, labels, count, seed=3, round_number=1),
+                ["prompt_id", "chosen_id", "rejected_id"],
+            )
+            == digest
+        )
+    groups = label_groups(
+        frame, "r", LAMBDA, group_size=3, groups_per_prompt=5, seed=3, round_number=1
+    )
+    assert (
+        len(groups) == 900
+        and _digest(groups, ["prompt_id", "group_id", "response_id"]) == "f06c0a3011e2776a"
+    )
 
 
 def test_pieces_of_any_size_give_the_same_pairs(monkeypatch):
     frame = scored_frame(12, 50, 9).sample(frac=0.7, random_state=1)
     whole = label(frame, "bernoulli")
-    monkeypatch.setattr("data_prep.labels.preferences.PIECE_PAIRS", 20)  # less than a prompt of 9 has
+    monkeypatch.setattr(
+        "data_prep.labels.preferences.PIECE_PAIRS", 20
+    )  # less than a prompt of 9 has
     pd.testing.assert_frame_equal(label(frame, "bernoulli"), whole, check_exact=True)

@@ -1,4 +1,5 @@
-"""π_ref = base + supervised adapter: merged before quantization, one fingerprint per adapter, and adapters of another base are refused."""
+"""π_ref = base + supervised adapter: merged before quantization, one fingerprint per adapter, and
+adapters of another base are refused."""
 
 import json
 import shutil
@@ -34,7 +35,10 @@ def save_adapter(base, folder, seed=0, targets=("q_proj", "down_proj")):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules=list(targets), task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=4, target_modules=list(targets), task_type="CAUSAL_LM"),
+    )
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -45,7 +49,17 @@ def save_adapter(base, folder, seed=0, targets=("q_proj", "down_proj")):
 
 def settings(base, adapter=None, **more):
     reference = None if adapter is None else str(adapter)
-    return PolicySettings(**({"model": str(base), "quantization": "none", "dtype": "float32", "reference_adapter": reference} | more))
+    return PolicySettings(
+        **(
+            {
+                "model": str(base),
+                "quantization": "none",
+                "dtype": "float32",
+                "reference_adapter": reference,
+            }
+            | more
+        )
+    )
 
 
 def logps(model):
@@ -57,11 +71,15 @@ def test_log_probabilities_are_those_of_base_plus_adapter(base, tmp_path):
     from transformers import AutoModelForCausalLM
 
     adapter = save_adapter(base, tmp_path / "sft")
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter)).eval()
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter)
+    ).eval()
     policy = load_policy(settings(base, adapter))
     np.testing.assert_allclose(logps(policy.model), logps(plain), atol=1e-4)
     assert np.abs(logps(policy.model) - logps(load_policy(settings(base)).model)).max() > 0.1
-    assert not any(p.requires_grad for p in policy.model.parameters()) and not any("lora" in n for n, _ in policy.model.named_parameters())
+    assert not any(p.requires_grad for p in policy.model.parameters()) and not any(
+        "lora" in n for n, _ in policy.model.named_parameters()
+    )
 
 
 def test_merging_comes_before_quantization_and_a_policy_adapter_goes_on_top(base, tmp_path):
@@ -74,10 +92,15 @@ def test_merging_comes_before_quantization_and_a_policy_adapter_goes_on_top(base
     merged = AutoModelForCausalLM.from_pretrained(resolve_model(chosen), dtype=torch.float32)
     assert not any(isinstance(m, bnb.nn.Linear4bit) for m in merged.modules())
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
     )
     merged.save_pretrained(tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", quantization_config=config, dtype=torch.float32, device_map="cpu")
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "again", quantization_config=config, dtype=torch.float32, device_map="cpu"
+    )
     for module in again.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -89,8 +112,12 @@ def test_merging_comes_before_quantization_and_a_policy_adapter_goes_on_top(base
 
 
 def test_every_adapter_is_another_reference_and_none_is_merged_twice(base, tmp_path, cache):
-    one, two = (save_adapter(base, tmp_path / name, seed) for seed, name in enumerate(("one", "two")))
-    fingerprints = [load_policy(settings(base, adapter)).fingerprint for adapter in (None, one, two)]
+    one, two = (
+        save_adapter(base, tmp_path / name, seed) for seed, name in enumerate(("one", "two"))
+    )
+    fingerprints = [
+        load_policy(settings(base, adapter)).fingerprint for adapter in (None, one, two)
+    ]
     assert len(set(fingerprints)) == 3
     folders = sorted(cache.glob("merged-*"))
     assert len(folders) == 2 and resolve_model(settings(base, one)) in map(str, folders)
@@ -98,10 +125,16 @@ def test_every_adapter_is_another_reference_and_none_is_merged_twice(base, tmp_p
     assert load_policy(settings(base, one)).fingerprint == fingerprints[1]
     assert [f.stat().st_mtime_ns for f in sorted(cache.glob("merged-*"))] == stamps
     shutil.rmtree(cache)
-    assert load_policy(settings(base, one)).fingerprint == fingerprints[1], "merged again, it is the same reference"
-    assert resolve_model(settings(base, one, dtype="bfloat16")) != resolve_model(settings(base, one))
+    assert load_policy(settings(base, one)).fingerprint == fingerprints[1], (
+        "merged again, it is the same reference"
+    )
+    assert resolve_model(settings(base, one, dtype="bfloat16")) != resolve_model(
+        settings(base, one)
+    )
     scale = json.loads((one / "adapter_config.json").read_text())
-    (one / "adapter_config.json").write_text(json.dumps(scale | {"lora_alpha": scale["lora_alpha"] * 2}))
+    (one / "adapter_config.json").write_text(
+        json.dumps(scale | {"lora_alpha": scale["lora_alpha"] * 2})
+    )
     assert load_policy(settings(base, one)).fingerprint not in fingerprints
 
 
@@ -119,7 +152,9 @@ def test_the_adapters_own_tokenizer_is_used(base, tmp_path):
     adapter = save_adapter(base, tmp_path / "sft")
     without = load_policy(settings(base, adapter))
     shutil.copy(base / "tokenizer.json", adapter)
-    raw = json.loads((base / "tokenizer_config.json").read_text()) | {"chat_template": "{{ messages[0]['content'] }}"}
+    raw = json.loads((base / "tokenizer_config.json").read_text()) | {
+        "chat_template": "{{ messages[0]['content'] }}"
+    }
     (adapter / "tokenizer_config.json").write_text(json.dumps(raw))
     with_template = load_policy(settings(base, adapter))
     assert without.tokenizer.chat_template is None and with_template.tokenizer.chat_template
@@ -131,24 +166,34 @@ def test_the_adapters_own_tokenizer_is_used(base, tmp_path):
 
 def rename_base(adapter, name):
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": name})
+    )
 
 
 def test_adapters_of_another_base_are_refused(base, tmp_path, cache):
     other = save_tiny_causal_lm(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match=r"policy\.reference_adapter: .* was trained on .*other, not on"):
+    with pytest.raises(
+        UserError, match=r"policy\.reference_adapter: .* was trained on .*other, not on"
+    ):
         load_policy(settings(base, save_adapter(other, tmp_path / "a")))
     rename_base(tmp_path / "a", str(base))
-    load_policy(settings(base, tmp_path / "a"))  # the same shapes, and the user has said that it is the same model
+    load_policy(
+        settings(base, tmp_path / "a")
+    )  # the same shapes, and the user has said that it is the same model
 
     wide = save_adapter(save_tiny_causal_lm(tmp_path / "wide", width=64), tmp_path / "b")
     rename_base(wide, "")
     with pytest.raises(UserError, match=r"does not fit .*size mismatch.*adapter of another base"):
         load_policy(settings(base, wide))
     for name, layers in (("shallow", 1), ("deep", 3)):
-        adapter = save_adapter(save_tiny_causal_lm(tmp_path / name, layers=layers), tmp_path / f"{name}-adapter")
+        adapter = save_adapter(
+            save_tiny_causal_lm(tmp_path / name, layers=layers), tmp_path / f"{name}-adapter"
+        )
         rename_base(adapter, "")
-        with pytest.raises(UserError, match=r"does not fit .*layers\.\d.* in adapter_model\.safetensors"):
+        with pytest.raises(
+            UserError, match=r"does not fit .*layers\.\d.* in adapter_model\.safetensors"
+        ):
             load_policy(settings(base, adapter))
     assert len(list(cache.glob("merged-*"))) == 1
 

@@ -1,4 +1,5 @@
-"""`cdpo data relabel` on files: piece by piece it writes what `label_pairs` and `label_groups` give."""
+"""`cdpo data relabel` on files: piece by piece it writes what `label_pairs` and `label_groups`
+give."""
 
 import json
 
@@ -19,10 +20,20 @@ LAMBDA = pd.Series({"g": 0.7})
 
 @pytest.fixture(scope="module")
 def frame():
-    """701 ragged prompts (two with a single response), rows scattered over the file, rounded scores with ties, and texts."""
+    """701 ragged prompts (two with a single response), rows scattered over the file, rounded scores
+    with ties, and texts."""
     table = scored_frame(0, 700, 12).sample(frac=0.6, random_state=0)
-    table = pd.concat([table, pd.DataFrame({"prompt_id": ["lonely"], "response_id": ["one"], "r": [0.0], "g": [0.0]})])
-    table = table.assign(r=table["r"].round(1), prompt="ask " + table["prompt_id"], response="say " + table["response_id"].str[-1])
+    table = pd.concat(
+        [
+            table,
+            pd.DataFrame({"prompt_id": ["lonely"], "response_id": ["one"], "r": [0.0], "g": [0.0]}),
+        ]
+    )
+    table = table.assign(
+        r=table["r"].round(1),
+        prompt="ask " + table["prompt_id"],
+        response="say " + table["response_id"].str[-1],
+    )
     return table.reset_index(drop=True)
 
 
@@ -40,17 +51,27 @@ def pairs_of(path, output, **changes):
 
 @pytest.mark.parametrize("piece_pairs", [200, preferences.PIECE_PAIRS])
 @pytest.mark.parametrize(("labels", "count"), [("soft", None), ("bernoulli", 4), ("argmax", None)])
-def test_pieces_give_the_pairs_of_the_whole_table(path, tmp_path, labels, count, piece_pairs, monkeypatch):
+def test_pieces_give_the_pairs_of_the_whole_table(
+    path, tmp_path, labels, count, piece_pairs, monkeypatch
+):
     frame = pd.read_parquet(path)
     whole = label_pairs(frame, "r", LAMBDA, labels=labels, pairs_per_prompt=count, seed=3)
     monkeypatch.setattr(preferences, "PIECE_PAIRS", piece_pairs)
-    facts = pairs_of(path, tmp_path / "p.parquet", labels=labels, pairs_per_prompt=count, prompt_texts=True)
+    facts = pairs_of(
+        path, tmp_path / "p.parquet", labels=labels, pairs_per_prompt=count, prompt_texts=True
+    )
     written = pd.read_parquet(tmp_path / "p.parquet")
     pd.testing.assert_frame_equal(written[list(whole)], whole, check_exact=True)
     texts = frame.set_index("response_id")["response"]
-    assert (written["chosen"] == written["chosen_id"].map(texts)).all() and (written["rejected"] == written["rejected_id"].map(texts)).all()
+    assert (written["chosen"] == written["chosen_id"].map(texts)).all() and (
+        written["rejected"] == written["rejected_id"].map(texts)
+    ).all()
     assert (written["prompt"] == "ask " + written["prompt_id"]).all()
-    assert facts["pairs"] == len(whole) and facts["prompts"] == whole["prompt_id"].nunique() == 699 and facts["single_response"] == 2
+    assert (
+        facts["pairs"] == len(whole)
+        and facts["prompts"] == whole["prompt_id"].nunique() == 699
+        and facts["single_response"] == 2
+    )
     assert facts["ambiguous_fraction"] == (whole["prob"].sub(0.5).abs() < 0.45).mean()
     assert [f.name for f in tmp_path.iterdir()] == ["p.parquet"]
     assert (pq.ParquetFile(tmp_path / "p.parquet").num_row_groups > 10) == (piece_pairs == 200)
@@ -63,31 +84,65 @@ def test_pieces_give_the_groups_of_the_whole_table(path, groups_at_once, tmp_pat
     facts = relabel_groups(path, tmp_path / "g.parquet", "r", LAMBDA, **rule)
     whole = label_groups(pd.read_parquet(path), "r", LAMBDA, **rule)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "g.parquet"), whole, check_exact=True)
-    assert facts["groups"] == whole["group_id"].nunique() and facts["prompts"] + facts["too_few_responses"] == 701
+    assert (
+        facts["groups"] == whole["group_id"].nunique()
+        and facts["prompts"] + facts["too_few_responses"] == 701
+    )
 
 
 def test_prompts_come_from_their_own_table(frame, path, tmp_path):
-    prompts = pd.DataFrame({"prompt_id": frame["prompt_id"].unique()}).assign(prompt=lambda f: "question " + f["prompt_id"])
+    prompts = pd.DataFrame({"prompt_id": frame["prompt_id"].unique()}).assign(
+        prompt=lambda f: "question " + f["prompt_id"]
+    )
     prompts.to_parquet(tmp_path / "prompts.parquet")
     frame.drop(columns="prompt").to_parquet(tmp_path / "bare.parquet")
-    arguments = ["data", "relabel", tmp_path / "bare.parquet", "--reward", "r", "--text", "-o", tmp_path / "p.parquet"]
+    arguments = [
+        "data",
+        "relabel",
+        tmp_path / "bare.parquet",
+        "--reward",
+        "r",
+        "--text",
+        "-o",
+        tmp_path / "p.parquet",
+    ]
     cdpo(*arguments, "--prompts", tmp_path / "prompts.parquet", check=0)
     written = pd.read_parquet(tmp_path / "p.parquet")
     assert (written["prompt"] == "question " + written["prompt_id"]).all()
     assert "missing column prompt" in cdpo(*arguments, check=2).stderr
     prompts.iloc[1:].to_parquet(tmp_path / "prompts.parquet")
-    assert f"has no prompt_id {prompts['prompt_id'][0]!r}" in cdpo(*arguments, "--prompts", tmp_path / "prompts.parquet", check=2).stderr
-    assert "only --text writes prompts" in cdpo(*(a for a in arguments if a != "--text"), "--prompts", "x", check=2).stderr
+    assert (
+        f"has no prompt_id {prompts['prompt_id'][0]!r}"
+        in cdpo(*arguments, "--prompts", tmp_path / "prompts.parquet", check=2).stderr
+    )
+    assert (
+        "only --text writes prompts"
+        in cdpo(*(a for a in arguments if a != "--text"), "--prompts", "x", check=2).stderr
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
         (lambda f: f.assign(r=f["r"].where(f.index != 2000)), "column r is not a finite number in"),
-        (lambda f: f.assign(g=f["g"].where(f.index != 2000, np.inf)), "column g is not a finite number in"),
-        (lambda f: f.assign(response_id=f["response_id"].where(f.index != 4000, f["response_id"][0])), "duplicated response_id: '(y|one)"),
-        (lambda f: f.assign(prompt_id=f["prompt_id"].where(f.index != 4000)), "column prompt_id is null in row 4000"),
-        (lambda f: f.assign(response=f["response"].where(f.index != 4000)), "column response is not a text in row 4000"),
+        (
+            lambda f: f.assign(g=f["g"].where(f.index != 2000, np.inf)),
+            "column g is not a finite number in",
+        ),
+        (
+            lambda f: f.assign(
+                response_id=f["response_id"].where(f.index != 4000, f["response_id"][0])
+            ),
+            "duplicated response_id: '(y|one)",
+        ),
+        (
+            lambda f: f.assign(prompt_id=f["prompt_id"].where(f.index != 4000)),
+            "column prompt_id is null in row 4000",
+        ),
+        (
+            lambda f: f.assign(response=f["response"].where(f.index != 4000)),
+            "column response is not a text in row 4000",
+        ),
         (lambda f: f.drop(columns="g"), "missing column g"),
         (lambda f: f.assign(prompt_id=f["response_id"]), "no prompt has two responses"),
     ],
@@ -109,7 +164,21 @@ def test_a_file_cut_short_is_one_line(path, tmp_path):
 
 
 def test_ids_that_are_numbers_are_written_as_text(tmp_path):
-    frame = scored_frame(1, 30, 4).assign(prompt_id=lambda f: f["prompt_id"].str[1:].astype(int), response_id=np.arange(120))
+    frame = scored_frame(1, 30, 4).assign(
+        prompt_id=lambda f: f["prompt_id"].str[1:].astype(int), response_id=np.arange(120)
+    )
     frame.to_csv(tmp_path / "s.csv", index=False)
-    facts = cdpo("data", "relabel", tmp_path / "s.csv", "--reward", "r", "--json", "-o", tmp_path / "p.parquet", check=0).stdout
-    assert json.loads(facts)["pairs"] == 180 and set(pd.read_parquet(tmp_path / "p.parquet")["prompt_id"]) == {str(i) for i in range(30)}
+    facts = cdpo(
+        "data",
+        "relabel",
+        tmp_path / "s.csv",
+        "--reward",
+        "r",
+        "--json",
+        "-o",
+        tmp_path / "p.parquet",
+        check=0,
+    ).stdout
+    assert json.loads(facts)["pairs"] == 180 and set(
+        pd.read_parquet(tmp_path / "p.parquet")["prompt_id"]
+    ) == {str(i) for i in range(30)}

@@ -1,4 +1,5 @@
-"""The loop with the exact maximizer as its learner: convergence to λ*, resuming, replaying, refusing. No network, real files."""
+"""The loop with the exact maximizer as its learner: convergence to λ*, resuming, replaying,
+refusing. No network, real files."""
 
 import json
 import multiprocessing
@@ -29,16 +30,31 @@ def make_run(path, world, overrides=()) -> tuple[RunDirectory, Recipe, TabularLe
     raw["objective"] = {
         "beta": world.problem.beta,
         "reward": {"name": "r", "scorer": scorer},
-        "constraints": [{"name": c.name, "margin": c.margin, "scorer": scorer} for c in world.problem.constraints],
+        "constraints": [
+            {"name": c.name, "margin": c.margin, "scorer": scorer}
+            for c in world.problem.constraints
+        ],
     }
-    raw["dual"] = {"rounds": 5, "responses_per_prompt": 64, "init": "zeros", "prompts_per_round": NUM_PROMPTS, "step_size": 0.5}
+    raw["dual"] = {
+        "rounds": 5,
+        "responses_per_prompt": 64,
+        "init": "zeros",
+        "prompts_per_round": NUM_PROMPTS,
+        "step_size": 0.5,
+    }
     raw["fit"]["pairs_per_prompt"] = 4
     path.parent.mkdir(parents=True, exist_ok=True)
     recipe_file = path.parent / "tabular.yaml"
     recipe_file.write_text(yaml.safe_dump(raw))
     run = init_run(recipe_file, path, list(overrides))
     half = len(world.reward) // 2
-    prompts = pd.DataFrame({"prompt_id": [f"p{i}" for i in range(2 * half)], "prompt": "?", "split": ["dual"] * half + ["test"] * half})
+    prompts = pd.DataFrame(
+        {
+            "prompt_id": [f"p{i}" for i in range(2 * half)],
+            "prompt": "?",
+            "split": ["dual"] * half + ["test"] * half,
+        }
+    )
     return run, run.recipe(), TabularLearner(world, prompts)
 
 
@@ -60,7 +76,9 @@ def test_rounds_with_the_exact_maximizer_reach_the_constraint(tmp_path, m):
 
 def test_one_shot_init_is_near_the_exact_multipliers(tmp_path):
     world = random_world(4, 2, prompts=2 * NUM_PROMPTS, responses=50, beta=1.0)
-    run, recipe, learner = make_run(tmp_path / "run", world, ["dual.init=one_shot", "sampling.responses_per_prompt=400"])
+    run, recipe, learner = make_run(
+        tmp_path / "run", world, ["dual.init=one_shot", "sampling.responses_per_prompt=400"]
+    )
     prepare(run, recipe, learner, {})
     found = pd.Series(run.state()["lambda"][0])
     pd.testing.assert_series_equal(found, world.optimum.lambda_, atol=0.25, check_names=False)
@@ -74,7 +92,9 @@ def tables_of(run) -> dict[str, pd.DataFrame | str]:
 
 @pytest.mark.parametrize("method", ["subgradient", "one_shot", "fixed"])
 def test_replay_recomputes_lambda_and_notices_a_changed_table(tmp_path, method):
-    run, recipe, learner = make_run(tmp_path / "run", random_world(5, 2, prompts=20), [f"dual.method={method}"])
+    run, recipe, learner = make_run(
+        tmp_path / "run", random_world(5, 2, prompts=20), [f"dual.method={method}"]
+    )
     play(run, recipe, learner, 3)
     assert replay(run) == run.state()["lambda"]
     state = run.state()
@@ -86,7 +106,9 @@ def test_replay_recomputes_lambda_and_notices_a_changed_table(tmp_path, method):
         assert replay(run) != run.state()["lambda"]
 
 
-@pytest.mark.parametrize("lost", ["state", "round.json", "samples.parquet", "adapter", "pairs.parquet", "shards"])
+@pytest.mark.parametrize(
+    "lost", ["state", "round.json", "samples.parquet", "adapter", "pairs.parquet", "shards"]
+)
 def test_a_round_resumed_from_any_phase_equals_an_uninterrupted_one(tmp_path, lost):
     world = random_world(6, 1, prompts=20)
     whole, recipe, learner = make_run(tmp_path / "a" / "run", world)
@@ -96,9 +118,12 @@ def test_a_round_resumed_from_any_phase_equals_an_uninterrupted_one(tmp_path, lo
     before = cut.state()
     play(cut, recipe, learner, 1)
     write_parquet(
-        read_parquet(cut.samples_file(2)).drop(columns="split"), cut.shard_folder("round-002") / "00000.parquet"
+        read_parquet(cut.samples_file(2)).drop(columns="split"),
+        cut.shard_folder("round-002") / "00000.parquet",
     )  # not yet cleaned up
-    cut.write_state(before)  # the dual step's commit is lost, and everything from the named phase on
+    cut.write_state(
+        before
+    )  # the dual step's commit is lost, and everything from the named phase on
     order = ["state", "round.json", "samples.parquet", "adapter", "pairs.parquet"]
     for name in order[1 : order.index(lost) + 1] if lost != "shards" else ["round.json"]:
         path = cut.round_folder(2) / name
@@ -107,7 +132,10 @@ def test_a_round_resumed_from_any_phase_equals_an_uninterrupted_one(tmp_path, lo
         cut.pool_file(2).unlink()
         samples = read_parquet(cut.samples_file(2)).drop(columns="split")
         cut.samples_file(2).unlink()
-        write_parquet(samples.head(recipe.sampling.batch_size // 64 * 64), cut.shard_folder("round-002") / "00000.parquet")
+        write_parquet(
+            samples.head(recipe.sampling.batch_size // 64 * 64),
+            cut.shard_folder("round-002") / "00000.parquet",
+        )
     play(cut, recipe, learner, 1)
     assert tables_of(cut) == tables_of(whole) and not list(cut.path.rglob("shards/*/*"))
 
@@ -117,14 +145,21 @@ def test_pool_grows_by_the_dual_prompts_samples_only(tmp_path):
     play(run, recipe, learner, 2)
     pool = run.pool(2)
     dual = set(learner.prompts["prompt_id"][learner.prompts["split"] == "dual"])
-    assert set(pool["prompt_id"]) == dual and set(pool["source"]) == {"reference-pool", "round:0", "round:1"}
-    fixed, recipe, learner = make_run(tmp_path / "fixed" / "run", random_world(7, 1, prompts=20), ["pool.grow=false"])
+    assert set(pool["prompt_id"]) == dual and set(pool["source"]) == {
+        "reference-pool",
+        "round:0",
+        "round:1",
+    }
+    fixed, recipe, learner = make_run(
+        tmp_path / "fixed" / "run", random_world(7, 1, prompts=20), ["pool.grow=false"]
+    )
     play(fixed, recipe, learner, 2)
     assert set(fixed.pool(2)["source"]) == {"reference-pool"}
 
 
 def test_prompts_without_a_pair_are_counted(tmp_path, capsys):
-    """Three prompts of the pool have one response each (as of a dataset); in the next round they have samples of the first."""
+    """Three prompts of the pool have one response each (as of a dataset); in the next round they
+    have samples of the first."""
     run, recipe, learner = make_run(tmp_path / "run", random_world(7, 1, prompts=20))
     recipe = prepare(run, recipe, learner, {})
     pool = read_parquet(run.pool_file(None))
@@ -183,7 +218,11 @@ def test_other_recipes_edited_recipes_changed_inputs_and_old_versions_are_refuse
     prepare(run, recipe, learner, {})
     make_run(tmp_path / "run", world)  # also after `prepare` resolved the step's scale
     require_same_inputs(run, learner)
-    other = type("Other", (TabularLearner,), {"identity": lambda self: {"policy": "another", "law": "tabular"}})(world, learner.prompts)
+    other = type(
+        "Other",
+        (TabularLearner,),
+        {"identity": lambda self: {"policy": "another", "law": "tabular"}},
+    )(world, learner.prompts)
     with pytest.raises(UserError, match="policy changed since `prepare`"):
         require_same_inputs(run, other)
     run.recipe_file.write_text(run.recipe_file.read_text().replace("seed: 0", "seed: 1"))
@@ -201,7 +240,9 @@ def test_other_recipes_edited_recipes_changed_inputs_and_old_versions_are_refuse
 
 def test_a_score_constant_on_the_reference_pool_is_refused(tmp_path):
     world = random_world(12)
-    flat = type(world)(world.problem, world.ref_logp, world.reward, {"g0": np.zeros_like(world.reward)})
+    flat = type(world)(
+        world.problem, world.ref_logp, world.reward, {"g0": np.zeros_like(world.reward)}
+    )
     run, recipe, learner = make_run(tmp_path / "run", flat)
     with pytest.raises(UserError, match=r"scorer of g0: gives 0\.0 to all"):
         prepare(run, recipe, learner, {})

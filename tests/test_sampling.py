@@ -1,4 +1,5 @@
-"""The sampling law: exact on the enumerated world, complete against a checkpoint's own generation settings (DESIGN invariant 8)."""
+"""The sampling law: exact on the enumerated world, complete against a checkpoint's own generation
+settings (DESIGN invariant 8)."""
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,9 @@ def tiny_adapter(policy, folder):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    model = get_peft_model(policy.model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        policy.model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.2)
@@ -36,7 +39,9 @@ def tiny_adapter(policy, folder):
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_probabilities_of_all_responses_sum_to_one_and_are_the_samplers(quickstart_policy, tmp_path, adapted):
+def test_probabilities_of_all_responses_sum_to_one_and_are_the_samplers(
+    quickstart_policy, tmp_path, adapted
+):
     policy = quickstart_policy
     adapter = tiny_adapter(policy, tmp_path / "a") if adapted else None
     table, prompts = prompt_table(3)
@@ -46,12 +51,26 @@ def test_probabilities_of_all_responses_sum_to_one_and_are_the_samplers(quicksta
     sequences = enumerate_responses(policy.eos_ids[0], len(VOCABULARY))
     assert logp.shape == (3, len(sequences)) and len(set(map(tuple, sequences))) == len(sequences)
     drawn = sample_shard(
-        policy, table, tokens, SamplingSettings(max_new_tokens=3, batch_size=1024),
-        responses_per_prompt=4000, adapter=adapter, source="reference", seed=5,
-    )  # fmt: skip
+        policy,
+        table,
+        tokens,
+        SamplingSettings(max_new_tokens=3, batch_size=1024),
+        responses_per_prompt=4000,
+        adapter=adapter,
+        source="reference",
+        seed=5,
+    )
     some = sequences[::20]
-    with attached_adapter(policy, adapter) as model:  # sequences as they are, without the cache that the enumeration grows its tree from
-        whole, _ = response_logps(model, [tokens[prompts[0]]] * len(some), some, pad_id=policy.tokenizer.pad_token_id, batch_size=1024)
+    with attached_adapter(
+        policy, adapter
+    ) as model:  # sequences as they are, without the cache that the enumeration grows its tree from
+        whole, _ = response_logps(
+            model,
+            [tokens[prompts[0]]] * len(some),
+            some,
+            pad_id=policy.tokenizer.pad_token_id,
+            batch_size=1024,
+        )
     np.testing.assert_allclose(logp[0, ::20], whole, atol=1e-4)
     position = {tuple(s): i for i, s in enumerate(sequences)}
     for row, prompt in enumerate(prompts):
@@ -64,7 +83,9 @@ def test_probabilities_of_all_responses_sum_to_one_and_are_the_samplers(quicksta
         assert (np.abs(counts[likely] - expected) < 5 * np.sqrt(expected) + 2).all()
         # The entropy: a truncated law (top_k) would sample from too few responses.
         entropy = -(np.exp(logp[row]) * logp[row]).sum()
-        assert abs(-mine["policy_logp"].mean() - entropy) < 5 * mine["policy_logp"].std() / np.sqrt(len(mine))
+        assert abs(-mine["policy_logp"].mean() - entropy) < 5 * mine["policy_logp"].std() / np.sqrt(
+            len(mine)
+        )
     if adapted:
         assert (drawn["policy_logp"] - drawn["ref_logp"]).abs().max() > 0.05
     else:
@@ -74,34 +95,68 @@ def test_probabilities_of_all_responses_sum_to_one_and_are_the_samplers(quicksta
 
 @pytest.fixture(scope="module")
 def big_vocabulary_model(tmp_path_factory):
-    """4,000 words, with top_k 20, min_p 0.9, repetition_penalty 1.3 and temperature 0.5 in the checkpoint's own generation_config."""
+    """4,000 words, with top_k 20, min_p 0.9, repetition_penalty 1.3 and temperature 0.5 in the
+    checkpoint's own generation_config."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import (
+        GenerationConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
 
     folder = tmp_path_factory.mktemp("big")
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(4000)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1").save_pretrained(
+        folder
+    )
     torch.manual_seed(0)
     model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=4000, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, eos_token_id=1)
+        LlamaConfig(
+            vocab_size=4000,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            eos_token_id=1,
+        )
     )
     model.generation_config = GenerationConfig(
-        do_sample=True, top_k=20, min_p=0.9, repetition_penalty=1.3, temperature=0.5, eos_token_id=1, pad_token_id=0
+        do_sample=True,
+        top_k=20,
+        min_p=0.9,
+        repetition_penalty=1.3,
+        temperature=0.5,
+        eos_token_id=1,
+        pad_token_id=0,
     )
     model.save_pretrained(folder)
     return folder
 
 
 def test_the_checkpoints_own_generation_settings_do_not_enter(big_vocabulary_model):
-    policy = load_policy(PolicySettings(model=str(big_vocabulary_model), quantization="none", dtype="float32"))
-    assert policy.overridden == {"top_k": 20, "min_p": 0.9, "repetition_penalty": 1.3, "temperature": 0.5}
+    policy = load_policy(
+        PolicySettings(model=str(big_vocabulary_model), quantization="none", dtype="float32")
+    )
+    assert policy.overridden == {
+        "top_k": 20,
+        "min_p": 0.9,
+        "repetition_penalty": 1.3,
+        "temperature": 0.5,
+    }
     table = pd.DataFrame({"prompt_id": ["a"], "prompt": ["w5 w6"]})
     tokens = {"a": [5, 6]}
     drawn = sample_shard(
-        policy, table, tokens, SamplingSettings(max_new_tokens=4, batch_size=500),
-        responses_per_prompt=2000, adapter=None, source="reference", seed=1,
-    )  # fmt: skip
+        policy,
+        table,
+        tokens,
+        SamplingSettings(max_new_tokens=4, batch_size=500),
+        responses_per_prompt=2000,
+        adapter=None,
+        source="reference",
+        seed=1,
+    )
     first = drawn["token_ids"].map(lambda ids: ids[0])
     with torch.no_grad():
         law = policy.model(torch.tensor([[5, 6]])).logits[0, -1].double().log_softmax(-1).numpy()
@@ -117,12 +172,31 @@ def test_the_checkpoints_own_generation_settings_do_not_enter(big_vocabulary_mod
 def test_sample_logp_is_the_law_that_was_drawn_from(quickstart_policy, temperature, top_p):
     table, prompts = prompt_table(1)
     tokens = {p: quickstart_policy.tokenizer(p)["input_ids"] for p in prompts}
-    settings = SamplingSettings(max_new_tokens=3, batch_size=1000, temperature=temperature, top_p=top_p)
+    settings = SamplingSettings(
+        max_new_tokens=3, batch_size=1000, temperature=temperature, top_p=top_p
+    )
     assert not is_policy_law(settings)
-    drawn = sample_shard(quickstart_policy, table, tokens, settings, responses_per_prompt=20_000, adapter=None, source="reference", seed=2)
-    assert np.isfinite(drawn["sample_logp"]).all(), "a sampled response lies outside the stated nucleus"
-    grouped = drawn.groupby("response").agg(n=("response", "size"), tokens=("token_ids", "first"), logp=("sample_logp", "first"))
-    frequent = drawn.groupby(drawn["token_ids"].map(tuple))["sample_logp"].agg(["size", "first"]).query("size > 100")
+    drawn = sample_shard(
+        quickstart_policy,
+        table,
+        tokens,
+        settings,
+        responses_per_prompt=20_000,
+        adapter=None,
+        source="reference",
+        seed=2,
+    )
+    assert np.isfinite(drawn["sample_logp"]).all(), (
+        "a sampled response lies outside the stated nucleus"
+    )
+    grouped = drawn.groupby("response").agg(
+        n=("response", "size"), tokens=("token_ids", "first"), logp=("sample_logp", "first")
+    )
+    frequent = (
+        drawn.groupby(drawn["token_ids"].map(tuple))["sample_logp"]
+        .agg(["size", "first"])
+        .query("size > 100")
+    )
     expected = np.exp(frequent["first"]) * len(drawn)
     assert len(grouped) > 10 and (np.abs(frequent["size"] - expected) < 5 * np.sqrt(expected)).all()
 
@@ -133,7 +207,16 @@ def test_a_shard_is_a_pure_function_of_its_seed(quickstart_policy):
     settings = SamplingSettings(max_new_tokens=3, batch_size=8)
 
     def draw(seed):
-        return sample_shard(quickstart_policy, table, tokens, settings, responses_per_prompt=8, adapter=None, source="s", seed=seed)
+        return sample_shard(
+            quickstart_policy,
+            table,
+            tokens,
+            settings,
+            responses_per_prompt=8,
+            adapter=None,
+            source="s",
+            seed=seed,
+        )
 
     torch.manual_seed(1)
     first = draw(3)
@@ -150,10 +233,16 @@ def test_log_probabilities_do_not_depend_on_batch_or_padding(quickstart_policy):
     prompts = [rng.integers(0, 30, rng.integers(1, 12)).tolist() for _ in range(40)]
     responses = [rng.integers(0, 30, rng.integers(1, 9)).tolist() for _ in range(40)]
     alone, _ = response_logps(quickstart_policy.model, prompts, responses, pad_id=0, batch_size=1)
-    together, _ = response_logps(quickstart_policy.model, prompts, responses, pad_id=0, batch_size=16)
+    together, _ = response_logps(
+        quickstart_policy.model, prompts, responses, pad_id=0, batch_size=16
+    )
     np.testing.assert_allclose(alone, together, atol=1e-4)
     with torch.no_grad():
-        logits = quickstart_policy.model(torch.tensor([prompts[0] + responses[0]])).logits[0].log_softmax(-1)
+        logits = (
+            quickstart_policy.model(torch.tensor([prompts[0] + responses[0]]))
+            .logits[0]
+            .log_softmax(-1)
+        )
     by_hand = sum(logits[len(prompts[0]) + i - 1, t].item() for i, t in enumerate(responses[0]))
     assert alone[0] == pytest.approx(by_hand, abs=1e-4)
 
@@ -166,7 +255,10 @@ def test_quantization_is_what_was_asked(quickstart_policy):
     assert not any(m.support_avx512bf16_for_cpu for m in layers)
     eight = load_policy(PolicySettings(model="quickstart", quantization="int8", dtype="float32"))
     assert sum(isinstance(m, bnb.nn.Linear8bitLt) for m in eight.model.modules()) == 14
-    fingerprints = {load_policy(PolicySettings(model="quickstart", quantization=q, dtype="float32")).fingerprint for q in ("nf4", "none")}
+    fingerprints = {
+        load_policy(PolicySettings(model="quickstart", quantization=q, dtype="float32")).fingerprint
+        for q in ("nf4", "none")
+    }
     assert len(fingerprints) == 2
 
 
@@ -180,8 +272,14 @@ def test_attaching_an_adapter_leaves_the_base_as_it_was(quickstart_policy, tmp_p
 
 
 def test_long_prompts_and_unusable_models_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"prompts: 1 are longer than fit.max_length 8 − max_new_tokens 3 = 5 tokens, the longest b with 6"):
-        check_lengths({"a": [1] * 5, "b": [1] * 6}, SamplingSettings(max_new_tokens=3), 8, "fit.max_length")
+    with pytest.raises(
+        UserError,
+        match=r"prompts: 1 are longer than fit.max_length 8 − max_new_tokens 3 = 5 tokens, the "
+        r"longest b with 6",
+    ):
+        check_lengths(
+            {"a": [1] * 5, "b": [1] * 6}, SamplingSettings(max_new_tokens=3), 8, "fit.max_length"
+        )
     with pytest.raises(UserError, match="is not a folder"):
         load_policy(PolicySettings(model="./nowhere"))
     with pytest.raises(UserError, match=r"has no config\.json"):
@@ -192,6 +290,9 @@ def test_long_prompts_and_unusable_models_are_refused(tmp_path):
 
 
 def test_law_hash_tells_laws_apart():
-    hashes = {law_hash(SamplingSettings(**c), (0,)) for c in ({}, {"temperature": 0.9}, {"top_p": 0.9}, {"max_new_tokens": 3})}
+    hashes = {
+        law_hash(SamplingSettings(**c), (0,))
+        for c in ({}, {"temperature": 0.9}, {"top_p": 0.9}, {"max_new_tokens": 3})
+    }
     assert len(hashes | {law_hash(SamplingSettings(), (0, 1))}) == 5
     assert law_hash(SamplingSettings(batch_size=7), (0,)) in hashes

@@ -1,4 +1,5 @@
-"""What a recipe can say of any scorer (negate, indicator, clip), a classifier's outputs and storage, scores shared between runs."""
+"""What a recipe can say of any scorer (negate, indicator, clip), a classifier's outputs and
+storage, scores shared between runs."""
 
 import json
 import multiprocessing
@@ -17,7 +18,12 @@ from constrained_dpo.check.check import _describe_scorer, _golden_lines
 from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.recipe.load import load_recipe
 from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.scorer_facts import describe_drift, prepared_lines, score_statistics, scorer_facts
+from constrained_dpo.run.scorer_facts import (
+    describe_drift,
+    prepared_lines,
+    score_statistics,
+    scorer_facts,
+)
 from data_prep.errors import UserError
 from data_prep.files import write_json
 from data_prep.models.checkpoints import fingerprint_model
@@ -35,9 +41,14 @@ def save_classifier(folder, labels=1, **keys) -> None:
     """A random Llama classifier that knows the texts above and those of the drift check."""
     from transformers import LlamaForSequenceClassification
 
-    size = save_word_tokenizer(folder, " ".join([*PROMPTS, *RESPONSES, *calibration.DRIFT_PROMPTS, *calibration.DRIFT_ANSWERS]))
+    size = save_word_tokenizer(
+        folder,
+        " ".join([*PROMPTS, *RESPONSES, *calibration.DRIFT_PROMPTS, *calibration.DRIFT_ANSWERS]),
+    )
     torch.manual_seed(0)
-    model = LlamaForSequenceClassification(tiny_llama_config(size, num_labels=labels, **keys)).eval()
+    model = LlamaForSequenceClassification(
+        tiny_llama_config(size, num_labels=labels, **keys)
+    ).eval()
     torch.nn.init.normal_(model.score.weight, std=2.0)
     model.save_pretrained(folder)
 
@@ -54,8 +65,14 @@ def test_options_apply_after_negation():
     assert apply_options(scores, ScorerOptions()).tolist() == scores.tolist()
     assert apply_options(scores, ScorerOptions(negate=True)).tolist() == [[2, 0], [-0.5, -3]]
     assert apply_options(scores, ScorerOptions(indicator=0.0)).tolist() == [[0, 1], [1, 1]]
-    assert apply_options(scores, ScorerOptions(negate=True, indicator=0.0)).tolist() == [[1, 1], [0, 0]]
-    assert apply_options(scores, ScorerOptions(negate=True, clip=[-1, 1])).tolist() == [[1, 0], [-0.5, -1]]
+    assert apply_options(scores, ScorerOptions(negate=True, indicator=0.0)).tolist() == [
+        [1, 1],
+        [0, 0],
+    ]
+    assert apply_options(scores, ScorerOptions(negate=True, clip=[-1, 1])).tolist() == [
+        [1, 0],
+        [-0.5, -1],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -71,34 +88,68 @@ def test_options_that_contradict_themselves_name_their_key(options, match):
     block = options.replace("{", '{type: python, target: "data_prep.quickstart:harmless", ')
     with pytest.raises(UserError) as error:
         load_recipe(QUICKSTART, [f"objective.constraints.harmless.scorer={block}"])
-    assert match in str(error.value).replace("constraints.0", "harmless") and len(str(error.value).splitlines()) == 1
+    assert (
+        match in str(error.value).replace("constraints.0", "harmless")
+        and len(str(error.value).splitlines()) == 1
+    )
 
 
 def test_the_cache_keeps_raw_scores_so_that_options_cost_nothing(tmp_path):
     log = tmp_path / "calls"
-    (tmp_path / "s.py").write_text(f"def f(p, r):\n    open({str(log)!r}, 'a').write('x' * len(r))\n    return [float(x) for x in r]\n")
+    (tmp_path / "s.py").write_text(
+        f"def f(p, r):\n    open({str(log)!r}, 'a').write('x' * len(r))\n    return [float(x) for "
+        "x in r]\n"
+    )
     scorer = make_scorer(PythonScorerSettings(type="python", target=f"{tmp_path / 's.py'}:f"))
     cache = ScoreCache(tmp_path / "scores.sqlite")
 
     def scored(**options):
-        return score_texts(scorer, ["p"] * 3, ["-1", "0.5", "2"], options=ScorerOptions(**options), name="g", cache=cache).tolist()
+        return score_texts(
+            scorer,
+            ["p"] * 3,
+            ["-1", "0.5", "2"],
+            options=ScorerOptions(**options),
+            name="g",
+            cache=cache,
+        ).tolist()
 
-    assert scored(clip=[0, 1]) == [0, 0.5, 1] and scored(indicator=0.5) == [0, 1, 1] and scored(negate=True, indicator=0) == [1, 0, 0]
+    assert (
+        scored(clip=[0, 1]) == [0, 0.5, 1]
+        and scored(indicator=0.5) == [0, 1, 1]
+        and scored(negate=True, indicator=0) == [1, 0, 0]
+    )
     assert scored() == [-1, 0.5, 2] and log.read_text() == "xxx"
 
 
 def test_a_column_scorer_takes_options_too(tmp_path):
     table = pd.DataFrame({"prompt": "p", "response": ["a", "b", "c"], "cost": [-3.0, 1.0, 0.0]})
     table.to_csv(tmp_path / "t.csv", index=False)
-    scorer = f"{{type: column, file: {tmp_path / 't.csv'}, column: cost, negate: true, indicator: 0}}"
-    cdpo("data", "score", tmp_path / "t.csv", "--name", "safe", "--scorer", scorer, "-o", tmp_path / "o.parquet", check=0)
+    scorer = (
+        f"{{type: column, file: {tmp_path / 't.csv'}, column: cost, negate: true, indicator: 0}}"
+    )
+    cdpo(
+        "data",
+        "score",
+        tmp_path / "t.csv",
+        "--name",
+        "safe",
+        "--scorer",
+        scorer,
+        "-o",
+        tmp_path / "o.parquet",
+        check=0,
+    )
     assert pd.read_parquet(tmp_path / "o.parquet")["safe"].tolist() == [1, 0, 1]
 
 
 def test_statistics_count_what_a_clip_cut():
     table = pd.DataFrame({"r": [0.0, 1.0, 2.0, 3.0], "g": [0.0, 1.0, 1.0, 0.25]})
     found = score_statistics(table, {"r": ScorerOptions(), "g": ScorerOptions(clip=[0, 1])})
-    assert found["r"]["mean"] == 1.5 and found["r"]["std"] == pytest.approx(np.sqrt(1.25)) and found["r"]["q25"] == 0.75
+    assert (
+        found["r"]["mean"] == 1.5
+        and found["r"]["std"] == pytest.approx(np.sqrt(1.25))
+        and found["r"]["q25"] == 0.75
+    )
     assert found["g"]["clipped"] == 0.75 and "clipped" not in found["r"]
 
 
@@ -106,27 +157,40 @@ def test_statistics_count_what_a_clip_cut():
 
 
 def test_fingerprints_of_earlier_releases_hold(tmp_path):
-    """A scorer's fingerprint identifies a prepared run's scores: new keys at their defaults, and options outside it, leave it as it was."""
+    """A scorer's fingerprint identifies a prepared run's scores: new keys at their defaults, and
+    options outside it, leave it as it was."""
     save_classifier(tmp_path)
     expected = (
         f"classifier:{fingerprint_model(str(tmp_path), None)}:0:"
         '{"type":"classifier","label":null,"text":"pair","template":null,"append_eos":false,"max_length":null,"truncate":false,'
         '"dtype":"float32","trust_remote_code":false}'
     )
-    for keys in ({}, {"indicator": 0.5}, {"clip": [0, 1], "negate": True}, {"quantization": "none", "output": "logit"}):
+    for keys in (
+        {},
+        {"indicator": 0.5},
+        {"clip": [0, 1], "negate": True},
+        {"quantization": "none", "output": "logit"},
+    ):
         assert make_scorer(classifier(tmp_path, **keys)).fingerprint == expected
     assert make_scorer(classifier(tmp_path, quantization="int8")).fingerprint != expected
 
 
 def test_outputs_of_a_head_with_several_labels(tmp_path):
     save_classifier(tmp_path, labels=3)
-    logits = np.stack([make_scorer(classifier(tmp_path, label=i)).score(PROMPTS, RESPONSES) for i in range(3)], axis=1)
+    logits = np.stack(
+        [make_scorer(classifier(tmp_path, label=i)).score(PROMPTS, RESPONSES) for i in range(3)],
+        axis=1,
+    )
     softmax = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     for output, expected in (("log_probability", np.log(softmax)), ("probability", softmax)):
-        found = make_scorer(classifier(tmp_path, label="LABEL_1", output=output)).score(PROMPTS, RESPONSES)
+        found = make_scorer(classifier(tmp_path, label="LABEL_1", output=output)).score(
+            PROMPTS, RESPONSES
+        )
         np.testing.assert_allclose(found, expected[:, 1], atol=1e-5)
     save_classifier(tmp_path, labels=3, problem_type="multi_label_classification")
-    found = make_scorer(classifier(tmp_path, label=1, output="probability")).score(PROMPTS, RESPONSES)
+    found = make_scorer(classifier(tmp_path, label=1, output="probability")).score(
+        PROMPTS, RESPONSES
+    )
     np.testing.assert_allclose(found, 1 / (1 + np.exp(-logits[:, 1])), atol=1e-5)
     save_classifier(tmp_path)
     with pytest.raises(UserError, match="output: probability needs several labels"):
@@ -138,19 +202,34 @@ def test_a_quantized_classifier_keeps_its_head_and_says_how_far_it_drifts(tmp_pa
     import bitsandbytes as bnb
 
     save_classifier(tmp_path)
-    plain, scorer = make_scorer(classifier(tmp_path)), make_scorer(classifier(tmp_path, quantization=quantization))
+    plain, scorer = (
+        make_scorer(classifier(tmp_path)),
+        make_scorer(classifier(tmp_path, quantization=quantization)),
+    )
     kind = bnb.nn.Linear4bit if quantization == "nf4" else bnb.nn.Linear8bitLt
-    assert sum(isinstance(m, kind) for m in scorer.model.modules()) == 14  # seven linear layers in each of two
+    assert (
+        sum(isinstance(m, kind) for m in scorer.model.modules()) == 14
+    )  # seven linear layers in each of two
     assert torch.equal(scorer.model.score.weight, plain.model.score.weight)
     found = scorer.quantization_drift()
     fits = [text for text in calibration.DRIFT_TEXTS if plain.text_length(*text) <= 64]
     prompts, answers = zip(*fits, strict=True)
     exact = plain.score(list(prompts), list(answers))
     moved = np.abs(scorer.score(list(prompts), list(answers)) - exact) / exact.std()
-    assert found["texts"] == len(fits) == len(calibration.DRIFT_TEXTS) and found["against"] == "float32"
-    assert found["largest"] == pytest.approx(moved.max()) and found["mean"] == pytest.approx(moved.mean()) and 0 < found["mean"] < 0.5
+    assert (
+        found["texts"] == len(fits) == len(calibration.DRIFT_TEXTS)
+        and found["against"] == "float32"
+    )
+    assert (
+        found["largest"] == pytest.approx(moved.max())
+        and found["mean"] == pytest.approx(moved.mean())
+        and 0 < found["mean"] < 0.5
+    )
     assert plain.quantization_drift() is None
-    assert f"scores move by {found['mean']:.2g} std on average, {found['largest']:.2g} std at most" in describe_drift("g", found)
+    assert (
+        f"scores move by {found['mean']:.2g} std on average, {found['largest']:.2g} std at most"
+        in describe_drift("g", found)
+    )
     (tmp_path / "model.safetensors").unlink()
     assert "has no *.safetensors weights" in describe_drift("g", scorer.quantization_drift())
 
@@ -165,11 +244,18 @@ def test_drift_is_in_what_check_and_prepare_know_of_a_scorer(tmp_path):
     assert set(measured) == {"helpful"} and set(measured["helpful"]) == {"quantization_drift"}
     drift = measured["helpful"]["quantization_drift"]
     assert drift["mean"] > 0
-    assert _describe_scorer("helpful", learner.scorers["helpful"], recipe.scorers["helpful"], recipe)["quantization_drift"] == drift
+    assert (
+        _describe_scorer("helpful", learner.scorers["helpful"], recipe.scorers["helpful"], recipe)[
+            "quantization_drift"
+        ]
+        == drift
+    )
     pool = pd.DataFrame({"helpful": [0.0, 1.0], "harmless": [1.0, 2.0]})
     write_json(run.scorers_file, scorer_facts(recipe, pool, measured))
     lines = prepared_lines(run, recipe)
-    assert lines[0].startswith("scores of helpful: mean 0.5, std 0.5") and lines[2] == describe_drift("helpful", drift)
+    assert lines[0].startswith("scores of helpful: mean 0.5, std 0.5") and lines[
+        2
+    ] == describe_drift("helpful", drift)
     assert len(lines) == 3
 
 
@@ -200,18 +286,43 @@ class Model(PreTrainedModel):
     ("flat", "masked", "size", "match"),
     [
         (False, True, 16, None),
-        (True, True, 16, r"Model gives logits of shape \(2,\) for 2 texts and 1 labels, not \(2, 1\); wrap it in a python scorer"),
-        (False, False, 16, r"its own modelling code \(Model\) gives a text .* in a padded batch and .* alone; set batch_size: 1"),
+        (
+            True,
+            True,
+            16,
+            r"Model gives logits of shape \(2,\) for 2 texts and 1 labels, not \(2, 1\); wrap it "
+            r"in a python scorer",
+        ),
+        (
+            False,
+            False,
+            16,
+            r"its own modelling code \(Model\) gives a text .* in a padded batch and .* alone; "
+            r"set batch_size: 1",
+        ),
         (False, False, 1, None),
     ],
 )
-def test_modelling_code_of_a_checkpoints_own_is_asked_before_it_is_believed(tmp_path, flat, masked, size, match):
+def test_modelling_code_of_a_checkpoints_own_is_asked_before_it_is_believed(
+    tmp_path, flat, masked, size, match
+):
     save_word_tokenizer(tmp_path, " ".join(f"w{i}" for i in range(60)))
     (tmp_path / "odd.py").write_text(CUSTOM)
     names = {"AutoConfig": "odd.Config", "AutoModelForSequenceClassification": "odd.Model"}
-    config = {"model_type": "odd", "auto_map": names, "flat": flat, "masked": masked, "num_labels": 1, "id2label": {"0": "score"}}
+    config = {
+        "model_type": "odd",
+        "auto_map": names,
+        "flat": flat,
+        "masked": masked,
+        "num_labels": 1,
+        "id2label": {"0": "score"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file({"embedding.weight": torch.arange(70.0)[:, None]}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {"embedding.weight": torch.arange(70.0)[:, None]},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     settings = classifier(tmp_path, trust_remote_code=True, batch_size=size)
     if match is not None:
         with pytest.raises(UserError, match=match):
@@ -231,7 +342,9 @@ def scores_of(scorer, cache):
 
 def test_a_score_is_computed_once_and_one_changed_weight_changes_all(tmp_path):
     save_classifier(tmp_path / "model")
-    first = scores_of(make_scorer(classifier(tmp_path / "model")), ScoreCache(tmp_path / "a.sqlite"))
+    first = scores_of(
+        make_scorer(classifier(tmp_path / "model")), ScoreCache(tmp_path / "a.sqlite")
+    )
     unable = make_scorer(classifier(tmp_path / "model"))
     unable.model = None  # a score that is there needs no forward
     assert scores_of(unable, ScoreCache(tmp_path / "a.sqlite")).tolist() == first.tolist()
@@ -242,7 +355,10 @@ def test_a_score_is_computed_once_and_one_changed_weight_changes_all(tmp_path):
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     changed = make_scorer(classifier(tmp_path / "model"))
     scores = scores_of(changed, ScoreCache(tmp_path / "a.sqlite"))
-    assert scores.tolist() == changed.score(PROMPTS, RESPONSES).tolist() and not np.isin(scores, first).any()
+    assert (
+        scores.tolist() == changed.score(PROMPTS, RESPONSES).tolist()
+        and not np.isin(scores, first).any()
+    )
 
 
 def _fill(path, start):
@@ -253,7 +369,10 @@ def _fill(path, start):
 
 def test_two_processes_that_write_at_once_lose_nothing(tmp_path):
     path = tmp_path / "scores.sqlite"
-    processes = [multiprocessing.get_context("fork").Process(target=_fill, args=(path, start)) for start in (0, 40)]
+    processes = [
+        multiprocessing.get_context("fork").Process(target=_fill, args=(path, start))
+        for start in (0, 40)
+    ]
     for process in processes:
         process.start()
     for process in processes:

@@ -11,7 +11,14 @@ import pandas as pd
 import pytest
 
 from data_prep.errors import UserError
-from data_prep.tables import read_json_rows, read_parquet, read_table, validate_prompts, validate_responses, write_parquet
+from data_prep.tables import (
+    read_json_rows,
+    read_parquet,
+    read_table,
+    validate_prompts,
+    validate_responses,
+    write_parquet,
+)
 
 
 def responses(**changes) -> pd.DataFrame:
@@ -20,7 +27,11 @@ def responses(**changes) -> pd.DataFrame:
             "prompt_id": ["p", "p", "q"],
             "response_id": ["a", "b", "c"],
             "response": ["x", "", "z"],
-            "token_ids": [np.array([1, 2], np.int32), np.array([2], np.int32), np.array([3], np.int32)],
+            "token_ids": [
+                np.array([1, 2], np.int32),
+                np.array([2], np.int32),
+                np.array([3], np.int32),
+            ],
             "ended": [True, True, False],
             "source": "reference",
             "sample_logp": [-1.0, -2.0, np.nan],
@@ -36,8 +47,12 @@ def test_a_table_survives_the_file(tmp_path):
     frame = validate_responses(responses(), ["helpful"], "t")
     write_parquet(frame, tmp_path / "t.parquet")
     again = validate_responses(read_parquet(tmp_path / "t.parquet"), ["helpful"], "t")
-    assert [list(x) for x in again["token_ids"]] == [[1, 2], [2], [3]] and again["token_ids"][0].dtype == np.int32
-    pd.testing.assert_frame_equal(again.drop(columns="token_ids"), frame.drop(columns="token_ids"), check_dtype=False)
+    assert [list(x) for x in again["token_ids"]] == [[1, 2], [2], [3]] and again["token_ids"][
+        0
+    ].dtype == np.int32
+    pd.testing.assert_frame_equal(
+        again.drop(columns="token_ids"), frame.drop(columns="token_ids"), check_dtype=False
+    )
     assert list(tmp_path.iterdir()) == [tmp_path / "t.parquet"]
 
 
@@ -65,7 +80,9 @@ def test_missing_columns_and_empty_tables():
     with pytest.raises(UserError, match="no rows"):
         validate_responses(responses().head(0), ["helpful"], "t")
     with pytest.raises(UserError, match="split is not one of"):
-        validate_prompts(pd.DataFrame({"prompt_id": ["a"], "prompt": ["x"], "split": ["train"]}), "t")
+        validate_prompts(
+            pd.DataFrame({"prompt_id": ["a"], "prompt": ["x"], "split": ["train"]}), "t"
+        )
 
 
 def test_broken_files_are_named_with_their_lines(tmp_path):
@@ -91,7 +108,8 @@ WRITER = """
 import sys, numpy as np, pandas as pd
 from pathlib import Path
 from data_prep.tables import write_parquet
-frame = pd.DataFrame({"prompt_id": [str(i) for i in range(60000)], "x": np.random.default_rng(0).normal(size=60000)})
+x = np.random.default_rng(0).normal(size=60000)
+frame = pd.DataFrame({"prompt_id": [str(i) for i in range(60000)], "x": x})
 print("ready", flush=True)
 while True:
     write_parquet(frame, Path(sys.argv[1]) / "t.parquet")
@@ -99,9 +117,14 @@ while True:
 
 
 def test_a_file_is_never_seen_half_written(tmp_path):
-    """A real writer replaces the table over and over and is killed at ten moments: what a reader finds is always whole."""
+    """A real writer replaces the table over and over and is killed at ten moments: what a reader
+    finds is always whole."""
     for attempt in range(10):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
         process.stdout.readline()
         deadline = time.time() + 0.05 + 0.037 * attempt
         while time.time() < deadline:

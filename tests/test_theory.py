@@ -1,4 +1,5 @@
-"""docs/theory.md on a handful of worlds: solvers against independent ones, every inequality, rates, and that each check can fail."""
+"""docs/theory.md on a handful of worlds: solvers against independent ones, every inequality, rates,
+and that each check can fail."""
 
 from dataclasses import replace
 
@@ -32,16 +33,27 @@ def worlds(std: float, beta: float) -> list:
 
 
 def by_slsqp(world, epsilon: float, lam: np.ndarray | None) -> float:
-    """max of L(·, λ) over Π_ε, or with lam None of F subject to u ≥ 0, by SLSQP on the probabilities: knows nothing of floors or duals."""
+    """max of L(·, λ) over Π_ε, or with lam None of F subject to u ≥ 0, by SLSQP on the
+    probabilities: knows nothing of floors or duals."""
     prompts, responses = world.reward.shape
-    reference, utilities = np.exp(world.ref_logp), np.stack([world.utilities[n] for n in world.problem.names])
+    reference, utilities = (
+        np.exp(world.ref_logp),
+        np.stack([world.utilities[n] for n in world.problem.names]),
+    )
 
     def parts(flat: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
         p = flat.reshape(prompts, responses)
         ratio = np.log(p / reference)
-        objective = (p * world.reward).sum(1).mean() - world.problem.beta * (p * ratio).sum(1).mean()
+        objective = (p * world.reward).sum(1).mean() - world.problem.beta * (p * ratio).sum(
+            1
+        ).mean()
         slack = (p * utilities).sum(-1).mean(-1) - world.levels.to_numpy()
-        return objective, slack, (world.reward - world.problem.beta * (ratio + 1)) / prompts, utilities / prompts
+        return (
+            objective,
+            slack,
+            (world.reward - world.problem.beta * (ratio + 1)) / prompts,
+            utilities / prompts,
+        )
 
     weights = np.zeros(len(utilities)) if lam is None else lam
     rows_sum = {
@@ -49,7 +61,11 @@ def by_slsqp(world, epsilon: float, lam: np.ndarray | None) -> float:
         "fun": lambda f: f.reshape(prompts, responses).sum(1) - 1,
         "jac": lambda f: np.kron(np.eye(prompts), np.ones(responses)),
     }
-    feasible = {"type": "ineq", "fun": lambda f: parts(f)[1], "jac": lambda f: parts(f)[3].reshape(len(utilities), -1)}
+    feasible = {
+        "type": "ineq",
+        "fun": lambda f: parts(f)[1],
+        "jac": lambda f: parts(f)[3].reshape(len(utilities), -1),
+    }
     run = optimize.minimize(
         lambda f: -(parts(f)[0] + weights @ parts(f)[1]),
         reference.ravel(),
@@ -71,14 +87,20 @@ def test_the_mixture_solvers_agree_with_an_independent_one(epsilon, num_constrai
     for lam in (np.zeros(num_constraints), np.full(num_constraints, 1.3)):
         point = family_dual(family, lam)
         policy = np.exp(point.logp)
-        assert policy.sum(1) == pytest.approx(1, abs=1e-13) and (policy >= epsilon * np.exp(world.ref_logp) * (1 - 1e-12)).all()
+        assert (
+            policy.sum(1) == pytest.approx(1, abs=1e-13)
+            and (policy >= epsilon * np.exp(world.ref_logp) * (1 - 1e-12)).all()
+        )
         assert point.dual_value == pytest.approx(by_slsqp(world, epsilon, lam), abs=1e-8)
     best = minimize_family_dual(family)
-    assert best.dual_value == pytest.approx(by_slsqp(world, epsilon, None), abs=1e-8)  # P_p* = D_p*: the family is convex
+    assert best.dual_value == pytest.approx(
+        by_slsqp(world, epsilon, None), abs=1e-8
+    )  # P_p* = D_p*: the family is convex
 
 
 def test_the_mixture_maximizer_meets_its_stationarity_condition():
-    """(1 − ε)[s − β(log m/π_ref + 1)] is one number on the responses above the floor, and no larger on those at it."""
+    """(1 − ε)[s − β(log m/π_ref + 1)] is one number on the responses above the floor, and no larger
+    on those at it."""
     world = scaled_world(6, 1, 10.0, 0.1)
     family, lam = MixtureFamily(world, 0.05), np.array([0.7])
     logp = family.maximizer(lam)
@@ -92,16 +114,29 @@ def test_the_mixture_maximizer_meets_its_stationarity_condition():
 
 def test_the_log_linear_maximizer_agrees_with_nelder_mead_and_many_starts():
     for seed, world in worlds(1.0, 0.5):
-        family = replace(LogLinearFamily.with_gap(world, 1.0, seed), size=1.0)  # far from the scores: L is not nearly concave in θ
+        family = replace(
+            LogLinearFamily.with_gap(world, 1.0, seed), size=1.0
+        )  # far from the scores: L is not nearly concave in θ
         lam = np.full(len(world.problem.names), 0.8)
         theta = family.best_theta(lam)
         value = family.loss(theta, lam)
         rng = np.random.default_rng(seed)
         starts = theta + 3 * rng.normal(size=(3, len(theta)))
-        runs = [optimize.minimize(family.loss, s, (lam,), method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-13}) for s in starts]
+        runs = [
+            optimize.minimize(
+                family.loss,
+                s,
+                (lam,),
+                method="Nelder-Mead",
+                options={"xatol": 1e-9, "fatol": 1e-13},
+            )
+            for s in starts
+        ]
         assert min(run.fun for run in runs) == pytest.approx(value, abs=1e-9)
         point = family_dual(family, lam)
-        assert dual(world, lam) - point.dual_value == pytest.approx(value, abs=1e-11)  # D(λ) − L(π, λ) = β E_x KL(π‖π*_λ)
+        assert dual(world, lam) - point.dual_value == pytest.approx(
+            value, abs=1e-11
+        )  # D(λ) − L(π, λ) = β E_x KL(π‖π*_λ)
 
 
 def test_nu_is_what_it_says():
@@ -119,7 +154,10 @@ def test_nu_is_what_it_says():
         assert family.nu == pytest.approx(nu, rel=1e-12)
         distances = []
         for lam in rng.uniform(0, 6, size=(20, 1)):
-            distance = np.abs(np.exp(family.policy(np.array([1.0, *lam]) / world.problem.beta)) - np.exp(gibbs(world, lam)))
+            distance = np.abs(
+                np.exp(family.policy(np.array([1.0, *lam]) / world.problem.beta))
+                - np.exp(gibbs(world, lam))
+            )
             distances.append(distance.sum(1).max())
         assert 0.05 * nu < max(distances) <= nu
 
@@ -129,10 +167,16 @@ def solved_families(scale: str, kind: str) -> list:
     pairs = worlds(std, beta)
     if kind == "mixture":
         return [solve(MixtureFamily(world, e)) for _, world in pairs for e in (0.01, 0.3)]
-    return [solve(LogLinearFamily.with_gap(world, nu, seed)) for seed, world in pairs for nu in (0.05, 1.2)]
+    return [
+        solve(LogLinearFamily.with_gap(world, nu, seed))
+        for seed, world in pairs
+        for nu in (0.05, 1.2)
+    ]
 
 
-@pytest.mark.parametrize(("scale", "kind"), [("std 1", "mixture"), ("std 10", "mixture"), ("std 1", "log-linear")])
+@pytest.mark.parametrize(
+    ("scale", "kind"), [("std 1", "mixture"), ("std 10", "mixture"), ("std 1", "log-linear")]
+)
 def test_every_inequality_holds(scale, kind):
     rows = [row for solved in solved_families(scale, kind) for row in inequality_rows(solved)]
     assert len(rows) > 250
@@ -141,17 +185,22 @@ def test_every_inequality_holds(scale, kind):
 
 
 def test_every_check_fails_where_nu_is_claimed_too_small():
-    """A family of ε = 0.4 that claims a gap 10⁶ times smaller: every bound that depends on ν is broken in some world. Theorem 4's left
-    side is 0 for multi-shot, and one-shot's excess in D_p pays for its own; it is broken by a learner that stays at π_ref."""
+    """A family of ε = 0.4 that claims a gap 10⁶ times smaller: every bound that depends on ν is
+    broken in some world. Theorem 4's left side is 0 for multi-shot, and one-shot's excess in D_p
+    pays for its own; it is broken by a learner that stays at π_ref."""
     failed, seen = set(), set()
     for _, world in worlds(*SCALES["std 1"]):
         family = MixtureFamily(world, 0.4)
         solved = solve(family)
         objective, slack = objective_and_slack(world, world.ref_logp)
-        lazy = Point(solved.star, objective + float(solved.star @ slack), objective, slack, world.ref_logp)
+        lazy = Point(
+            solved.star, objective + float(solved.star @ slack), objective, slack, world.ref_logp
+        )
         for played in (solved, replace(solved, one_shot=lazy)):
             for row in inequality_rows(played, nu=1e-6 * family.nu):
-                if row.check.startswith(("Lemma", "Theorem")) and not row.check.startswith(("Theorem 1", "Lemma 3: 0")):
+                if row.check.startswith(("Lemma", "Theorem")) and not row.check.startswith(
+                    ("Theorem 1", "Lemma 3: 0")
+                ):
                     seen.add(row.check)
                     failed |= set() if row.holds(1.0) else {row.check}
     assert seen == failed and len(seen) == 7, seen - failed
@@ -161,7 +210,11 @@ def test_theorem_2_notices_a_gap_claimed_a_tenth_too_small():
     """At std 10 / β 0.1 its constant is nearly attained, so even nine tenths of ν break it."""
     _, world = worlds(*SCALES["std 10"])[0]
     family = MixtureFamily(world, 0.01)
-    (row,) = (r for r in inequality_rows(solve(family), nu=0.9 * family.nu) if r.check.startswith("Theorem 2"))
+    (row,) = (
+        r
+        for r in inequality_rows(solve(family), nu=0.9 * family.nu)
+        if r.check.startswith("Theorem 2")
+    )
     assert not row.holds(10.0)
 
 
@@ -178,12 +231,15 @@ def test_the_sides_without_nu_can_fail():
     assert not Row("weak duality", 1.0 + 1e-6, 1.0).holds(1.0)
     _, world = worlds(*SCALES["std 1"])[0]
     one_shot = solve(MixtureFamily(world, 0.3)).one_shot
-    assert not Row("multi-shot is feasible", float(-one_shot.slack.min()), 0.0).holds(1.0)  # one-shot's policy is not
+    assert not Row("multi-shot is feasible", float(-one_shot.slack.min()), 0.0).holds(
+        1.0
+    )  # one-shot's policy is not
 
 
 @pytest.mark.parametrize("kind", ["mixture", "log-linear"])
 def test_rates(kind):
-    """Duality gap: slope ≥ 1 − 1e-6 in every world; objective and constraint gaps and distances: ≥ 1/2."""
+    """Duality gap: slope ≥ 1 − 1e-6 in every world; objective and constraint gaps and distances: ≥
+    1/2."""
     for seed, world in worlds(*SCALES["std 10" if kind == "mixture" else "std 1"])[::2]:
         if kind == "mixture":
             families = [MixtureFamily(world, e) for e in np.logspace(-3, -0.5, 6)]
@@ -204,17 +260,25 @@ def test_the_lines_support_the_images_and_the_family_lies_inside():
     rough = replace(LogLinearFamily.with_gap(world, 1.0, 0), size=1.0)
     for family in (MixtureFamily(world, 0.3), rough):
         best = minimize_family_dual(family)
-        every, own = plane(world, random_policies(world, 300, 0)), plane(world, members(family, 300, 1))
+        every, own = (
+            plane(world, random_policies(world, 300, 0)),
+            plane(world, members(family, 300, 1)),
+        )
         for cloud in (every, own):
             assert (cloud[:, 1] + star * cloud[:, 0] <= world.optimum.dual_value + 1e-12).all()
         assert (own[:, 1] + best.lam[0] * own[:, 0] <= best.dual_value + 1e-12).all()
-        assert best.objective == pytest.approx(best.dual_value, abs=1e-11)  # the line touches the family's image at the margin
+        assert best.objective == pytest.approx(
+            best.dual_value, abs=1e-11
+        )  # the line touches the family's image at the margin
         optimal = objective_and_slack(world, gibbs(world, np.array([star])))
-        assert optimal[0] + star * optimal[1][0] > best.dual_value + 0.01  # and the other line lies strictly above it there
+        assert (
+            optimal[0] + star * optimal[1][0] > best.dual_value + 0.01
+        )  # and the other line lies strictly above it there
 
 
 def test_one_shot_misses_the_margin_that_multi_shot_meets():
-    """Noise on the utility's feature: one-shot falls short in every world; on the reward's: short in some, over in others."""
+    """Noise on the utility's feature: one-shot falls short in every world; on the reward's: short
+    in some, over in others."""
     misses = {"utility": [], "reward": []}
     for seed in range(4):
         world = with_margin(scaled_world(seed, 1, **SMALL), 0.5)
@@ -227,8 +291,9 @@ def test_one_shot_misses_the_margin_that_multi_shot_meets():
 
 
 def test_a_family_that_is_not_convex_can_have_a_gap_of_its_own():
-    """The one world of 24 in which the bench finds it: at λ_p* two policies are Lagrangian maximizers, one short of b and one over it, D_p
-    has a kink, no λ gives b, and the best feasible policy lies below D_p*. The theorems' inequalities hold all the same."""
+    """The one world of 24 in which the bench finds it: at λ_p* two policies are Lagrangian
+    maximizers, one short of b and one over it, D_p has a kink, no λ gives b, and the best feasible
+    policy lies below D_p*. The theorems' inequalities hold all the same."""
     world = with_margin(scaled_world(16, 1, prompts=8, responses=60), 1.0)
     family = rough_family("noise on the utility", world, 16)
     best = minimize_family_dual(family)
@@ -238,16 +303,24 @@ def test_a_family_that_is_not_convex_can_have_a_gap_of_its_own():
     solved = solve(family)
     primal = max(primal_by_slsqp(solved, seed) for seed in range(2))
     assert primal < best.dual_value - 0.001
-    grid = [family.policy(np.array([a, b])) for a in np.linspace(0, 1.5, 25) for b in np.linspace(1.5, 5, 25)]
+    grid = [
+        family.policy(np.array([a, b]))
+        for a in np.linspace(0, 1.5, 25)
+        for b in np.linspace(1.5, 5, 25)
+    ]
     feasible = [f for f, u in (objective_and_slack(world, p) for p in grid) if u[0] >= 0]
     assert max(feasible) <= primal + 1e-9
     assert solved.optimal_value > best.dual_value
 
 
 def test_the_log_linear_primal_has_the_value_of_its_dual():
-    """SLSQP on θ, which knows no multipliers, finds D_p* from below: no duality gap inside the family on these worlds."""
+    """SLSQP on θ, which knows no multipliers, finds D_p* from below: no duality gap inside the
+    family on these worlds."""
     for seed, world in worlds(1.0, 0.5):
         solved = solve(LogLinearFamily.with_gap(world, 1.0, seed))
         primal = primal_by_slsqp(solved, seed)
         assert primal == pytest.approx(solved.best.dual_value, abs=1e-7)
-        assert oscillation(solved.best.logp) > 1 and l1_distance(solved.best.logp, solved.optimal_logp) > 1e-3  # neither is trivial
+        assert (
+            oscillation(solved.best.logp) > 1
+            and l1_distance(solved.best.logp, solved.optimal_logp) > 1e-3
+        )  # neither is trivial

@@ -1,4 +1,5 @@
-"""report_to: what tensorboard and wandb are told of a small real run; a tracker that is not installed is refused before any sampling."""
+"""report_to: what tensorboard and wandb are told of a small real run; a tracker that is not
+installed is refused before any sampling."""
 
 import importlib.util
 import json
@@ -27,7 +28,10 @@ def scalars(folder) -> dict[str, list]:
 
     accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
-    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+    return {
+        tag: [(e.step, e.value) for e in accumulator.Scalars(tag)]
+        for tag in accumulator.Tags()["scalars"]
+    }
 
 
 def test_tensorboard_reads_the_loss_curve_and_the_rounds_also_after_a_kill(tmp_path):
@@ -39,7 +43,9 @@ def test_tensorboard_reads_the_loss_curve_and_the_rounds_also_after_a_kill(tmp_p
     log = json.loads((run.adapter_folder(0) / "training_log.json").read_text())["log"]
     assert [v for _, v in losses] == pytest.approx([row["loss"] for row in log if "loss" in row])
 
-    run.write_state(state | {"lambda": state["lambda"][:1]})  # killed after round 0's fit was lost, with its logs half-written
+    run.write_state(
+        state | {"lambda": state["lambda"][:1]}
+    )  # killed after round 0's fit was lost, with its logs half-written
     shutil.rmtree(run.round_folder(0))
     (run.logs_folder("round-000") / "events.out.tfevents.half").write_bytes(b"\x00\x01")
     cdpo("round", run.path, check=0)
@@ -47,8 +53,17 @@ def test_tensorboard_reads_the_loss_curve_and_the_rounds_also_after_a_kill(tmp_p
     assert scalars(run.logs_folder("round-000"))["train/loss"] == losses
     record = run.round_record(0)
     seen = scalars(run.logs_folder("rounds"))
-    assert set(seen) == set(round_scalars(record)) and {"lambda/harmless", "u/harmless/dual", "u/harmless/test", "kl/dual"} <= set(seen)
-    assert all(step == 0 and value == pytest.approx(round_scalars(record)[tag]) for tag, points in seen.items() for step, value in points)
+    assert set(seen) == set(round_scalars(record)) and {
+        "lambda/harmless",
+        "u/harmless/dual",
+        "u/harmless/test",
+        "kl/dual",
+    } <= set(seen)
+    assert all(
+        step == 0 and value == pytest.approx(round_scalars(record)[tag])
+        for tag, points in seen.items()
+        for step, value in points
+    )
 
 
 def test_wandb_runs_offline_in_the_run_directory(tmp_path):
@@ -61,14 +76,25 @@ def test_wandb_runs_offline_in_the_run_directory(tmp_path):
 def test_estimates_that_are_null_are_not_points():
     part = {"u": {"g": 0.1}, "reward": 1.0, "kl": None, "objective": None}
     found = round_scalars({"lambda": {"g": 0.5}, **part, "test": part})
-    assert found == {"lambda/g": 0.5, "u/g/dual": 0.1, "u/g/test": 0.1, "reward/dual": 1.0, "reward/test": 1.0}
+    assert found == {
+        "lambda/g": 0.5,
+        "u/g/dual": 0.1,
+        "u/g/test": 0.1,
+        "reward/dual": 1.0,
+        "reward/test": 1.0,
+    }
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name)
+    )
     require_trackers([])
-    with pytest.raises(UserError, match=r"fit\.report_to: wandb not installed; pip install 'constrained-dpo\[tracking\]'"):
+    with pytest.raises(
+        UserError,
+        match=r"fit\.report_to: wandb not installed; pip install 'constrained-dpo\[tracking\]'",
+    ):
         require_trackers(["wandb"])
     from constrained_dpo.check.check import check_recipe
 

@@ -29,12 +29,15 @@ def axes_of(columns: int, height: float = 3.6):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, columns, figsize=(4.2 * columns, height), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, columns, figsize=(4.2 * columns, height), layout="constrained", squeeze=False
+    )
     return figure, axes[0]
 
 
 def draw_rates(tables: dict[str, pd.DataFrame], path: Path) -> None:
-    """Median of each gap over worlds against ν, with the bound of Theorem 2 and lines of slope 1 and 1/2."""
+    """Median of each gap over worlds against ν, with the bound of Theorem 2 and lines of slope 1
+    and 1/2."""
     figure, all_axes = axes_of(len(tables))
     for axes, (title, table) in zip(all_axes, tables.items(), strict=True):
         middle = table.assign(rank=table.groupby(["m", "seed"]).cumcount()).groupby("rank").median()
@@ -54,12 +57,18 @@ def draw_rates(tables: dict[str, pd.DataFrame], path: Path) -> None:
 
 
 def random_policies(world: TabularWorld, count: int, seed: int) -> list[np.ndarray]:
-    """Policies of all kinds: π_ref tilted by reward, utility and noise of random weights; log-probabilities."""
+    """Policies of all kinds: π_ref tilted by reward, utility and noise of random weights;
+    log-probabilities."""
     rng, found = np.random.default_rng(seed), []
     utility = world.utilities[world.problem.names[0]]
     for _ in range(count):
         weights = rng.normal(size=3) * rng.uniform(0, 4)
-        logp = world.ref_logp + weights[0] * world.reward + weights[1] * utility + weights[2] * rng.normal(size=world.reward.shape) * 0.7
+        logp = (
+            world.ref_logp
+            + weights[0] * world.reward
+            + weights[1] * utility
+            + weights[2] * rng.normal(size=world.reward.shape) * 0.7
+        )
         found.append(logp - np.logaddexp.reduce(logp, axis=1, keepdims=True))
     return found
 
@@ -70,7 +79,10 @@ def members(family: Family, count: int, seed: int) -> list[np.ndarray]:
         rng = np.random.default_rng(seed)
         return [family.policy(rng.uniform(-4, 4, size=len(family.features))) for _ in range(count)]
     floor = np.log(family.epsilon) + family.world.ref_logp
-    return [np.logaddexp(np.log1p(-family.epsilon) + p, floor) for p in random_policies(family.world, count, seed)]
+    return [
+        np.logaddexp(np.log1p(-family.epsilon) + p, floor)
+        for p in random_policies(family.world, count, seed)
+    ]
 
 
 def plane(world: TabularWorld, policies: list[np.ndarray]) -> np.ndarray:
@@ -80,7 +92,8 @@ def plane(world: TabularWorld, policies: list[np.ndarray]) -> np.ndarray:
 
 
 def draw_geometry(families: dict[str, Family], path: Path) -> None:
-    """The image of all policies and of a family in the (utility gain, E[r] − β KL) plane, each with its supporting line at b."""
+    """The image of all policies and of a family in the (utility gain, E[r] − β KL) plane, each with
+    its supporting line at b."""
     figure, all_axes = axes_of(len(families), 4.0)
     tilts = np.concatenate([np.linspace(-0.8, 4, 60), np.geomspace(4.2, 40, 20)])
     for axes, (title, family) in zip(all_axes, families.items(), strict=True):
@@ -89,22 +102,48 @@ def draw_geometry(families: dict[str, Family], path: Path) -> None:
         best = minimize_family_dual(family)
         frontier = plane(world, [gibbs(world, np.array([t])) for t in tilts])
         own = plane(world, [family.maximizer(np.array([t])) for t in tilts[tilts <= 5]])
-        inside, cloud = plane(world, random_policies(world, 1500, 0)), plane(world, members(family, 1500, 1))
+        inside, cloud = (
+            plane(world, random_policies(world, 1500, 0)),
+            plane(world, members(family, 1500, 1)),
+        )
         low, high = own[:, 1].min() - 0.3, frontier[:, 1].max() + 0.25
-        axes.fill_between(frontier[:, 0] + margin, frontier[:, 1], low - 2, color="C0", alpha=0.1, lw=0)
+        axes.fill_between(
+            frontier[:, 0] + margin, frontier[:, 1], low - 2, color="C0", alpha=0.1, lw=0
+        )
         axes.plot(*(inside + np.array([margin, 0])).T, ".", ms=1.5, color="C0", alpha=0.5)
         axes.plot(*(cloud + np.array([margin, 0])).T, ".", ms=1.5, color="C1", alpha=0.6)
         axes.plot(frontier[:, 0] + margin, frontier[:, 1], color="C0", lw=1.5, label="all policies")
         axes.plot(own[:, 0] + margin, own[:, 1], color="C1", lw=1.5, label="the family")
         gain = np.linspace(margin - 1.5, margin + 1.5, 2)
-        axes.plot(gain, world.optimum.dual_value - star[0] * (gain - margin), "--", color="C0", lw=1, label="slope −λ*, through P*")
-        axes.plot(gain, best.dual_value - best.lam[0] * (gain - margin), "--", color="C1", lw=1, label="slope −λ_p*, through D_p*")
+        axes.plot(
+            gain,
+            world.optimum.dual_value - star[0] * (gain - margin),
+            "--",
+            color="C0",
+            lw=1,
+            label="slope −λ*, through P*",
+        )
+        axes.plot(
+            gain,
+            best.dual_value - best.lam[0] * (gain - margin),
+            "--",
+            color="C1",
+            lw=1,
+            label="slope −λ_p*, through D_p*",
+        )
         one_shot = family_dual(family, star)
         axes.plot(margin, world.optimum.dual_value, "o", color="C0", ms=5)
         axes.plot(best.slack + margin, best.objective, "o", color="C1", ms=5, label="multi-shot")
-        axes.plot(one_shot.slack + margin, one_shot.objective, "s", color="C3", ms=5, label="one-shot")
+        axes.plot(
+            one_shot.slack + margin, one_shot.objective, "s", color="C3", ms=5, label="one-shot"
+        )
         axes.axvline(margin, color="0.6", lw=0.8)
-        axes.set(title=title, xlabel="utility gain over π_ref (grey: b)", ylim=(low, high), xlim=(margin - 1.7, margin + 1.2))
+        axes.set(
+            title=title,
+            xlabel="utility gain over π_ref (grey: b)",
+            ylim=(low, high),
+            xlim=(margin - 1.7, margin + 1.2),
+        )
         axes.title.set_fontsize(9)
     all_axes[0].set_ylabel("E[r] − β KL")
     all_axes[0].legend(frameon=False, fontsize=7, loc="lower left")
@@ -119,7 +158,9 @@ def draw_margins(tables: dict[str, pd.DataFrame], path: Path) -> None:
             band = table.groupby("b")[name].quantile([0.1, 0.5, 0.9]).unstack()
             axes.fill_between(band.index, band[0.1], band[0.9], color=colour, alpha=0.2, lw=0)
             axes.plot(band.index, band[0.5], "o-", ms=3, lw=1.2, color=colour, label=name)
-        axes.plot([0, table["b"].max()], [0, table["b"].max()], color="0.5", lw=0.8, label="exactly b")
+        axes.plot(
+            [0, table["b"].max()], [0, table["b"].max()], color="0.5", lw=0.8, label="exactly b"
+        )
         axes.set(title=title, xlabel="margin b")
         axes.title.set_fontsize(9)
     all_axes[0].set_ylabel("utility gain over π_ref")

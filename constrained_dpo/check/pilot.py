@@ -1,6 +1,8 @@
-"""A small pilot before a run: how precise u will be, how many prompts a precision needs, and how long each phase will take.
+"""A small pilot before a run: how precise u will be, how many prompts a precision needs, and how
+long each phase will take.
 
-A few dual prompts are answered by π_ref, scored, and fitted for a few steps by the real trainer; everything is thrown away afterwards.
+A few dual prompts are answered by π_ref, scored, and fitted for a few steps by the real trainer;
+everything is thrown away afterwards.
 """
 
 import json
@@ -30,37 +32,51 @@ TIMED_STEPS = 2
 
 
 def variance_components(scored: pd.DataFrame, names: list[str]) -> pd.DataFrame:
-    """Columns `mean, within, between, spread` by objective, from the same number K ≥ 2 of responses for each of n ≥ 2 prompts.
+    """Columns `mean, within, between, spread` by objective, from the same number K ≥ 2 of responses
+    for each of n ≥ 2 prompts.
 
-    mean: score units; within, between: score variance within a prompt and between prompts (score units²), by one-way analysis of variance:
-    within is the mean of the prompts' sample variances s_x², between = max(0, variance of prompt means − within/K). spread: squared
-    coefficient of variation of the variance within a prompt, over prompts. A normal sample's s_x² has itself a squared coefficient of
-    2/(K−1), so spread = max(0, (Var_x(s_x²)/within² − 2/(K−1)) / (1 + 2/(K−1))).
+    mean: score units; within, between: score variance within a prompt and between prompts (score
+    units²), by one-way analysis of variance: within is the mean of the prompts' sample variances
+    s_x², between = max(0, variance of prompt means − within/K). spread: squared coefficient of
+    variation of the variance within a prompt, over prompts. A normal sample's s_x² has itself a
+    squared coefficient of 2/(K−1), so spread = max(0, (Var_x(s_x²)/within² − 2/(K−1)) / (1 +
+    2/(K−1))).
     """
     groups = scored.groupby("prompt_id")[names]
     per_prompt = groups.size().iloc[0]
     variances, means = groups.var(ddof=1), groups.mean()
     within, noise = variances.mean(), 2 / (per_prompt - 1)
     between = (means.var(ddof=1) - within / per_prompt).clip(lower=0.0)
-    spread = ((variances.var(ddof=1) / (within**2).where(within > 0, np.inf) - noise) / (1 + noise)).clip(lower=0.0)
-    return pd.DataFrame({"mean": means.mean(), "within": within, "between": between, "spread": spread}, index=names)
+    spread = (
+        (variances.var(ddof=1) / (within**2).where(within > 0, np.inf) - noise) / (1 + noise)
+    ).clip(lower=0.0)
+    return pd.DataFrame(
+        {"mean": means.mean(), "within": within, "between": between, "spread": spread}, index=names
+    )
 
 
-def prompt_variance(components: pd.DataFrame, problem: ConstrainedProblem, responses_per_prompt: int) -> pd.Series:
-    """Expected variance of one prompt's contribution to u, by constraint (score units²); the standard error of u over n prompts is its
-    square root over √n.
+def prompt_variance(
+    components: pd.DataFrame, problem: ConstrainedProblem, responses_per_prompt: int
+) -> pd.Series:
+    """Expected variance of one prompt's contribution to u, by constraint (score units²); the
+    standard error of u over n prompts is its square root over √n.
 
-    margin b:     2 σ_w²/K + τ²,          τ = |b| c,                the paired difference of two means of K responses to one prompt
-    threshold a:  σ_w²/K + σ_b² + τ²,     τ = max(a − ḡ_ref, 0) c,  one mean
+    margin b:     2 σ_w²/K + τ²,          τ = |b| c,                the paired difference of two
+    means of K responses to one prompt threshold a:  σ_w²/K + σ_b² + τ²,     τ = max(a − ḡ_ref, 0)
+    c,  one mean
 
-    σ_w², σ_b²: variance within and between prompts; c: coefficient of variation over prompts of the variance within a prompt; all of π_ref.
-    Assumed, since π_θ does not exist yet: it varies within prompts as π_ref does; it gains what the constraint asks for; and its gain at a
-    prompt is proportional to the variance there, which is the first-order effect of λ under the tilt exp(λ g/β): λ Var(g|x)/β. A policy
-    that overshoots, or gains unevenly for other reasons, has a larger error.
+    σ_w², σ_b²: variance within and between prompts; c: coefficient of variation over prompts of the
+    variance within a prompt; all of π_ref. Assumed, since π_θ does not exist yet: it varies within
+    prompts as π_ref does; it gains what the constraint asks for; and its gain at a prompt is
+    proportional to the variance there, which is the first-order effect of λ under the tilt exp(λ
+    g/β): λ Var(g|x)/β. A policy that overshoots, or gains unevenly for other reasons, has a larger
+    error.
     """
     variance = {}
     for c in problem.constraints:
-        mean, within, between, spread = components.loc[c.name, ["mean", "within", "between", "spread"]]
+        mean, within, between, spread = components.loc[
+            c.name, ["mean", "within", "between", "spread"]
+        ]
         sampling = within / responses_per_prompt
         if c.margin is not None:
             variance[c.name] = 2 * sampling + spread * c.margin**2
@@ -77,8 +93,9 @@ def expected_precision(
     prompts: dict[str, int],
     target_se: dict[str, float],
 ) -> dict[str, dict[str, object]]:
-    """By constraint: score standard deviation within and between prompts, expected standard error of u by split, and the number of prompts
-    that the target needs (margin/10 unless `target_se` names another; null for a threshold or a margin of 0 without one).
+    """By constraint: score standard deviation within and between prompts, expected standard error
+    of u by split, and the number of prompts that the target needs (margin/10 unless `target_se`
+    names another; null for a threshold or a margin of 0 without one).
 
     prompts: number by split (dual, test). Score units throughout.
     """
@@ -98,23 +115,31 @@ def expected_precision(
 
 
 def run_pilot(
-    learner: LoraLearner, target_se: dict[str, float], announce: Announce = silent, given_responses: int = 0
+    learner: LoraLearner,
+    target_se: dict[str, float],
+    announce: Announce = silent,
+    given_responses: int = 0,
 ) -> dict[str, object]:
-    """`precision` of u, `scores` and their `scale`, `margins` in std as the pilot's samples resolve them, `calibrations` of implicit
-    scorers, expected `seconds` by phase, and what the pilot was (`prompts`, `responses_per_prompt`, `cut_off_fraction`).
+    """`precision` of u, `scores` and their `scale`, `margins` in std as the pilot's samples resolve
+    them, `calibrations` of implicit scorers, expected `seconds` by phase, and what the pilot was
+    (`prompts`, `responses_per_prompt`, `cut_off_fraction`).
 
-    given_responses: how many responses of the dataset the pool will hold. The learner's run is not written to. Raises UserError where a
-    scorer or the fit refuses its input.
+    given_responses: how many responses of the dataset the pool will hold. The learner's run is not
+    written to. Raises UserError where a scorer or the fit refuses its input.
     """
     recipe = learner.recipe
     prompts = learner.prompts[learner.prompts["split"] == "dual"]
     per_prompt = max(min(recipe.dual.responses_per_prompt, MAX_RESPONSES), recipe.fit.group_size)
-    prompts = prompts.head(int(np.clip(recipe.sampling.batch_size // per_prompt, MIN_PROMPTS, MAX_PROMPTS)))
+    prompts = prompts.head(
+        int(np.clip(recipe.sampling.batch_size // per_prompt, MIN_PROMPTS, MAX_PROMPTS))
+    )
     seed = derive_seed(recipe.seed, 0, "pilot")
 
     def draw(chosen: pd.DataFrame, adapter: Path | None) -> tuple[pd.DataFrame, float]:
         start = time.perf_counter()
-        drawn = learner.sample(chosen, responses_per_prompt=per_prompt, adapter=adapter, source="pilot", seed=seed)
+        drawn = learner.sample(
+            chosen, responses_per_prompt=per_prompt, adapter=adapter, source="pilot", seed=seed
+        )
         return drawn, (time.perf_counter() - start) / len(drawn)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +160,9 @@ def run_pilot(
     stds = reference_stds(pool, list(unresolved))
     problem = recipe.problem.resolved(stds)
     scale = score_scale(pool, problem, *initial_multipliers(recipe.dual.init, problem))
-    counts = {split: int((learner.prompts["split"] == split).sum()) for split in ("fit", "dual", "test")}
+    counts = {
+        split: int((learner.prompts["split"] == split).sum()) for split in ("fit", "dual", "test")
+    }
     return {
         "prompts": len(prompts),
         "responses_per_prompt": per_prompt,
@@ -153,33 +180,57 @@ def run_pilot(
         ),
         "calibrations": learner.calibrations(pool),
         "scale": scale | {"words": describe_scale(scale, recipe.objective.beta, recipe.fit)},
-        "seconds": _expected_seconds(learner, counts, sampling + scoring, resampling + scoring, step, overhead, given_responses),
+        "seconds": _expected_seconds(
+            learner,
+            counts,
+            sampling + scoring,
+            resampling + scoring,
+            step,
+            overhead,
+            given_responses,
+        ),
     }
 
 
 def _out_of_reach(pool: pd.DataFrame, problem: ConstrainedProblem, max_lambda: float) -> list[str]:
-    """A line per constraint that no tilt of the pilot's samples reaches with λ up to max_lambda (score units)."""
+    """A line per constraint that no tilt of the pilot's samples reaches with λ up to max_lambda
+    (score units)."""
     table = ScoreTable.from_frame(pool, problem)
     solution = solve_one_shot(table, problem, max_lambda=max_lambda)
     levels = problem.levels(pd.Series(table.reference_means(), index=problem.names))
     return [
-        f"{name}: no tilt of the pilot's samples of π_ref reaches its level {levels[name]:.3g}, the best reaches "
+        f"{name}: no tilt of the pilot's samples of π_ref reaches its level {levels[name]:.3g}, "
+        "the best reaches "
         f"{solution.utilities[name]:.3g}; lower its margin or threshold, or look at the samples"
         for name in solution.at_bound
     ]
 
 
 def _time_fit(learner: LoraLearner, pool: pd.DataFrame, folder: Path) -> tuple[float, float]:
-    """(seconds per optimizer step, seconds around them) of a fit in the recipe's batches; its adapter is in `folder`."""
+    """(seconds per optimizer step, seconds around them) of a fit in the recipe's batches; its
+    adapter is in `folder`."""
     from constrained_dpo.fit.trainer import fit_adapter
 
     recipe = learner.recipe
-    reward, zero, rows = recipe.problem.reward, pd.Series(0.0, index=recipe.problem.names), TIMED_STEPS * recipe.fit.batch_size
+    reward, zero, rows = (
+        recipe.problem.reward,
+        pd.Series(0.0, index=recipe.problem.names),
+        TIMED_STEPS * recipe.fit.batch_size,
+    )
     if recipe.fit.grouped:
         per_prompt = math.ceil(rows / pool["prompt_id"].nunique())
-        labels = label_groups(pool, reward, zero, group_size=recipe.fit.group_size, groups_per_prompt=per_prompt, seed=0)
+        labels = label_groups(
+            pool,
+            reward,
+            zero,
+            group_size=recipe.fit.group_size,
+            groups_per_prompt=per_prompt,
+            seed=0,
+        )
     else:
-        labels = label_pairs(pool, reward, zero, labels=recipe.fit.labels, pairs_per_prompt=None, seed=0)
+        labels = label_pairs(
+            pool, reward, zero, labels=recipe.fit.labels, pairs_per_prompt=None, seed=0
+        )
         labels = labels.iloc[np.resize(np.arange(len(labels)), rows)]
     # Every forward costs the same, so one per step is timed and multiplied.
     alone = {"holdout": 0.0, "early_stop": None, "report_to": []}
@@ -187,9 +238,17 @@ def _time_fit(learner: LoraLearner, pool: pd.DataFrame, folder: Path) -> tuple[f
     for name, steps in (("warmup", 1), ("adapter", TIMED_STEPS)):
         start = time.perf_counter()
         fit_adapter(
-            learner.policy, labels, pool, learner.prompt_tokens, settings.model_copy(update={"steps": steps}), recipe.policy.lora,
-            beta=recipe.objective.beta, seed=0, previous_adapter=None, output=folder / name,
-        )  # fmt: skip
+            learner.policy,
+            labels,
+            pool,
+            learner.prompt_tokens,
+            settings.model_copy(update={"steps": steps}),
+            recipe.policy.lora,
+            beta=recipe.objective.beta,
+            seed=0,
+            previous_adapter=None,
+            output=folder / name,
+        )
         total = time.perf_counter() - start
     log = json.loads((folder / "adapter" / "training_log.json").read_text())["log"]
     trained = next(row["train_runtime"] for row in log if "train_runtime" in row)
@@ -205,25 +264,42 @@ def _expected_seconds(
     overhead: float,
     given_responses: int,
 ) -> dict[str, float]:
-    """Seconds of prepare, fit and rescore (one round), and the whole run, from seconds per response and per step.
+    """Seconds of prepare, fit and rescore (one round), and the whole run, from seconds per response
+    and per step.
 
-    A response of the dataset counts as one that is drawn, so what it costs is over-stated. The pool of round 0 sets the number of steps
-    where the recipe gives epochs; a growing pool with pairs_per_prompt: all makes it larger.
+    A response of the dataset counts as one that is drawn, so what it costs is over-stated. The pool
+    of round 0 sets the number of steps where the recipe gives epochs; a growing pool with
+    pairs_per_prompt: all makes it larger.
     """
     recipe = learner.recipe
     to_fit, measured = counts["fit"] + counts["dual"], recipe.dual.responses_per_prompt
-    drawn = (0 if recipe.pool.source == "dataset" else recipe.sampling.responses_per_prompt) + given_responses / to_fit
+    drawn = (
+        0 if recipe.pool.source == "dataset" else recipe.sampling.responses_per_prompt
+    ) + given_responses / to_fit
     remeasured = (counts["dual"] + counts["test"]) * measured
     steps = recipe.fit.steps
     if steps is None:
         all_pairs = max(drawn * (drawn - 1) / 2, 0)
-        wanted = all_pairs if recipe.fit.pairs_per_prompt == "all" else min(recipe.fit.pairs_per_prompt, all_pairs)
+        wanted = (
+            all_pairs
+            if recipe.fit.pairs_per_prompt == "all"
+            else min(recipe.fit.pairs_per_prompt, all_pairs)
+        )
         rows = to_fit * (recipe.fit.groups_per_prompt if recipe.fit.grouped else wanted)
-        steps = math.ceil(recipe.fit.epochs * rows / (recipe.fit.batch_size * recipe.fit.gradient_accumulation))
+        steps = math.ceil(
+            recipe.fit.epochs * rows / (recipe.fit.batch_size * recipe.fit.gradient_accumulation)
+        )
     prepare = (to_fit * drawn + remeasured) * per_reference
     fit, rescore = steps * step + overhead, remeasured * per_response
-    fits = sum(_share(recipe, number) * steps * step + overhead for number in range(recipe.dual.rounds))
-    return {"prepare": prepare, "fit": fit, "rescore": rescore, "run": prepare + fits + recipe.dual.rounds * rescore}
+    fits = sum(
+        _share(recipe, number) * steps * step + overhead for number in range(recipe.dual.rounds)
+    )
+    return {
+        "prepare": prepare,
+        "fit": fit,
+        "rescore": rescore,
+        "run": prepare + fits + recipe.dual.rounds * rescore,
+    }
 
 
 def _share(recipe: Recipe, number: int) -> float:

@@ -1,4 +1,5 @@
-"""`cdpo dual`: the dual function on tables of scores, no model needed. Results on stdout, a user's mistake exits 2."""
+"""`cdpo dual`: the dual function on tables of scores, no model needed. Results on stdout, a user's
+mistake exits 2."""
 
 import json
 import math
@@ -25,10 +26,17 @@ if TYPE_CHECKING:
 MAX_SETTINGS = 10_000
 
 
-app = typer.Typer(no_args_is_help=True, help="The dual function on tables of scores: no model needed.")
+app = typer.Typer(
+    no_args_is_help=True, help="The dual function on tables of scores: no model needed."
+)
 
 
-Scores = Annotated[Path, typer.Argument(help="parquet, csv or jsonl of reference samples: prompt_id and the score columns")]
+Scores = Annotated[
+    Path,
+    typer.Argument(
+        help="parquet, csv or jsonl of reference samples: prompt_id and the score columns"
+    ),
+]
 
 
 Reward = Annotated[str, typer.Option(help="reward column")]
@@ -40,7 +48,9 @@ Beta = Annotated[float, typer.Option(help="β, reward units per nat")]
 MaxLambda = Annotated[float, typer.Option(help="upper bound of every multiplier")]
 
 
-AssumeReference = Annotated[bool, typer.Option("--assume-reference", help="take every row as the reference policy's sample")]
+AssumeReference = Annotated[
+    bool, typer.Option("--assume-reference", help="take every row as the reference policy's sample")
+]
 
 
 @app.command()
@@ -48,16 +58,26 @@ def solve(
     scores: Scores,
     reward: Reward,
     beta: Beta,
-    constraint: Annotated[list[str], typer.Option(help="COLUMN=MARGIN over the reference, once per utility")] = [],  # noqa: B006
-    threshold: Annotated[list[str], typer.Option(help="COLUMN=LEVEL, an absolute level, once per utility")] = [],  # noqa: B006
+    constraint: Annotated[
+        list[str], typer.Option(help="COLUMN=MARGIN over the reference, once per utility")
+    ] = [],
+    threshold: Annotated[
+        list[str], typer.Option(help="COLUMN=LEVEL, an absolute level, once per utility")
+    ] = [],
     max_lambda: MaxLambda = 1000.0,
-    bootstrap: Annotated[int, typer.Option(help="resample the prompts so many times for a 95 % interval of λ*")] = 0,
+    bootstrap: Annotated[
+        int, typer.Option(help="resample the prompts so many times for a 95 % interval of λ*")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="of --bootstrap and --stability")] = 0,
-    stability: Annotated[bool, typer.Option("--stability", help="λ* on parts of the table: how many samples do I need")] = False,
+    stability: Annotated[
+        bool,
+        typer.Option("--stability", help="λ* on parts of the table: how many samples do I need"),
+    ] = False,
     assume_reference: AssumeReference = False,
     as_json: AsJson = False,
 ) -> None:
-    """One-shot multipliers λ* from samples of the reference policy, with D(λ*) and the predicted means."""
+    """One-shot multipliers λ* from samples of the reference policy, with D(λ*) and the predicted
+    means."""
     import numpy as np
 
     from constrained_dpo.dual import sensitivity
@@ -68,21 +88,33 @@ def solve(
         raise UserError(f"--bootstrap {bootstrap}: give at least 2 replicates, or 0 for none")
     if seed < 0:
         raise UserError(f"--seed {seed}: must be ≥ 0")
-    levels = {k: {n: [v] for n, v in parse_assignments(o, f"--{k}").items()} for k, o in _named(constraint, threshold)}
+    levels = {
+        k: {n: [v] for n, v in parse_assignments(o, f"--{k}").items()}
+        for k, o in _named(constraint, threshold)
+    }
     problem = _problem(reward, beta, levels, max_lambda)
     table = _table(scores, problem, assume_reference)
     solution = solve_one_shot(table, problem, max_lambda=max_lambda)
     feasibility = diagnose_feasibility(table, problem) if solution.at_bound else None
     values = _solution_values(solution) | {
-        "kkt_residual": solution.kkt_residual, "passes": solution.passes, "num_prompts": len(table.counts),
-        "num_responses": len(table.reward), "feasibility": _feasibility_values(feasibility),
-    }  # fmt: skip
+        "kkt_residual": solution.kkt_residual,
+        "passes": solution.passes,
+        "num_prompts": len(table.counts),
+        "num_responses": len(table.reward),
+        "feasibility": _feasibility_values(feasibility),
+    }
     interval = parts = None
     if bootstrap:
-        resampled = sensitivity.bootstrap_multipliers(table, problem, solution, bootstrap, np.random.default_rng(seed), max_lambda)
+        resampled = sensitivity.bootstrap_multipliers(
+            table, problem, solution, bootstrap, np.random.default_rng(seed), max_lambda
+        )
         interval = resampled.interval
         values["lambda_ci"] = {n: interval.loc[n, ["low", "high"]].tolist() for n in problem.names}
-        values["bootstrap"] = {"replicates": bootstrap, "seed": seed, "at_bound": resampled.at_bound}
+        values["bootstrap"] = {
+            "replicates": bootstrap,
+            "seed": seed,
+            "at_bound": resampled.at_bound,
+        }
     if stability:
         parts = sensitivity.stability(table, problem, np.random.default_rng(seed), max_lambda)
         values["stability"] = [_finite(row) for row in parts.to_dict("records")]
@@ -92,7 +124,11 @@ def solve(
         _print_solution(solution, problem, interval, parts)
     if feasibility is not None:
         at = " and ".join(solution.at_bound)
-        print(f"warning: λ* of {at} is at its bound {max_lambda:g}, --max-lambda. {feasibility.sentence()}", file=sys.stderr)
+        print(
+            f"warning: λ* of {at} is at its bound {max_lambda:g}, --max-lambda. "
+            f"{feasibility.sentence()}",
+            file=sys.stderr,
+        )
 
 
 @app.command()
@@ -100,21 +136,29 @@ def sweep(
     scores: Scores,
     reward: Reward,
     beta: Beta,
-    constraint: Annotated[list[str], typer.Option(help="COLUMN=LOW:HIGH:NUMBER or COLUMN=A,B,… margins")] = [],  # noqa: B006
-    threshold: Annotated[list[str], typer.Option(help="the same for absolute levels")] = [],  # noqa: B006
+    constraint: Annotated[
+        list[str], typer.Option(help="COLUMN=LOW:HIGH:NUMBER or COLUMN=A,B,… margins")
+    ] = [],
+    threshold: Annotated[list[str], typer.Option(help="the same for absolute levels")] = [],
     max_lambda: MaxLambda = 1000.0,
-    plot: Annotated[Path | None, typer.Option(help="PNG file for the predicted trade-off curve")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG file for the predicted trade-off curve")
+    ] = None,
     assume_reference: AssumeReference = False,
     as_json: AsJson = False,
 ) -> None:
     """λ* and the predicted means over a grid of margins: every combination of the values given."""
     from constrained_dpo.dual import sensitivity
 
-    levels = {kind: parse_grids(options, f"--{kind}") for kind, options in _named(constraint, threshold)}
+    levels = {
+        kind: parse_grids(options, f"--{kind}") for kind, options in _named(constraint, threshold)
+    }
     problem = _problem(reward, beta, levels, max_lambda)
     grid = levels["constraint"] | levels["threshold"]
     if not grid:
-        raise UserError("cdpo dual sweep: nothing to sweep; give --constraint COLUMN=LOW:HIGH:NUMBER")
+        raise UserError(
+            "cdpo dual sweep: nothing to sweep; give --constraint COLUMN=LOW:HIGH:NUMBER"
+        )
     if (settings := math.prod(len(values) for values in grid.values())) > MAX_SETTINGS:
         raise UserError(f"the grids have {settings} combinations; give at most {MAX_SETTINGS}")
     table = _table(scores, problem, assume_reference)
@@ -125,12 +169,18 @@ def sweep(
 
         write_atomically(plot, render(lambda style: sweep_figure(points, problem, style), LIGHT))
     if as_json:
-        print(json.dumps([{"levels": p.bounds.to_dict()} | _solution_values(p.solution) for p in points], allow_nan=False))
+        print(
+            json.dumps(
+                [{"levels": p.bounds.to_dict()} | _solution_values(p.solution) for p in points],
+                allow_nan=False,
+            )
+        )
     else:
         _print_sweep(points, problem)
     if unmet := sum(bool(p.solution.at_bound) for p in points):
         print(
-            f"warning: in {unmet} of {len(points)} settings a multiplier is at its bound {max_lambda:g} (marked !): these samples do not "
+            f"warning: in {unmet} of {len(points)} settings a multiplier is at its bound "
+            f"{max_lambda:g} (marked !): these samples do not "
             "reach the level within it; `cdpo dual solve` says why",
             file=sys.stderr,
         )
@@ -154,7 +204,9 @@ def parse_grids(options: list[str], option: str) -> dict[str, list[float]]:
             if not grids[name]:
                 raise ValueError
         except ValueError as error:
-            raise UserError(f"{option} {text}: write NAME=LOW:HIGH:NUMBER or NAME=A,B,…, each name once") from error
+            raise UserError(
+                f"{option} {text}: write NAME=LOW:HIGH:NUMBER or NAME=A,B,…, each name once"
+            ) from error
     return grids
 
 
@@ -162,14 +214,20 @@ def _named(constraint: list[str], threshold: list[str]) -> list[tuple[str, list[
     return [("constraint", constraint), ("threshold", threshold)]
 
 
-def _problem(reward: str, beta: float, levels: dict[str, dict[str, list[float]]], max_lambda: float) -> "ConstrainedProblem":
+def _problem(
+    reward: str, beta: float, levels: dict[str, dict[str, list[float]]], max_lambda: float
+) -> "ConstrainedProblem":
     """The problem at the first value of every grid; every value is checked."""
     from constrained_dpo.problem import ConstrainedProblem, Constraint
 
     if not 0 < max_lambda < float("inf"):
         raise UserError(f"--max-lambda {max_lambda}: must be a finite number > 0")
-    margins = [[Constraint(n, margin=v) for v in values] for n, values in levels["constraint"].items()]
-    thresholds = [[Constraint(n, threshold=v) for v in values] for n, values in levels["threshold"].items()]
+    margins = [
+        [Constraint(n, margin=v) for v in values] for n, values in levels["constraint"].items()
+    ]
+    thresholds = [
+        [Constraint(n, threshold=v) for v in values] for n, values in levels["threshold"].items()
+    ]
     return ConstrainedProblem(reward, beta, tuple(values[0] for values in margins + thresholds))
 
 
@@ -184,19 +242,35 @@ def _table(scores: Path, problem: "ConstrainedProblem", assume_reference: bool) 
 
 def _solution_values(solution: "OneShotSolution") -> dict[str, object]:
     return {
-        "lambda": solution.lambda_.to_dict(), "dual_value": solution.dual_value, "ess": solution.ess, "min_ess": solution.min_ess,
-        "reward": solution.reward, "utilities": solution.utilities.to_dict(), "kl": solution.kl, "at_bound": list(solution.at_bound),
-    }  # fmt: skip
+        "lambda": solution.lambda_.to_dict(),
+        "dual_value": solution.dual_value,
+        "ess": solution.ess,
+        "min_ess": solution.min_ess,
+        "reward": solution.reward,
+        "utilities": solution.utilities.to_dict(),
+        "kl": solution.kl,
+        "at_bound": list(solution.at_bound),
+    }
 
 
 def _feasibility_values(found: "Feasibility | None") -> dict[str, object] | None:
     if found is None:
         return None
-    numbers = {"slack": found.slack, "se": found.se, "ess": found.ess, "num_prompts": found.num_prompts}
+    numbers = {
+        "slack": found.slack,
+        "se": found.se,
+        "ess": found.ess,
+        "num_prompts": found.num_prompts,
+    }
     return {
-        "verdict": found.verdict, "constraints": list(found.constraints), "together": found.together,
-        "largest": found.largest.to_dict(), "shortfall": found.shortfall.to_dict(), **_finite(numbers), "sentence": found.sentence(),
-    }  # fmt: skip
+        "verdict": found.verdict,
+        "constraints": list(found.constraints),
+        "together": found.together,
+        "largest": found.largest.to_dict(),
+        "shortfall": found.shortfall.to_dict(),
+        **_finite(numbers),
+        "sentence": found.sentence(),
+    }
 
 
 def _finite(row: dict[str, object]) -> dict[str, object]:
@@ -205,22 +279,39 @@ def _finite(row: dict[str, object]) -> dict[str, object]:
 
 
 def _print_solution(
-    solution: "OneShotSolution", problem: "ConstrainedProblem", interval: "pd.DataFrame | None", parts: "pd.DataFrame | None"
+    solution: "OneShotSolution",
+    problem: "ConstrainedProblem",
+    interval: "pd.DataFrame | None",
+    parts: "pd.DataFrame | None",
 ) -> None:
     for name in problem.names:
-        error = "" if interval is None else f" [{interval.loc[name, 'low']:.4g}, {interval.loc[name, 'high']:.4g}]"
-        print(f"λ*({name}) = {solution.lambda_[name]:.6g}{error}; predicted E[{name}] = {solution.utilities[name]:.6g}")
+        error = (
+            ""
+            if interval is None
+            else f" [{interval.loc[name, 'low']:.4g}, {interval.loc[name, 'high']:.4g}]"
+        )
+        print(
+            f"λ*({name}) = {solution.lambda_[name]:.6g}{error}; predicted E[{name}] = "
+            f"{solution.utilities[name]:.6g}"
+        )
     print(
-        f"D(λ*) = {solution.dual_value:.6g}; predicted E[{problem.reward}] = {solution.reward:.6g}, KL {solution.kl:.4g} nats; "
+        f"D(λ*) = {solution.dual_value:.6g}; predicted E[{problem.reward}] = "
+        f"{solution.reward:.6g}, KL {solution.kl:.4g} nats; "
         f"ESS per prompt: mean {solution.ess:.1f}, min {solution.min_ess:.1f}"
     )
     if parts is None:
         return
     for name, rows in parts.groupby("constraint", sort=False):
-        cell = lambda row: f"{row.mean_:.4g}" + (f" ± {row.sd:.2g}" if row.repeats > 1 else "")  # noqa: E731
-        cells = {(r.num_prompts, r.num_responses): cell(r) for r in rows.rename(columns={"mean": "mean_"}).itertuples()}
+        cells = {
+            (r.num_prompts, r.num_responses): f"{r.mean_:.4g}"
+            + (f" ± {r.sd:.2g}" if r.repeats > 1 else "")
+            for r in rows.rename(columns={"mean": "mean_"}).itertuples()
+        }
         responses = sorted({k for _, k in cells})
-        print(f"\nλ*({name}) on random parts of the table, mean ± sd; prompts down, responses per prompt across")
+        print(
+            f"\nλ*({name}) on random parts of the table, mean ± sd; prompts down, responses per "
+            "prompt across"
+        )
         print(f"{'':>10}" + "".join(f"{k:>20}" for k in responses))
         for prompts in sorted({n for n, _ in cells}):
             print(f"{prompts:>10}" + "".join(f"{cells[prompts, k]:>20}" for k in responses))
@@ -228,10 +319,20 @@ def _print_solution(
 
 def _print_sweep(points: list["SweepPoint"], problem: "ConstrainedProblem") -> None:
     names = problem.names
-    header = [*[f"{n} ≥" for n in names], *[f"λ*({n})" for n in names], f"E[{problem.reward}]", *[f"E[{n}]" for n in names], "KL", "ESS"]
+    header = [
+        *[f"{n} ≥" for n in names],
+        *[f"λ*({n})" for n in names],
+        f"E[{problem.reward}]",
+        *[f"E[{n}]" for n in names],
+        "KL",
+        "ESS",
+    ]
     rows = [
         [f"{v:.4g}" for v in p.bounds]
-        + [f"{v:.5g}{'!' if n in p.solution.at_bound else ''}" for n, v in p.solution.lambda_.items()]
+        + [
+            f"{v:.5g}{'!' if n in p.solution.at_bound else ''}"
+            for n, v in p.solution.lambda_.items()
+        ]
         + [f"{v:.4g}" for v in (p.solution.reward, *p.solution.utilities, p.solution.kl)]
         + [f"{p.solution.ess:.1f}"]
         for p in points

@@ -1,4 +1,5 @@
-"""`cdpo`: init, check, prepare, round, run, status, report, dual, data. Results on stdout, progress on stderr, a user's mistake exits 2."""
+"""`cdpo`: init, check, prepare, round, run, status, report, dual, data. Results on stdout, progress
+on stderr, a user's mistake exits 2."""
 
 import json
 import sys
@@ -14,7 +15,16 @@ from constrained_dpo.cli.dual import app as dual_app
 from constrained_dpo.cli.evaluate import evaluate, export
 from constrained_dpo.cli.options import AsJson, Overrides, RoundChoice, RunPath, results_console
 from constrained_dpo.cli.prealign import prealign
-from constrained_dpo.launch import check_launch, is_main, join_launch, main_first, may_speak, num_processes, run_launched, wait
+from constrained_dpo.launch import (
+    check_launch,
+    is_main,
+    join_launch,
+    main_first,
+    may_speak,
+    num_processes,
+    run_launched,
+    wait,
+)
 from data_prep.cli import app as data_app
 from data_prep.console import parse_assignments, quiet_libraries, run_app
 from data_prep.errors import UserError
@@ -28,7 +38,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="cdpo",
     no_args_is_help=True,
-    help="As helpful as possible, at least this much safer: constrained alignment by DPO and a dual step.",
+    help="As helpful as possible, at least this much safer: constrained alignment by DPO and a "
+    "dual step.",
 )
 
 
@@ -47,9 +58,14 @@ def _say(line: str) -> None:
 def init(
     recipe: Annotated[Path, typer.Argument(help="recipe YAML")],
     run: RunPath,
-    overrides: Overrides = [],  # noqa: B006
+    overrides: Overrides = [],
     source: Annotated[
-        Path | None, typer.Option("--from", help="a prepared run whose reference samples and scores are used again (other margins, β)")
+        Path | None,
+        typer.Option(
+            "--from",
+            help="a prepared run whose reference samples and scores are used again (other "
+            "margins, β)",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -60,20 +76,37 @@ def init(
 
     created = init_run(recipe, run, overrides, RunDirectory(source) if source else None)
     if as_json:
-        print(json.dumps({"run": str(created.path), "name": created.recipe().name, "recipe_hash": created.recipe().hash()}))
+        print(
+            json.dumps(
+                {
+                    "run": str(created.path),
+                    "name": created.recipe().name,
+                    "recipe_hash": created.recipe().hash(),
+                }
+            )
+        )
         return
-    print(f"{created.path}: {created.recipe().name}\n{created.recipe().problem.describe()}\nnext: cdpo run {created.path}")
+    print(
+        f"{created.path}: {created.recipe().name}\n{created.recipe().problem.describe()}\nnext: "
+        f"cdpo run {created.path}"
+    )
 
 
 @app.command()
 def check(
     target: Annotated[Path, typer.Argument(help="recipe YAML or run directory")],
-    overrides: Overrides = [],  # noqa: B006
-    pilot: Annotated[bool, typer.Option(help="sample, score and fit a little: precision of u and minutes per phase")] = True,
-    target_se: Annotated[list[str], typer.Option(help="CONSTRAINT=SE wanted of u; default: a tenth of its margin")] = [],  # noqa: B006
+    overrides: Overrides = [],
+    pilot: Annotated[
+        bool,
+        typer.Option(help="sample, score and fit a little: precision of u and minutes per phase"),
+    ] = True,
+    target_se: Annotated[
+        list[str], typer.Option(help="CONSTRAINT=SE wanted of u; default: a tenth of its margin")
+    ] = [],
     as_json: AsJson = False,
 ) -> None:
-    """Validate a recipe without training (data, policy, scorers, lengths, cost), or a run's λ history against its tables."""
+    """Validate a recipe without training (data, policy, scorers, lengths, cost), or a run's λ
+    history against its tables."""
     from constrained_dpo.recipe.load import load_recipe
     from constrained_dpo.run.directory import RunDirectory
 
@@ -89,7 +122,13 @@ def check(
     from constrained_dpo.progress import print_phase
     from constrained_dpo.report.check_text import print_check
 
-    report = check_recipe(recipe, pilot=pilot, target_se=wanted, announce=print_phase, show_progress=sys.stderr.isatty())
+    report = check_recipe(
+        recipe,
+        pilot=pilot,
+        target_se=wanted,
+        announce=print_phase,
+        show_progress=sys.stderr.isatty(),
+    )
     if as_json:
         print(json.dumps(report))
         return
@@ -118,16 +157,33 @@ def _check_history(run: "RunDirectory", as_json: bool) -> None:
     recomputed = replay(run) if state["lambda"] else []
     for number, (stored, again) in enumerate(zip(state["lambda"], recomputed, strict=True)):
         if stored != again:
-            raise UserError(f"{run.state_file}: λ of round {number} is {stored}, but the run's tables and recipe give {again}")
+            raise UserError(
+                f"{run.state_file}: λ of round {number} is {stored}, but the run's tables and "
+                f"recipe give {again}"
+            )
     scale = None
     if recomputed:
         drawn = run.reference_file if recipe.pool.source == "dataset" else run.pool_file(None)
         pool = read_parquet(drawn, ["prompt_id", *recipe.problem.objectives])
-        scale = score_scale(pool, recipe.problem, pd.Series(recomputed[0], dtype=float), "λ_0 of the run")
+        scale = score_scale(
+            pool, recipe.problem, pd.Series(recomputed[0], dtype=float), "λ_0 of the run"
+        )
     if as_json:
-        print(json.dumps({"run": str(run.path), "recomputed": len(recomputed), "lambda": recomputed, "scale": scale}))
+        print(
+            json.dumps(
+                {
+                    "run": str(run.path),
+                    "recomputed": len(recomputed),
+                    "lambda": recomputed,
+                    "scale": scale,
+                }
+            )
+        )
         return
-    print(f"{run.path}: λ_0 and {len(recomputed) - 1} dual steps recomputed from the tables and the recipe, equal to state.json")
+    print(
+        f"{run.path}: λ_0 and {len(recomputed) - 1} dual steps recomputed from the tables and the "
+        "recipe, equal to state.json"
+    )
     print("\n".join(describe_scale(scale, recipe.objective.beta, recipe.fit)))
 
 
@@ -142,7 +198,11 @@ def _open(run: "RunDirectory") -> tuple["Recipe", "LoraLearner", dict[str, int]]
     require_trackers(recipe.fit.report_to)  # before hours of sampling, not after
     check_launch(recipe.policy)
     prepared = bool(run.state()["lambda"])
-    prompts, left_out = (run.prompts(), {}) if prepared else split_prompts(recipe.prompts, recipe.dual.prompts_per_round)
+    prompts, left_out = (
+        (run.prompts(), {})
+        if prepared
+        else split_prompts(recipe.prompts, recipe.dual.prompts_per_round)
+    )
     learner = LoraLearner(recipe, run, prompts, show_progress=sys.stderr.isatty())
     with main_first():
         _ = learner.policy  # merged, trained or downloaded once
@@ -153,7 +213,8 @@ def _open(run: "RunDirectory") -> tuple["Recipe", "LoraLearner", dict[str, int]]
 
 @contextmanager
 def _held(run: "RunDirectory") -> Iterator[None]:
-    """Holds the run: in a launch the main process has the lock, and the others begin once it has it."""
+    """Holds the run: in a launch the main process has the lock, and the others begin once it has
+    it."""
     with run.locked() if is_main() else nullcontext():
         wait()
         yield
@@ -191,8 +252,21 @@ def prepare(run: RunPath, as_json: AsJson = False) -> None:
     state = directory.state()
     if as_json:
         splits = {split: int(n) for split, n in directory.prompts()["split"].value_counts().items()}
-        found = {"run": str(run), "lambda": state["lambda"][0], "prompts": splits, "left_out": state["left_out"]}
-        print(json.dumps(found | {"dataset": directory.dataset_record(), "levels": directory.recipe().problem.bounds.to_dict()}))
+        found = {
+            "run": str(run),
+            "lambda": state["lambda"][0],
+            "prompts": splits,
+            "left_out": state["left_out"],
+        }
+        print(
+            json.dumps(
+                found
+                | {
+                    "dataset": directory.dataset_record(),
+                    "levels": directory.recipe().problem.bounds.to_dict(),
+                }
+            )
+        )
         return
     print(f"{run}: prepared; λ_0 = {state['lambda'][0]}")
     print("prompts left out: " + ", ".join(f"{n} {why}" for why, n in state["left_out"].items()))
@@ -200,10 +274,18 @@ def prepare(run: RunPath, as_json: AsJson = False) -> None:
         print(describe_answers(counts))
 
 
-def _play(path: Path, rounds: int | None, as_json: bool, until_converged: bool = False, forced: bool = False) -> None:
-    """Plays up to `rounds` more rounds (None: as many as the recipe's dual.rounds leaves) and prints the last one's table.
+def _play(
+    path: Path,
+    rounds: int | None,
+    as_json: bool,
+    until_converged: bool = False,
+    forced: bool = False,
+) -> None:
+    """Plays up to `rounds` more rounds (None: as many as the recipe's dual.rounds leaves) and
+    prints the last one's table.
 
-    Stops earlier where the run has converged (if asked to) or where no λ can meet the constraints; `forced`: not before the first one.
+    Stops earlier where the run has converged (if asked to) or where no λ can meet the constraints;
+    `forced`: not before the first one.
     """
     from constrained_dpo.progress import print_phase
     from constrained_dpo.report.words import print_round, print_samples
@@ -228,9 +310,14 @@ def _play(path: Path, rounds: int | None, as_json: bool, until_converged: bool =
             record = play_round(run, recipe, learner, print_phase)
             problem = recipe.problem
             summary = "; ".join(
-                f"{n}: λ {record['lambda'][n]:.4f} → {record['lambda_next'][n]:.4f}, u {record['u'][n]:+.3f}" for n in problem.names
+                f"{n}: λ {record['lambda'][n]:.4f} → {record['lambda_next'][n]:.4f}, u "
+                f"{record['u'][n]:+.3f}"
+                for n in problem.names
             )
-            _say(f"round {record['round']} done: {summary}; E[{problem.reward}] {record['reward']:+.3f}; {record['verdict']} on test")
+            _say(
+                f"round {record['round']} done: {summary}; E[{problem.reward}] "
+                f"{record['reward']:+.3f}; {record['verdict']} on test"
+            )
             stop = reason_to_stop(run, recipe, until_converged)
     if as_json:
         print(json.dumps(record | {"stopped": stop}))
@@ -244,16 +331,24 @@ def _play(path: Path, rounds: int | None, as_json: bool, until_converged: bool =
 
 @app.command("round")
 def play_one(run: RunPath, as_json: AsJson = False) -> None:
-    """One dual iteration: relabel, fit, re-score, dual step. Prepares first where needed; resumes a killed round."""
+    """One dual iteration: relabel, fit, re-score, dual step. Prepares first where needed; resumes a
+    killed round."""
     _play(run, 1, as_json, forced=True)
 
 
 @app.command("run")
 def play_all(
     run: RunPath,
-    rounds: Annotated[int | None, typer.Option(help="how many more rounds; default: up to the recipe's dual.rounds")] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(help="how many more rounds; default: up to the recipe's dual.rounds"),
+    ] = None,
     until_converged: Annotated[
-        bool, typer.Option("--until-converged", help="stop when the constraints are met and λ rests (dual.tolerance, dual.target_gap)")
+        bool,
+        typer.Option(
+            "--until-converged",
+            help="stop when the constraints are met and λ rests (dual.tolerance, dual.target_gap)",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -279,14 +374,19 @@ def status(run: RunPath, as_json: AsJson = False) -> None:
 
 @app.command()
 def report(run: RunPath, round_: RoundChoice = "last", as_json: AsJson = False) -> None:
-    """One HTML page with figures: verdict, rounds, scores and samples before and after, from the run's files."""
+    """One HTML page with figures: verdict, rounds, scores and samples before and after, from the
+    run's files."""
     from constrained_dpo.report.run_page import write_report
     from constrained_dpo.run.directory import RunDirectory
     from constrained_dpo.run.selection import chosen_round
 
     directory = RunDirectory(run)
-    path, sentence = write_report(directory, None if round_ == "last" else chosen_round(directory, round_))
-    print(json.dumps({"report": str(path), "verdict": sentence}) if as_json else f"{sentence}\n{path}")
+    path, sentence = write_report(
+        directory, None if round_ == "last" else chosen_round(directory, round_)
+    )
+    print(
+        json.dumps({"report": str(path), "verdict": sentence}) if as_json else f"{sentence}\n{path}"
+    )
 
 
 app.command()(compare)
@@ -300,7 +400,10 @@ def _run_with_others() -> None:
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     join_launch()
     if command not in LAUNCHED:
-        raise UserError(f"cdpo {command}: runs in one process; start it without `accelerate launch` ({', '.join(LAUNCHED)} take several)")
+        raise UserError(
+            f"cdpo {command}: runs in one process; start it without `accelerate launch` "
+            f"({', '.join(LAUNCHED)} take several)"
+        )
     app()
 
 

@@ -1,4 +1,5 @@
-"""What several `cdpo` commands have in common: their arguments, and the console that results go to."""
+"""What several `cdpo` commands have in common: their arguments, and the console that results go
+to."""
 
 import sys
 from pathlib import Path
@@ -16,14 +17,20 @@ RunPath = Annotated[Path, typer.Argument(help="run directory")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 
 
-RoundChoice = Annotated[str, typer.Option("--round", help="a round's number, best, best-dual or last")]
+RoundChoice = Annotated[
+    str, typer.Option("--round", help="a round's number, best, best-dual or last")
+]
 
 
-Overrides = Annotated[list[str], typer.Option("-s", "--set", help="KEY=VALUE, dotted keys, e.g. objective.beta=0.1")]
+Overrides = Annotated[
+    list[str], typer.Option("-s", "--set", help="KEY=VALUE, dotted keys, e.g. objective.beta=0.1")
+]
 
 
 def results_console(width: int = 140) -> "Console":
     """Results: no markup (texts may hold brackets); `width` columns where a file or pipe reads."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else width, markup=False, emoji=False, highlight=False)
+    return Console(
+        width=None if sys.stdout.isatty() else width, markup=False, emoji=False, highlight=False
+    )

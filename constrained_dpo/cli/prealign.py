@@ -1,4 +1,5 @@
-"""`cdpo prealign`: a DPO adapter on a dataset's own labels. The last line on stdout, or the JSON, says what it was fitted on."""
+"""`cdpo prealign`: a DPO adapter on a dataset's own labels. The last line on stdout, or the JSON,
+says what it was fitted on."""
 
 import json
 import sys
@@ -13,16 +14,22 @@ from data_prep.errors import UserError
 
 
 def prealign(
-    recipe: Annotated[Path, typer.Argument(help="recipe YAML: its policy, prompts.source, LoRA and fit settings")],
+    recipe: Annotated[
+        Path, typer.Argument(help="recipe YAML: its policy, prompts.source, LoRA and fit settings")
+    ],
     output: Annotated[Path, typer.Argument(help="new folder for the adapter")],
     labels: Annotated[
         str | None,
-        typer.Option(help="better_response_id, safer_response_id, or chosen for rows of chosen and rejected; default: fit.label_column"),
+        typer.Option(
+            help="better_response_id, safer_response_id, or chosen for rows of chosen and "
+            "rejected; default: fit.label_column"
+        ),
     ] = None,
-    overrides: Overrides = [],  # noqa: B006
+    overrides: Overrides = [],
     as_json: AsJson = False,
 ) -> None:
-    """DPO on a dataset's human labels: the adapters of PeCAID's implicit scorers, and the baselines DPO-helpful and DPO-safe."""
+    """DPO on a dataset's human labels: the adapters of PeCAID's implicit scorers, and the baselines
+    DPO-helpful and DPO-safe."""
     from constrained_dpo.progress import print_phase
     from constrained_dpo.recipe.load import load_recipe
     from constrained_dpo.report.words import describe_answers
@@ -30,17 +37,27 @@ def prealign(
     settings = load_recipe(recipe, overrides)
     column = labels or settings.fit.label_column
     if column is None:
-        raise UserError("cdpo prealign: which label? give --labels better_response_id, safer_response_id or chosen")
+        raise UserError(
+            "cdpo prealign: which label? give --labels better_response_id, safer_response_id or "
+            "chosen"
+        )
     quiet_libraries()
     from constrained_dpo.experiments.prealign import prealign as fit_labels
 
-    facts = fit_labels(settings, column, output, announce=print_phase, show_progress=sys.stderr.isatty())
+    facts = fit_labels(
+        settings, column, output, announce=print_phase, show_progress=sys.stderr.isatty()
+    )
     if as_json:
         print(json.dumps({"output": str(output)} | facts))
         return
-    print(f"{output}: adapter fitted on {facts['pairs']} pairs labelled {column}, β {facts['beta']:g}")
+    print(
+        f"{output}: adapter fitted on {facts['pairs']} pairs labelled {column}, β {facts['beta']:g}"
+    )
     print(describe_answers(facts["answers"]))
     for split, found in facts["agreement"].items():
         if found is not None:
             share, error = 100 * found["share"], 100 * found["se"]
-            print(f"{split}: β·log π/π_ref prefers the labelled answer in {share:.1f} ± {error:.1f} % of {found['pairs']} pairs")
+            print(
+                f"{split}: β·log π/π_ref prefers the labelled answer in {share:.1f} ± {error:.1f} "
+                f"% of {found['pairs']} pairs"
+            )

@@ -1,7 +1,8 @@
-"""Worlds whose every response is listed: the exact optimum, the exact value of any policy, and the exact Lagrangian maximizer as a learner.
+"""Worlds whose every response is listed: the exact optimum, the exact value of any policy, and the
+exact Lagrangian maximizer as a learner.
 
-With all responses enumerated, expectations are sums: λ* and P* = D(λ*) (strong duality over all policies, CAID,
-arXiv:2505.19387), E[r], E[g] and KL of a policy follow from its table of
+With all responses enumerated, expectations are sums: λ* and P* = D(λ*) (strong duality over all
+policies, CAID, arXiv:2505.19387), E[r], E[g] and KL of a policy follow from its table of
 log-probabilities. Arrays are (num_prompts, num_responses), one row per prompt.
 """
 
@@ -25,7 +26,8 @@ def share_of_gap_closed(exact: dict, optimum: dict) -> float:
 
 @dataclass(frozen=True)
 class TabularWorld:
-    """problem; ref_logp (num_prompts, num_responses) in nats; reward, same shape; utilities by constraint, same shape (score units)."""
+    """problem; ref_logp (num_prompts, num_responses) in nats; reward, same shape; utilities by
+    constraint, same shape (score units)."""
 
     problem: ConstrainedProblem
     ref_logp: np.ndarray
@@ -34,7 +36,8 @@ class TabularWorld:
 
     @cached_property
     def score_table(self) -> ScoreTable:
-        """Every response once: log-weight log π_ref + log num_responses makes the mean over rows an exact expectation."""
+        """Every response once: log-weight log π_ref + log num_responses makes the mean over rows an
+        exact expectation."""
         prompts, responses = self.ref_logp.shape
         stacked = [self.utilities[n].ravel() for n in self.problem.names]
         return ScoreTable(
@@ -48,7 +51,10 @@ class TabularWorld:
     @cached_property
     def levels(self) -> pd.Series:
         """a_i, by constraint."""
-        means = {n: float((np.exp(self.ref_logp) * self.utilities[n]).sum(1).mean()) for n in self.problem.names}
+        means = {
+            n: float((np.exp(self.ref_logp) * self.utilities[n]).sum(1).mean())
+            for n in self.problem.names
+        }
         return self.problem.levels(pd.Series(means, dtype=float))
 
     @cached_property
@@ -57,19 +63,27 @@ class TabularWorld:
         return solve_one_shot(self.score_table, self.problem, self.levels)
 
     def maximizer(self, lambda_: pd.Series) -> np.ndarray:
-        """log π*_λ = log π_ref + (r + λ·g)/β − log Z, (num_prompts, num_responses): the exact maximizer of L(·, λ)."""
-        score = self.reward + sum((lambda_[n] * self.utilities[n] for n in self.problem.names), np.zeros_like(self.reward))
+        """log π*_λ = log π_ref + (r + λ·g)/β − log Z, (num_prompts, num_responses): the exact
+        maximizer of L(·, λ)."""
+        score = self.reward + sum(
+            (lambda_[n] * self.utilities[n] for n in self.problem.names), np.zeros_like(self.reward)
+        )
         logp = self.ref_logp + score / self.problem.beta
         return logp - np.logaddexp.reduce(logp, axis=1, keepdims=True)
 
     def lagrangian_gap(self, logp: np.ndarray, lambda_: pd.Series) -> float:
         """D(λ) − L(π, λ) = β E_x KL(π ‖ π*_λ) of the policy with this table (score units)."""
-        return self.problem.beta * float((np.exp(logp) * (logp - self.maximizer(lambda_))).sum(1).mean())
+        return self.problem.beta * float(
+            (np.exp(logp) * (logp - self.maximizer(lambda_))).sum(1).mean()
+        )
 
     def evaluate(self, logp: np.ndarray) -> dict[str, object]:
-        """Exact means over prompts of the policy with this table: reward, utilities, u, kl (nats), objective E[r] − β KL."""
+        """Exact means over prompts of the policy with this table: reward, utilities, u, kl (nats),
+        objective E[r] − β KL."""
         weight = np.exp(logp)
-        utilities = {n: float((weight * self.utilities[n]).sum(1).mean()) for n in self.problem.names}
+        utilities = {
+            n: float((weight * self.utilities[n]).sum(1).mean()) for n in self.problem.names
+        }
         reward = float((weight * self.reward).sum(1).mean())
         kl = float((weight * np.where(weight > 0, logp - self.ref_logp, 0.0)).sum(1).mean())
         return {

@@ -1,12 +1,16 @@
-"""Can the constraints be met at all? The largest slack that samples support, and how much evidence is behind it. numpy and scipy only.
+"""Can the constraints be met at all? The largest slack that samples support, and how much
+evidence is behind it. numpy and scipy only.
 
 Over policies that only reweight the samples of each prompt, LP duality gives
 
-    max_π min_i (E_π[g_i] − a_i)/s_i  =  min_{μ ≥ 0, Σμ = 1}  E_x max_k Σ_i μ_i (g_i(x, y_k) − a_i)/s_i ,
+    max_π min_i (E_π[g_i] − a_i)/s_i
+        = min_{μ ≥ 0, Σμ = 1} E_x max_k Σ_i μ_i (g_i(x, y_k) − a_i)/s_i ,
 
-the limit of D(λ)/|λ| as λ = |λ| μ/s grows: where it is negative, D has no minimizer and λ only grows. The weights π_ref/q of samples of
-another policy q change D, but not this limit, which asks only which responses were seen. s_i is the std of g_i, so that "the least
-slack" means the same for every scorer. Source: Lagrangian duality of problem (P) of CAID, arXiv:2505.19387, at β = 0, r = 0.
+the limit of D(λ)/|λ| as λ = |λ| μ/s grows: where it is negative, D has no minimizer and λ only
+grows. The weights π_ref/q of samples of another policy q change D, but not this limit, which
+asks only which responses were seen. s_i is the std of g_i, so that "the least slack" means the
+same for every scorer. Source: Lagrangian duality of problem (P) of CAID, arXiv:2505.19387, at β
+= 0, r = 0.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +22,12 @@ from scipy import optimize
 from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.problem import ConstrainedProblem
 
-FEASIBLE, NEARLY, INFEASIBLE, NO_EVIDENCE = "feasible", "nearly infeasible, undecided", "infeasible", "not enough evidence"
+FEASIBLE, NEARLY, INFEASIBLE, NO_EVIDENCE = (
+    "feasible",
+    "nearly infeasible, undecided",
+    "infeasible",
+    "not enough evidence",
+)
 
 
 MIN_ESS = 4.0  # below it the best responses seen are so few that better ones may exist
@@ -31,12 +40,14 @@ MAX_CUTS = 200
 class Feasibility:
     """What samples say about the constraints.
 
-    verdict: feasible, "nearly infeasible, undecided" (the slack is within 2 se of 0), infeasible, or "not enough evidence". constraints:
-    those the verdict is about; together: each alone can be met, but not all of them at once. asked: the margin (or threshold) by
-    constraint; largest: the largest one that the samples support, for that constraint alone. shortfall: by how much to lower each of
-    `constraints` (score units; 0 where feasible). slack, se: the largest least slack over those constraints, in stds of the utilities,
-    and its prompt-clustered standard error (inf for one prompt). ess: mean over prompts of the effective sample size of the maximizing
-    weights, ties sharing them; the smallest over the constraints named.
+    verdict: feasible, "nearly infeasible, undecided" (the slack is within 2 se of 0), infeasible,
+    or "not enough evidence". constraints: those the verdict is about; together: each alone can be
+    met, but not all of them at once. asked: the margin (or threshold) by constraint; largest: the
+    largest one that the samples support, for that constraint alone. shortfall: by how much to lower
+    each of `constraints` (score units; 0 where feasible). slack, se: the largest least slack over
+    those constraints, in stds of the utilities, and its prompt-clustered standard error (inf for
+    one prompt). ess: mean over prompts of the effective sample size of the maximizing weights, ties
+    sharing them; the smallest over the constraints named.
     """
 
     verdict: str
@@ -53,67 +64,100 @@ class Feasibility:
     def sentence(self) -> str:
         """The verdict, what it rests on and what to do, in one line."""
         names, plural = " and ".join(self.constraints), "s" * (len(self.constraints) > 1)
-        limits = " and ".join(f"{self.largest[n]:.4g} of {self.asked[n]:.4g} asked" for n in self.constraints)
+        limits = " and ".join(
+            f"{self.largest[n]:.4g} of {self.asked[n]:.4g} asked" for n in self.constraints
+        )
         cuts = " and ".join(f"{self.shortfall[n]:.4g}" for n in self.constraints)
-        found = f"slack {self.slack:+.3g} ± {self.se:.2g} std at best, ESS {self.ess:.1f}, {self.num_prompts} prompts"
+        found = (
+            f"slack {self.slack:+.3g} ± {self.se:.2g} std at best, ESS {self.ess:.1f}, "
+            f"{self.num_prompts} prompts"
+        )
         reach = f"these samples reach {limits}{', each alone' * self.together} ({found})"
         lower = f"lower the level{plural} by at least {cuts}"
         head = f"{names}: {self.verdict}{' together' * self.together}"
         if self.verdict == FEASIBLE:
-            return f"{head}: {reach}; the multipliers it takes are above their bound: raise the bound"
+            return (
+                f"{head}: {reach}; the multipliers it takes are above their bound: raise the bound"
+            )
         if self.verdict == INFEASIBLE:
             return f"{head}: {reach}; {lower}"
         if self.verdict == NEARLY:
             return f"{head}: {reach}; sample more prompts, or lower the level{plural}"
-        few = "one prompt has no sampling error" if self.num_prompts == 1 else "better responses may exist that were not sampled"
+        few = (
+            "one prompt has no sampling error"
+            if self.num_prompts == 1
+            else "better responses may exist that were not sampled"
+        )
         return f"{head}: {reach}, but {few}; sample more, or {lower}"
 
 
 @dataclass(frozen=True)
 class _Best:
-    """Per prompt, for one direction μ: the largest score, (num_prompts,); E[g] over the responses that attain it, (m, num_prompts);
-    their effective number, (num_prompts,)."""
+    """Per prompt, for one direction μ: the largest score, (num_prompts,); E[g] over the responses
+    that attain it, (m, num_prompts); their effective number, (num_prompts,)."""
 
     value: np.ndarray
     utilities: np.ndarray
     ess: np.ndarray
 
 
-def diagnose_feasibility(table: ScoreTable, problem: ConstrainedProblem, levels: pd.Series | None = None) -> Feasibility:
-    """Judges whether the constraints can be met by reweighting the samples of `table` (of any policy that covers π_ref).
+def diagnose_feasibility(
+    table: ScoreTable, problem: ConstrainedProblem, levels: pd.Series | None = None
+) -> Feasibility:
+    """Judges whether the constraints can be met by reweighting the samples of `table` (of any
+    policy that covers π_ref).
 
-    levels: a_i by constraint; None takes them from the table's own reference means, and the standard error is then that of the paired
-    difference to them; with given levels it is that of the samples alone. *Infeasible* is said only where the largest slack is below
-    0 by 2 standard errors and at least MIN_ESS samples per prompt attain it, as with a bounded utility at its maximum; otherwise better
-    responses may exist that were not sampled. The problem has at least one constraint.
+    levels: a_i by constraint; None takes them from the table's own reference means, and the
+    standard error is then that of the paired difference to them; with given levels it is that of
+    the samples alone. *Infeasible* is said only where the largest slack is below 0 by 2 standard
+    errors and at least MIN_ESS samples per prompt attain it, as with a bounded utility at its
+    maximum; otherwise better responses may exist that were not sampled. The problem has at least
+    one constraint.
     """
     names, m = problem.names, len(problem.names)
     reference = table.prompt_reference_means() * problem.relative.to_numpy(float)[:, None]
     if levels is None:
         offsets = reference + problem.bounds.to_numpy()[:, None]
     else:
-        offsets = np.repeat(levels.reindex(names).to_numpy(np.float64)[:, None], len(table.counts), axis=1)
+        offsets = np.repeat(
+            levels.reindex(names).to_numpy(np.float64)[:, None], len(table.counts), axis=1
+        )
     target = offsets.mean(axis=1)
     spread = np.array([column.std() for column in table.utilities.T])
     unit = np.where(spread > 1e-12 * (1 + np.abs(target)), spread, 1.0)
     alone = [_best(table, [axis]) for axis in np.eye(m)]
-    largest = pd.Series([float(best.value.mean()) for best in alone], index=names, dtype=float) + problem.bounds - target
+    largest = (
+        pd.Series([float(best.value.mean()) for best in alone], index=names, dtype=float)
+        + problem.bounds
+        - target
+    )
     singles = [
-        _judge([name], problem.bounds, largest, (best.value - offset) / scale, pd.Series(scale, index=[name]), float(best.ess.mean()))
+        _judge(
+            [name],
+            problem.bounds,
+            largest,
+            (best.value - offset) / scale,
+            pd.Series(scale, index=[name]),
+            float(best.ess.mean()),
+        )
         for name, best, offset, scale in zip(names, alone, offsets, unit, strict=True)
     ]
-    # A constraint that nearly fails alone may fail firmly together with others, so only firm words end the search here.
+    # A constraint that nearly fails alone may fail firmly together with others, so only firm
+    # words end the search here.
     if firm := [single for single in singles if single.verdict in (INFEASIBLE, NO_EVIDENCE)]:
         return _together(firm)
     direction, ess = _least_slack(table, target, unit)
     share = direction / unit
     values = _best(table, [share]).value - (share[:, None] * offsets).sum(axis=0)
     conflict = [name for name, mu in zip(names, direction, strict=True) if mu > 0]
-    return _judge(conflict, problem.bounds, largest, values, pd.Series(unit, index=names)[conflict], ess)
+    return _judge(
+        conflict, problem.bounds, largest, values, pd.Series(unit, index=names)[conflict], ess
+    )
 
 
 def _together(firm: list[Feasibility]) -> Feasibility:
-    """One verdict for constraints that fail each alone: the firmer word, about those that earned it."""
+    """One verdict for constraints that fail each alone: the firmer word, about those that earned
+    it."""
     word = INFEASIBLE if any(single.verdict == INFEASIBLE for single in firm) else NO_EVIDENCE
     named = [single for single in firm if single.verdict == word]
     worst = min(named, key=lambda single: single.slack)
@@ -125,8 +169,16 @@ def _together(firm: list[Feasibility]) -> Feasibility:
     )
 
 
-def _judge(names: list[str], asked: pd.Series, largest: pd.Series, values: np.ndarray, unit: pd.Series, ess: float) -> Feasibility:
-    """The verdict from the slack by prompt, values (num_prompts,) in units of `unit` (by constraint), and the effective sample size."""
+def _judge(
+    names: list[str],
+    asked: pd.Series,
+    largest: pd.Series,
+    values: np.ndarray,
+    unit: pd.Series,
+    ess: float,
+) -> Feasibility:
+    """The verdict from the slack by prompt, values (num_prompts,) in units of `unit` (by
+    constraint), and the effective sample size."""
     slack, count = float(values.mean()), len(values)
     slack = 0.0 if abs(slack) < 1e-10 else slack  # rounding
     se = float(values.std(ddof=1) / np.sqrt(count)) if count > 1 else np.inf
@@ -136,12 +188,29 @@ def _judge(names: list[str], asked: pd.Series, largest: pd.Series, values: np.nd
         verdict = NEARLY
     else:
         verdict = INFEASIBLE if ess >= MIN_ESS and count > 1 else NO_EVIDENCE
-    return Feasibility(verdict, tuple(names), len(names) > 1, asked, largest, max(-slack, 0.0) * unit, slack, se, ess, count)
+    return Feasibility(
+        verdict,
+        tuple(names),
+        len(names) > 1,
+        asked,
+        largest,
+        max(-slack, 0.0) * unit,
+        slack,
+        se,
+        ess,
+        count,
+    )
 
 
-def _best(table: ScoreTable, directions: list[np.ndarray], shares: list[float] | None = None, tie: float = 1e-12) -> _Best:
-    """The responses that maximize Σ_i μ_i g_i on each prompt, for one direction μ (m,) or a mixture of several with the given shares.
-    A score within `tie` of the largest, relative to 1 + |largest|, counts as equal."""
+def _best(
+    table: ScoreTable,
+    directions: list[np.ndarray],
+    shares: list[float] | None = None,
+    tie: float = 1e-12,
+) -> _Best:
+    """The responses that maximize Σ_i μ_i g_i on each prompt, for one direction μ (m,) or a mixture
+    of several with the given shares. A score within `tie` of the largest, relative to 1 +
+    |largest|, counts as equal."""
     m, prompts = table.utilities.shape[1], len(table.counts)
     best = _Best(np.zeros(prompts), np.zeros((m, prompts)), np.empty(prompts))
     for block in table.blocks():
@@ -150,9 +219,14 @@ def _best(table: ScoreTable, directions: list[np.ndarray], shares: list[float] |
         law = np.exp(law - block.spread(block.max(law)))
         mixture = np.zeros_like(law)
         for direction, share in zip(directions, shares or [1.0], strict=True):
-            score = sum((mu * column for mu, column in zip(direction, columns, strict=True)), np.zeros_like(law))
+            score = sum(
+                (mu * column for mu, column in zip(direction, columns, strict=True)),
+                np.zeros_like(law),
+            )
             top = block.max(score)
-            tied = law * (score >= block.spread(top - tie * (1 + np.abs(top))))  # ties share the weight as the samples' law does
+            tied = law * (
+                score >= block.spread(top - tie * (1 + np.abs(top)))
+            )  # ties share the weight as the samples' law does
             mixture += share * tied / block.spread(block.sum(tied))
             best.value[at] += share * top
         best.ess[at] = 1.0 / block.dot(mixture, mixture)
@@ -161,25 +235,33 @@ def _best(table: ScoreTable, directions: list[np.ndarray], shares: list[float] |
     return best
 
 
-def _least_slack(table: ScoreTable, target: np.ndarray, unit: np.ndarray) -> tuple[np.ndarray, float]:
-    """The minimizing μ on the simplex (m,), exactly 0 for constraints that do not limit the slack, and the mean effective sample size of
-    the policy that attains it."""
+def _least_slack(
+    table: ScoreTable, target: np.ndarray, unit: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """The minimizing μ on the simplex (m,), exactly 0 for constraints that do not limit the slack,
+    and the mean effective sample size of the policy that attains it."""
     direction, ess = _cutting_planes(table, target, unit, np.full(len(target), 1.0 / len(target)))
     involved = direction > 1e-6
     if not involved.all():
-        # Among the policies that attain the slack of these, the one that spreads most: the others' scores choose no response.
-        part = ScoreTable(table.reward, table.utilities[:, involved], table.log_weight, table.starts, table.counts)
+        # Among the policies that attain the slack of these, the one that spreads most: the
+        # others' scores choose no response.
+        part = ScoreTable(
+            table.reward, table.utilities[:, involved], table.log_weight, table.starts, table.counts
+        )
         start = direction[involved] / direction[involved].sum()
         direction = np.zeros_like(direction)
         direction[involved], ess = _cutting_planes(part, target[involved], unit[involved], start)
     return direction, ess
 
 
-def _cutting_planes(table: ScoreTable, target: np.ndarray, unit: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, float]:
+def _cutting_planes(
+    table: ScoreTable, target: np.ndarray, unit: np.ndarray, start: np.ndarray
+) -> tuple[np.ndarray, float]:
     """`_least_slack` from the direction `start`.
 
-    Kelley's cutting planes: each μ tried gives a policy (the best responses under it) with slack vector v; the next μ minimizes the
-    largest μ·v, a linear program of size m, whose dual mixes those policies into the one that attains the least slack.
+    Kelley's cutting planes: each μ tried gives a policy (the best responses under it) with slack
+    vector v; the next μ minimizes the largest μ·v, a linear program of size m, whose dual mixes
+    those policies into the one that attains the least slack.
     """
     m, direction, tried, cuts = len(target), start, [], []
     value, best_direction, mixture = np.inf, direction, np.ones(1)
@@ -203,4 +285,6 @@ def _cutting_planes(table: ScoreTable, target: np.ndarray, unit: np.ndarray, sta
             break
     used = [i for i, share in enumerate(mixture) if share > 1e-9]
     shares = [float(mixture[i] / mixture[used].sum()) for i in used]
-    return best_direction, float(_best(table, [tried[i] / unit for i in used], shares, tie=1e-7).ess.mean())
+    return best_direction, float(
+        _best(table, [tried[i] / unit for i in used], shares, tie=1e-7).ess.mean()
+    )

@@ -9,8 +9,9 @@ from constrained_dpo.dual.scores import BLOCK_ROWS, ScoreTable
 
 @dataclass(frozen=True)
 class DualPoint:
-    """D(λ) and its derivatives, with the tilted policy's means: value (score units), gradient (m,), hessian (m, m), reward E[r],
-    utilities (m,) E[g], kl E_x KL in nats, ess (num_prompts,) effective sample size of the tilted weights."""
+    """D(λ) and its derivatives, with the tilted policy's means: value (score units), gradient (m,),
+    hessian (m, m), reward E[r], utilities (m,) E[g], kl E_x KL in nats, ess (num_prompts,)
+    effective sample size of the tilted weights."""
 
     value: float
     gradient: np.ndarray
@@ -23,8 +24,9 @@ class DualPoint:
 
 @dataclass(frozen=True)
 class PromptTerms:
-    """What each prompt contributes to D(λ): log_mean (num_prompts,) log mean_k exp(…) in nats; reward, ess (num_prompts,); utilities
-    (m, num_prompts) E_w[g]; covariance (m, m, num_prompts) Cov_w(g)."""
+    """What each prompt contributes to D(λ): log_mean (num_prompts,) log mean_k exp(…) in nats;
+    reward, ess (num_prompts,); utilities (m, num_prompts) E_w[g]; covariance (m, m, num_prompts)
+    Cov_w(g)."""
 
     lambda_: np.ndarray
     beta: float
@@ -35,12 +37,21 @@ class PromptTerms:
     ess: np.ndarray
 
     def point(self, levels: np.ndarray, prompt_weight: np.ndarray | None = None) -> DualPoint:
-        """Means over prompts; prompt_weight: (num_prompts,), e.g. how often a bootstrap drew each. levels: (m,)."""
+        """Means over prompts; prompt_weight: (num_prompts,), e.g. how often a bootstrap drew each.
+        levels: (m,)."""
 
         def mean(values: np.ndarray) -> np.ndarray:
-            return values.mean(axis=-1) if prompt_weight is None else (values * prompt_weight).sum(axis=-1) / prompt_weight.sum()
+            return (
+                values.mean(axis=-1)
+                if prompt_weight is None
+                else (values * prompt_weight).sum(axis=-1) / prompt_weight.sum()
+            )
 
-        log_mean, reward, utilities = float(mean(self.log_mean)), float(mean(self.reward)), mean(self.utilities)
+        log_mean, reward, utilities = (
+            float(mean(self.log_mean)),
+            float(mean(self.reward)),
+            mean(self.utilities),
+        )
         return DualPoint(
             value=self.beta * log_mean - float((self.lambda_ * levels).sum()),
             gradient=utilities - levels,
@@ -53,11 +64,15 @@ class PromptTerms:
         )
 
 
-def prompt_terms(table: ScoreTable, lambda_: np.ndarray, beta: float, block_rows: int = BLOCK_ROWS) -> PromptTerms:
-    """One pass over the table, block by block: beyond the table, memory is one block's and (m² + m + 3) numbers per prompt.
+def prompt_terms(
+    table: ScoreTable, lambda_: np.ndarray, beta: float, block_rows: int = BLOCK_ROWS
+) -> PromptTerms:
+    """One pass over the table, block by block: beyond the table, memory is one block's and (m² + m
+    + 3) numbers per prompt.
 
-    A prompt's sums do not depend on its block, and sums over prompts are taken once at the end: the result is the same to the last bit
-    for every block size and number of threads, so a resumed process computes the same λ.
+    A prompt's sums do not depend on its block, and sums over prompts are taken once at the end: the
+    result is the same to the last bit for every block size and number of threads, so a resumed
+    process computes the same λ.
     """
     prompts, m = len(table.counts), len(lambda_)
     log_mean, reward, ess = np.empty((3, prompts))
@@ -78,14 +93,22 @@ def prompt_terms(table: ScoreTable, lambda_: np.ndarray, beta: float, block_rows
         ess[at] = total**2 / block.dot(weight, weight)
         for i, column in enumerate(columns):
             utilities[i, at] = block.dot(weight, column) / total
-        centred = [column - block.spread(mean) for column, mean in zip(columns, utilities[:, at], strict=True)]
+        centred = [
+            column - block.spread(mean)
+            for column, mean in zip(columns, utilities[:, at], strict=True)
+        ]
         for i in range(m):
             weighted = weight * centred[i]
             for j in range(i + 1):
-                covariance[i, j, at] = covariance[j, i, at] = block.dot(weighted, centred[j]) / total
+                covariance[i, j, at] = covariance[j, i, at] = (
+                    block.dot(weighted, centred[j]) / total
+                )
     return PromptTerms(lambda_, beta, log_mean, reward, utilities, covariance, ess)
 
 
-def evaluate_dual(table: ScoreTable, lambda_: np.ndarray, beta: float, levels: np.ndarray) -> DualPoint:
-    """D, its gradient and Hessian in one pass over the table (`prompt_terms`). lambda_, levels: (m,) in the order of the utilities."""
+def evaluate_dual(
+    table: ScoreTable, lambda_: np.ndarray, beta: float, levels: np.ndarray
+) -> DualPoint:
+    """D, its gradient and Hessian in one pass over the table (`prompt_terms`). lambda_, levels:
+    (m,) in the order of the utilities."""
     return prompt_terms(table, lambda_, beta).point(levels)

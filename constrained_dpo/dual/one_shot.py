@@ -1,4 +1,5 @@
-"""The one-shot multipliers: λ* = argmin D(λ) on samples of the reference policy. numpy and scipy only.
+"""The one-shot multipliers: λ* = argmin D(λ) on samples of the reference policy. numpy and scipy
+only.
 
 Source of the program: MoCAN, arXiv:2405.19544, Algorithm 1, step 1.
 """
@@ -16,9 +17,9 @@ from constrained_dpo.problem import ConstrainedProblem
 TOLERANCE = 1e-12  # of the KKT residual, in units of 1 + max |g|
 
 
-MAX_NEWTON_PASSES = (
-    40  # passes of one Newton search; where the weights are almost one-hot D is nearly piecewise linear and Newton gets lost
-)
+# passes of one Newton search; where the weights are almost one-hot D is nearly piecewise linear
+# and Newton gets lost
+MAX_NEWTON_PASSES = 40
 
 
 MAX_STAGES = 60  # of the continuation that takes over there
@@ -32,10 +33,12 @@ Evaluate = Callable[[np.ndarray], DualPoint]
 
 @dataclass(frozen=True)
 class OneShotSolution:
-    """λ* = argmin_{0 ≤ λ ≤ max_lambda} D(λ), the tilted policy's predicted means, and the KKT residual (score units of g).
+    """λ* = argmin_{0 ≤ λ ≤ max_lambda} D(λ), the tilted policy's predicted means, and the KKT
+    residual (score units of g).
 
-    ess, min_ess: mean and smallest effective sample size per prompt. passes: over the whole table, line search included, parts of the
-    table counted by their share and rounded up. `at_bound` names the constraints whose λ* sits at max_lambda with D still falling.
+    ess, min_ess: mean and smallest effective sample size per prompt. passes: over the whole table,
+    line search included, parts of the table counted by their share and rounded up. `at_bound` names
+    the constraints whose λ* sits at max_lambda with D still falling.
     """
 
     lambda_: pd.Series
@@ -57,10 +60,12 @@ def solve_one_shot(
     max_lambda: float = 1e3,
     start: pd.Series | None = None,
 ) -> OneShotSolution:
-    """Minimizes D over 0 ≤ λ ≤ max_lambda: projected Newton with the exact Hessian, float64; D never rises.
+    """Minimizes D over 0 ≤ λ ≤ max_lambda: projected Newton with the exact Hessian, float64; D
+    never rises.
 
-    levels: a_i by constraint; None takes them from the table's own reference means. start: λ to start from; None starts a large table
-    from the minimizer on its START_PROMPTS evenly spaced prompts. Source of the program: MoCAN, arXiv:2405.19544, Algorithm 1, step 1.
+    levels: a_i by constraint; None takes them from the table's own reference means. start: λ to
+    start from; None starts a large table from the minimizer on its START_PROMPTS evenly spaced
+    prompts. Source of the program: MoCAN, arXiv:2405.19544, Algorithm 1, step 1.
     """
     names = problem.names
     if levels is None:
@@ -84,7 +89,11 @@ def solve_one_shot(
         ess=float(point.ess.mean()),
         kkt_residual=float(np.max(_kkt(lam, point.gradient, max_lambda), initial=0.0)),
         passes=int(np.ceil(found.passes + share)),
-        at_bound=tuple(n for n, v, g in zip(names, lam, point.gradient, strict=True) if v >= max_lambda and g < 0),
+        at_bound=tuple(
+            n
+            for n, v, g in zip(names, lam, point.gradient, strict=True)
+            if v >= max_lambda and g < 0
+        ),
         min_ess=float(point.ess.min()),
     )
 
@@ -111,13 +120,17 @@ def minimize_dual(
 ) -> Minimum:
     """argmin of D over the box by projected Newton and, where that gets lost, by continuation in β.
 
-    levels, start: (m,); start_point: D at `start` if it is known; prompt_weight: (num_prompts,) weights of the prompts;
-    tolerance: of the KKT residual relative to 1 + max |g|.
+    levels, start: (m,); start_point: D at `start` if it is known; prompt_weight: (num_prompts,)
+    weights of the prompts; tolerance: of the KKT residual relative to 1 + max |g|.
     """
     scale = 1.0 + np.array([max(column.max(), -column.min()) for column in table.utilities.T])
 
-    def search(at_beta: float, lam: np.ndarray, to: float, point: DualPoint | None = None) -> Minimum:
-        evaluate = lambda x: prompt_terms(table, x, at_beta).point(levels, prompt_weight)  # noqa: E731
+    def search(
+        at_beta: float, lam: np.ndarray, to: float, point: DualPoint | None = None
+    ) -> Minimum:
+        def evaluate(x: np.ndarray) -> DualPoint:
+            return prompt_terms(table, x, at_beta).point(levels, prompt_weight)
+
         return _newton(evaluate, lam, point, scale, max_lambda, to)
 
     found = search(beta, start, tolerance, start_point)
@@ -129,8 +142,11 @@ def minimize_dual(
     return Minimum(best.lambda_, best.point, best.residual, passes + again.passes)
 
 
-def _continuation(search: Callable[..., Minimum], beta: float, start: np.ndarray, passes: int) -> tuple[np.ndarray, int]:
-    """λ close to the minimizer, and the passes so far: D is solved at a larger β, where it is smooth, and followed down to β."""
+def _continuation(
+    search: Callable[..., Minimum], beta: float, start: np.ndarray, passes: int
+) -> tuple[np.ndarray, int]:
+    """λ close to the minimizer, and the passes so far: D is solved at a larger β, where it is
+    smooth, and followed down to β."""
     lam, at, rough = start, beta, 1e-5
     for _ in range(MAX_STAGES):
         at *= 8.0
@@ -154,9 +170,15 @@ def _continuation(search: Callable[..., Minimum], beta: float, start: np.ndarray
 
 
 def _newton(
-    evaluate: Evaluate, lam: np.ndarray, point: DualPoint | None, scale: np.ndarray, max_lambda: float, tolerance: float
+    evaluate: Evaluate,
+    lam: np.ndarray,
+    point: DualPoint | None,
+    scale: np.ndarray,
+    max_lambda: float,
+    tolerance: float,
 ) -> Minimum:
-    """Projected Newton (Bertsekas 1982: variables held at a bound take no Newton step); each trial point costs one pass."""
+    """Projected Newton (Bertsekas 1982: variables held at a bound take no Newton step); each trial
+    point costs one pass."""
     passes = 0 if point is not None else 1
     point = point if point is not None else evaluate(lam)
     residual = _residual(lam, point, scale, max_lambda)
@@ -166,10 +188,16 @@ def _newton(
             candidate = np.clip(lam + step * direction, 0.0, max_lambda)
             trial = evaluate(candidate)
             passes += 1
-            slope, trial_residual = point.gradient @ (candidate - lam), _residual(candidate, trial, scale, max_lambda)
-            # At the rounding level of D its gradient is still exact: accept what shrinks the residual.
+            slope, trial_residual = (
+                point.gradient @ (candidate - lam),
+                _residual(candidate, trial, scale, max_lambda),
+            )
+            # At the rounding level of D its gradient is still exact: accept what shrinks the
+            # residual.
             level = abs(trial.value - point.value) <= 1e-13 * (1 + abs(point.value))
-            accepted = trial.value <= point.value + 1e-4 * min(slope, 0.0) or (level and trial_residual < residual)
+            accepted = trial.value <= point.value + 1e-4 * min(slope, 0.0) or (
+                level and trial_residual < residual
+            )
             if accepted:
                 break
             step *= _shorter(slope, trial.gradient @ (candidate - lam))
@@ -180,8 +208,11 @@ def _newton(
 
 
 def _shorter(slope: float, trial_slope: float) -> float:
-    """The factor of a rejected step: D is convex, so its slope changes sign between the two points; the secant's root, kept safe."""
-    return float(np.clip(slope / (slope - trial_slope), 0.05, 0.5)) if slope < 0 < trial_slope else 0.5
+    """The factor of a rejected step: D is convex, so its slope changes sign between the two points;
+    the secant's root, kept safe."""
+    return (
+        float(np.clip(slope / (slope - trial_slope), 0.05, 0.5)) if slope < 0 < trial_slope else 0.5
+    )
 
 
 def _residual(lam: np.ndarray, point: DualPoint, scale: np.ndarray, max_lambda: float) -> float:
@@ -189,21 +220,27 @@ def _residual(lam: np.ndarray, point: DualPoint, scale: np.ndarray, max_lambda: 
 
 
 def _kkt(lam: np.ndarray, gradient: np.ndarray, max_lambda: float) -> np.ndarray:
-    """Projected gradient: 0 at the constrained minimum. At λ = 0 only a negative gradient counts, at max_lambda only a positive."""
+    """Projected gradient: 0 at the constrained minimum. At λ = 0 only a negative gradient counts,
+    at max_lambda only a positive."""
     residual = np.abs(gradient)
     residual[(lam <= 0) & (gradient > 0)] = 0.0
     residual[(lam >= max_lambda) & (gradient < 0)] = 0.0
     return residual
 
 
-def _newton_direction(lam: np.ndarray, point: DualPoint, scale: np.ndarray, max_lambda: float) -> np.ndarray:
+def _newton_direction(
+    lam: np.ndarray, point: DualPoint, scale: np.ndarray, max_lambda: float
+) -> np.ndarray:
     held = ((lam <= 0) & (point.gradient > 0)) | ((lam >= max_lambda) & (point.gradient < 0))
     free = ~held
     curvature, basis = np.linalg.eigh(point.hessian[np.ix_(free, free)])
     downhill = -(basis.T @ point.gradient[free])
-    # Without curvature (ties, identical utilities, one response per prompt) D is linear: as far as the box goes, or nowhere if level.
+    # Without curvature (ties, identical utilities, one response per prompt) D is linear: as far
+    # as the box goes, or nowhere if level.
     steps = np.where(np.abs(downhill) > 1e-13 * scale.max(), np.sign(downhill) * max_lambda, 0.0)
-    curved = (curvature > 1e-13 * curvature.max(initial=0.0)) & (curvature * max_lambda > np.abs(downhill))
+    curved = (curvature > 1e-13 * curvature.max(initial=0.0)) & (
+        curvature * max_lambda > np.abs(downhill)
+    )
     steps[curved] = downhill[curved] / curvature[curved]
     direction = np.zeros_like(lam)
     direction[free] = basis @ steps

@@ -18,24 +18,33 @@ LOG_PROBABILITIES = ("sample_logp", "ref_logp")
 
 @dataclass(frozen=True)
 class ScoreFile:
-    """table, and `taken_as`: one line about the policy its rows are taken to be samples of, None where its column source says so."""
+    """table, and `taken_as`: one line about the policy its rows are taken to be samples of, None
+    where its column source says so."""
 
     table: ScoreTable
     taken_as: str | None
 
 
-def read_scores(path: Path, problem: ConstrainedProblem, assume_reference: bool = False) -> ScoreFile:
-    """Read `prompt_id` and the problem's columns; weight rows of another policy by their log-probabilities, or refuse them.
+def read_scores(
+    path: Path, problem: ConstrainedProblem, assume_reference: bool = False
+) -> ScoreFile:
+    """Read `prompt_id` and the problem's columns; weight rows of another policy by their
+    log-probabilities, or refuse them.
 
-    Rows are samples of π_ref where `source` starts with "reference", where there is no such column, or with `assume_reference`. Other
-    rows need a finite `sample_logp` and `ref_logp` (nats): they get the importance weight π_ref/q. Raises UserError.
+    Rows are samples of π_ref where `source` starts with "reference", where there is no such column,
+    or with `assume_reference`. Other rows need a finite `sample_logp` and `ref_logp` (nats): they
+    get the importance weight π_ref/q. Raises UserError.
     """
     path = Path(path)
-    frame = _read_columns(path, ["prompt_id", *problem.objectives, "source", "response_id", *LOG_PROBABILITIES])
+    frame = _read_columns(
+        path, ["prompt_id", *problem.objectives, "source", "response_id", *LOG_PROBABILITIES]
+    )
     weight, taken_as = _log_weight(frame, path, assume_reference)
     if weight is None:
         return ScoreFile(ScoreTable.from_frame(frame, problem), taken_as)
-    return ScoreFile(ScoreTable.from_frame(frame.assign(log_weight=weight), problem, "log_weight"), taken_as)
+    return ScoreFile(
+        ScoreTable.from_frame(frame.assign(log_weight=weight), problem, "log_weight"), taken_as
+    )
 
 
 def _read_columns(path: Path, columns: list[str]) -> pd.DataFrame:
@@ -48,20 +57,41 @@ def _read_columns(path: Path, columns: list[str]) -> pd.DataFrame:
     return read_parquet(path, [name for name in present if name in columns])
 
 
-def _log_weight(frame: pd.DataFrame, path: Path, assume_reference: bool) -> tuple[np.ndarray | None, str | None]:
+def _log_weight(
+    frame: pd.DataFrame, path: Path, assume_reference: bool
+) -> tuple[np.ndarray | None, str | None]:
     """log π_ref − log q of every row, None for samples of π_ref, and the line about it."""
-    drawn_by_reference = "source" in frame and bool(frame["source"].astype(str).str.startswith("reference").all())
+    drawn_by_reference = "source" in frame and bool(
+        frame["source"].astype(str).str.startswith("reference").all()
+    )
     if drawn_by_reference or assume_reference:
-        return None, None if drawn_by_reference else "taken as the reference policy's samples (--assume-reference)"
-    logps = [pd.to_numeric(frame[n], errors="coerce").to_numpy(np.float64, na_value=np.nan) for n in LOG_PROBABILITIES if n in frame]
+        return (
+            None,
+            None
+            if drawn_by_reference
+            else "taken as the reference policy's samples (--assume-reference)",
+        )
+    logps = [
+        pd.to_numeric(frame[n], errors="coerce").to_numpy(np.float64, na_value=np.nan)
+        for n in LOG_PROBABILITIES
+        if n in frame
+    ]
     finite = [np.isfinite(values) for values in logps]
     if len(logps) == 2 and all(rows.all() for rows in finite):
-        return logps[1] - logps[
-            0
-        ], "samples weighted by exp(ref_logp − sample_logp), the reference policy's probability over their sampler's"
-    what = "finite sample_logp and ref_logp in every row (they are then weighted), or --assume-reference"
+        return (
+            logps[1] - logps[0],
+            "samples weighted by exp(ref_logp − sample_logp), the reference policy's probability "
+            "over their sampler's",
+        )
+    what = (
+        "finite sample_logp and ref_logp in every row (they are then weighted), or "
+        "--assume-reference"
+    )
     if "source" in frame:
-        raise UserError(f"{path}: holds responses that are not the reference policy's (column source); keep only those, or give {what}")
+        raise UserError(
+            f"{path}: holds responses that are not the reference policy's (column source); keep "
+            f"only those, or give {what}"
+        )
     if any(rows.any() for rows in finite):
         raise UserError(f"{path}: sample_logp and ref_logp are not known in every row; give {what}")
     return None, "no column source: taken as the reference policy's samples"

@@ -1,7 +1,9 @@
-"""The dual function D(λ) on tables of scores, and the subgradient u with its error bars. numpy and scipy only.
+"""The dual function D(λ) on tables of scores, and the subgradient u with its error bars. numpy and
+scipy only.
 
-D(λ) ≈ β E_x log mean_k exp((r + λ·g)/β + log π_ref(y_k) − log q(y_k)) − λ·a, y_k ~ q; one function for every q (for q = π_ref
-it is MoCAN's dual function, arXiv:2405.19544). Convex in λ: gradient E_x E_w[g] − a, Hessian (1/β) E_x Cov_w(g), with w the tilted weights.
+D(λ) ≈ β E_x log mean_k exp((r + λ·g)/β + log π_ref(y_k) − log q(y_k)) − λ·a, y_k ~ q; one function
+for every q (for q = π_ref it is MoCAN's dual function, arXiv:2405.19544). Convex in λ: gradient E_x
+E_w[g] − a, Hessian (1/β) E_x Cov_w(g), with w the tilted weights.
 """
 
 from collections.abc import Iterator
@@ -14,12 +16,15 @@ import pandas as pd
 from constrained_dpo.problem import ConstrainedProblem
 from data_prep.tables import require_columns, require_finite, require_ids
 
-BLOCK_ROWS = 1 << 15  # rows of one block of an evaluation: its temporaries (about 2 MB) stay in a core's cache
+BLOCK_ROWS = (
+    1 << 15
+)  # rows of one block of an evaluation: its temporaries (about 2 MB) stay in a core's cache
 
 
 @dataclass(frozen=True)
 class Block:
-    """Whole prompts of a table: slices of its rows and prompts. With K responses each, arrays are (prompts, K); ragged ones are flat."""
+    """Whole prompts of a table: slices of its rows and prompts. With K responses each, arrays are
+    (prompts, K); ragged ones are flat."""
 
     rows: slice
     prompts: slice
@@ -36,8 +41,13 @@ class Block:
         return values.sum(axis=1) if self.width else np.add.reduceat(values, self.starts)
 
     def dot(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Sums of products per prompt. Neither branch calls BLAS, whose rounding may depend on alignment and threads."""
-        return np.einsum("ij,ij->i", left, right) if self.width else np.add.reduceat(left * right, self.starts)
+        """Sums of products per prompt. Neither branch calls BLAS, whose rounding may depend on
+        alignment and threads."""
+        return (
+            np.einsum("ij,ij->i", left, right)
+            if self.width
+            else np.add.reduceat(left * right, self.starts)
+        )
 
     def max(self, values: np.ndarray) -> np.ndarray:
         return values.max(axis=1) if self.width else np.maximum.reduceat(values, self.starts)
@@ -51,9 +61,9 @@ class Block:
 class ScoreTable:
     """Scores sorted by prompt; ragged numbers of responses allowed.
 
-    reward: (num_responses,); utilities: (num_responses, m), both in score units, fastest with contiguous columns; log_weight:
-    (num_responses,) log π_ref − log q in nats (0 for samples of π_ref); starts: (num_prompts,) first row of each prompt; counts:
-    (num_prompts,).
+    reward: (num_responses,); utilities: (num_responses, m), both in score units, fastest with
+    contiguous columns; log_weight: (num_responses,) log π_ref − log q in nats (0 for samples of
+    π_ref); starts: (num_prompts,) first row of each prompt; counts: (num_prompts,).
     """
 
     reward: np.ndarray
@@ -63,23 +73,33 @@ class ScoreTable:
     counts: np.ndarray
 
     @classmethod
-    def from_frame(cls, frame: pd.DataFrame, problem: ConstrainedProblem, log_weight: str | None = None) -> "ScoreTable":
-        """From a responses table; `log_weight` names a column of log π_ref − log q, None means q = π_ref."""
+    def from_frame(
+        cls, frame: pd.DataFrame, problem: ConstrainedProblem, log_weight: str | None = None
+    ) -> "ScoreTable":
+        """From a responses table; `log_weight` names a column of log π_ref − log q, None means q =
+        π_ref."""
         columns = problem.objectives + ([log_weight] if log_weight else [])
         require_columns(frame, ["prompt_id", *columns], "scores")
         require_ids(frame, ["prompt_id"], "scores")
         require_finite(frame, columns, "scores")
         codes, _ = pd.factorize(frame["prompt_id"])
         values = [frame[c].to_numpy(np.float64) for c in columns]
-        utilities = np.array(values[1 : 1 + len(problem.names)]).reshape(len(problem.names), len(frame))
+        utilities = np.array(values[1 : 1 + len(problem.names)]).reshape(
+            len(problem.names), len(frame)
+        )
         return cls.from_columns(codes, values[0], utilities, values[-1] if log_weight else None)
 
     @classmethod
     def from_columns(
-        cls, codes: np.ndarray, reward: np.ndarray, utilities: np.ndarray, log_weight: np.ndarray | None = None
+        cls,
+        codes: np.ndarray,
+        reward: np.ndarray,
+        utilities: np.ndarray,
+        log_weight: np.ndarray | None = None,
     ) -> "ScoreTable":
-        """reward, log_weight: (num_responses,); utilities: (m, num_responses); codes: (num_responses,) a number for each row's prompt,
-        equal where the prompt is. Where the rows of every prompt follow each other nothing is copied."""
+        """reward, log_weight: (num_responses,); utilities: (m, num_responses); codes:
+        (num_responses,) a number for each row's prompt, equal where the prompt is. Where the rows
+        of every prompt follow each other nothing is copied."""
         if not (codes[1:] >= codes[:-1]).all():
             order = np.argsort(codes, kind="stable")  # a prompt's rows keep their order
             codes, reward, utilities = codes[order], reward[order], utilities[:, order]
@@ -94,8 +114,11 @@ class ScoreTable:
         )
 
     @classmethod
-    def from_arrays(cls, reward: np.ndarray, utilities: np.ndarray, log_weight: np.ndarray | None = None) -> "ScoreTable":
-        """K responses to every prompt. reward, log_weight: (num_prompts, K); utilities: (m, num_prompts, K). Nothing is copied."""
+    def from_arrays(
+        cls, reward: np.ndarray, utilities: np.ndarray, log_weight: np.ndarray | None = None
+    ) -> "ScoreTable":
+        """K responses to every prompt. reward, log_weight: (num_prompts, K); utilities: (m,
+        num_prompts, K). Nothing is copied."""
         prompts, width = reward.shape
         return cls(
             reward=reward.reshape(-1),
@@ -111,24 +134,36 @@ class ScoreTable:
         return int(self.counts[0]) if (self.counts == self.counts[0]).all() else None
 
     def blocks(self, block_rows: int = BLOCK_ROWS) -> Iterator[Block]:
-        """The table in blocks of whole prompts with about `block_rows` rows each, at least one prompt."""
+        """The table in blocks of whole prompts with about `block_rows` rows each, at least one
+        prompt."""
         ends, first = self.starts + self.counts, 0
         while first < len(ends):
             row = int(self.starts[first])
             last = max(int(np.searchsorted(ends, row + block_rows, side="right")), first + 1)
             prompts = slice(first, last)
-            yield Block(slice(row, int(ends[last - 1])), prompts, self.width, self.starts[prompts] - row, self.counts[prompts])
+            yield Block(
+                slice(row, int(ends[last - 1])),
+                prompts,
+                self.width,
+                self.starts[prompts] - row,
+                self.counts[prompts],
+            )
             first = last
 
     def take(self, prompts: np.ndarray, responses: np.ndarray | None = None) -> "ScoreTable":
-        """The table of some prompts (numbers of prompts; one may come twice), with all their responses or the rows marked True in
-        `responses`, (num_responses,) bool, at least one of each prompt."""
+        """The table of some prompts (numbers of prompts; one may come twice), with all their
+        responses or the rows marked True in `responses`, (num_responses,) bool, at least one of
+        each prompt."""
         counts = self.counts[prompts]
-        rows = np.repeat(self.starts[prompts] - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts) + np.arange(counts.sum())
+        rows = np.repeat(
+            self.starts[prompts] - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts
+        ) + np.arange(counts.sum())
         codes = np.repeat(np.arange(len(prompts)), counts)
         if responses is not None:
             codes, rows = codes[responses[rows]], rows[responses[rows]]
-        return ScoreTable.from_columns(codes, self.reward[rows], self.utilities.T[:, rows], self.log_weight[rows])
+        return ScoreTable.from_columns(
+            codes, self.reward[rows], self.utilities.T[:, rows], self.log_weight[rows]
+        )
 
     def prompt_means(self, values: np.ndarray) -> np.ndarray:
         """Mean over a prompt's responses, unweighted; (num_responses, ...) → (num_prompts, ...)."""
@@ -136,8 +171,8 @@ class ScoreTable:
         return sums / self.counts.reshape(-1, *[1] * (values.ndim - 1))
 
     def prompt_reference_means(self) -> np.ndarray:
-        """Mean utilities of π_ref by prompt, (m, num_prompts): plain means of samples of π_ref, self-normalised importance-weighted
-        means Σ w g / Σ w, w = π_ref/q, of weighted ones."""
+        """Mean utilities of π_ref by prompt, (m, num_prompts): plain means of samples of π_ref,
+        self-normalised importance-weighted means Σ w g / Σ w, w = π_ref/q, of weighted ones."""
         means = np.empty((self.utilities.shape[1], len(self.counts)))
         for block in self.blocks():
             weight = block.of(self.log_weight)

@@ -1,4 +1,5 @@
-"""How far the one-shot λ* can be trusted: over other prompts (bootstrap), fewer samples (stability) and other margins (sweep).
+"""How far the one-shot λ* can be trusted: over other prompts (bootstrap), fewer samples (stability)
+and other margins (sweep).
 
 numpy and scipy only.
 """
@@ -26,8 +27,8 @@ STABILITY_SHARES = (8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """interval: columns low, high by constraint; draws: λ* of every replicate, one column per constraint; at_bound: the share of
-    replicates with a multiplier at max_lambda."""
+    """interval: columns low, high by constraint; draws: λ* of every replicate, one column per
+    constraint; at_bound: the share of replicates with a multiplier at max_lambda."""
 
     interval: pd.DataFrame
     draws: pd.DataFrame
@@ -43,41 +44,69 @@ def bootstrap_multipliers(
     max_lambda: float = 1e3,
     confidence: float = 0.95,
 ) -> Bootstrap:
-    """Percentile interval of λ* over resampled prompts (Efron 1979; the prompt is the cluster), levels of margins resampled with them.
+    """Percentile interval of λ* over resampled prompts (Efron 1979; the prompt is the cluster),
+    levels of margins resampled with them.
 
-    Each replicate starts from `solution`, whose terms by prompt are computed once: its first Newton step takes no pass. The interval is
-    about other prompts, not about other responses: the bias of few responses per prompt stays in it (see `stability`).
+    Each replicate starts from `solution`, whose terms by prompt are computed once: its first Newton
+    step takes no pass. The interval is about other prompts, not about other responses: the bias of
+    few responses per prompt stays in it (see `stability`).
     """
     terms = prompt_terms(table, solution.lambda_.to_numpy(), problem.beta)
-    reference, relative, bounds = table.prompt_reference_means(), problem.relative.to_numpy(float), problem.bounds.to_numpy()
+    reference, relative, bounds = (
+        table.prompt_reference_means(),
+        problem.relative.to_numpy(float),
+        problem.bounds.to_numpy(),
+    )
     prompts, draws = len(table.counts), np.empty((replicates, len(problem.names)))
     for draw in draws:
         times = rng.multinomial(prompts, np.full(prompts, 1.0 / prompts)).astype(float)
         levels = bounds + relative * (reference * times).sum(axis=1) / prompts
         start = terms.point(levels, times)
         draw[:] = minimize_dual(
-            table, problem.beta, levels, max_lambda, terms.lambda_, start, prompt_weight=times, tolerance=REPLICATE_TOLERANCE
+            table,
+            problem.beta,
+            levels,
+            max_lambda,
+            terms.lambda_,
+            start,
+            prompt_weight=times,
+            tolerance=REPLICATE_TOLERANCE,
         ).lambda_
     tail = 50 * (1 - confidence)
-    low, high = np.percentile(draws, [tail, 100 - tail], axis=0) if problem.names else np.empty((2, 0))
+    low, high = (
+        np.percentile(draws, [tail, 100 - tail], axis=0) if problem.names else np.empty((2, 0))
+    )
     interval = pd.DataFrame({"low": low, "high": high}, index=problem.names)
-    return Bootstrap(interval, pd.DataFrame(draws, columns=problem.names), float((draws >= max_lambda).any(axis=1).mean()))
+    return Bootstrap(
+        interval,
+        pd.DataFrame(draws, columns=problem.names),
+        float((draws >= max_lambda).any(axis=1).mean()),
+    )
 
 
 def stability(
-    table: ScoreTable, problem: ConstrainedProblem, rng: np.random.Generator, max_lambda: float = 1e3, repeats: int = STABILITY_REPEATS
+    table: ScoreTable,
+    problem: ConstrainedProblem,
+    rng: np.random.Generator,
+    max_lambda: float = 1e3,
+    repeats: int = STABILITY_REPEATS,
 ) -> pd.DataFrame:
-    """λ* on random parts of the table: an eighth, a quarter, half and all of the prompts and of the responses of each.
+    """λ* on random parts of the table: an eighth, a quarter, half and all of the prompts and of the
+    responses of each.
 
-    Columns num_prompts, num_responses (the largest of a prompt's), constraint, mean, sd (over `repeats` parts drawn without
-    replacement; each repeat's parts are nested) and repeats. A mean that moves with num_responses shows the bias of few responses, the sd
-    what num_prompts and num_responses cost in noise; beside the whole table the sd is too small, and the whole table has none.
+    Columns num_prompts, num_responses (the largest of a prompt's), constraint, mean, sd (over
+    `repeats` parts drawn without replacement; each repeat's parts are nested) and repeats. A mean
+    that moves with num_responses shows the bias of few responses, the sd what num_prompts and
+    num_responses cost in noise; beside the whole table the sd is too small, and the whole table has
+    none.
     """
     most_prompts, most_responses = len(table.counts), int(table.counts.max())
     prompt_numbers = sorted({max(1, most_prompts // s) for s in STABILITY_SHARES})
     response_numbers = sorted({max(1, most_responses // s) for s in STABILITY_SHARES})
     whole = solve_one_shot(table, problem, max_lambda=max_lambda)
-    found: dict[tuple[int, int], list[pd.Series]] = {(most_prompts, most_responses): [whole.lambda_]}
+    found: dict[tuple[int, int], list[pd.Series]] = {
+        (most_prompts, most_responses): [whole.lambda_]
+    }
     for _ in range(repeats):
         prompts, ranks = rng.permutation(most_prompts), _response_ranks(table, rng)
         for number, responses in product(prompt_numbers, response_numbers):
@@ -89,8 +118,12 @@ def stability(
     for (number, responses), solved in sorted(found.items()):
         lambdas = pd.DataFrame(solved)
         for name in problem.names:
-            rows.append((number, responses, name, lambdas[name].mean(), lambdas[name].std(), len(solved)))
-    return pd.DataFrame(rows, columns=["num_prompts", "num_responses", "constraint", "mean", "sd", "repeats"])
+            rows.append(
+                (number, responses, name, lambdas[name].mean(), lambdas[name].std(), len(solved))
+            )
+    return pd.DataFrame(
+        rows, columns=["num_prompts", "num_responses", "constraint", "mean", "sd", "repeats"]
+    )
 
 
 def _response_ranks(table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
@@ -109,15 +142,25 @@ class SweepPoint:
     solution: OneShotSolution
 
 
-def sweep(table: ScoreTable, problem: ConstrainedProblem, grid: dict[str, list[float]], max_lambda: float = 1e3) -> Iterator[SweepPoint]:
-    """λ* at every combination of the grid's values (margin or threshold, as the problem's constraint is), each started from the last.
+def sweep(
+    table: ScoreTable,
+    problem: ConstrainedProblem,
+    grid: dict[str, list[float]],
+    max_lambda: float = 1e3,
+) -> Iterator[SweepPoint]:
+    """λ* at every combination of the grid's values (margin or threshold, as the problem's
+    constraint is), each started from the last.
 
     grid: values by constraint; constraints that it does not name keep their level.
     """
     previous, means = None, pd.Series(table.reference_means(), index=problem.names)
-    for values in product(*[grid.get(c.name, [problem.bounds[c.name]]) for c in problem.constraints]):
+    for values in product(
+        *[grid.get(c.name, [problem.bounds[c.name]]) for c in problem.constraints]
+    ):
         constraints = tuple(
-            Constraint(c.name, margin=v) if c.margin is not None else Constraint(c.name, threshold=v)
+            Constraint(c.name, margin=v)
+            if c.margin is not None
+            else Constraint(c.name, threshold=v)
             for c, v in zip(problem.constraints, values, strict=True)
         )
         setting = ConstrainedProblem(problem.reward, problem.beta, constraints)

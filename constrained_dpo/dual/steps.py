@@ -1,6 +1,7 @@
 """How λ moves from round to round: the projected subgradient step. numpy and pandas only.
 
-It acts on v, the slack that is steered on: u, or its lower confidence bound. v > 0 is satisfied with room, so λ falls.
+It acts on v, the slack that is steered on: u, or its lower confidence bound. v > 0 is satisfied
+with room, so λ falls.
 """
 
 import numpy as np
@@ -12,12 +13,15 @@ from data_prep.errors import UserError
 
 
 def auto_step_scale(table: ScoreTable, problem: ConstrainedProblem) -> pd.Series:
-    """std(r)/var(g) on reference samples, by constraint: the unit (reward units per utility unit²) of a step that means the same for
-    every scorer. Raises UserError where a utility is constant."""
+    """std(r)/var(g) on reference samples, by constraint: the unit (reward units per utility unit²)
+    of a step that means the same for every scorer. Raises UserError where a utility is constant."""
     variance = table.utilities.var(axis=0)
     for name, value in zip(problem.names, variance, strict=True):
         if value <= 0:
-            raise UserError(f"utility {name} is constant on the reference samples, so no step moves it; check its scorer")
+            raise UserError(
+                f"utility {name} is constant on the reference samples, so no step moves it; check "
+                "its scorer"
+            )
     return pd.Series(table.reward.std() / variance, index=problem.names, dtype=float)
 
 
@@ -26,6 +30,9 @@ def step_size_at(step_size: float, schedule: str, round_number: int) -> float:
     return step_size / np.sqrt(round_number + 1) if schedule == "inverse_sqrt" else step_size
 
 
-def dual_step(lambda_: pd.Series, u: pd.Series, step: pd.Series | float, max_lambda: float) -> pd.Series:
-    """Projected subgradient step λ ← clip(λ − η u, 0, max_lambda), by constraint (CAID, arXiv:2505.19387, Algorithm 1)."""
+def dual_step(
+    lambda_: pd.Series, u: pd.Series, step: pd.Series | float, max_lambda: float
+) -> pd.Series:
+    """Projected subgradient step λ ← clip(λ − η u, 0, max_lambda), by constraint (CAID,
+    arXiv:2505.19387, Algorithm 1)."""
     return (lambda_ - step * u.reindex(lambda_.index)).clip(0.0, max_lambda)

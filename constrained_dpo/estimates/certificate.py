@@ -1,8 +1,10 @@
-"""What may be claimed of a policy: verdicts, D(λ) and the gaps to the optimum with their limits. numpy and scipy only.
+"""What may be claimed of a policy: verdicts, D(λ) and the gaps to the optimum with their limits.
+numpy and scipy only.
 
-The Lagrangian gap D(λ) − L(π_θ, λ) = β E_x KL(π_θ ‖ π*_λ) ≥ 0 is estimated on the dual prompts from y_k ~ π_θ with
-w_k = s_λ(y_k)/β − log π_θ(y_k)/π_ref(y_k) as β E_x[log mean_k exp(w_k) − mean_k w_k]: log Z by importance weights (the bound of importance-
-weighted autoencoders, arXiv:1509.00519), applied to the dual of MoCAN (arXiv:2405.19544).
+The Lagrangian gap D(λ) − L(π_θ, λ) = β E_x KL(π_θ ‖ π*_λ) ≥ 0 is estimated on the dual prompts from
+y_k ~ π_θ with w_k = s_λ(y_k)/β − log π_θ(y_k)/π_ref(y_k) as β E_x[log mean_k exp(w_k) − mean_k
+w_k]: log Z by importance weights (the bound of importance- weighted autoencoders,
+arXiv:1509.00519), applied to the dual of MoCAN (arXiv:2405.19544).
 """
 
 import numpy as np
@@ -18,104 +20,150 @@ MIN_RESPONSES = 4
 
 
 MIN_ESS, MIN_ESS_SHARE = 4.0, 1 / 8
-"""Below MIN_RESPONSES samples of a prompt, or a mean effective sample size under MIN_ESS or under this share of the samples, log mean exp
-is no estimate of log Z: the few heavy weights that were drawn say that heavier ones were not."""
+"""Below MIN_RESPONSES samples of a prompt, or a mean effective sample size under MIN_ESS or under
+this share of the samples, log mean exp is no estimate of log Z: the few heavy weights that were
+drawn say that heavier ones were not."""
 
 
 DOMINATED, MAX_DOMINATED = 2.0, 1 / 10
-"""A prompt with an effective sample size under DOMINATED, where one weight is about all of the sum, has no bias of order 1/K that could be
-removed, and a share of such prompts over MAX_DOMINATED no mean effective sample size makes good."""
+"""A prompt with an effective sample size under DOMINATED, where one weight is about all of the sum,
+has no bias of order 1/K that could be removed, and a share of such prompts over MAX_DOMINATED no
+mean effective sample size makes good."""
 
 
 def _score(table: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series) -> pd.Series:
-    return pd.Series(lagrangian_score(table, problem.reward, lambda_.reindex(problem.names)), index=table.index)
+    return pd.Series(
+        lagrangian_score(table, problem.reward, lambda_.reindex(problem.names)), index=table.index
+    )
 
 
 def _centred(values: pd.Series, prompts: pd.Series) -> pd.Series:
     return values - values.groupby(prompts).transform("mean")
 
 
-def off_policy_residual(table: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series) -> float:
-    """Std within prompts of s_λ − β log π_θ/π_ref over responses of *any* sampling law (score units): 0 at the maximizer.
+def off_policy_residual(
+    table: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series
+) -> float:
+    """Std within prompts of s_λ − β log π_θ/π_ref over responses of *any* sampling law (score
+    units): 0 at the maximizer.
 
-    table: responses with policy_logp of the policy in question; prompts with one response say nothing and are left out.
+    table: responses with policy_logp of the policy in question; prompts with one response say
+    nothing and are left out.
     """
-    rest = _centred(_score(table, problem, lambda_) - problem.beta * log_ratio(table), table["prompt_id"])
+    rest = _centred(
+        _score(table, problem, lambda_) - problem.beta * log_ratio(table), table["prompt_id"]
+    )
     free = len(table) - table["prompt_id"].nunique()
     return float(np.sqrt((rest**2).sum() / free)) if free > 0 else float("nan")
 
 
 def log_mean_exp(values: pd.Series, prompts: pd.Series) -> pd.DataFrame:
-    """log mean_k exp(values) by prompt: columns plain, jackknife (its bias of order 1/K removed), ess, count.
+    """log mean_k exp(values) by prompt: columns plain, jackknife (its bias of order 1/K removed),
+    ess, count.
 
-    A mean of logs is at most the log of the mean, so both are biased low; the jackknife less. values: (num_responses,) in nats.
+    A mean of logs is at most the log of the mean, so both are biased low; the jackknife less.
+    values: (num_responses,) in nats.
     """
     codes, index = pd.factorize(prompts, sort=True)
     exponents = values.to_numpy(np.float64)
     table = ScoreTable.from_columns(codes, exponents, np.zeros((0, len(exponents))))
     terms, counts = prompt_terms(table, np.zeros(0), 1.0), table.counts
-    # With mean_k exp(values) = 1, the mean without response i is (K − exp(value_i))/(K − 1); 0 where i has all the weight, and then the
-    # prompt keeps the plain estimate.
+    # With mean_k exp(values) = 1, the mean without response i is (K − exp(value_i))/(K − 1); 0
+    # where i has all the weight, and then the prompt keeps the plain estimate.
     share = np.exp(table.reward - np.repeat(terms.log_mean, counts))
     size = np.repeat(counts, counts)
     with np.errstate(divide="ignore", invalid="ignore"):
-        change = np.add.reduceat(np.log((size - share) / np.maximum(size - 1, 1)), table.starts) / counts
-        jackknife = np.where(np.isfinite(change) & (counts > 1), terms.log_mean - (counts - 1) * change, terms.log_mean)
+        change = (
+            np.add.reduceat(np.log((size - share) / np.maximum(size - 1, 1)), table.starts) / counts
+        )
+        jackknife = np.where(
+            np.isfinite(change) & (counts > 1),
+            terms.log_mean - (counts - 1) * change,
+            terms.log_mean,
+        )
     columns = {"plain": terms.log_mean, "jackknife": jackknife, "ess": terms.ess, "count": counts}
     return pd.DataFrame(columns, index=pd.Index(index, name="prompt_id"))
 
 
 def dual_estimates(
-    samples: pd.DataFrame, others: dict[str, pd.DataFrame], off_policy: pd.DataFrame | None, problem: ConstrainedProblem, lambda_: pd.Series
+    samples: pd.DataFrame,
+    others: dict[str, pd.DataFrame],
+    off_policy: pd.DataFrame | None,
+    problem: ConstrainedProblem,
+    lambda_: pd.Series,
 ) -> pd.DataFrame:
-    """β log Z(x) by prompt from every source that its law is known of: columns (source, log_z | plain | ess), rows the samples' prompts.
+    """β log Z(x) by prompt from every source that its law is known of: columns (source, log_z |
+    plain | ess), rows the samples' prompts.
 
-    samples: y ~ π_θ. others: responses of other policies to the same prompts with the log-probability under their own law (`sample_logp`).
-    off_policy: π_ref's responses with π_θ's log-probabilities; with the samples they are draws of a mixture of both policies, whose
-    weights are bounded where π_ref has mass (balance heuristic, Veach and Guibas 1995). Jackknifed at prompts that no single response
-    dominates, where the leave-one-out means say how far off log is; elsewhere they would add up to (K−1)/K of all that the one weight is
-    above the others, and the plain estimate stands, which is biased low: still a bound from below.
+    samples: y ~ π_θ. others: responses of other policies to the same prompts with the
+    log-probability under their own law (`sample_logp`). off_policy: π_ref's responses with π_θ's
+    log-probabilities; with the samples they are draws of a mixture of both policies, whose weights
+    are bounded where π_ref has mass (balance heuristic, Veach and Guibas 1995). Jackknifed at
+    prompts that no single response dominates, where the leave-one-out means say how far off log is;
+    elsewhere they would add up to (K−1)/K of all that the one weight is above the others, and the
+    plain estimate stands, which is biased low: still a bound from below.
     """
-    tables = {"policy": (samples, samples["policy_logp"])} | {name: (table, table["sample_logp"]) for name, table in others.items()}
+    tables = {"policy": (samples, samples["policy_logp"])} | {
+        name: (table, table["sample_logp"]) for name, table in others.items()
+    }
     if off_policy is not None and len(off_policy):
         both = pd.concat([samples, off_policy], ignore_index=True)
         share = len(samples) / len(both)
-        tables["mixture"] = (both, np.logaddexp(both["policy_logp"] + np.log(share), both["ref_logp"] + np.log(1 - share)))
+        tables["mixture"] = (
+            both,
+            np.logaddexp(both["policy_logp"] + np.log(share), both["ref_logp"] + np.log(1 - share)),
+        )
     prompts, columns = np.sort(samples["prompt_id"].unique()), {}
     for name, (table, law) in tables.items():
         if not np.array_equal(np.sort(table["prompt_id"].unique()), prompts):
             continue
-        value = log_mean_exp(_score(table, problem, lambda_) / problem.beta + table["ref_logp"] - law, table["prompt_id"])
-        columns[name, "log_z"] = problem.beta * value["jackknife"].where(value["ess"] >= DOMINATED, value["plain"])
+        value = log_mean_exp(
+            _score(table, problem, lambda_) / problem.beta + table["ref_logp"] - law,
+            table["prompt_id"],
+        )
+        columns[name, "log_z"] = problem.beta * value["jackknife"].where(
+            value["ess"] >= DOMINATED, value["plain"]
+        )
         columns[name, "plain"] = problem.beta * value["plain"]
         columns[name, "ess"] = value["ess"]
     return pd.DataFrame(columns)
 
 
 def _mean_se(values: pd.Series) -> tuple[float, float]:
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("inf")
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(
+        values
+    ) > 1 else float("inf")
 
 
 def _exceeds(values: pd.Series, others: pd.Series) -> bool:
-    """Whether a mean over prompts is larger than another by more than two standard errors of the difference."""
+    """Whether a mean over prompts is larger than another by more than two standard errors of the
+    difference."""
     mean, se = _mean_se(values - others)
     return mean > 2 * se
 
 
 def missed_mass(estimates: pd.DataFrame, source: str, beta: float) -> tuple[float, float, float]:
-    """By how much other sources see more of Z(x) than `source` does: mean over prompts of β (max_s log Z_s − log Z_source), the most that
-    chance gives, β log S for S sources (score units), and the share of prompts at which another exceeds it by over two nats.
+    """By how much other sources see more of Z(x) than `source` does: mean over prompts of β (max_s
+    log Z_s − log Z_source), the most that chance gives, β log S for S sources (score units), and
+    the share of prompts at which another exceeds it by over two nats.
 
-    Every Z_s is unbiased, so E max_s log Z_s ≤ log E Σ_s Z_s = log Z + log S (Jensen): what is beyond is mass that `source` has not seen,
-    and where other rounds' samples show mass that this one's miss there may be as much that none has seen. estimates: `dual_estimates`;
-    π_θ's own samples are in the mixture and count once.
+    Every Z_s is unbiased, so E max_s log Z_s ≤ log E Σ_s Z_s = log Z + log S (Jensen): what is
+    beyond is mass that `source` has not seen, and where other rounds' samples show mass that this
+    one's miss there may be as much that none has seen. estimates: `dual_estimates`; π_θ's own
+    samples are in the mixture and count once.
     """
     plain = estimates.xs("plain", axis=1, level=1)
     if "mixture" in plain and source != "policy":
         plain = plain.drop(columns="policy")
     most = plain.max(axis=1)
-    missed = most.mean() - estimates[source, "log_z"].mean()  # jackknifed: its own bias is no missed mass
-    return float(missed), beta * float(np.log(plain.shape[1])), float((most - plain[source] > 2 * beta).mean())
+    missed = (
+        most.mean() - estimates[source, "log_z"].mean()
+    )  # jackknifed: its own bias is no missed mass
+    return (
+        float(missed),
+        beta * float(np.log(plain.shape[1])),
+        float((most - plain[source] > 2 * beta).mean()),
+    )
 
 
 def certify(
@@ -128,79 +176,132 @@ def certify(
 ) -> dict[str, object]:
     """The certificate of one round on the dual prompts, JSON-ready; score units of the reward.
 
-    Standard errors are clustered by prompt; where log Z enters they hold the jackknife's correction too, since the bias that is left
-    may be of its size.
+    Standard errors are clustered by prompt; where log Z enters they hold the jackknife's correction
+    too, since the bias that is left may be of its size.
 
-    samples: y ~ π_θ; reference: y ~ π_ref; others: earlier rounds' samples by name; off_policy: π_ref's responses with π_θ's
-    log-probabilities; all scored, all on the same prompts. dual_value is the mixture's estimate of D(λ) (π_θ's own without off_policy), or
-    the largest of the other sources' that exceed it by more than two standard errors, because every one is biased low and none sees a
-    mode that it never sampled; dual_values holds them all; lagrangian_gap = dual_value − L(π_θ, λ). `disagreement` names the source that
-    exceeds the estimate from π_θ's own samples by more than two standard errors. All of it is null, with the reason, with fewer
-    than MIN_RESPONSES samples of a prompt, with a mean effective sample size under MIN_ESS or MIN_ESS_SHARE of the samples, where one
-    response dominates at more than MAX_DOMINATED of the prompts, and where other sources show more mass than chance does (`missed_mass`).
+    samples: y ~ π_θ; reference: y ~ π_ref; others: earlier rounds' samples by name; off_policy:
+    π_ref's responses with π_θ's log-probabilities; all scored, all on the same prompts. dual_value
+    is the mixture's estimate of D(λ) (π_θ's own without off_policy), or the largest of the other
+    sources' that exceed it by more than two standard errors, because every one is biased low and
+    none sees a mode that it never sampled; dual_values holds them all; lagrangian_gap = dual_value
+    − L(π_θ, λ). `disagreement` names the source that exceeds the estimate from π_θ's own samples by
+    more than two standard errors. All of it is null, with the reason, with fewer than MIN_RESPONSES
+    samples of a prompt, with a mean effective sample size under MIN_ESS or MIN_ESS_SHARE of the
+    samples, where one response dominates at more than MAX_DOMINATED of the prompts, and where other
+    sources show more mass than chance does (`missed_mass`).
     """
-    estimates = dual_estimates(samples, {"reference": reference, **others}, off_policy, problem, lambda_)
+    estimates = dual_estimates(
+        samples, {"reference": reference, **others}, off_policy, problem, lambda_
+    )
     prompt_of, lam = samples["prompt_id"], lambda_.reindex(problem.names)
     base = reference.groupby("prompt_id")[problem.names].mean()
     levels = (base * problem.relative.astype(float) + problem.bounds).mul(lam).sum(axis=1)
-    lagrangian = (_score(samples, problem, lambda_) - problem.beta * log_ratio(samples)).groupby(prompt_of).mean() - levels
-    objective = (samples[problem.reward] - problem.beta * log_ratio(samples)).groupby(prompt_of).mean()
-    ess, fewest = float(estimates["policy", "ess"].mean()), int(samples.groupby("prompt_id").size().min())
+    lagrangian = (_score(samples, problem, lambda_) - problem.beta * log_ratio(samples)).groupby(
+        prompt_of
+    ).mean() - levels
+    objective = (
+        (samples[problem.reward] - problem.beta * log_ratio(samples)).groupby(prompt_of).mean()
+    )
+    ess, fewest = (
+        float(estimates["policy", "ess"].mean()),
+        int(samples.groupby("prompt_id").size().min()),
+    )
     record: dict[str, object] = {
-        "lagrangian": _mean_se(lagrangian)[0], "lagrangian_se": _mean_se(lagrangian)[1], "ess": ess,
-        "residual": None if off_policy is None else off_policy_residual(off_policy, problem, lambda_),
-    }  # fmt: skip
+        "lagrangian": _mean_se(lagrangian)[0],
+        "lagrangian_se": _mean_se(lagrangian)[1],
+        "ess": ess,
+        "residual": None
+        if off_policy is None
+        else off_policy_residual(off_policy, problem, lambda_),
+    }
     if fewest < MIN_RESPONSES:
-        return record | nothing(f"{fewest} responses of a prompt are too few (at least {MIN_RESPONSES}): raise dual.responses_per_prompt")
+        return record | nothing(
+            f"{fewest} responses of a prompt are too few (at least {MIN_RESPONSES}): raise "
+            "dual.responses_per_prompt"
+        )
     if ess < (least := max(MIN_ESS, MIN_ESS_SHARE * len(samples) / len(estimates))):
         return record | nothing(
-            f"the effective sample size is {ess:.1f} of {fewest} responses per prompt (at least {least:g}): the policy is far from the "
+            f"the effective sample size is {ess:.1f} of {fewest} responses per prompt (at least "
+            f"{least:g}): the policy is far from the "
             "maximizer at this β, or the scores are too widely spread for so few responses"
         )
     if (dominated := float((estimates["policy", "ess"] < DOMINATED).mean())) > MAX_DOMINATED:
         return record | nothing(
-            f"at {100 * dominated:.0f} % of the prompts one response has about all of the weight (at {100 * MAX_DOMINATED:.0f} % it may), "
-            "whatever the effective sample size is on average: better answers may well be missing there"
+            f"at {100 * dominated:.0f} % of the prompts one response has about all of the weight "
+            f"(at {100 * MAX_DOMINATED:.0f} % it may), "
+            "whatever the effective sample size is on average: better answers may well be missing "
+            "there"
         )
     names = [name for name, part in estimates.columns if part == "log_z"]
     main = "mixture" if "mixture" in names else "policy"
-    higher = [name for name in names if _exceeds(estimates[name, "log_z"], estimates[main, "log_z"])]
+    higher = [
+        name for name in names if _exceeds(estimates[name, "log_z"], estimates[main, "log_z"])
+    ]
     source = max([main, *higher], key=lambda name: estimates[name, "log_z"].mean())
     missed, chance, prompts = missed_mass(estimates, source, problem.beta)
     if missed > chance:
         return record | nothing(
-            f"other policies' samples show answers that these miss: at {100 * prompts:.0f} % of the prompts they put log Z higher by over "
-            f"2 nats, on average by {missed:.2g} score units (chance: {chance:.2g} at most), so that no estimate is trusted"
+            f"other policies' samples show answers that these miss: at {100 * prompts:.0f} % of "
+            "the prompts they put log Z higher by over "
+            f"2 nats, on average by {missed:.2g} score units (chance: {chance:.2g} at most), so "
+            "that no estimate is trusted"
         )
     dual = estimates[source, "log_z"] - levels
     bias = float((estimates[source, "log_z"] - estimates[source, "plain"]).mean())
-    value, gap, optimality = ((mean, float(np.hypot(se, bias))) for mean, se in map(_mean_se, (dual, dual - lagrangian, dual - objective)))
+    value, gap, optimality = (
+        (mean, float(np.hypot(se, bias)))
+        for mean, se in map(_mean_se, (dual, dual - lagrangian, dual - objective))
+    )
     return record | {
-        "dual_value": value[0], "dual_value_se": value[1], "dual_value_source": source,
+        "dual_value": value[0],
+        "dual_value_se": value[1],
+        "dual_value_source": source,
         "dual_values": {name: _mean_se(estimates[name, "log_z"] - levels)[0] for name in names},
-        "lagrangian_gap": gap[0], "lagrangian_gap_se": gap[1], "optimality_gap": optimality[0], "optimality_gap_se": optimality[1],
-        "disagreement": source if _exceeds(estimates[source, "log_z"], estimates["policy", "log_z"]) else None,
+        "lagrangian_gap": gap[0],
+        "lagrangian_gap_se": gap[1],
+        "optimality_gap": optimality[0],
+        "optimality_gap_se": optimality[1],
+        "disagreement": source
+        if _exceeds(estimates[source, "log_z"], estimates["policy", "log_z"])
+        else None,
         "certificate_reason": None,
-    }  # fmt: skip
+    }
 
 
 def nothing(reason: str) -> dict[str, object]:
     """A certificate that claims nothing, and why."""
-    keys = ("dual_value", "dual_value_se", "dual_value_source", "dual_values", "lagrangian_gap", "lagrangian_gap_se", "optimality_gap")
-    return {**dict.fromkeys((*keys, "optimality_gap_se", "disagreement")), "certificate_reason": reason}
+    keys = (
+        "dual_value",
+        "dual_value_se",
+        "dual_value_source",
+        "dual_values",
+        "lagrangian_gap",
+        "lagrangian_gap_se",
+        "optimality_gap",
+    )
+    return {
+        **dict.fromkeys((*keys, "optimality_gap_se", "disagreement")),
+        "certificate_reason": reason,
+    }
 
 
 def best_bound(records: list[dict]) -> dict[str, object] | None:
-    """The smallest D over rounds, which bounds P*: its round, value and se; None where no round has one."""
+    """The smallest D over rounds, which bounds P*: its round, value and se; None where no round has
+    one."""
     known = [r for r in records if r.get("dual_value") is not None]
     if not known:
         return None
     best = min(known, key=lambda r: r["dual_value"])
-    return {"round": best["round"], "dual_value": best["dual_value"], "dual_value_se": best["dual_value_se"]}
+    return {
+        "round": best["round"],
+        "dual_value": best["dual_value"],
+        "dual_value_se": best["dual_value_se"],
+    }
 
 
 def sentence(record: dict, records: list[dict], meets_constraints: bool) -> str:
-    """What the certificate of a round bounds, in words, and when it is loose. records: all rounds done."""
+    """What the certificate of a round bounds, in words, and when it is loose. records: all rounds
+    done."""
     if record.get("dual_value") is None:
         return f"no certificate: {record.get('certificate_reason') or 'none was computed'}"
     best = best_bound(records)
@@ -209,10 +310,15 @@ def sentence(record: dict, records: list[dict], meets_constraints: bool) -> str:
     if meets_constraints:
         most = best["dual_value"] - record["objective"]
         spread = 2 * float(np.hypot(best["dual_value_se"], record["lagrangian_se"]))
-        text += f"; no policy that meets the constraints has an objective more than {max(most, 0.0):.3f} ± {spread:.3f} higher"
+        text += (
+            "; no policy that meets the constraints has an objective more than "
+            f"{max(most, 0.0):.3f} ± {spread:.3f} higher"
+        )
         text += f" (D of round {best['round']}; loose where λ is far from optimal)"
     else:
         text += "; the constraints are not met, so its objective is compared with no bound"
     if record["disagreement"]:
-        text += f"; samples of {record['disagreement']} show mass that this policy's own samples miss"
+        text += (
+            f"; samples of {record['disagreement']} show mass that this policy's own samples miss"
+        )
     return text

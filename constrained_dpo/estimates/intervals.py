@@ -13,11 +13,13 @@ def seeds_interval(values: list[float], confidence: float) -> tuple[float, float
 
 
 def confidence_bound(u: pd.DataFrame, probability: float) -> pd.Series:
-    """The `probability` quantile of what u may be in truth, by constraint: 0.05 gives a one-sided 95 % lower bound (score units).
+    """The `probability` quantile of what u may be in truth, by constraint: 0.05 gives a one-sided
+    95 % lower bound (score units).
 
-    u: columns u, se, skew, num_prompts. Student's t quantile, corrected for the skewness of the prompts' slacks by Hall's cubic
-    transformation (On the removal of skewness by transformation, J. R. Stat. Soc. B 54, 1992): with few prompts and a long lower tail,
-    a few prompts where the policy fails badly, the plain t-bound claims too much. Without skewness it is the t-bound.
+    u: columns u, se, skew, num_prompts. Student's t quantile, corrected for the skewness of the
+    prompts' slacks by Hall's cubic transformation (On the removal of skewness by transformation, J.
+    R. Stat. Soc. B 54, 1992): with few prompts and a long lower tail, a few prompts where the
+    policy fails badly, the plain t-bound claims too much. Without skewness it is the t-bound.
     """
     count, skew = u["num_prompts"].astype(float), u["skew"].astype(float)
     quantile = pd.Series(stats.t.ppf(1 - probability, np.maximum(count - 1, 1)), index=u.index)

@@ -9,12 +9,19 @@ from constrained_dpo.problem import ConstrainedProblem
 
 
 def summarize(
-    samples: pd.DataFrame, reference: pd.DataFrame, problem: ConstrainedProblem, *, confidence: float, not_the_policy: str | None
+    samples: pd.DataFrame,
+    reference: pd.DataFrame,
+    problem: ConstrainedProblem,
+    *,
+    confidence: float,
+    not_the_policy: str | None,
 ) -> dict[str, object]:
-    """Estimates on one split: u with interval, reward, utilities, KL and objective, lengths. JSON-ready.
+    """Estimates on one split: u with interval, reward, utilities, KL and objective, lengths.
+    JSON-ready.
 
-    samples, reference: responses of π_θ and π_ref on the same prompts. KL (nats) is the mean of log π_θ/π_ref over samples of π_θ, so it
-    is null where the sampling law is not the policy, for the reason `not_the_policy` (`sampler_check.why_not_the_policy`).
+    samples, reference: responses of π_θ and π_ref on the same prompts. KL (nats) is the mean of log
+    π_θ/π_ref over samples of π_θ, so it is null where the sampling law is not the policy, for the
+    reason `not_the_policy` (`sampler_check.why_not_the_policy`).
     """
     u = estimate_subgradient(samples, reference, problem, confidence)
     means = samples.groupby("prompt_id", sort=True)[problem.objectives].mean()
@@ -43,13 +50,23 @@ def summarize(
 
 
 def measure(
-    samples: pd.DataFrame, reference: pd.DataFrame, problem: ConstrainedProblem, *, confidence: float, not_the_policy: str | None
+    samples: pd.DataFrame,
+    reference: pd.DataFrame,
+    problem: ConstrainedProblem,
+    *,
+    confidence: float,
+    not_the_policy: str | None,
 ) -> dict[str, object]:
-    """The record of one policy: estimates on the dual prompts, and under `test` on the test prompts with the verdict."""
+    """The record of one policy: estimates on the dual prompts, and under `test` on the test prompts
+    with the verdict."""
 
     def on(split: str) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
         chosen, base = samples[samples["split"] == split], reference[reference["split"] == split]
-        return summarize(chosen, base, problem, confidence=confidence, not_the_policy=not_the_policy), chosen, base
+        return (
+            summarize(chosen, base, problem, confidence=confidence, not_the_policy=not_the_policy),
+            chosen,
+            base,
+        )
 
     record, _, _ = on("dual")
     test, chosen, base = on("test")

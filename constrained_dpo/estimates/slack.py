@@ -9,27 +9,38 @@ from data_prep.errors import UserError
 from data_prep.tables import require_columns, require_finite
 
 
-def changes(samples: pd.DataFrame, reference: pd.DataFrame, objectives: list[str], confidence: float) -> dict[str, dict[str, float]]:
-    """Of every objective: the means under both policies and their paired difference with standard error and t-interval, clustered by prompt
-    (columns reference, policy, difference, se, ci_low, ci_high; score units). samples, reference: responses to the same prompts."""
+def changes(
+    samples: pd.DataFrame, reference: pd.DataFrame, objectives: list[str], confidence: float
+) -> dict[str, dict[str, float]]:
+    """Of every objective: the means under both policies and their paired difference with standard
+    error and t-interval, clustered by prompt (columns reference, policy, difference, se, ci_low,
+    ci_high; score units). samples, reference: responses to the same prompts."""
     # A margin of 0 over the reference makes u the paired difference itself.
-    differences = ConstrainedProblem("none", 1.0, tuple(Constraint(name, margin=0.0) for name in objectives))
+    differences = ConstrainedProblem(
+        "none", 1.0, tuple(Constraint(name, margin=0.0) for name in objectives)
+    )
     table = estimate_subgradient(samples, reference, differences, confidence)
     return {
         name: {
             "reference": float(reference.groupby("prompt_id")[name].mean().mean()),
             "policy": float(samples.groupby("prompt_id")[name].mean().mean()),
-            "difference": float(row["u"]), "se": float(row["se"]), "ci_low": float(row["low"]), "ci_high": float(row["high"]),
+            "difference": float(row["u"]),
+            "se": float(row["se"]),
+            "ci_low": float(row["low"]),
+            "ci_high": float(row["high"]),
         }
         for name, row in table.iterrows()
-    }  # fmt: skip
+    }
 
 
-def prompt_slack(samples: pd.DataFrame, reference: pd.DataFrame, problem: ConstrainedProblem) -> pd.DataFrame:
-    """The slack on every prompt, (num_prompts, m) by prompt_id: the policy's mean of g minus π_ref's and minus b (margin), or minus c.
+def prompt_slack(
+    samples: pd.DataFrame, reference: pd.DataFrame, problem: ConstrainedProblem
+) -> pd.DataFrame:
+    """The slack on every prompt, (num_prompts, m) by prompt_id: the policy's mean of g minus
+    π_ref's and minus b (margin), or minus c.
 
-    samples, reference: responses of π_θ and π_ref to the same prompts, under one sampling law. Score units. Raises UserError when the
-    prompts differ.
+    samples, reference: responses of π_θ and π_ref to the same prompts, under one sampling law.
+    Score units. Raises UserError when the prompts differ.
     """
     names = problem.names
     for frame, where in ((samples, "samples"), (reference, "reference")):
@@ -39,22 +50,33 @@ def prompt_slack(samples: pd.DataFrame, reference: pd.DataFrame, problem: Constr
     reference_means = reference.groupby("prompt_id", sort=True)[names].mean()
     if not policy_means.index.equals(reference_means.index):
         odd = policy_means.index.symmetric_difference(reference_means.index)
-        raise UserError(f"u is a paired difference, but {len(odd)} prompts are in only one of the two tables, e.g. {odd[0]!r}")
+        raise UserError(
+            f"u is a paired difference, but {len(odd)} prompts are in only one of the two tables, "
+            f"e.g. {odd[0]!r}"
+        )
     return policy_means - reference_means * problem.relative.astype(float) - problem.bounds
 
 
 def estimate_subgradient(
-    samples: pd.DataFrame, reference: pd.DataFrame, problem: ConstrainedProblem, confidence: float = 0.95
+    samples: pd.DataFrame,
+    reference: pd.DataFrame,
+    problem: ConstrainedProblem,
+    confidence: float = 0.95,
 ) -> pd.DataFrame:
-    """u_i = Ê_{π_θ}[g_i] − a_i with clustered standard error and interval: columns u, se, skew, low, high, num_prompts by constraint.
+    """u_i = Ê_{π_θ}[g_i] − a_i with clustered standard error and interval: columns u, se, skew,
+    low, high, num_prompts by constraint.
 
-    The mean over prompts of `prompt_slack`; a prompt is one cluster. Score units; skew (of the prompts' slacks) has none. Source: CAID,
-    arXiv:2505.19387, Algorithm 1, subgradient of the dual. Raises UserError when the prompts differ.
+    The mean over prompts of `prompt_slack`; a prompt is one cluster. Score units; skew (of the
+    prompts' slacks) has none. Source: CAID, arXiv:2505.19387, Algorithm 1, subgradient of the dual.
+    Raises UserError when the prompts differ.
     """
     names, slack = problem.names, prompt_slack(samples, reference, problem)
     count = len(slack)
     mean = slack.mean()
     error = slack.std(ddof=1) / np.sqrt(count) if count > 1 else pd.Series(np.inf, index=names)
-    u = pd.DataFrame({"u": mean, "se": error, "skew": slack.skew().fillna(0.0), "num_prompts": count}, index=names)
+    u = pd.DataFrame(
+        {"u": mean, "se": error, "skew": slack.skew().fillna(0.0), "num_prompts": count},
+        index=names,
+    )
     tail = (1 - confidence) / 2
     return u.assign(low=confidence_bound(u, tail), high=confidence_bound(u, 1 - tail))

@@ -8,13 +8,19 @@ SATISFIED, VIOLATED, UNDECIDED = "satisfied", "violated", "undecided"
 
 
 def recorded_slack(record: dict) -> pd.DataFrame:
-    """u of a record as `estimate_subgradient` gave it: columns u, se, skew, num_prompts by constraint (skew 0 in older runs)."""
-    columns = {"u": record["u"], "se": record["u_se"], "skew": record.get("u_skew", dict.fromkeys(record["u"], 0.0))}
+    """u of a record as `estimate_subgradient` gave it: columns u, se, skew, num_prompts by
+    constraint (skew 0 in older runs)."""
+    columns = {
+        "u": record["u"],
+        "se": record["u_se"],
+        "skew": record.get("u_skew", dict.fromkeys(record["u"], 0.0)),
+    }
     return pd.DataFrame(columns, dtype=float).assign(num_prompts=record["num_prompts"])
 
 
 def one_sided_bounds(u: pd.DataFrame, confidence: float) -> pd.DataFrame:
-    """Columns low and high by constraint: one-sided bounds of u at the stated level over all constraints together (Bonferroni).
+    """Columns low and high by constraint: one-sided bounds of u at the stated level over all
+    constraints together (Bonferroni).
 
     u: `estimate_subgradient` (columns u, se, skew, num_prompts); score units.
     """
@@ -25,14 +31,21 @@ def one_sided_bounds(u: pd.DataFrame, confidence: float) -> pd.DataFrame:
 def judge(u: pd.DataFrame, confidence: float) -> dict[str, str]:
     """Verdict by constraint on fresh samples: satisfied, violated or undecided.
 
-    u: `estimate_subgradient` (columns u, se, skew, num_prompts). Satisfied where the one-sided lower bound of u is > 0 (≥ 0 without
-    sampling error), violated where the upper bound is < 0, at the stated level over all constraints together (Bonferroni).
+    u: `estimate_subgradient` (columns u, se, skew, num_prompts). Satisfied where the one-sided
+    lower bound of u is > 0 (≥ 0 without sampling error), violated where the upper bound is < 0, at
+    the stated level over all constraints together (Bonferroni).
     """
     bounds = one_sided_bounds(u, confidence)
     verdicts = {}
     for name, row in bounds.iterrows():
         exactly_met = row["low"] == row["high"] == 0
-        verdicts[name] = SATISFIED if row["low"] > 0 or exactly_met else VIOLATED if row["high"] < 0 else UNDECIDED
+        verdicts[name] = (
+            SATISFIED
+            if row["low"] > 0 or exactly_met
+            else VIOLATED
+            if row["high"] < 0
+            else UNDECIDED
+        )
     return verdicts
 
 

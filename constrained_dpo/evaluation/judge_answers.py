@@ -1,4 +1,5 @@
-"""`cdpo evaluate --judge`: asks a chat server about stored responses; every answer is kept as it arrives, so none is asked for twice."""
+"""`cdpo evaluate --judge`: asks a chat server about stored responses; every answer is kept as it
+arrives, so none is asked for twice."""
 
 import hashlib
 import json
@@ -31,7 +32,9 @@ from data_prep.tables import read_parquet
 class JudgeSettings(RequestSettings):
     """A chat server (OpenAI's /chat/completions) and how much it is asked."""
 
-    base_url: str = Field(description="e.g. http://localhost:8000/v1; $NAME: the environment variable's value")
+    base_url: str = Field(
+        description="e.g. http://localhost:8000/v1; $NAME: the environment variable's value"
+    )
     model: str = Field(description="model name")
     responses: int = Field(1, ge=1, description="pairs of responses per prompt")
     max_tokens: int = Field(1024, ge=16, description="longest answer of the judge")
@@ -43,12 +46,19 @@ class JudgeSettings(RequestSettings):
 
 
 def parse_judge(text: str) -> JudgeSettings:
-    """Settings from `--judge`'s YAML, e.g. `{base_url: "http://localhost:8000/v1", model: NAME}`; raises UserError."""
-    return parse_option(JudgeSettings, text, "--judge", 'write e.g. {base_url: "http://localhost:8000/v1", model: NAME}')
+    """Settings from `--judge`'s YAML, e.g. `{base_url: "http://localhost:8000/v1", model: NAME}`;
+    raises UserError."""
+    return parse_option(
+        JudgeSettings,
+        text,
+        "--judge",
+        'write e.g. {base_url: "http://localhost:8000/v1", model: NAME}',
+    )
 
 
 class Judge:
-    """Asks and remembers: `answers` is a file with a JSON line per answer, by a hash of model and question."""
+    """Asks and remembers: `answers` is a file with a JSON line per answer, by a hash of model and
+    question."""
 
     def __init__(self, settings: JudgeSettings, answers: Path) -> None:
         self.settings, self.file = settings, answers
@@ -63,22 +73,41 @@ class Judge:
             self.known[row["question"]] = row["answer"]
 
     def ask(self, questions: list[str]) -> list[str]:
-        """The judge's answer to every question, in order; what was answered before is not asked again."""
-        keys = [hashlib.sha256(json.dumps([self.settings.model, self.settings.max_tokens, q]).encode()).hexdigest() for q in questions]
-        todo = {key: question for key, question in zip(keys, questions, strict=True) if key not in self.known}
+        """The judge's answer to every question, in order; what was answered before is not asked
+        again."""
+        keys = [
+            hashlib.sha256(
+                json.dumps([self.settings.model, self.settings.max_tokens, q]).encode()
+            ).hexdigest()
+            for q in questions
+        ]
+        todo = {
+            key: question
+            for key, question in zip(keys, questions, strict=True)
+            if key not in self.known
+        }
         names, bodies = list(todo), [self._body(question) for question in todo.values()]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as log:
-            log.write("\n" if self.file.stat().st_size else "")  # ends a line that a kill cut off
+            # ends a line that a kill cut off
+            log.write("\n" if self.file.stat().st_size else "")
             for index, answer in self.client.post_all(self.url, bodies, desc="judge", check=_check):
                 self.known[names[index]] = _content(answer)
-                log.write(json.dumps({"question": names[index], "answer": self.known[names[index]]}) + "\n")
+                log.write(
+                    json.dumps({"question": names[index], "answer": self.known[names[index]]})
+                    + "\n"
+                )
                 log.flush()
         return [self.known[key] for key in keys]
 
     def _body(self, question: str) -> dict:
         message = {"role": "user", "content": question}
-        return {"model": self.settings.model, "messages": [message], "temperature": 0.0, "max_tokens": self.settings.max_tokens}
+        return {
+            "model": self.settings.model,
+            "messages": [message],
+            "temperature": 0.0,
+            "max_tokens": self.settings.max_tokens,
+        }
 
 
 def _check(_: dict | None, answer: dict) -> None:
@@ -86,74 +115,115 @@ def _check(_: dict | None, answer: dict) -> None:
 
 
 def _content(answer: dict) -> str:
-    """The answer's text; empty where the server says null (a judge that only thought). Raises GarbledAnswer without a message."""
+    """The answer's text; empty where the server says null (a judge that only thought). Raises
+    GarbledAnswer without a message."""
     try:
         return answer["choices"][0]["message"].get("content") or ""
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise GarbledAnswer(f"the answer has no choices[0].message: {json.dumps(answer)[:200]}") from error
+        raise GarbledAnswer(
+            f"the answer has no choices[0].message: {json.dumps(answer)[:200]}"
+        ) from error
 
 
-def pair_responses(samples: pd.DataFrame, other: pd.DataFrame, prompt_texts: pd.Series, per_prompt: int) -> pd.DataFrame:
-    """prompt_id, prompt, policy, other: the first `per_prompt` responses of either side to a prompt, k-th beside k-th.
+def pair_responses(
+    samples: pd.DataFrame, other: pd.DataFrame, prompt_texts: pd.Series, per_prompt: int
+) -> pd.DataFrame:
+    """prompt_id, prompt, policy, other: the first `per_prompt` responses of either side to a
+    prompt, k-th beside k-th.
 
     Raises UserError where the other side has no response to a prompt.
     """
     sides = []
     for name, table in (("policy", samples), ("other", other)):
         number = table.groupby("prompt_id").cumcount()
-        sides.append(table.assign(k=number)[number < per_prompt][["prompt_id", "k", "response"]].rename(columns={"response": name}))
+        sides.append(
+            table.assign(k=number)[number < per_prompt][["prompt_id", "k", "response"]].rename(
+                columns={"response": name}
+            )
+        )
     pairs = sides[0].merge(sides[1], on=["prompt_id", "k"], how="inner")
     if missing := sorted(set(samples["prompt_id"]) - set(pairs["prompt_id"])):
         raise UserError(
-            f"--against: has no response to {len(missing)} of the prompts, e.g. {missing[0]}; both runs need the same test prompts"
+            f"--against: has no response to {len(missing)} of the prompts, e.g. {missing[0]}; "
+            "both runs need the same test prompts"
         )
     return pairs.assign(prompt=pairs["prompt_id"].map(prompt_texts))
 
 
 def judge_evaluation(
-    run: RunDirectory, key: str, settings: JudgeSettings, prompt_texts: pd.Series, other: pd.DataFrame | None, *,
-    confidence: float, seed: int,
-) -> dict[str, object]:  # fmt: skip
-    """Judges the stored responses of an evaluation against π_ref's (`other` None) or another table's; keeps the record beside them.
+    run: RunDirectory,
+    key: str,
+    settings: JudgeSettings,
+    prompt_texts: pd.Series,
+    other: pd.DataFrame | None,
+    *,
+    confidence: float,
+    seed: int,
+) -> dict[str, object]:
+    """Judges the stored responses of an evaluation against π_ref's (`other` None) or another
+    table's; keeps the record beside them.
 
-    prompt_texts: what the judge is told the request was, by prompt_id. Returns the record of judgement-*.json.
+    prompt_texts: what the judge is told the request was, by prompt_id. Returns the record of
+    judgement-*.json.
     """
     folder = run.evaluation_folder(key)
     against = read_parquet(folder / "reference.parquet") if other is None else other
-    pairs = pair_responses(read_parquet(folder / "samples.parquet"), against, prompt_texts, settings.responses)
+    pairs = pair_responses(
+        read_parquet(folder / "samples.parquet"), against, prompt_texts, settings.responses
+    )
     judge = Judge(settings, folder / "judge_answers.jsonl")
-    record = {"model": settings.model, **judge_pairs(judge, pairs, confidence=confidence, seed=seed)}
+    record = {
+        "model": settings.model,
+        **judge_pairs(judge, pairs, confidence=confidence, seed=seed),
+    }
     compared = pairs[["prompt_id", "policy", "other"]].to_json(orient="values")
-    name = hashlib.sha256(json.dumps([settings.model, settings.max_tokens, compared]).encode()).hexdigest()[:8]
+    name = hashlib.sha256(
+        json.dumps([settings.model, settings.max_tokens, compared]).encode()
+    ).hexdigest()[:8]
     write_json(folder / f"judgement-{name}.json", record)
     return record
 
 
 def other_responses(run: RunDirectory) -> pd.DataFrame:
-    """The last round's responses to a run's test prompts, to compare with (`--against`); raises UserError where there is no round."""
+    """The last round's responses to a run's test prompts, to compare with (`--against`); raises
+    UserError where there is no round."""
     samples = read_parquet(run.samples_file(chosen_round(run, "last")))
     return samples[samples["split"] == "test"]
 
 
-def check_judge_options(judge: str | None, against: Path | None, drawn: dict[str, Path | None]) -> None:
-    """Raises UserError for options that only --judge reads, and for --against beside what the other run was not sampled on."""
+def check_judge_options(
+    judge: str | None, against: Path | None, drawn: dict[str, Path | None]
+) -> None:
+    """Raises UserError for options that only --judge reads, and for --against beside what the other
+    run was not sampled on."""
     if judge is None and (against or drawn["--unsafe"]):
         raise UserError(
-            f"{'--against' if against else '--unsafe'}: is read with --judge only; give --judge '{{base_url: ..., model: ...}}'"
+            f"{'--against' if against else '--unsafe'}: is read with --judge only; give --judge "
+            f"'{{base_url: ..., model: ...}}'"
         )
     for option in ("--unsafe", "--prompts"):
         if against and drawn[option]:
-            raise UserError(f"--against {against}: compares on the run's test prompts, which {option} is not; drop one of them")
+            raise UserError(
+                f"--against {against}: compares on the run's test prompts, which {option} is not; "
+                "drop one of them"
+            )
     if drawn["--adapter"] and drawn["--unsafe"]:
         raise UserError("--unsafe: is drawn from a round of the run; drop --adapter")
 
 
 def judge_all(
-    run: RunDirectory, recipe: Recipe, learner: LoraLearner, key: str, settings: JudgeSettings, against: Path | None, unsafe: Path | None,
-    round_: str, asked: dict[str, object],
-) -> dict[str, dict]:  # fmt: skip
-    """`judge_evaluation` of the evaluation `key` (asked), and of fresh answers to the prompts of `unsafe`, if given (unsafe); the record of
-    the latter says what was `left_out` of its file."""
+    run: RunDirectory,
+    recipe: Recipe,
+    learner: LoraLearner,
+    key: str,
+    settings: JudgeSettings,
+    against: Path | None,
+    unsafe: Path | None,
+    round_: str,
+    asked: dict[str, object],
+) -> dict[str, dict]:
+    """`judge_evaluation` of the evaluation `key` (asked), and of fresh answers to the prompts of
+    `unsafe`, if given (unsafe); the record of the latter says what was `left_out` of its file."""
     fixed = {"confidence": recipe.dual.confidence, "seed": derive_seed(recipe.seed, 0, "judge")}
     other = None if against is None else other_responses(RunDirectory(against))
     judged = {"asked": judge_evaluation(run, key, settings, learner.prompt_texts, other, **fixed)}
@@ -162,7 +232,9 @@ def judge_all(
         more = LoraLearner(recipe, run, prompts, learner.show_progress, learner.scorer_settings)
         more.policy, more.scorers = learner.policy, learner.scorers
         left_out = {"duplicates": duplicates} | more.restrict(recipe.fit.max_length)
-        record = evaluate_round(run, recipe, more, chosen_round(run, round_), **(asked | {"label": unsafe.stem}))
+        record = evaluate_round(
+            run, recipe, more, chosen_round(run, round_), **(asked | {"label": unsafe.stem})
+        )
         found = judge_evaluation(run, record["key"], settings, more.prompt_texts, None, **fixed)
         judged["unsafe"] = found | {"left_out": left_out}
     return judged
@@ -175,16 +247,23 @@ def judgement_lines(title: str, record: dict[str, object], other: str) -> list[s
         found = record[criterion]
         rate = _percent(found["rate"], found["interval"])
         lines.append(
-            f"  {criterion}: preferred in {rate} of {found['prompts']} prompts ({found['wins']} wins, {found['ties']} ties, "
-            f"{found['losses']} losses); {found['unreadable_pairs']} pairs left out, because the judge gave no verdict"
+            f"  {criterion}: preferred in {rate} of {found['prompts']} prompts ({found['wins']} "
+            f"wins, {found['ties']} ties, "
+            f"{found['losses']} losses); {found['unreadable_pairs']} pairs left out, because the "
+            "judge gave no verdict"
         )
         if found["first_place"] is not None:
             first = _percent(found["first_place"])
-            lines.append(f"    {first} of its decisions chose what stood first; {found['orders_disagree']} pairs change with the order")
+            lines.append(
+                f"    {first} of its decisions chose what stood first; {found['orders_disagree']} "
+                "pairs change with the order"
+            )
     found = record["refusals"]
     lines.append(
-        f"  declines: {_percent(found['policy'])} of the policy's answers, {_percent(found['other'])} of the other's, difference "
-        f"{_percent(found['difference'], found['interval'])}; {found['unreadable_pairs']} pairs left out"
+        f"  declines: {_percent(found['policy'])} of the policy's answers, "
+        f"{_percent(found['other'])} of the other's, difference "
+        f"{_percent(found['difference'], found['interval'])}; {found['unreadable_pairs']} pairs "
+        "left out"
     )
     if any(record.get("left_out", {}).values()):
         lines.append(f"  {left_out_line(record['left_out'])}")
@@ -203,17 +282,24 @@ def _percent(share: float | None, interval: tuple[float, float] | None = None) -
     return f"{100 * share:.0f} %{spread}"
 
 
-def judge_pairs(judge: Judge, pairs: pd.DataFrame, *, confidence: float, seed: int) -> dict[str, object]:
-    """`win_rate` by criterion, and `refusal_rates`; JSON-ready. pairs: as `pair_responses` gives them."""
+def judge_pairs(
+    judge: Judge, pairs: pd.DataFrame, *, confidence: float, seed: int
+) -> dict[str, object]:
+    """`win_rate` by criterion, and `refusal_rates`; JSON-ready. pairs: as `pair_responses` gives
+    them."""
     record: dict[str, object] = {}
     rows = list(pairs[["prompt", "policy", "other"]].itertuples(index=False))
     for criterion in CRITERIA:
         questions = [comparison_prompt(criterion, p, mine, theirs) for p, mine, theirs in rows]
         questions += [comparison_prompt(criterion, p, theirs, mine) for p, mine, theirs in rows]
         verdicts = [read_comparison(answer) for answer in judge.ask(questions)]
-        table = pairs[["prompt_id"]].assign(policy_first=verdicts[: len(rows)], policy_second=verdicts[len(rows) :])
+        table = pairs[["prompt_id"]].assign(
+            policy_first=verdicts[: len(rows)], policy_second=verdicts[len(rows) :]
+        )
         record[criterion] = win_rate(table, confidence, seed)
-    questions = [refusal_prompt(p, mine) for p, mine, _ in rows] + [refusal_prompt(p, theirs) for p, _, theirs in rows]
+    questions = [refusal_prompt(p, mine) for p, mine, _ in rows] + [
+        refusal_prompt(p, theirs) for p, _, theirs in rows
+    ]
     found = [read_refusal(answer) for answer in judge.ask(questions)]
     table = pairs[["prompt_id"]].assign(policy=found[: len(rows)], other=found[len(rows) :])
     record["refusals"] = refusal_rates(table, confidence, seed)

@@ -6,39 +6,75 @@ from constrained_dpo.run.directory import RunDirectory
 MERGED_DTYPE = "bfloat16"
 
 
-def model_card(run: RunDirectory, recipe: Recipe, number: int, measured: dict, *, merged: bool) -> str:
-    """README.md of an export: problem, λ, verdict on the test prompts, sampling law, scorers and their revisions, limits."""
+def model_card(
+    run: RunDirectory, recipe: Recipe, number: int, measured: dict, *, merged: bool
+) -> str:
+    """README.md of an export: problem, λ, verdict on the test prompts, sampling law, scorers and
+    their revisions, limits."""
     state, record, problem = run.state(), run.round_record(number), recipe.problem
     base, law = recipe.policy, record["sampling_law"]
-    what = f"merged into the base in {MERGED_DTYPE} and measured again" if merged else "a LoRA adapter (PEFT)"
-    against = f"the base in {MERGED_DTYPE}" if merged else f"the base in {base.quantization}, {base.dtype}"
+    what = (
+        f"merged into the base in {MERGED_DTYPE} and measured again"
+        if merged
+        else "a LoRA adapter (PEFT)"
+    )
+    against = (
+        f"the base in {MERGED_DTYPE}"
+        if merged
+        else f"the base in {base.quantization}, {base.dtype}"
+    )
     reference = f"`{base.model}`" + (f", revision `{base.revision}`" if base.revision else "")
     reference += f" + adapter `{base.reference_adapter}`, merged" if base.reference_adapter else ""
     lines = [
-        "---", f"base_model: {base.model}", f"library_name: {'transformers' if merged else 'peft'}",
-        "tags: [constrained-dpo, alignment, dpo]", "---", "",
-        f"# {recipe.name}, round {number}: {what}", "",
-        "## Problem", "", *(f"    {line}" for line in problem.describe().splitlines()), "",
-        f"π_ref is {reference}; measured against {against}.", "",
-        f"## Verdict on the test prompts: {measured['verdict'] if merged else record['verdict']}", "",
-        f"| constraint | λ | u | {100 * recipe.dual.confidence:g} % interval | verdict |", "|---|---|---|---|---|",
-    ]  # fmt: skip
+        "---",
+        f"base_model: {base.model}",
+        f"library_name: {'transformers' if merged else 'peft'}",
+        "tags: [constrained-dpo, alignment, dpo]",
+        "---",
+        "",
+        f"# {recipe.name}, round {number}: {what}",
+        "",
+        "## Problem",
+        "",
+        *(f"    {line}" for line in problem.describe().splitlines()),
+        "",
+        f"π_ref is {reference}; measured against {against}.",
+        "",
+        f"## Verdict on the test prompts: {measured['verdict'] if merged else record['verdict']}",
+        "",
+        f"| constraint | λ | u | {100 * recipe.dual.confidence:g} % interval | verdict |",
+        "|---|---|---|---|---|",
+    ]
     for name in problem.names:
         interval = f"[{measured['u_ci_low'][name]:+.3f}, {measured['u_ci_high'][name]:+.3f}]"
-        lines.append(f"| {name} | {record['lambda'][name]:.4f} | {measured['u'][name]:+.3f} | {interval} | {measured['verdicts'][name]} |")
-    kl = "not estimated (the samples are not from the policy itself)" if measured["kl"] is None else f"{measured['kl']:.3f} nats"
+        lines.append(
+            f"| {name} | {record['lambda'][name]:.4f} | {measured['u'][name]:+.3f} | {interval} | "
+            f"{measured['verdicts'][name]} |"
+        )
+    kl = (
+        "not estimated (the samples are not from the policy itself)"
+        if measured["kl"] is None
+        else f"{measured['kl']:.3f} nats"
+    )
     lines += [
         "",
-        f"u > 0: above the required level. E[{problem.reward}] {measured['reward']:+.3f} ± {measured['reward_se']:.3f}; KL to π_ref {kl}; "
-        f"{measured['num_prompts']} prompts, {measured['num_samples']} responses, mean length {measured['mean_length']:.0f} tokens, "
+        f"u > 0: above the required level. E[{problem.reward}] {measured['reward']:+.3f} ± "
+        f"{measured['reward_se']:.3f}; KL to π_ref {kl}; "
+        f"{measured['num_prompts']} prompts, {measured['num_samples']} responses, mean length "
+        f"{measured['mean_length']:.0f} tokens, "
         f"{100 * measured['cut_off_fraction']:.0f} % cut off.",
         "",
         "## Sampling law",
         "",
         "Prompts are put "
-        + ("through the tokenizer's chat template." if recipe.prompts.format == "chat" else f"as `{recipe.prompts.template!r}`.")
+        + (
+            "through the tokenizer's chat template."
+            if recipe.prompts.format == "chat"
+            else f"as `{recipe.prompts.template!r}`."
+        )
         + " Responses are drawn at",
-        f"temperature {law['temperature']:g}, top_p {law['top_p']:g}, at most {law['max_new_tokens']} new tokens, no top_k, no repetition "
+        f"temperature {law['temperature']:g}, top_p {law['top_p']:g}, at most "
+        f"{law['max_new_tokens']} new tokens, no top_k, no repetition "
         "penalty. Under another law the constraint was not measured.",
         "",
         "## Scorers",
@@ -47,15 +83,28 @@ def model_card(run: RunDirectory, recipe: Recipe, number: int, measured: dict, *
         "|---|---|---|---|",
     ]
     for name, scorer in recipe.scorers.items():
-        where = next(value for key in ("model", "adapter", "target") if (value := getattr(scorer, key, None)))
+        where = next(
+            value for key in ("model", "adapter", "target") if (value := getattr(scorer, key, None))
+        )
         revision = getattr(scorer, "revision", None)
         options = f", {said}" if (said := scorer.described()) else ""
-        lines.append(f"| {name} | {scorer.type} `{where}`{options} | {revision or '–'} | `{state['hashes']['scorers'][name]}` |")
+        lines.append(
+            f"| {name} | {scorer.type} `{where}`{options} | {revision or '–'} | "
+            f"`{state['hashes']['scorers'][name]}` |"
+        )
     lines += [
-        "", "## Limits", "",
-        "The verdict is about these scorers, on prompts like the test prompts, at the stated confidence, one round among "
-        f"{run.rounds_done()} played. It says nothing of what the scorers miss, of other languages or uses, or of attacks on the model.",
-    ]  # fmt: skip
+        "",
+        "## Limits",
+        "",
+        "The verdict is about these scorers, on prompts like the test prompts, at the stated "
+        "confidence, one round among "
+        f"{run.rounds_done()} played. It says nothing of what the scorers miss, of other "
+        "languages or uses, or of attacks on the model.",
+    ]
     if not merged:
-        lines += ["", f"Load it on {against}, the policy that was measured; on an unquantized base measure again (`cdpo export --merge`)."]
+        lines += [
+            "",
+            f"Load it on {against}, the policy that was measured; on an unquantized base measure "
+            "again (`cdpo export --merge`).",
+        ]
     return "\n".join(lines) + "\n"

@@ -1,8 +1,8 @@
-"""What a fit leaves on disk: its adapter, and checkpoints on the way there. The Trainer writes those, this module says which are whole and
-whose they are.
+"""What a fit leaves on disk: its adapter, and checkpoints on the way there. The Trainer writes
+those, this module says which are whole and whose they are.
 
-A checkpoint counts once it holds a seal: the fit's identity and the hash of each of its files, written last. One that a kill left
-half-written has none, and the one before it is used.
+A checkpoint counts once it holds a seal: the fit's identity and the hash of each of its files,
+written last. One that a kill left half-written has none, and the one before it is used.
 """
 
 import hashlib
@@ -42,7 +42,8 @@ def fit_identity(
     seeds: tuple[int, int],
     previous_adapter: Path | None,
 ) -> str:
-    """Hash of all that a fit's result depends on: its rows (and with them λ), base, recipe, seeds, start, processes and libraries.
+    """Hash of all that a fit's result depends on: its rows (and with them λ), base, recipe, seeds,
+    start, processes and libraries.
 
     rows: before the split into fitted and held-out ones. policy: the base's fingerprint.
     """
@@ -66,19 +67,30 @@ def fit_identity(
 
 
 def start_from(checkpoints: Path, identity: str) -> Path | None:
-    """The checkpoint that a fit goes on from, or None; raises UserError where checkpoints cannot be written."""
+    """The checkpoint that a fit goes on from, or None; raises UserError where checkpoints cannot be
+    written."""
     if shards_base():
-        raise UserError("fit.save_steps: checkpoints inside a fit are not written where the launch shards the base; set it to null")
+        raise UserError(
+            "fit.save_steps: checkpoints inside a fit are not written where the launch shards the "
+            "base; set it to null"
+        )
     with main_first():  # which removes what is not whole
         return newest_whole(checkpoints, identity)
 
 
 def newest_whole(folder: Path, identity: str) -> Path | None:
-    """The newest checkpoint in `folder` that is whole and of this fit, or None. Half-written ones and another fit's are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    """The newest checkpoint in `folder` that is whole and of this fit, or None. Half-written ones
+    and another fit's are removed."""
+    found = sorted(
+        folder.glob("checkpoint-*"),
+        key=lambda path: int(path.name.rpartition("-")[2]),
+        reverse=True,
+    )
     whole = [path for path in found if _is_whole(path, identity)]
     for path in set(found) - set(whole):
-        print(f"fit: {path.name} is half-written or of another fit; it is not used", file=sys.stderr)
+        print(
+            f"fit: {path.name} is half-written or of another fit; it is not used", file=sys.stderr
+        )
         shutil.rmtree(path)
     return whole[0] if whole else None
 
@@ -86,13 +98,16 @@ def newest_whole(folder: Path, identity: str) -> Path | None:
 def _is_whole(checkpoint: Path, identity: str) -> bool:
     try:
         seal = json.loads((checkpoint / SEAL).read_text())
-        return seal["identity"] == identity and all(hash_file(checkpoint / name) == value for name, value in seal["files"].items())
+        return seal["identity"] == identity and all(
+            hash_file(checkpoint / name) == value for name, value in seal["files"].items()
+        )
     except (OSError, ValueError, KeyError):
         return False
 
 
 class SealedCheckpoints(TrainerCallback):
-    """Seals each checkpoint when all of its files are on disk. Added after every callback that writes into a checkpoint."""
+    """Seals each checkpoint when all of its files are on disk. Added after every callback that
+    writes into a checkpoint."""
 
     def __init__(self, identity: str) -> None:
         self.identity = identity
@@ -112,4 +127,7 @@ class SealedCheckpoints(TrainerCallback):
                 os.fsync(handle.fileno())
         sync_folder(checkpoint)
         hashes = {str(path.relative_to(checkpoint)): hash_file(path) for path in files}
-        write_json(checkpoint / SEAL, {"identity": self.identity, "step": state.global_step, "files": hashes})
+        write_json(
+            checkpoint / SEAL,
+            {"identity": self.identity, "step": state.global_step, "files": hashes},
+        )

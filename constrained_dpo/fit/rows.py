@@ -1,4 +1,5 @@
-"""From labels and pool to the rows and batches that a fit reads. A row is a prompt with K responses: a pair (K = 2) or a group."""
+"""From labels and pool to the rows and batches that a fit reads. A row is a prompt with K
+responses: a pair (K = 2) or a group."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,10 +22,15 @@ def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
 
 
 def labels_of(examples: list[dict]) -> dict[str, torch.Tensor]:
-    """`ref_logps` (num_rows, K), and `target` (num_rows,) of pairs or `scores` (num_rows, K) of groups; beside them what no loss reads:
-    the numbers of the rows, a pair's `margin` (num_rows,), and `sample_logps` (num_rows, K)."""
+    """`ref_logps` (num_rows, K), and `target` (num_rows,) of pairs or `scores` (num_rows, K) of
+    groups; beside them what no loss reads: the numbers of the rows, a pair's `margin` (num_rows,),
+    and `sample_logps` (num_rows, K)."""
     keys = ("ref_logps", "target", "scores", "row", "margin", "sample_logps")
-    return {key: torch.tensor([example[key] for example in examples]) for key in keys if key in examples[0]}
+    return {
+        key: torch.tensor([example[key] for example in examples])
+        for key in keys
+        if key in examples[0]
+    }
 
 
 def row_lengths(rows: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -35,24 +41,32 @@ def row_lengths(rows: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class PaddedCollator:
-    """Prompt and response together, once per response: (num_rows · K, length), padded on the right."""
+    """Prompt and response together, once per response: (num_rows · K, length), padded on the
+    right."""
 
     pad_token_id: int
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        sequences = [(example["prompt_ids"], response) for example in examples for response in example["responses_ids"]]
+        sequences = [
+            (example["prompt_ids"], response)
+            for example in examples
+            for response in example["responses_ids"]
+        ]
         ids = padded([[*prompt, *response] for prompt, response in sequences], self.pad_token_id)
         mask = padded([[1] * (len(prompt) + len(response)) for prompt, response in sequences], 0)
-        labels = padded([[UNSCORED] * len(prompt) + list(response) for prompt, response in sequences], UNSCORED)
+        labels = padded(
+            [[UNSCORED] * len(prompt) + list(response) for prompt, response in sequences], UNSCORED
+        )
         return {"input_ids": ids, "attention_mask": mask, "labels": labels, **labels_of(examples)}
 
 
 class LengthBuckets(torch.utils.data.Sampler[int]):
     """A random order of rows in which the rows of one optimizer step are of about equal length.
 
-    A permutation drawn from (seed, epoch) is cut into blocks of BLOCK steps; in a block rows are sorted by length and cut into steps, and
-    the steps come in random order. Rows too few for a step are the permutation's last, so any: a step of few rows weighs each the more.
-    lengths: (num_rows,) tokens of the rows in the layout that the batches have.
+    A permutation drawn from (seed, epoch) is cut into blocks of BLOCK steps; in a block rows are
+    sorted by length and cut into steps, and the steps come in random order. Rows too few for a step
+    are the permutation's last, so any: a step of few rows weighs each the more. lengths:
+    (num_rows,) tokens of the rows in the layout that the batches have.
     """
 
     BLOCK = 50
@@ -77,33 +91,50 @@ class LengthBuckets(torch.utils.data.Sampler[int]):
         yield from rest.tolist()
 
 
-def pair_dataset(pairs: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[str, list[int]], max_length: int) -> datasets.Dataset:
+def pair_dataset(
+    pairs: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[str, list[int]], max_length: int
+) -> datasets.Dataset:
     """Rows `prompt_ids, responses_ids, ref_logps, target`, chosen before rejected; num_pairs rows.
 
-    Beside them what `fit_watch` follows: `row`, `prompt_id, chosen_id, rejected_id`, `margin` (score units) and `sample_logps` (2, nats).
-    Raises UserError when a pair names a response that is not in the pool, has no ref_logp, or does not fit in max_length.
+    Beside them what `fit_watch` follows: `row`, `prompt_id, chosen_id, rejected_id`, `margin`
+    (score units) and `sample_logps` (2, nats). Raises UserError when a pair names a response that
+    is not in the pool, has no ref_logp, or does not fit in max_length.
     """
-    sides = [_named(pool, pairs, "pairs", column, prompt_tokens, max_length) for column in ("chosen_id", "rejected_id")]
+    sides = [
+        _named(pool, pairs, "pairs", column, prompt_tokens, max_length)
+        for column in ("chosen_id", "rejected_id")
+    ]
     chosen, rejected = (side["token_ids"] for side in sides)
     return datasets.Dataset.from_dict(
         {
             "prompt_ids": [prompt_tokens[pid] for pid in pairs["prompt_id"]],
-            "responses_ids": [[c.tolist(), r.tolist()] for c, r in zip(chosen, rejected, strict=True)],
-            "ref_logps": np.stack([side["ref_logp"].to_numpy(np.float32) for side in sides], axis=1),
+            "responses_ids": [
+                [c.tolist(), r.tolist()] for c, r in zip(chosen, rejected, strict=True)
+            ],
+            "ref_logps": np.stack(
+                [side["ref_logp"].to_numpy(np.float32) for side in sides], axis=1
+            ),
             "target": pairs["target"].to_numpy(np.float32),
             "row": np.arange(len(pairs)),
             **{name: pairs[name].tolist() for name in ("prompt_id", "chosen_id", "rejected_id")},
             "margin": pairs["margin"].to_numpy(np.float32),
-            "sample_logps": np.stack([side["sample_logp"].to_numpy(np.float32, na_value=np.nan) for side in sides], axis=1),
+            "sample_logps": np.stack(
+                [side["sample_logp"].to_numpy(np.float32, na_value=np.nan) for side in sides],
+                axis=1,
+            ),
         }
     )
 
 
-def group_dataset(groups: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[str, list[int]], max_length: int) -> datasets.Dataset:
-    """Rows `prompt_ids, responses_ids, ref_logps, scores`, the last three with K entries each; num_groups rows.
+def group_dataset(
+    groups: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[str, list[int]], max_length: int
+) -> datasets.Dataset:
+    """Rows `prompt_ids, responses_ids, ref_logps, scores`, the last three with K entries each;
+    num_groups rows.
 
-    Beside them what `fit_watch` follows: `row`, `prompt_id, group_id`, `response_id` and `sample_logps` (K each, nats).
-    Raises UserError when a group names a response that is not in the pool, has no ref_logp, or does not fit in max_length.
+    Beside them what `fit_watch` follows: `row`, `prompt_id, group_id`, `response_id` and
+    `sample_logps` (K each, nats). Raises UserError when a group names a response that is not in the
+    pool, has no ref_logp, or does not fit in max_length.
     """
     groups = groups.sort_values("group_id", kind="stable")
     responses = _named(pool, groups, "groups", "response_id", prompt_tokens, max_length)
@@ -118,25 +149,41 @@ def group_dataset(groups: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[
             "row": np.arange(len(groups) // size),
             **{name: groups[name].iloc[::size].tolist() for name in ("prompt_id", "group_id")},
             "response_id": groups["response_id"].to_numpy(object).reshape(-1, size).tolist(),
-            "sample_logps": responses["sample_logp"].to_numpy(np.float32, na_value=np.nan).reshape(-1, size),
+            "sample_logps": responses["sample_logp"]
+            .to_numpy(np.float32, na_value=np.nan)
+            .reshape(-1, size),
         }
     )
 
 
 def _named(
-    pool: pd.DataFrame, labels: pd.DataFrame, what: str, column: str, prompt_tokens: dict[str, list[int]], max_length: int
+    pool: pd.DataFrame,
+    labels: pd.DataFrame,
+    what: str,
+    column: str,
+    prompt_tokens: dict[str, list[int]],
+    max_length: int,
 ) -> pd.DataFrame:
     """The pool's rows that a column of the labels names, checked."""
     responses = pool.set_index("response_id")
     unknown = ~labels[column].isin(responses.index)
     if unknown.any():
-        raise UserError(f"{what}: {column} {labels[column][unknown].iloc[0]!r} is not in the pool ({unknown.sum()} rows)")
+        raise UserError(
+            f"{what}: {column} {labels[column][unknown].iloc[0]!r} is not in the pool "
+            f"({unknown.sum()} rows)"
+        )
     chosen = responses.loc[labels[column]]
     if chosen["ref_logp"].isna().any():
-        raise UserError(f"pool: ref_logp is null for responses that the {what} use; prepare the run again")
-    longest = max(len(prompt_tokens[pid]) + len(ids) for pid, ids in zip(labels["prompt_id"], chosen["token_ids"], strict=True))
+        raise UserError(
+            f"pool: ref_logp is null for responses that the {what} use; prepare the run again"
+        )
+    longest = max(
+        len(prompt_tokens[pid]) + len(ids)
+        for pid, ids in zip(labels["prompt_id"], chosen["token_ids"], strict=True)
+    )
     if longest > max_length:
         raise UserError(
-            f"fit.max_length: a prompt with its response has {longest} tokens, over {max_length}; nothing is truncated, raise it"
+            f"fit.max_length: a prompt with its response has {longest} tokens, over {max_length}; "
+            "nothing is truncated, raise it"
         )
     return chosen

@@ -1,9 +1,11 @@
-"""A prompt with its K responses in one sequence: the prompt is computed once, each response sees it and itself only.
+"""A prompt with its K responses in one sequence: the prompt is computed once, each response sees it
+and itself only.
 
-Layout of a row: prompt without its last token | last prompt token, response 1 | last prompt token, response 2 | ... The last prompt token
-is repeated because it predicts every response's first token. Positions restart after the shared part, so a response's keys, queries and
-positions are those it has alone, and its log-probability is the same number. That holds where attention obeys a mask and nothing else
-carries state from token to token; `why_not_shared` measures it on the model at hand.
+Layout of a row: prompt without its last token | last prompt token, response 1 | last prompt token,
+response 2 | ... The last prompt token is repeated because it predicts every response's first token.
+Positions restart after the shared part, so a response's keys, queries and positions are those it
+has alone, and its log-probability is the same number. That holds where attention obeys a mask and
+nothing else carries state from token to token; `why_not_shared` measures it on the model at hand.
 """
 
 import functools
@@ -30,9 +32,11 @@ SHARED_INPUTS = ("input_ids", "position_ids", "segments", "next_tokens")
 
 @dataclass
 class SharedPromptCollator:
-    """Rows in the layout above, padded on the right: input_ids, position_ids, segments, next_tokens, each (num_rows, length).
+    """Rows in the layout above, padded on the right: input_ids, position_ids, segments,
+    next_tokens, each (num_rows, length).
 
-    segments: 0 the shared part, k the k-th response, −1 padding. next_tokens: the response token that a position predicts.
+    segments: 0 the shared part, k the k-th response, −1 padding. next_tokens: the response token
+    that a position predicts.
     """
 
     pad_token_id: int
@@ -42,7 +46,12 @@ class SharedPromptCollator:
         for example in examples:
             *shared, last = example["prompt_ids"]
             start = len(shared)
-            row, place, owner, target = list(shared), list(range(start)), [0] * start, [UNSCORED] * start
+            row, place, owner, target = (
+                list(shared),
+                list(range(start)),
+                [0] * start,
+                [UNSCORED] * start,
+            )
             for number, response in enumerate(example["responses_ids"], 1):
                 row += [last, *response[:-1]]
                 place += range(start, start + len(response))
@@ -59,19 +68,23 @@ class SharedPromptCollator:
 
 
 def block_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Additive attention mask (num_rows, 1, length, length): 0 where the query may see the key, the dtype's least number elsewhere.
+    """Additive attention mask (num_rows, 1, length, length): 0 where the query may see the key, the
+    dtype's least number elsewhere.
 
-    A position sees earlier positions (and itself) of the shared part and of its own response. Additive, because eager attention adds it.
+    A position sees earlier positions (and itself) of the shared part and of its own response.
+    Additive, because eager attention adds it.
     """
     query, key = segments[:, :, None], segments[:, None, :]
     order = torch.arange(segments.shape[1], device=segments.device)
     allowed = ((key == 0) | (key == query)) & (order[None, :] <= order[:, None])
-    return torch.zeros(allowed.shape, dtype=dtype, device=segments.device).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+    return torch.zeros(allowed.shape, dtype=dtype, device=segments.device).masked_fill(
+        ~allowed, torch.finfo(dtype).min
+    )[:, None]
 
 
 def add_shared_forward(model: PreTrainedModel) -> None:
-    """Lets `model(..., segments=, next_tokens=, num_responses=K)` return log π of each response (num_rows, K), nats; other calls stay
-    as they are.
+    """Lets `model(..., segments=, next_tokens=, num_responses=K)` return log π of each response
+    (num_rows, K), nats; other calls stay as they are.
 
     Inside the model's forward, so that wrappers (PEFT, DDP, FSDP) see an ordinary call.
     """
@@ -87,7 +100,9 @@ def add_shared_forward(model: PreTrainedModel) -> None:
         scored = next_tokens != UNSCORED
         logps = _token_logps(self.get_output_embeddings(), hidden[scored], next_tokens[scored])
         table = logps.new_zeros(segments.shape).masked_scatter(scored, logps)
-        return torch.stack([(table * (segments == k)).sum(dim=1) for k in range(1, num_responses + 1)], dim=1)
+        return torch.stack(
+            [(table * (segments == k)).sum(dim=1) for k in range(1, num_responses + 1)], dim=1
+        )
 
     model.forward = types.MethodType(forward, model)
 
@@ -95,7 +110,8 @@ def add_shared_forward(model: PreTrainedModel) -> None:
 def _token_logps(head: torch.nn.Module, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """log softmax(head(hidden))[token], shape (num_tokens,), float32.
 
-    At most LOGITS_AT_ONCE logits exist at a time; more are computed piece by piece, and again in the backward pass.
+    At most LOGITS_AT_ONCE logits exist at a time; more are computed piece by piece, and again in
+    the backward pass.
     """
 
     def piece(states: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -105,57 +121,106 @@ def _token_logps(head: torch.nn.Module, hidden: torch.Tensor, tokens: torch.Tens
     if len(hidden) <= size:
         return piece(hidden, tokens)
     parts = zip(hidden.split(size), tokens.split(size), strict=True)
-    return torch.cat([checkpoint(piece, states, chosen, use_reentrant=False) for states, chosen in parts])
+    return torch.cat(
+        [checkpoint(piece, states, chosen, use_reentrant=False) for states, chosen in parts]
+    )
 
 
-def adapted_head_logps(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """log π of the responses of padded rows (num_sequences,), nats, through the model's own forward, so through a LoRA layer on its head.
+def adapted_head_logps(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    """log π of the responses of padded rows (num_sequences,), nats, through the model's own
+    forward, so through a LoRA layer on its head.
 
-    TRL's fused head reads the head's weight and would leave the adapter on it out. Logits exist in columns that hold a response.
+    TRL's fused head reads the head's weight and would leave the adapter on it out. Logits exist in
+    columns that hold a response.
     """
     following = labels[:, 1:]
     columns = (following != UNSCORED).any(dim=0).nonzero()[:, 0]
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=columns).logits
+    logits = model(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=columns
+    ).logits
     chosen = following[:, columns]
-    losses = F.cross_entropy(logits.float().flatten(0, 1), chosen.flatten(), reduction="none", ignore_index=UNSCORED)
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), chosen.flatten(), reduction="none", ignore_index=UNSCORED
+    )
     return -losses.view(chosen.shape).sum(dim=1)
 
 
-def costs(prompts: np.ndarray, responses: np.ndarray, config: PretrainedConfig) -> tuple[float, float]:
-    """(shared, padded) work of a pass over rows of these lengths (`row_lengths`): a layer's multiplications ÷ 2·hidden, without the head.
+def costs(
+    prompts: np.ndarray, responses: np.ndarray, config: PretrainedConfig
+) -> tuple[float, float]:
+    """(shared, padded) work of a pass over rows of these lengths (`row_lengths`): a layer's
+    multiplications ÷ 2·hidden, without the head.
 
-    A token costs about 12·hidden² in a layer's matrices, a pair of positions 2·hidden in its attention, seen or masked: together
-    6·hidden·Σ length + Σ length². Many long responses to a short prompt cost more in one sequence than each alone.
+    A token costs about 12·hidden² in a layer's matrices, a pair of positions 2·hidden in its
+    attention, seen or masked: together 6·hidden·Σ length + Σ length². Many long responses to a
+    short prompt cost more in one sequence than each alone.
     """
     matrices = 6.0 * config.get_text_config().hidden_size
     alone = prompts[:, None] + responses
     together = alone.sum(axis=1) - (prompts - 1) * (responses.shape[1] - 1)
-    return tuple(float(matrices * lengths.sum() + (lengths.astype(float) ** 2).sum()) for lengths in (together, alone))
+    return tuple(
+        float(matrices * lengths.sum() + (lengths.astype(float) ** 2).sum())
+        for lengths in (together, alone)
+    )
 
 
-def why_not_shared(model: torch.nn.Module, rows: datasets.Dataset, pad_token_id: int, tolerance: float) -> str | None:
-    """None where the layout is exact on the longest rows of the dataset and cheaper than padded rows; else the reason.
+def why_not_shared(
+    model: torch.nn.Module, rows: datasets.Dataset, pad_token_id: int, tolerance: float
+) -> str | None:
+    """None where the layout is exact on the longest rows of the dataset and cheaper than padded
+    rows; else the reason.
 
-    Compared are log π of every response of a few rows in both layouts, `tolerance` in nats per token: attention kernels that take no
-    mask, sliding windows shorter than a row, recurrent layers and heads with more than a matrix show here, without a list of names. And
-    the last response's log-probability must not move at all when the others change: what it cannot see cannot change it.
+    Compared are log π of every response of a few rows in both layouts, `tolerance` in nats per
+    token: attention kernels that take no mask, sliding windows shorter than a row, recurrent layers
+    and heads with more than a matrix show here, without a list of names. And the last response's
+    log-probability must not move at all when the others change: what it cannot see cannot change
+    it.
     """
     prompts, responses = row_lengths(rows)
     shared, alone = costs(prompts, responses, model.config)
     if shared >= alone:
         return f"one sequence per row would cost {shared / alone:.2f} times the padded sequences"
-    few = [rows[int(i)] for i in np.argsort(-prompts - responses.max(axis=1), kind="stable")[:ROWS_TRIED]]
+    few = [
+        rows[int(i)]
+        for i in np.argsort(-prompts - responses.max(axis=1), kind="stable")[:ROWS_TRIED]
+    ]
     sequences = [(row["prompt_ids"], response) for row in few for response in row["responses_ids"]]
     with evaluating(model), torch.no_grad():
-        expected, _ = response_logps(model, *map(list, zip(*sequences, strict=True)), pad_id=pad_token_id, batch_size=len(sequences))
+        expected, _ = response_logps(
+            model,
+            *map(list, zip(*sequences, strict=True)),
+            pad_id=pad_token_id,
+            batch_size=len(sequences),
+        )
         try:
-            found, disturbed = (_shared_logps(model, batch, pad_token_id) for batch in (few, _others_changed(few)))
-        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError, KeyError) as error:
-            return f"the model refuses it ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            found, disturbed = (
+                _shared_logps(model, batch, pad_token_id) for batch in (few, _others_changed(few))
+            )
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            NotImplementedError,
+            IndexError,
+            KeyError,
+        ) as error:
+            return (
+                f"the model refuses it ({type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''})"
+            )
     lengths = np.array([len(response) for _, response in sequences])
     error = float(np.max(np.abs(found.ravel() - expected) / lengths))
     if not error <= tolerance:
-        return f"log-probabilities differ from padded rows by {error:.2g} nats per token (tolerance {tolerance:.2g})"
+        return (
+            f"log-probabilities differ from padded rows by {error:.2g} nats per token "
+            f"(tolerance {tolerance:.2g})"
+        )
     if not np.array_equal(found[:, -1], disturbed[:, -1]):
         return "a response's log-probability depends on the other responses of its row"
     return None
@@ -170,7 +235,11 @@ def _shared_logps(model: torch.nn.Module, rows: list[dict], pad_token_id: int) -
 
 def _others_changed(rows: list[dict]) -> list[dict]:
     """The rows with every response but the last reversed: the same shapes, other contents."""
-    return [row | {"responses_ids": [*(r[::-1] for r in others), last]} for row in rows for *others, last in [row["responses_ids"]]]
+    return [
+        row | {"responses_ids": [*(r[::-1] for r in others), last]}
+        for row in rows
+        for *others, last in [row["responses_ids"]]
+    ]
 
 
 @contextmanager

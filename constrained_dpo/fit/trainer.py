@@ -1,8 +1,10 @@
-"""The Lagrangian maximizer: TRL's DPOTrainer on pseudo-preferences, with reference log-probabilities from the pool.
+"""The Lagrangian maximizer: TRL's DPOTrainer on pseudo-preferences, with reference
+log-probabilities from the pool.
 
-The losses are in `losses.py`, the rows in `fit_data.py` and `shared_prompts.py`; what happens over the life of a fit is in `fit_watch.py`,
-`fit_holdout.py` and `fit_checkpoints.py`. The KL anchor is π_ref (the base without adapter) in every round: the stored `ref_logp` enters
-the loss and no reference model runs here.
+The losses are in `losses.py`, the rows in `fit_data.py` and `shared_prompts.py`; what happens over
+the life of a fit is in `fit_watch.py`, `fit_holdout.py` and `fit_checkpoints.py`. The KL anchor is
+π_ref (the base without adapter) in every round: the stored `ref_logp` enters the loss and no
+reference model runs here.
 """
 
 import math
@@ -20,11 +22,22 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
-from constrained_dpo.fit.adapter import _plain_head_in_sight, _restored_base, check_anchor, save_adapter
+from constrained_dpo.fit.adapter import (
+    _plain_head_in_sight,
+    _restored_base,
+    check_anchor,
+    save_adapter,
+)
 from constrained_dpo.fit.checkpoints import KEPT, SealedCheckpoints, fit_identity, start_from
 from constrained_dpo.fit.holdout import HeldOut, residual, split_held_out, squared_residuals
 from constrained_dpo.fit.losses import all_pairs_loss, listwise_loss, pair_loss
-from constrained_dpo.fit.rows import LengthBuckets, PaddedCollator, group_dataset, pair_dataset, row_lengths
+from constrained_dpo.fit.rows import (
+    LengthBuckets,
+    PaddedCollator,
+    group_dataset,
+    pair_dataset,
+    row_lengths,
+)
 from constrained_dpo.fit.shared_prompts import (
     SHARED_INPUTS,
     SharedPromptCollator,
@@ -43,8 +56,8 @@ from data_prep.models.settings import LoraSettings
 
 
 class PseudoPreferenceTrainer(DPOTrainer):
-    """DPOTrainer on rows that are token ids already: pairs with a target each, or groups with scores; reference log-probabilities are
-    cached in both."""
+    """DPOTrainer on rows that are token ids already: pairs with a target each, or groups with
+    scores; reference log-probabilities are cached in both."""
 
     listwise = False
     by_length = False
@@ -58,7 +71,11 @@ class PseudoPreferenceTrainer(DPOTrainer):
     def _get_train_sampler(self, train_dataset=None):
         if not self.by_length:
             return super()._get_train_sampler(train_dataset)
-        rows_per_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        rows_per_step = (
+            self.args.per_device_train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size
+        )
         prompts, responses = row_lengths(self.train_dataset)
         in_one = responses.sum(axis=1) if self.padded_because is None else responses.max(axis=1)
         return LengthBuckets(prompts + in_one, rows_per_step, self.args.seed)
@@ -71,12 +88,21 @@ class PseudoPreferenceTrainer(DPOTrainer):
         sequences = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
         if self.adapted_head:
             return adapted_head_logps(model, **sequences).view(-1, count)
-        return model(**sequences, use_cache=False, fused_lm_head=True).log_probs.float().sum(dim=1).view(-1, count)
+        return (
+            model(**sequences, use_cache=False, fused_lm_head=True)
+            .log_probs.float()
+            .sum(dim=1)
+            .view(-1, count)
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         policy = self._log_probabilities(model, inputs)
         log_ratio = policy - inputs["ref_logps"]
-        loss, reported = self._pair_loss(log_ratio, inputs) if "target" in inputs else self._group_loss(log_ratio, inputs)
+        loss, reported = (
+            self._pair_loss(log_ratio, inputs)
+            if "target" in inputs
+            else self._group_loss(log_ratio, inputs)
+        )
         if self.watch is not None:
             self.watch.saw(inputs, policy, loss, self.state.global_step + self.model.training)
         if "sample_logps" in inputs:
@@ -84,7 +110,9 @@ class PseudoPreferenceTrainer(DPOTrainer):
         mode = "train" if self.model.training else "eval"
         for name, value in reported.items():
             mean = self.accelerator.gather(value.detach()).nanmean().item()
-            if not math.isnan(mean):  # a KL without a law; a loss that is not finite has stopped the fit
+            if not math.isnan(
+                mean
+            ):  # a KL without a law; a loss that is not finite has stopped the fit
                 self._metrics[mode][name].append(mean)
         return (loss, log_ratio) if return_outputs else loss
 
@@ -98,16 +126,30 @@ class PseudoPreferenceTrainer(DPOTrainer):
     def _save_checkpoint(self, model, trial):
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own for a full disk
-            raise OSError(f"{self.args.output_dir}: the checkpoint cannot be saved ({error})") from error
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have errors of their own for a full disk
+            raise OSError(
+                f"{self.args.output_dir}: the checkpoint cannot be saved ({error})"
+            ) from error
 
-    def _pair_loss(self, log_ratio: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _pair_loss(
+        self, log_ratio: torch.Tensor, inputs: dict
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         chosen, rejected = log_ratio.unbind(dim=1)
-        scaled = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
+        scaled = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+        }
         loss = pair_loss(self.beta * (chosen - rejected), inputs["target"]).mean()
         return loss, {name: self.beta * value for name, value in scaled.items()}
 
-    def _group_loss(self, log_ratio: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _group_loss(
+        self, log_ratio: torch.Tensor, inputs: dict
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         scores, loss = inputs["scores"], listwise_loss if self.listwise else all_pairs_loss
         spread = self.beta * (log_ratio.amax(dim=1) - log_ratio.amin(dim=1))
         reported = {"rewards/mean": self.beta * log_ratio, "rewards/spread": spread}
@@ -115,9 +157,16 @@ class PseudoPreferenceTrainer(DPOTrainer):
 
 
 def training_config(
-    settings: FitSettings, beta: float, seed: int, output: Path, device: str, run_name: str | None = None, resumed: bool = False
+    settings: FitSettings,
+    beta: float,
+    seed: int,
+    output: Path,
+    device: str,
+    run_name: str | None = None,
+    resumed: bool = False,
 ) -> DPOConfig:
-    """Every default of DPOConfig that changes the mathematics is set here in words (DESIGN §9). output: where checkpoints go.
+    """Every default of DPOConfig that changes the mathematics is set here in words (DESIGN §9).
+    output: where checkpoints go.
 
     resumed: the adapter that the fit started from was measured before the kill.
     """
@@ -135,9 +184,12 @@ def training_config(
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+        if settings.gradient_checkpointing
+        else None,
         max_length=None,  # lengths were checked; nothing is truncated
-        disable_dropout=False,  # True would zero the adapter's dropout; the base's is off since loading
+        # True would zero the adapter's dropout; the base's is off since loading
+        disable_dropout=False,
         bf16=False,  # no autocast: train- and eval-mode log-probabilities agree
         precompute_ref_log_probs=False,  # they come from the pool
         remove_unused_columns=False,
@@ -156,7 +208,8 @@ def training_config(
         use_cpu=device == "cpu",
         seed=seed % 2**32,
     )
-    # A process computes on its one device. With more GPUs in sight the Trainer would wrap the model in DataParallel, which TRL refuses.
+    # A process computes on its one device. With more GPUs in sight the Trainer would wrap the
+    # model in DataParallel, which TRL refuses.
     config._n_gpu = min(config.n_gpu, 1)
     return config
 
@@ -176,53 +229,91 @@ def build_trainer(
     held_out: datasets.Dataset | None = None,
     resumed: bool = False,
 ) -> PseudoPreferenceTrainer:
-    """The trainer, built on the plain base plus a fresh adapter into which `previous_adapter` is then loaded.
+    """The trainer, built on the plain base plus a fresh adapter into which `previous_adapter` is
+    then loaded.
 
-    held_out: rows that are only measured, where `settings.holdout` asks for them. resumed: `train` will be given a checkpoint.
-    Given a PeftModel instead, TRL would copy its adapter as "ref" and anchor the KL to the last round's policy.
+    held_out: rows that are only measured, where `settings.holdout` asks for them. resumed: `train`
+    will be given a checkpoint. Given a PeftModel instead, TRL would copy its adapter as "ref" and
+    anchor the KL to the last round's policy.
     """
-    target = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    target = (
+        lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    )
     with _plain_head_in_sight(policy.model):
         trainer = PseudoPreferenceTrainer(
             model=policy.model,
-            args=training_config(settings, beta, seed, output, policy.device.type, run_name, resumed),
+            args=training_config(
+                settings, beta, seed, output, policy.device.type, run_name, resumed
+            ),
             data_collator=PaddedCollator(policy.tokenizer.pad_token_id),
             train_dataset=dataset,
             eval_dataset=held_out,
             compute_metrics=residual,
             processing_class=policy.tokenizer,
             peft_config=LoraConfig(
-                r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target, task_type="CAUSAL_LM"
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=target,
+                task_type="CAUSAL_LM",
             ),
         )
     trainer.listwise, trainer.by_length = settings.loss == "listwise", settings.group_by_length
-    for callback in (PrinterCallback, transformers.ProgressCallback):  # stdout is for results; progress is ours, on stderr
+    for callback in (
+        PrinterCallback,
+        transformers.ProgressCallback,
+    ):  # stdout is for results; progress is ours, on stderr
         trainer.remove_callback(callback)
     if show_progress:
         trainer.add_callback(FitProgress())
-    # TRL casts the adapter of a quantized base to bf16, where a step of 5e-5 leaves most of lora_A unmoved.
+    # TRL casts the adapter of a quantized base to bf16, where a step of 5e-5 leaves most of
+    # lora_A unmoved.
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if previous_adapter is not None:
         check_adapter_folder(previous_adapter, "warm start")
         with explained_loading("warm start", f"{previous_adapter} (of another base, or damaged?)"):
-            loaded = set_peft_model_state_dict(trainer.model, load_peft_weights(str(previous_adapter), device=str(policy.device)))
+            loaded = set_peft_model_state_dict(
+                trainer.model, load_peft_weights(str(previous_adapter), device=str(policy.device))
+            )
         if loaded.unexpected_keys:
-            raise UserError(f"{previous_adapter}: an adapter of another base or LoRA setting ({loaded.unexpected_keys[0]})")
+            raise UserError(
+                f"{previous_adapter}: an adapter of another base or LoRA setting "
+                f"({loaded.unexpected_keys[0]})"
+            )
     if list(trainer.model.peft_config) != ["default"] or trainer.ref_model is not None:
-        raise RuntimeError(f"the trainer holds a reference of its own ({list(trainer.model.peft_config)}); the KL would not be to π_ref")
-    trainer.adapted_head = isinstance(trainer.model.get_base_model().get_output_embeddings(), BaseTunerLayer)
-    trainer.padded_because = _share_prompts(trainer, policy) if settings.shared_prompts else "fit.shared_prompts is false"
+        raise RuntimeError(
+            f"the trainer holds a reference of its own ({list(trainer.model.peft_config)}); the "
+            "KL would not be to π_ref"
+        )
+    trainer.adapted_head = isinstance(
+        trainer.model.get_base_model().get_output_embeddings(), BaseTunerLayer
+    )
+    trainer.padded_because = (
+        _share_prompts(trainer, policy)
+        if settings.shared_prompts
+        else "fit.shared_prompts is false"
+    )
     return trainer
 
 
 def _share_prompts(trainer: PseudoPreferenceTrainer, policy: Policy) -> str | None:
-    """Turns the shared layout on where it is exact and cheaper; returns the reason where it is not."""
+    """Turns the shared layout on where it is exact and cheaper; returns the reason where it is
+    not."""
     add_shared_forward(trainer.model.get_base_model())
-    tolerance = 2e-5 if policy.settings.reproducible else 0.05  # nats per token; half precision rounds at the third digit of a logit
-    parts = [part for part in (trainer.train_dataset, trainer.eval_dataset) if part is not None]  # one layout for both
-    reason = why_not_shared(trainer.model, datasets.concatenate_datasets(parts), policy.tokenizer.pad_token_id, tolerance)
+    tolerance = (
+        2e-5 if policy.settings.reproducible else 0.05
+    )  # nats per token; half precision rounds at the third digit of a logit
+    parts = [
+        part for part in (trainer.train_dataset, trainer.eval_dataset) if part is not None
+    ]  # one layout for both
+    reason = why_not_shared(
+        trainer.model,
+        datasets.concatenate_datasets(parts),
+        policy.tokenizer.pad_token_id,
+        tolerance,
+    )
     if reason is None:
         trainer.data_collator = SharedPromptCollator(policy.tokenizer.pad_token_id)
     return reason
@@ -246,28 +337,43 @@ def fit_adapter(
     run_name: str | None = None,
     show_progress: bool = False,
 ) -> float | None:
-    """Trains one round's adapter and saves it at `output` in PEFT's format; the folder appears whole or not at all.
+    """Trains one round's adapter and saves it at `output` in PEFT's format; the folder appears
+    whole or not at all.
 
-    labels: rows of the pairs table, or of the groups table where the settings say groups; pool: the responses they name, with `ref_logp`.
-    The optimizer starts fresh, unless `checkpoints` (the folder for those of `settings.save_steps`; None: none are written) holds one of
-    this very fit: then it goes on from there, to the same adapter bit for bit on the same machine. `holdout_seed` draws the held-out
-    prompts. Returns the largest |log π_θ − stored ref_logp| before the first step in nats (None after a warm start or a resume); the log
-    is beside the adapter. `logs` is where the trackers of `settings.report_to` write, `run_name` what they call this fit.
-    In a launch of several processes all of them call this, each trains on its own rows of every step's batch, and the main one saves. Where
-    the launch shards the base (`shards_base`) the policy cannot be used afterwards and has to be loaded again.
+    labels: rows of the pairs table, or of the groups table where the settings say groups; pool: the
+    responses they name, with `ref_logp`. The optimizer starts fresh, unless `checkpoints` (the
+    folder for those of `settings.save_steps`; None: none are written) holds one of this very fit:
+    then it goes on from there, to the same adapter bit for bit on the same machine. `holdout_seed`
+    draws the held-out prompts. Returns the largest |log π_θ − stored ref_logp| before the first
+    step in nats (None after a warm start or a resume); the log is beside the adapter. `logs` is
+    where the trackers of `settings.report_to` write, `run_name` what they call this fit. In a
+    launch of several processes all of them call this, each trains on its own rows of every step's
+    batch, and the main one saves. Where the launch shards the base (`shards_base`) the policy
+    cannot be used afterwards and has to be loaded again.
 
-    Raises FloatingPointError at the first loss or gradient that is not finite; its batch is then in bad_batch.json beside `output`
-    (what the N-th process of a launch saw: in bad_batch-process-N.json).
+    Raises FloatingPointError at the first loss or gradient that is not finite; its batch is then in
+    bad_batch.json beside `output` (what the N-th process of a launch saw: in
+    bad_batch-process-N.json).
     """
-    dataset = (group_dataset if settings.grouped else pair_dataset)(labels, pool, prompt_tokens, settings.max_length)
+    dataset = (group_dataset if settings.grouped else pair_dataset)(
+        labels, pool, prompt_tokens, settings.max_length
+    )
     temporary = output.with_name(f".{output.name}.tmp")
-    bad_batch = output.with_name("bad_batch.json" if is_main() else f"bad_batch-process-{rank()}.json")  # each saw rows of its own
+    bad_batch = output.with_name(
+        "bad_batch.json" if is_main() else f"bad_batch-process-{rank()}.json"
+    )  # each saw rows of its own
     if is_main():
         shutil.rmtree(temporary, ignore_errors=True)
     checkpoint, callbacks = None, []
     if settings.save_steps and checkpoints is not None:
         identity = fit_identity(
-            dataset, policy.fingerprint, settings, lora, beta=beta, seeds=(seed, holdout_seed), previous_adapter=previous_adapter
+            dataset,
+            policy.fingerprint,
+            settings,
+            lora,
+            beta=beta,
+            seeds=(seed, holdout_seed),
+            previous_adapter=previous_adapter,
         )
         checkpoint = start_from(checkpoints, identity)
         callbacks = [SealedCheckpoints(identity)]
@@ -277,7 +383,10 @@ def fit_adapter(
     measured = HeldOut(settings.early_stop)
     if held_out is not None:
         callbacks = [measured, *callbacks]
-    with _restored_base(policy), fit_logs(logs if is_main() else None, settings.report_to, resumed=checkpoint is not None):
+    with (
+        _restored_base(policy),
+        fit_logs(logs if is_main() else None, settings.report_to, resumed=checkpoint is not None),
+    ):
         trainer = build_trainer(
             policy,
             fitted,
@@ -306,8 +415,13 @@ def fit_adapter(
             content = {"anchor_error": anchor_error, "padded_because": trainer.padded_because}
             if held_out is not None:
                 content["held_out"] = measured.record(held_out)
-            content["log"] = [{k: v for k, v in row.items() if isinstance(v, int | float)} for row in trainer.state.log_history]
-            gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) if shards_base() else None
+            content["log"] = [
+                {k: v for k, v in row.items() if isinstance(v, int | float)}
+                for row in trainer.state.log_history
+            ]
+            gathered = (
+                trainer.accelerator.get_state_dict(trainer.model_wrapped) if shards_base() else None
+            )
             if is_main():
                 save_adapter(trainer.model, gathered, training_log_text(content), temporary, output)
         finally:

@@ -1,4 +1,5 @@
-"""What is watched while a fit runs: the rows of every step by name, the KL on them, and the first number that is not finite."""
+"""What is watched while a fit runs: the rows of every step by name, the KL on them, and the first
+number that is not finite."""
 
 import json
 import math
@@ -13,23 +14,35 @@ from data_prep.files import write_json
 
 
 @torch.no_grad()
-def kl_estimate(policy: torch.Tensor, reference: torch.Tensor, law: torch.Tensor) -> dict[str, torch.Tensor]:
-    """KL(π_θ ‖ π_ref) in nats from responses that π_θ did not draw: `kl`, and `kl_ess`, how many responses it rests on.
+def kl_estimate(
+    policy: torch.Tensor, reference: torch.Tensor, law: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """KL(π_θ ‖ π_ref) in nats from responses that π_θ did not draw: `kl`, and `kl_ess`, how many
+    responses it rests on.
 
-    policy, reference, law: log π_θ, log π_ref and the log-probability under the law each response was drawn from (π_ref's or an earlier
-    round's, with its temperature; NaN where unknown, as for a dataset's responses, which are left out), any shape. The mean of
-    log π_θ/π_ref under self-normalised importance weights π_θ/law: consistent in the batch's size, biased in one batch, and no estimate
-    where kl_ess is near 1. Both are NaN where no law is known. The round's own `kl` is measured on fresh samples instead.
+    policy, reference, law: log π_θ, log π_ref and the log-probability under the law each response
+    was drawn from (π_ref's or an earlier round's, with its temperature; NaN where unknown, as for a
+    dataset's responses, which are left out), any shape. The mean of log π_θ/π_ref under
+    self-normalised importance weights π_θ/law: consistent in the batch's size, biased in one batch,
+    and no estimate where kl_ess is near 1. Both are NaN where no law is known. The round's own `kl`
+    is measured on fresh samples instead.
     """
     known = ~law.isnan()
     if not known.any():
-        return {"kl": torch.full_like(policy.sum(), torch.nan), "kl_ess": torch.full_like(policy.sum(), torch.nan)}
+        return {
+            "kl": torch.full_like(policy.sum(), torch.nan),
+            "kl_ess": torch.full_like(policy.sum(), torch.nan),
+        }
     weight = torch.softmax((policy - law)[known].double(), dim=0)
-    return {"kl": (weight * (policy - reference)[known]).sum().float(), "kl_ess": (1 / (weight**2).sum()).float()}
+    return {
+        "kl": (weight * (policy - reference)[known]).sum().float(),
+        "kl_ess": (1 / (weight**2).sum()).float(),
+    }
 
 
 class StepWatch(TrainerCallback):
-    """Stops a fit at the first loss or gradient that is not finite, and leaves the rows of that step in `file` (JSON).
+    """Stops a fit at the first loss or gradient that is not finite, and leaves the rows of that
+    step in `file` (JSON).
 
     rows: the fit's rows, which `row` of a batch counts in; names are those of the tables.
     """
@@ -41,9 +54,11 @@ class StepWatch(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self.seen = []
 
-    def saw(self, inputs: dict[str, torch.Tensor], policy: torch.Tensor, loss: torch.Tensor, step: int) -> None:
-        """Told of every forward: the batch, log π_θ (num_rows, K) and the loss; `step` counts from 1 (a measurement on
-        held-out rows: the steps before it)."""
+    def saw(
+        self, inputs: dict[str, torch.Tensor], policy: torch.Tensor, loss: torch.Tensor, step: int
+    ) -> None:
+        """Told of every forward: the batch, log π_θ (num_rows, K) and the loss; `step` counts from
+        1 (a measurement on held-out rows: the steps before it)."""
         self.seen.append((inputs["row"], policy.detach()))
         if not torch.isfinite(loss):
             self.seen = self.seen[-1:]
@@ -53,7 +68,8 @@ class StepWatch(TrainerCallback):
         self.seen = []  # a measurement on held-out rows is no part of a step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        # Every step is logged, before it is saved: a checkpoint never holds what such a step did to the weights.
+        # Every step is logged, before it is saved: a checkpoint never holds what such a step
+        # did to the weights.
         norm = (logs or {}).get("grad_norm", 0.0)
         if not math.isfinite(norm):
             self._stop(f"the gradient's norm is {norm}", state.global_step)
@@ -64,10 +80,14 @@ class StepWatch(TrainerCallback):
             for batch, policy in self.seen
             for index, values in zip(batch.tolist(), policy.tolist(), strict=True)
         ]
-        write_json(self.file, {"what": what, "step": step, "rows": [_json_ready(row) for row in rows]})
+        write_json(
+            self.file, {"what": what, "step": step, "rows": [_json_ready(row) for row in rows]}
+        )
         raise FloatingPointError(
-            f"fit: {what} at step {step}; its batch is in {self.file}: lower fit.learning_rate or fit.max_grad_norm in another run "
-            "(cdpo init --from takes over this one's samples), or look there for a log-probability or score that is out of range"
+            f"fit: {what} at step {step}; its batch is in {self.file}: lower fit.learning_rate or "
+            "fit.max_grad_norm in another run "
+            "(cdpo init --from takes over this one's samples), or look there for a "
+            "log-probability or score that is out of range"
         )
 
 
@@ -84,7 +104,14 @@ class FitProgress(TrainerCallback):
     """A bar with ETA and the current loss on stderr."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="fit", unit="step", disable=None, leave=False)
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="fit",
+            unit="step",
+            disable=None,
+            leave=False,
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(1)

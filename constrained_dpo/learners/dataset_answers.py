@@ -1,7 +1,8 @@
-"""A dataset's responses in the pool (`pool.source: dataset, both`): tokens, log π_ref and scores, each computed once.
+"""A dataset's responses in the pool (`pool.source: dataset, both`): tokens, log π_ref and scores,
+each computed once.
 
-They are kept apart, in pool/dataset.parquet, because nobody knows the law they were drawn from: the fit reads them, and nothing that
-estimates (λ_0, baselines, u, the certificate) does.
+They are kept apart, in pool/dataset.parquet, because nobody knows the law they were drawn from: the
+fit reads them, and nothing that estimates (λ_0, baselines, u, the certificate) does.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,12 @@ from constrained_dpo.learners.collect import collect
 from constrained_dpo.run.directory import RunDirectory
 from data_prep.errors import UserError
 from data_prep.files import write_json
-from data_prep.prompts.preference_rows import DatasetAnswers, answer_table, given_pairs, read_answers
+from data_prep.prompts.preference_rows import (
+    DatasetAnswers,
+    answer_table,
+    given_pairs,
+    read_answers,
+)
 from data_prep.tables import read_parquet, write_parquet
 
 if TYPE_CHECKING:
@@ -25,7 +31,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AnswersOnFile:
-    """Stands where `collect` has a learner: instead of sampling, it gives the dataset's answers to a prompt, with their log π_ref.
+    """Stands where `collect` has a learner: instead of sampling, it gives the dataset's answers to
+    a prompt, with their log π_ref.
 
     table: from `answer_table`; scored: whether the learner's scorers are asked too.
     """
@@ -39,58 +46,109 @@ class AnswersOnFile:
         """Row numbers of the table by prompt_id."""
         return self.table.groupby("prompt_id", sort=False).indices
 
-    def sample(self, prompts: pd.DataFrame, *, responses_per_prompt: int, adapter: None, source: str, seed: int) -> pd.DataFrame:
+    def sample(
+        self,
+        prompts: pd.DataFrame,
+        *,
+        responses_per_prompt: int,
+        adapter: None,
+        source: str,
+        seed: int,
+    ) -> pd.DataFrame:
         """All answers to these prompts; nothing is drawn, so only `prompts` matters."""
-        found = self.table.iloc[np.concatenate([self.rows[pid] for pid in prompts["prompt_id"]])].reset_index(drop=True)
+        found = self.table.iloc[
+            np.concatenate([self.rows[pid] for pid in prompts["prompt_id"]])
+        ].reset_index(drop=True)
         return found.assign(ref_logp=self.learner.log_probabilities(found, adapter))
 
     def score(self, responses: pd.DataFrame) -> pd.DataFrame:
         return self.learner.score(responses) if self.scored else responses
 
 
-def tokenized_answers(learner: "LoraLearner", *, label: str | None = None, test: bool = False) -> tuple[DatasetAnswers, pd.DataFrame]:
-    """The answers to the fit and dual prompts (to the test prompts with `test`), with their pairs under `label`, and as rows of the
-    responses table. Raises UserError as `read_answers` and `answer_table` do."""
+def tokenized_answers(
+    learner: "LoraLearner", *, label: str | None = None, test: bool = False
+) -> tuple[DatasetAnswers, pd.DataFrame]:
+    """The answers to the fit and dual prompts (to the test prompts with `test`), with their pairs
+    under `label`, and as rows of the responses table. Raises UserError as `read_answers` and
+    `answer_table` do."""
     recipe, policy = learner.recipe, learner.policy
     prompts = learner.prompts[(learner.prompts["split"] == "test") == test]
     own_source = test and not isinstance(recipe.prompts.test, float)
     answers = read_answers(recipe.prompts, prompts["prompt_id"], label=label, test=own_source)
     limit = min(recipe.fit.max_length, policy.window or recipe.fit.max_length)
     texts = prompts.set_index("prompt_id")["prompt"]
-    table = answer_table(answers, texts, learner.prompt_tokens, recipe.prompts, policy.tokenizer, policy.eos_ids, limit)
+    table = answer_table(
+        answers,
+        texts,
+        learner.prompt_tokens,
+        recipe.prompts,
+        policy.tokenizer,
+        policy.eos_ids,
+        limit,
+    )
     return answers, table
 
 
-def answer_counts(table: pd.DataFrame, num_prompts: int, left_out: dict[str, int]) -> dict[str, object]:
-    """What was taken, JSON-ready: responses, prompts with one, without one, and the responses left out by reason (`answers.LEFT_OUT`)."""
+def answer_counts(
+    table: pd.DataFrame, num_prompts: int, left_out: dict[str, int]
+) -> dict[str, object]:
+    """What was taken, JSON-ready: responses, prompts with one, without one, and the responses left
+    out by reason (`answers.LEFT_OUT`)."""
     covered = int(table["prompt_id"].nunique())
-    return {"responses": len(table), "prompts": covered, "prompts_without": num_prompts - covered, "left_out": dict(left_out)}
+    return {
+        "responses": len(table),
+        "prompts": covered,
+        "prompts_without": num_prompts - covered,
+        "left_out": dict(left_out),
+    }
 
 
 def collect_answers(
-    run: RunDirectory, learner: "LoraLearner", table: pd.DataFrame, known: pd.DataFrame | None, *, phase: str, scored: bool
+    run: RunDirectory,
+    learner: "LoraLearner",
+    table: pd.DataFrame,
+    known: pd.DataFrame | None,
+    *,
+    phase: str,
+    scored: bool,
 ) -> pd.DataFrame:
-    """The table with log π_ref and, where `scored`, the objectives' scores, shard by shard as samples are. `known`: the same answers with
-    their log π_ref, from another run."""
+    """The table with log π_ref and, where `scored`, the objectives' scores, shard by shard as
+    samples are. `known`: the same answers with their log π_ref, from another run."""
     prompts = learner.prompts[learner.prompts["prompt_id"].isin(table["prompt_id"])]
     return collect(
-        run, AnswersOnFile(learner, table, scored), prompts, phase=phase, round_number=0,
-        responses_per_prompt=int(table.groupby("prompt_id").size().max()), adapter=None, source="dataset",
-        shard_size=learner.recipe.sampling.batch_size, objectives=learner.recipe.problem.objectives if scored else [],
-        seed=learner.recipe.seed, known=known,
-    )  # fmt: skip
+        run,
+        AnswersOnFile(learner, table, scored),
+        prompts,
+        phase=phase,
+        round_number=0,
+        responses_per_prompt=int(table.groupby("prompt_id").size().max()),
+        adapter=None,
+        source="dataset",
+        shard_size=learner.recipe.sampling.batch_size,
+        objectives=learner.recipe.problem.objectives if scored else [],
+        seed=learner.recipe.seed,
+        known=known,
+    )
 
 
 def prepare_dataset_pool(run: RunDirectory, learner: "LoraLearner") -> None:
-    """Writes pool/dataset.parquet, and before it its labels (pool/given.parquet) and counts (pool/dataset.json).
+    """Writes pool/dataset.parquet, and before it its labels (pool/given.parquet) and counts
+    (pool/dataset.json).
 
     Raises UserError where the run takes over another's responses and the dataset has changed since.
     """
     answers, table = tokenized_answers(learner, label=learner.recipe.fit.label_column)
     pairs = None if learner.recipe.fit.label_column is None else given_pairs(answers)
-    known = read_parquet(run.inherited_file("dataset")) if run.inherited_file("dataset").exists() else None
+    known = (
+        read_parquet(run.inherited_file("dataset"))
+        if run.inherited_file("dataset").exists()
+        else None
+    )
     if known is not None and set(known["response_id"]) != set(table["response_id"]):
-        raise UserError(f"{run.path}: the dataset's responses are not those of the run it takes over; restore them, or init without --from")
+        raise UserError(
+            f"{run.path}: the dataset's responses are not those of the run it takes over; restore "
+            "them, or init without --from"
+        )
     pool = collect_answers(run, learner, table, known, phase="dataset", scored=True)
     if is_main():
         num_prompts = int((learner.prompts["split"] != "test").sum())

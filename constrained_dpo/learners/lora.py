@@ -1,4 +1,5 @@
-"""The LoRA learner: what `rounds` asks for (fit, sample, score), done with real models. Models are loaded when first needed."""
+"""The LoRA learner: what `rounds` asks for (fit, sample, score), done with real models. Models are
+loaded when first needed."""
 
 from functools import cached_property, partial
 from pathlib import Path
@@ -52,12 +53,17 @@ class LoraLearner:
 
     @cached_property
     def scorers(self) -> dict[str, Scorer]:
-        return {name: make_scorer(settings, self.asked) for name, settings in self.scorer_settings.items()}
+        return {
+            name: make_scorer(settings, self.asked)
+            for name, settings in self.scorer_settings.items()
+        }
 
     @property
     def asked(self) -> AskedPolicy:
         """This learner's policy for scorers that ask it; still the learner's to unload."""
-        return AskedPolicy(lambda: self.policy, self.recipe.prompts, self.recipe.sampling.max_new_tokens)
+        return AskedPolicy(
+            lambda: self.policy, self.recipe.prompts, self.recipe.sampling.max_new_tokens
+        )
 
     @cached_property
     def cache(self) -> ScoreCache:
@@ -78,7 +84,8 @@ class LoraLearner:
         self.__dict__.pop("policy", None)
 
     def restrict(self, limit: int) -> dict[str, int]:
-        """Applies the length limit (tokens of prompt + response) to the prompts; returns how many were dropped.
+        """Applies the length limit (tokens of prompt + response) to the prompts; returns how many
+        were dropped.
 
         Raises UserError for prompts that are too long where the recipe does not say to drop them.
         """
@@ -94,7 +101,10 @@ class LoraLearner:
         self.prompts = self.prompts[fits].reset_index(drop=True)
         counts = self.prompts["split"].value_counts()
         if min(counts.get(split, 0) for split in splits) < 2:
-            raise UserError(f"prompts: {dropped} of {len(fits)} are too long for {names} {limit}; too few are left")
+            raise UserError(
+                f"prompts: {dropped} of {len(fits)} are too long for {names} {limit}; too few are "
+                "left"
+            )
         return {"too_long": dropped}
 
     def identity(self) -> dict[str, object]:
@@ -107,8 +117,18 @@ class LoraLearner:
             "overridden_generation": self.policy.overridden,
         } | ({} if self.server is None else {"sampler": self.server.fingerprint()})
 
-    def fit(self, labels: pd.DataFrame, pool: pd.DataFrame, *, lambda_: pd.Series, previous: Path | None, output: Path, seed: int) -> None:
-        """One round's adapter at `output`; the multipliers are in the labels (pairs or groups) already."""
+    def fit(
+        self,
+        labels: pd.DataFrame,
+        pool: pd.DataFrame,
+        *,
+        lambda_: pd.Series,
+        previous: Path | None,
+        output: Path,
+        seed: int,
+    ) -> None:
+        """One round's adapter at `output`; the multipliers are in the labels (pairs or groups)
+        already."""
         from constrained_dpo.fit.trainer import fit_adapter
 
         number = self.run.rounds_done()
@@ -133,7 +153,15 @@ class LoraLearner:
         if shards_base():
             self.unload()
 
-    def sample(self, prompts: pd.DataFrame, *, responses_per_prompt: int, adapter: Path | None, source: str, seed: int) -> pd.DataFrame:
+    def sample(
+        self,
+        prompts: pd.DataFrame,
+        *,
+        responses_per_prompt: int,
+        adapter: Path | None,
+        source: str,
+        seed: int,
+    ) -> pd.DataFrame:
         draw = sample_shard if self.server is None else partial(sample_served, self.server)
         return draw(
             self.policy,
@@ -147,7 +175,8 @@ class LoraLearner:
         )
 
     def log_probabilities(self, responses: pd.DataFrame, adapter: Path | None) -> np.ndarray:
-        """log π_θ (adapter) or log π_ref (None) of stored responses by their token ids (nats, T = 1), shape (num_responses,)."""
+        """log π_θ (adapter) or log π_ref (None) of stored responses by their token ids (nats, T =
+        1), shape (num_responses,)."""
         tokens = [self.prompt_tokens[pid] for pid in responses["prompt_id"]]
         drawn = [ids.tolist() for ids in responses["token_ids"]]
         with attached_adapter(self.policy, adapter) as model:
@@ -163,33 +192,53 @@ class LoraLearner:
             if hasattr(scorer, "score_tokens"):
                 tokens = [self.prompt_tokens[pid] for pid in responses["prompt_id"]]
                 drawn = [ids.tolist() for ids in responses["token_ids"]]
-                # A table's ref_logp is this learner's policy's; a merged export has another than the run's scorers ask.
+                # A table's ref_logp is this learner's policy's; a merged export has another
+                # than the run's scorers ask.
                 own = scorer.reference_fingerprint == self.policy.fingerprint
                 ref_logp = responses["ref_logp"].to_numpy(np.float64) if own else None
-                columns[name] = score_tokens(scorer, tokens, drawn, texts=texts, ref_logp=ref_logp, **how)
+                columns[name] = score_tokens(
+                    scorer, tokens, drawn, texts=texts, ref_logp=ref_logp, **how
+                )
             else:
                 columns[name] = score_texts(scorer, prompts, texts, **how)
         return responses.assign(**columns)
 
     def truncated(self) -> dict[str, int]:
-        """Texts cut to a scorer's window in this process, by objective; only scorers that truncate."""
+        """Texts cut to a scorer's window in this process, by objective; only scorers that
+        truncate."""
         return {n: s.truncated for n, s in self.scorers.items() if getattr(s, "truncated", 0)}
 
     def measured_scorers(self, pool: pd.DataFrame) -> dict[str, dict]:
-        """By objective: `quantization_drift` of quantized scorers, `calibration` of implicit ones; pool: π_ref's scored responses."""
-        drifts = {n: s.quantization_drift() for n, s in self.scorers.items() if hasattr(s, "quantization_drift")}
-        measured = {name: {"quantization_drift": drift} for name, drift in drifts.items() if drift is not None}
-        return measured | {name: {"calibration": record} for name, record in self.calibrations(pool).items()}
+        """By objective: `quantization_drift` of quantized scorers, `calibration` of implicit ones;
+        pool: π_ref's scored responses."""
+        drifts = {
+            n: s.quantization_drift()
+            for n, s in self.scorers.items()
+            if hasattr(s, "quantization_drift")
+        }
+        measured = {
+            name: {"quantization_drift": drift}
+            for name, drift in drifts.items()
+            if drift is not None
+        }
+        return measured | {
+            name: {"calibration": record} for name, record in self.calibrations(pool).items()
+        }
 
     def calibrations(self, pool: pd.DataFrame) -> dict[str, dict]:
-        """By implicit objective of the recipe: `beta`, `std_within` (score units, within a prompt on π_ref's scored responses; None with
-        one response each) and `labelled`, the agreement with its table of labelled pairs (None without one)."""
+        """By implicit objective of the recipe: `beta`, `std_within` (score units, within a prompt
+        on π_ref's scored responses; None with one response each) and `labelled`, the agreement with
+        its table of labelled pairs (None without one)."""
         records = {}
         for name, settings in self.recipe.scorers.items():
             if settings.type == "implicit":
                 within = np.sqrt(pool.groupby("prompt_id")[name].var(ddof=1).mean())
                 std = float(within) if np.isfinite(within) else None
-                records[name] = {"beta": settings.beta, "std_within": std, "labelled": self.scorers[name].agreement()}
+                records[name] = {
+                    "beta": settings.beta,
+                    "std_within": std,
+                    "labelled": self.scorers[name].agreement(),
+                }
         return records
 
     # Exact values, where every response can be enumerated: the embedded world alone.
@@ -214,17 +263,22 @@ class LoraLearner:
                 if hasattr(scorer, "exact_scores"):
                     values = scorer.exact_scores(tokens)
                 else:
-                    values = np.stack([scorer.score([self.prompt_texts[pid]] * len(texts), texts) for pid in ids])
+                    values = np.stack(
+                        [scorer.score([self.prompt_texts[pid]] * len(texts), texts) for pid in ids]
+                    )
                 scores[name] = apply_options(values, self.scorer_settings[name])
             logp = exact_logps(self.policy, None, tokens)
-            worlds[split] = TabularWorld(problem, logp, scores[problem.reward], {n: scores[n] for n in problem.names})
+            worlds[split] = TabularWorld(
+                problem, logp, scores[problem.reward], {n: scores[n] for n in problem.names}
+            )
         return worlds
 
     def _prompts_of(self, split: str) -> list[str]:
         return self.prompts["prompt_id"][self.prompts["split"] == split].tolist()
 
     def exact(self, adapter: Path, lambda_: pd.Series) -> dict[str, dict] | None:
-        """Exact values of a policy by split, its Lagrangian gap at λ among them; None where responses cannot be enumerated."""
+        """Exact values of a policy by split, its Lagrangian gap at λ among them; None where
+        responses cannot be enumerated."""
         if self.recipe.policy.model != QUICKSTART:
             return None
         from data_prep.sampling.enumeration import exact_logps
@@ -233,7 +287,9 @@ class LoraLearner:
         for split, world in self.worlds.items():
             tokens = {pid: self.prompt_tokens[pid] for pid in self._prompts_of(split)}
             logp = exact_logps(self.policy, adapter, tokens)
-            values[split] = world.evaluate(logp) | {"lagrangian_gap": world.lagrangian_gap(logp, lambda_)}
+            values[split] = world.evaluate(logp) | {
+                "lagrangian_gap": world.lagrangian_gap(logp, lambda_)
+            }
         return values
 
     def optimum(self) -> dict[str, dict] | None:

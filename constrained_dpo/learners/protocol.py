@@ -8,15 +8,31 @@ import pandas as pd
 
 
 class Learner(Protocol):
-    """What a round needs. Tables are those of `data_prep.tables`; an adapter is a folder that the learner wrote."""
+    """What a round needs. Tables are those of `data_prep.tables`; an adapter is a folder that the
+    learner wrote."""
 
     prompts: pd.DataFrame
 
     def fit(
-        self, labels: pd.DataFrame, pool: pd.DataFrame, *, lambda_: pd.Series, previous: Path | None, output: Path, seed: int
+        self,
+        labels: pd.DataFrame,
+        pool: pd.DataFrame,
+        *,
+        lambda_: pd.Series,
+        previous: Path | None,
+        output: Path,
+        seed: int,
     ) -> None: ...
 
-    def sample(self, prompts: pd.DataFrame, *, responses_per_prompt: int, adapter: Path | None, source: str, seed: int) -> pd.DataFrame: ...
+    def sample(
+        self,
+        prompts: pd.DataFrame,
+        *,
+        responses_per_prompt: int,
+        adapter: Path | None,
+        source: str,
+        seed: int,
+    ) -> pd.DataFrame: ...
 
     def score(self, responses: pd.DataFrame) -> pd.DataFrame: ...
 

@@ -11,15 +11,26 @@ from constrained_dpo.dual.exact import TabularWorld, exact_optimum
 
 @dataclass(frozen=True)
 class TabularLearner:
-    """The exact maximizer as a learner for `rounds`: the same loop, files and seeds as a LoRA fit, no network.
+    """The exact maximizer as a learner for `rounds`: the same loop, files and seeds as a LoRA fit,
+    no network.
 
-    world: rows in the order of `prompts` (a prompts table). An adapter is a folder holding its policy's table.
+    world: rows in the order of `prompts` (a prompts table). An adapter is a folder holding its
+    policy's table.
     """
 
     world: TabularWorld
     prompts: pd.DataFrame
 
-    def fit(self, labels: pd.DataFrame, pool: pd.DataFrame, *, lambda_: pd.Series, previous: Path | None, output: Path, seed: int) -> None:
+    def fit(
+        self,
+        labels: pd.DataFrame,
+        pool: pd.DataFrame,
+        *,
+        lambda_: pd.Series,
+        previous: Path | None,
+        output: Path,
+        seed: int,
+    ) -> None:
         temporary = output.with_name(f".{output.name}.tmp")
         temporary.mkdir(parents=True, exist_ok=True)
         np.save(temporary / "policy_logp.npy", self.world.maximizer(lambda_))
@@ -28,9 +39,20 @@ class TabularLearner:
     def table(self, adapter: Path | None) -> np.ndarray:
         return self.world.ref_logp if adapter is None else np.load(adapter / "policy_logp.npy")
 
-    def sample(self, prompts: pd.DataFrame, *, responses_per_prompt: int, adapter: Path | None, source: str, seed: int) -> pd.DataFrame:
+    def sample(
+        self,
+        prompts: pd.DataFrame,
+        *,
+        responses_per_prompt: int,
+        adapter: Path | None,
+        source: str,
+        seed: int,
+    ) -> pd.DataFrame:
         rng = np.random.default_rng(seed)
-        logp, row_of = self.table(adapter), {pid: i for i, pid in enumerate(self.prompts["prompt_id"])}
+        logp, row_of = (
+            self.table(adapter),
+            {pid: i for i, pid in enumerate(self.prompts["prompt_id"])},
+        )
         tables = []
         for pid in prompts["prompt_id"]:
             row = row_of[pid]
@@ -56,12 +78,16 @@ class TabularLearner:
     def _cells(self, responses: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
         """Row and column of the world's arrays that each response stands for."""
         row_of = {pid: i for i, pid in enumerate(self.prompts["prompt_id"])}
-        return responses["prompt_id"].map(row_of).to_numpy(), responses["token_ids"].map(lambda ids: int(ids[0])).to_numpy()
+        return responses["prompt_id"].map(row_of).to_numpy(), responses["token_ids"].map(
+            lambda ids: int(ids[0])
+        ).to_numpy()
 
     def score(self, responses: pd.DataFrame) -> pd.DataFrame:
         cells = self._cells(responses)
         scored = responses.assign(**{self.world.problem.reward: self.world.reward[cells]})
-        return scored.assign(**{n: self.world.utilities[n][cells] for n in self.world.problem.names})
+        return scored.assign(
+            **{n: self.world.utilities[n][cells] for n in self.world.problem.names}
+        )
 
     def log_probabilities(self, responses: pd.DataFrame, adapter: Path) -> np.ndarray:
         return self.table(adapter)[self._cells(responses)]
@@ -74,7 +100,10 @@ class TabularLearner:
 
     def exact(self, adapter: Path, lambda_: pd.Series) -> dict[str, dict] | None:
         logp = self.table(adapter)
-        return {"all": self.world.evaluate(logp) | {"lagrangian_gap": self.world.lagrangian_gap(logp, lambda_)}}
+        return {
+            "all": self.world.evaluate(logp)
+            | {"lagrangian_gap": self.world.lagrangian_gap(logp, lambda_)}
+        }
 
     def optimum(self) -> dict[str, dict] | None:
         return {"all": exact_optimum(self.world)}

@@ -12,25 +12,44 @@ class DualSettings(Settings):
 
     method: Literal["subgradient", "one_shot", "fixed"] = Field(
         "subgradient",
-        description="subgradient steps; one_shot: λ from reference samples, kept; fixed: λ = init, kept",
+        description="subgradient steps; one_shot: λ from reference samples, kept; fixed: λ = "
+        "init, kept",
     )
     step_size: float = Field(0.5, gt=0, description="η, in units of step_scale")
-    step_schedule: Literal["constant", "inverse_sqrt"] = Field("constant", description="η, or η/√(round+1)")
+    step_schedule: Literal["constant", "inverse_sqrt"] = Field(
+        "constant", description="η, or η/√(round+1)"
+    )
     step_scale: Literal["raw", "auto"] | dict[str, float] = Field(
-        "auto", description="auto: std(r)/var(g) of the reference samples (resolved into numbers by `prepare`); raw: 1"
+        "auto",
+        description="auto: std(r)/var(g) of the reference samples (resolved into numbers by "
+        "`prepare`); raw: 1",
     )
     init: Literal["zeros", "one_shot"] | dict[str, float] = Field("one_shot", description="λ_0")
     max_lambda: float = Field(50.0, gt=0, description="upper bound of every multiplier")
     rounds: int = Field(4, ge=1, description="how many rounds `cdpo run` plays")
-    prompts_per_round: int = Field(600, ge=2, description="dual prompts: a fixed subset of the fit prompts")
-    responses_per_prompt: int = Field(8, ge=1, description="samples per dual or test prompt, of π_ref once and of π_θ each round")
-    confidence: float = Field(0.95, gt=0.5, lt=1, description="level of the intervals of u and of the verdict")
+    prompts_per_round: int = Field(
+        600, ge=2, description="dual prompts: a fixed subset of the fit prompts"
+    )
+    responses_per_prompt: int = Field(
+        8, ge=1, description="samples per dual or test prompt, of π_ref once and of π_θ each round"
+    )
+    confidence: float = Field(
+        0.95, gt=0.5, lt=1, description="level of the intervals of u and of the verdict"
+    )
     confidence_side: Literal["none", "lower"] = Field(
-        "none", description="lower: λ moves by the lower confidence bound of u, so that the constraint holds with probability `confidence`"
+        "none",
+        description="lower: λ moves by the lower confidence bound of u, so that the constraint "
+        "holds with probability `confidence`",
     )
     tolerance: float = Field(
-        0.05, gt=0, description="`cdpo run --until-converged`: slack in shares of the rise asked for, and change of λ in shares of λ"
+        0.05,
+        gt=0,
+        description="`cdpo run --until-converged`: slack in shares of the rise asked for, and "
+        "change of λ in shares of λ",
     )
     target_gap: float | None = Field(
-        None, gt=0, description="`cdpo run --until-converged`: also the objective within this of the bound on the optimum (reward units)"
+        None,
+        gt=0,
+        description="`cdpo run --until-converged`: also the objective within this of the bound on "
+        "the optimum (reward units)",
     )

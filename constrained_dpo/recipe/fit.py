@@ -17,62 +17,113 @@ class FitSettings(Settings):
 
     labels: Literal["soft", "bernoulli", "argmax", "given"] = Field(
         "soft",
-        description="targets of the pairs: P(≻) itself, a draw, the larger; given: the dataset's own labels whatever λ is (plain DPO on "
+        description="targets of the pairs: P(≻) itself, a draw, the larger; given: the dataset's "
+        "own labels whatever λ is (plain DPO on "
         "human preferences; needs pool.source: dataset or both)",
     )
     label_column: str | None = Field(
         None,
-        description="for labels given: the column that names the preferred response, better_response_id or safer_response_id; chosen for "
+        description="for labels given: the column that names the preferred response, "
+        "better_response_id or safer_response_id; chosen for "
         "rows of chosen and rejected",
     )
     loss: Literal["logistic", "listwise"] = Field(
         "logistic",
-        description="logistic: pairs; listwise: softmax(log-ratio) over a group fitted to softmax(score/β), which keeps the scale where "
+        description="logistic: pairs; listwise: softmax(log-ratio) over a group fitted to "
+        "softmax(score/β), which keeps the scale where "
         "pairs saturate",
     )
-    group_size: int = Field(2, ge=2, description="responses of a prompt in one row; logistic takes all their pairs (2: pairs)")
-    groups_per_prompt: int = Field(4, ge=1, description="groups drawn from a prompt's pool, anew each round (pairs: pairs_per_prompt)")
-    pairs_per_prompt: int | Literal["all"] = Field(8, description="pairs drawn from a prompt's pool, anew each round")
+    group_size: int = Field(
+        2,
+        ge=2,
+        description="responses of a prompt in one row; logistic takes all their pairs (2: pairs)",
+    )
+    groups_per_prompt: int = Field(
+        4,
+        ge=1,
+        description="groups drawn from a prompt's pool, anew each round (pairs: pairs_per_prompt)",
+    )
+    pairs_per_prompt: int | Literal["all"] = Field(
+        8, description="pairs drawn from a prompt's pool, anew each round"
+    )
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of the adapter")
-    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field("cosine", description="over one round")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up at the start of each round (shorter where later_rounds are)")
-    optimizer: Literal["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit"] = Field(
-        "adamw_torch", description="optimizer; its state starts fresh each round"
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="over one round"
+    )
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="linear warm-up at the start of each round (shorter where later_rounds are)",
+    )
+    optimizer: Literal["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit"] = (
+        Field("adamw_torch", description="optimizer; its state starts fresh each round")
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of the adapter")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
-    steps: int | None = Field(None, ge=1, description="optimizer steps per round (give steps or epochs)")
-    epochs: float | None = Field(None, gt=0, description="passes over the round's pairs (give steps or epochs)")
+    steps: int | None = Field(
+        None, ge=1, description="optimizer steps per round (give steps or epochs)"
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="passes over the round's pairs (give steps or epochs)"
+    )
     later_rounds: Share | list[Share] = Field(
         1.0,
-        description="share of steps or epochs that the rounds after the first get; a list: rounds 1, 2, ..., its last for all that follow",
+        description="share of steps or epochs that the rounds after the first get; a list: rounds "
+        "1, 2, ..., its last for all that follow",
     )
     holdout: float = Field(
-        0.0, ge=0, lt=1, description="share of the prompts, the same in every round, that a fit only measures its residual on"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the prompts, the same in every round, that a fit only measures its "
+        "residual on",
     )
-    eval_steps: int = Field(EVAL_STEPS, ge=1, description="optimizer steps between two measurements on the held-out prompts")
+    eval_steps: int = Field(
+        EVAL_STEPS,
+        ge=1,
+        description="optimizer steps between two measurements on the held-out prompts",
+    )
     early_stop: int | None = Field(
         None,
         ge=1,
-        description="stop a fit when the held-out residual has not fallen for so many measurements in a row, and keep the adapter that "
+        description="stop a fit when the held-out residual has not fallen for so many "
+        "measurements in a row, and keep the adapter that "
         "measured best; null: off, the last adapter is kept",
     )
     save_steps: int | None = Field(
-        None, ge=1, description="optimizer steps between two checkpoints that a killed fit goes on from; null: it starts over"
+        None,
+        ge=1,
+        description="optimizer steps between two checkpoints that a killed fit goes on from; "
+        "null: it starts over",
     )
     batch_size: int = Field(8, ge=1, description="rows (pairs or groups) per forward")
     gradient_accumulation: int = Field(1, ge=1, description="forwards per optimizer step")
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third slower")
-    warm_start: bool = Field(True, description="start from the last round's adapter (the KL stays to the reference policy)")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations: less memory, about a third slower"
+    )
+    warm_start: bool = Field(
+        True,
+        description="start from the last round's adapter (the KL stays to the reference policy)",
+    )
     shared_prompts: bool = Field(
         True,
-        description="a row's prompt is computed once for all its responses, where a check at the start finds that exact and cheaper; "
+        description="a row's prompt is computed once for all its responses, where a check at the "
+        "start finds that exact and cheaper; "
         "training_log.json says why not",
     )
-    group_by_length: bool = Field(False, description="rows of about equal length share a batch: less padding, a little less mixing")
-    max_length: int = Field(512, ge=2, description="longest prompt + response in tokens; nothing is truncated, longer is an error")
+    group_by_length: bool = Field(
+        False,
+        description="rows of about equal length share a batch: less padding, a little less mixing",
+    )
+    max_length: int = Field(
+        512,
+        ge=2,
+        description="longest prompt + response in tokens; nothing is truncated, longer is an error",
+    )
     report_to: list[Literal["tensorboard", "wandb"]] = Field(
-        [], description="trackers of the loss curves and of each round's λ, u, reward, KL and objective, under RUN/logs (wandb offline)"
+        [],
+        description="trackers of the loss curves and of each round's λ, u, reward, KL and "
+        "objective, under RUN/logs (wandb offline)",
     )
 
     @model_validator(mode="after")
@@ -80,34 +131,53 @@ class FitSettings(Settings):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of fit.steps and fit.epochs")
         if self.warmup_steps and self.lr_scheduler == "constant":
-            raise ValueError("fit.lr_scheduler constant has no warm-up; take constant_with_warmup, or set fit.warmup_steps to 0")
+            raise ValueError(
+                "fit.lr_scheduler constant has no warm-up; take constant_with_warmup, or set "
+                "fit.warmup_steps to 0"
+            )
         if self.warmup_steps and self.steps is not None and self.warmup_steps >= self.steps:
-            raise ValueError(f"fit.warmup_steps: {self.warmup_steps} of {self.steps} steps leaves none at the full rate; lower it")
+            raise ValueError(
+                f"fit.warmup_steps: {self.warmup_steps} of {self.steps} steps leaves none at the "
+                "full rate; lower it"
+            )
         if isinstance(self.pairs_per_prompt, int) and self.pairs_per_prompt < 1:
             raise ValueError("fit.pairs_per_prompt must be at least 1, or all")
         if self.grouped and self.labels != "soft":
-            raise ValueError(f"fit.labels {self.labels} is about pairs; groups (fit.group_size > 2, fit.loss listwise) take soft")
+            raise ValueError(
+                f"fit.labels {self.labels} is about pairs; groups (fit.group_size > 2, fit.loss "
+                "listwise) take soft"
+            )
         return self
 
     @model_validator(mode="after")
     def _given_labels(self) -> "FitSettings":
         if (self.labels == "given") != (self.label_column is not None):
-            raise ValueError("fit.labels: given and fit.label_column need each other; give both, or neither")
+            raise ValueError(
+                "fit.labels: given and fit.label_column need each other; give both, or neither"
+            )
         if self.labels == "given" and self.holdout:
-            raise ValueError("fit.holdout measures the distance to π*_λ, which is not what fit.labels: given fits; set it to 0")
+            raise ValueError(
+                "fit.holdout measures the distance to π*_λ, which is not what fit.labels: given "
+                "fits; set it to 0"
+            )
         return self
 
     @model_validator(mode="after")
     def _over_the_rounds(self) -> "FitSettings":
         if self.later_rounds == []:
-            raise ValueError("fit.later_rounds is an empty list; give a share, or one per later round")
+            raise ValueError(
+                "fit.later_rounds is an empty list; give a share, or one per later round"
+            )
         if not self.holdout and (self.early_stop is not None or self.eval_steps != EVAL_STEPS):
             key = "fit.eval_steps" if self.early_stop is None else "fit.early_stop"
-            raise ValueError(f"{key} measures on held-out prompts, and there are none; set fit.holdout, e.g. 0.1")
+            raise ValueError(
+                f"{key} measures on held-out prompts, and there are none; set fit.holdout, e.g. 0.1"
+            )
         return self
 
     def in_round(self, number: int) -> "FitSettings":
-        """The settings of round `number`, from 0: `steps` (at least one) or `epochs`, and `warmup_steps`, by `later_rounds`."""
+        """The settings of round `number`, from 0: `steps` (at least one) or `epochs`, and
+        `warmup_steps`, by `later_rounds`."""
         shares = self.later_rounds if isinstance(self.later_rounds, list) else [self.later_rounds]
         share = 1.0 if number == 0 else shares[min(number, len(shares)) - 1]
         warmup = {"warmup_steps": int(share * self.warmup_steps)}

@@ -23,20 +23,27 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key is a list or a mapping", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is a list or a mapping", key_node.start_mark
+                )
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
 )
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Reads and validates a recipe; relative paths in it become absolute. `overrides` are KEY=VALUE with dotted keys.
+    """Reads and validates a recipe; relative paths in it become absolute. `overrides` are KEY=VALUE
+    with dotted keys.
 
     Raises UserError with every error, one per line.
     """
@@ -69,7 +76,11 @@ def _apply_override(raw: dict, override: str) -> None:
     *parents, last = key.split(".")
     node = raw
     for parent in parents:
-        node = node[_position(node, parent, override)] if isinstance(node, list) else node.setdefault(parent, {})
+        node = (
+            node[_position(node, parent, override)]
+            if isinstance(node, list)
+            else node.setdefault(parent, {})
+        )
         if not isinstance(node, dict | list):
             raise UserError(f"-s {override}: {parent} is a value, not a block")
     if isinstance(node, list):
@@ -77,7 +88,9 @@ def _apply_override(raw: dict, override: str) -> None:
     try:
         node[last] = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"-s {override}: the value is not valid YAML ({_yaml_problem(error)})") from error
+        raise UserError(
+            f"-s {override}: the value is not valid YAML ({_yaml_problem(error)})"
+        ) from error
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
@@ -93,7 +106,8 @@ def _position(items: list, key: str, override: str) -> int:
 
 
 def _resolve_paths(raw: dict, folder: Path) -> None:
-    """Makes file and folder names absolute where they exist relative to the recipe (first) or to the working directory."""
+    """Makes file and folder names absolute where they exist relative to the recipe (first) or to
+    the working directory."""
 
     def absolute(value: object) -> object:
         if not isinstance(value, str):
@@ -111,23 +125,43 @@ def _resolve_paths(raw: dict, folder: Path) -> None:
                 node[key] = absolute(node[key])
 
     if isinstance(raw.get("policy"), dict):
-        visit(raw["policy"], ("reference_adapter",) if raw["policy"].get("model") == QUICKSTART else ("model", "reference_adapter"))
+        visit(
+            raw["policy"],
+            ("reference_adapter",)
+            if raw["policy"].get("model") == QUICKSTART
+            else ("model", "reference_adapter"),
+        )
     visit(raw.get("prompts"), ("source", "train", "test", "eval"))
     for source in raw["prompts"].values() if isinstance(raw.get("prompts"), dict) else ():
-        visit(source, ("dataset",) if isinstance(source, dict) and source.get("dataset") != QUICKSTART else ())
+        visit(
+            source,
+            ("dataset",)
+            if isinstance(source, dict) and source.get("dataset") != QUICKSTART
+            else (),
+        )
     objective = raw.get("objective")
     if isinstance(objective, dict):
         constraints = objective.get("constraints")
-        for block in [objective.get("reward"), *(constraints if isinstance(constraints, list) else [])]:
+        for block in [
+            objective.get("reward"),
+            *(constraints if isinstance(constraints, list) else []),
+        ]:
             if isinstance(block, dict):
-                visit(block.get("scorer"), ("model", "target", "file", "adapter", "reference", "calibrate"))
+                visit(
+                    block.get("scorer"),
+                    ("model", "target", "file", "adapter", "reference", "calibrate"),
+                )
 
 
 def _describe(error: ValidationError) -> list[str]:
     """One line per error: key, what is wrong, the value, and a suggestion for a misspelt key."""
     lines = []
     for item in error.errors():
-        parts = [str(p) for p in item["loc"] if not (p in SCORER_TYPES or "[" in str(p) or p in ("DatasetSource", "str", "float"))]
+        parts = [
+            str(p)
+            for p in item["loc"]
+            if not (p in SCORER_TYPES or "[" in str(p) or p in ("DatasetSource", "str", "float"))
+        ]
         key = ".".join(parts)
         if item["type"] == "extra_forbidden":
             close = difflib.get_close_matches(parts[-1], _known_keys(Recipe), n=1)
@@ -136,7 +170,10 @@ def _describe(error: ValidationError) -> list[str]:
             lines.append(f"{key}: missing")
         elif item["type"] == "value_error":
             message = item["msg"].removeprefix("Value error, ")
-            lines += [f"{key}: {part}" if key and not part.startswith(key) else part for part in message.splitlines()]
+            lines += [
+                f"{key}: {part}" if key and not part.startswith(key) else part
+                for part in message.splitlines()
+            ]
         else:
             shown = "" if isinstance(item["input"], dict | list) else f" (it is {item['input']!r})"
             lines.append(f"{key}: {item['msg'][0].lower() + item['msg'][1:]}{shown}")
@@ -152,7 +189,8 @@ def _known_keys(model: type[Settings]) -> set[str]:
 
 
 def schema_blocks(model: type[Settings], prefix: str = "") -> dict[str, type[Settings]]:
-    """Dotted name → settings class of every block of the schema, the recipe itself under the empty name."""
+    """Dotted name → settings class of every block of the schema, the recipe itself under the empty
+    name."""
     blocks = {prefix: model}
     for name, field in model.model_fields.items():
         for cls in _settings_in(field.annotation):

@@ -1,7 +1,9 @@
-"""The papers' methods as settings: what `cdpo sweep --method` changes in a recipe, and which method a recipe describes.
+"""The papers' methods as settings: what `cdpo sweep --method` changes in a recipe, and which method
+a recipe describes.
 
-CAID: arXiv:2505.19387; MoCAN and PeCAN: arXiv:2405.19544. PeCAN and PeCAID are MoCAN and CAID on implicit scorers. Each is a handful of the
-recipe's own keys; whatever else a recipe says (steps, learning rate, rounds) is left as it is, and a step has as many sequences.
+CAID: arXiv:2505.19387; MoCAN and PeCAN: arXiv:2405.19544. PeCAN and PeCAID are MoCAN and CAID on
+implicit scorers. Each is a handful of the recipe's own keys; whatever else a recipe says (steps,
+learning rate, rounds) is left as it is, and a step has as many sequences.
 """
 
 import json
@@ -19,13 +21,20 @@ METHODS: dict[str, tuple[str, ...]] = {
     "recipe": (),
     "caid": ("dual.method=subgradient", "dual.init=one_shot", *_PAPERS),
     "mocan": ("dual.method=one_shot", *_PAPERS),
-    "ours": ("dual.method=subgradient", "dual.init=one_shot", "fit.labels=soft", "fit.label_column=null", "pool.grow=true"),
+    "ours": (
+        "dual.method=subgradient",
+        "dual.init=one_shot",
+        "fit.labels=soft",
+        "fit.label_column=null",
+        "pool.grow=true",
+    ),
 }
 """-s overrides by method; `recipe` is the recipe as it stands."""
 
 
 WEIGHTED_SUM, ONE_OBJECTIVE = "weighted_sum", "dpo_"
-"""λ fixed at given weights; `dpo_NAME`: one objective alone, by its name in the recipe (the ends of the trade-off)."""
+"""λ fixed at given weights; `dpo_NAME`: one objective alone, by its name in the recipe (the ends of
+the trade-off)."""
 
 
 def uses_margins(method: str) -> bool:
@@ -33,50 +42,81 @@ def uses_margins(method: str) -> bool:
     return method in METHODS
 
 
-def method_overrides(method: str, recipe: Recipe, weights: dict[str, float] | None = None) -> list[str]:
+def method_overrides(
+    method: str, recipe: Recipe, weights: dict[str, float] | None = None
+) -> list[str]:
     """-s overrides that turn a recipe into a method; weights: λ of `weighted_sum`, by constraint.
 
-    `dpo_NAME` maximizes NAME alone with λ = 0. Where NAME is a utility it becomes the reward and the recipe's reward a constraint with
-    margin 0, so that both are still scored. Raises UserError for a method that there is not, or weights that do not fit.
+    `dpo_NAME` maximizes NAME alone with λ = 0. Where NAME is a utility it becomes the reward and
+    the recipe's reward a constraint with margin 0, so that both are still scored. Raises UserError
+    for a method that there is not, or weights that do not fit.
     """
     if method in METHODS:
-        return [*METHODS[method], *(_pairs_for_groups(recipe) if "fit.group_size=2" in METHODS[method] else [])]
+        return [
+            *METHODS[method],
+            *(_pairs_for_groups(recipe) if "fit.group_size=2" in METHODS[method] else []),
+        ]
     problem = recipe.problem
-    scored = ["fit.labels=soft", "fit.label_column=null"] if recipe.fit.labels == "given" else []  # people's labels know no weights
+    scored = (
+        ["fit.labels=soft", "fit.label_column=null"] if recipe.fit.labels == "given" else []
+    )  # people's labels know no weights
     if method == WEIGHTED_SUM:
-        return ["dual.method=fixed", f"dual.init={json.dumps(problem.multipliers(weights or {}).to_dict())}", *scored]
+        return [
+            "dual.method=fixed",
+            f"dual.init={json.dumps(problem.multipliers(weights or {}).to_dict())}",
+            *scored,
+        ]
     name = method.removeprefix(ONE_OBJECTIVE)
     if method == name or name not in problem.objectives:
         known = [*METHODS, WEIGHTED_SUM, *(f"{ONE_OBJECTIVE}{n}" for n in problem.objectives)]
-        raise UserError(f"--method {method}: there is no such method for this recipe; choose among {', '.join(known)}")
+        raise UserError(
+            f"--method {method}: there is no such method for this recipe; choose among "
+            f"{', '.join(known)}"
+        )
     if name == problem.reward:
         return ["dual.method=fixed", "dual.init=zeros", *scored]
     blocks = {c.name: c.model_dump(mode="json") for c in recipe.objective.constraints}
     reward = recipe.objective.reward.model_dump(mode="json")
-    others = [block for other, block in blocks.items() if other != name] + [reward | {"margin": 0.0}]
+    others = [block for other, block in blocks.items() if other != name] + [
+        reward | {"margin": 0.0}
+    ]
     chosen = {key: blocks[name][key] for key in ("name", "scorer")}
     return [
-        f"objective.reward={json.dumps(chosen)}", f"objective.constraints={json.dumps(others)}", "dual.method=fixed", "dual.init=zeros",
+        f"objective.reward={json.dumps(chosen)}",
+        f"objective.constraints={json.dumps(others)}",
+        "dual.method=fixed",
+        "dual.init=zeros",
         *scored,
-    ]  # fmt: skip
+    ]
 
 
 def _pairs_for_groups(recipe: Recipe) -> list[str]:
-    """Overrides that give pairs the sequences which the recipe's groups have, in a step and of a prompt; [] where it has pairs."""
+    """Overrides that give pairs the sequences which the recipe's groups have, in a step and of a
+    prompt; [] where it has pairs."""
     fit, size = recipe.fit, recipe.fit.group_size
     if not fit.grouped:
         return []
-    return [f"fit.batch_size={fit.batch_size * size // 2}", f"fit.pairs_per_prompt={fit.groups_per_prompt * size // 2}"]
+    return [
+        f"fit.batch_size={fit.batch_size * size // 2}",
+        f"fit.pairs_per_prompt={fit.groups_per_prompt * size // 2}",
+    ]
 
 
 def is_fixed(recipe: Recipe) -> bool:
     """Whether λ is given beforehand, so that the margins demand nothing of the policy."""
-    return not recipe.objective.constraints or (recipe.dual.method == "fixed" and recipe.dual.init != "one_shot")
+    return not recipe.objective.constraints or (
+        recipe.dual.method == "fixed" and recipe.dual.init != "one_shot"
+    )
 
 
 def is_weighted_sum(recipe: Recipe) -> bool:
     init = recipe.dual.init
-    return is_fixed(recipe) and bool(recipe.objective.constraints) and isinstance(init, dict) and any(init.values())
+    return (
+        is_fixed(recipe)
+        and bool(recipe.objective.constraints)
+        and isinstance(init, dict)
+        and any(init.values())
+    )
 
 
 def describe_method(recipe: Recipe) -> str:
@@ -87,21 +127,40 @@ def describe_method(recipe: Recipe) -> str:
     if is_fixed(recipe):
         return "weighted sum" if is_weighted_sum(recipe) else f"DPO on {objective.reward.name}"
     implicit = all(scorer.type == "implicit" for scorer in recipe.scorers.values())
-    papers = fit.labels == "bernoulli" and fit.loss == "logistic" and fit.group_size == 2 and not recipe.pool.grow
+    papers = (
+        fit.labels == "bernoulli"
+        and fit.loss == "logistic"
+        and fit.group_size == 2
+        and not recipe.pool.grow
+    )
     one_shot = dual.method in ("one_shot", "fixed")
     if papers and one_shot:
         return "PeCAN" if implicit else "MoCAN"
-    if papers and dual.method == "subgradient" and dual.init == "one_shot" and dual.confidence_side == "none":
+    if (
+        papers
+        and dual.method == "subgradient"
+        and dual.init == "one_shot"
+        and dual.confidence_side == "none"
+    ):
         return "PeCAID" if implicit else "CAID"
     kind = "one-shot" if one_shot else dual.method
     return f"{kind}, {fit.labels} labels, {'growing' if recipe.pool.grow else 'fixed'} pool"
 
 
 def settings_line(recipe: Recipe) -> str:
-    """A method's settings in one line: how λ moves, what is fitted on which labels and pool, β, how long."""
+    """A method's settings in one line: how λ moves, what is fitted on which labels and pool, β, how
+    long."""
     dual, fit = recipe.dual, recipe.fit
-    steps = f"{fit.steps} steps" if fit.steps is not None else f"{fit.epochs:g} epoch{'' if fit.epochs == 1 else 's'}"
-    rows = "pairs" if fit.group_size == 2 and fit.loss == "logistic" else f"{fit.loss} groups of {fit.group_size}"
+    steps = (
+        f"{fit.steps} steps"
+        if fit.steps is not None
+        else f"{fit.epochs:g} epoch{'' if fit.epochs == 1 else 's'}"
+    )
+    rows = (
+        "pairs"
+        if fit.group_size == 2 and fit.loss == "logistic"
+        else f"{fit.loss} groups of {fit.group_size}"
+    )
     moves = {
         "subgradient": f"subgradient steps η {dual.step_size:g} from λ_0 {_start(dual.init)}",
         "one_shot": "λ one-shot, kept",
@@ -113,7 +172,8 @@ def settings_line(recipe: Recipe) -> str:
         moves += " on the lower bound"
     pool = "growing pool" if recipe.pool.grow else "fixed pool"
     return (
-        f"{moves}; {fit.labels} labels, {rows}, {pool}; β {recipe.objective.beta:g}; {dual.rounds} round{'s' if dual.rounds > 1 else ''} "
+        f"{moves}; {fit.labels} labels, {rows}, {pool}; β {recipe.objective.beta:g}; "
+        f"{dual.rounds} round{'s' if dual.rounds > 1 else ''} "
         f"of {steps} × {fit.batch_size * fit.gradient_accumulation} at {fit.learning_rate:g}"
     )
 
@@ -125,14 +185,19 @@ def _start(init: str | dict[str, float]) -> str:
 
 
 def method_content(recipe: Recipe) -> dict[str, object]:
-    """Dotted keys and values of what makes the method: the recipe without name, seed, margins, thresholds, devices, step_scale (`prepare`
-    turns `auto` into numbers that depend on the samples) and a weighted sum's weights. Runs of equal content are points of one line."""
+    """Dotted keys and values of what makes the method: the recipe without name, seed, margins,
+    thresholds, devices, step_scale (`prepare` turns `auto` into numbers that depend on the samples)
+    and a weighted sum's weights. Runs of equal content are points of one line."""
     content = recipe.model_dump(mode="json")
     weights = "init" if is_weighted_sum(recipe) else None
-    content["dual"] = {key: value for key, value in content["dual"].items() if key not in ("step_scale", weights)}
+    content["dual"] = {
+        key: value for key, value in content["dual"].items() if key not in ("step_scale", weights)
+    }
     content = {key: value for key, value in content.items() if key not in ("name", "seed")}
     constraints = content["objective"]["constraints"]
-    content["objective"]["constraints"] = [{key: constraint[key] for key in ("name", "scorer")} for constraint in constraints]
+    content["objective"]["constraints"] = [
+        {key: constraint[key] for key in ("name", "scorer")} for constraint in constraints
+    ]
     return dict(_flat(content))
 
 
@@ -140,20 +205,34 @@ def _flat(content: object, prefix: str = "") -> list[tuple[str, object]]:
     if isinstance(content, dict) and content:
         return [pair for key, value in content.items() for pair in _flat(value, f"{prefix}{key}.")]
     if isinstance(content, list) and content and isinstance(content[0], dict):
-        return [pair for item in content for pair in _flat(item, f"{prefix}{item.get('name', '')}.")]
+        return [
+            pair for item in content for pair in _flat(item, f"{prefix}{item.get('name', '')}.")
+        ]
     if prefix.endswith("device."):
         return []
-    return [(prefix[:-1], content if isinstance(content, str | int | float | bool | None) else json.dumps(content, sort_keys=True))]
+    return [
+        (
+            prefix[:-1],
+            content
+            if isinstance(content, str | int | float | bool | None)
+            else json.dumps(content, sort_keys=True),
+        )
+    ]
 
 
 def method_labels(recipes: list[Recipe]) -> list[str]:
-    """A label per recipe, equal where the method is: its name, and the keys that differ where several methods share a name."""
+    """A label per recipe, equal where the method is: its name, and the keys that differ where
+    several methods share a name."""
     contents = [method_content(recipe) for recipe in recipes]
     names = [describe_method(recipe) for recipe in recipes]
     labels = []
     for content, name in zip(contents, names, strict=True):
         alike = [c for c, n in zip(contents, names, strict=True) if n == name]
-        several = [key for key in dict.fromkeys(k for c in alike for k in c) if len({c.get(key) for c in alike}) > 1]
+        several = [
+            key
+            for key in dict.fromkeys(k for c in alike for k in c)
+            if len({c.get(key) for c in alike}) > 1
+        ]
         shown = [f"{key.rpartition('.')[2]} {content.get(key)}" for key in several[:4]]
         more = f", {len(several) - 4} more" if len(several) > 4 else ""
         labels.append(f"{name} ({', '.join(shown)}{more})" if several else name)

@@ -1,4 +1,5 @@
-"""The keys of the recipe's `pool` block: which scored responses there are, and which of them a round trains on."""
+"""The keys of the recipe's `pool` block: which scored responses there are, and which of them a
+round trains on."""
 
 from typing import Literal
 
@@ -12,11 +13,22 @@ class PoolShares(Settings):
     """How much of what a round trains on comes from where; the shares sum to 1."""
 
     reference: float = Field(
-        ge=0, le=1, description="π_ref's own responses; 0 only where the pool has none, so that none of its answers goes out of view"
+        ge=0,
+        le=1,
+        description="π_ref's own responses; 0 only where the pool has none, so that none of its "
+        "answers goes out of view",
     )
-    dataset: float = Field(0.0, ge=0, le=1, description="the dataset's responses (pool.source: dataset, both)")
+    dataset: float = Field(
+        0.0, ge=0, le=1, description="the dataset's responses (pool.source: dataset, both)"
+    )
     recent: float = Field(0.0, ge=0, le=1, description="the last round's samples")
-    hard: float = Field(0.0, ge=0, le=1, description="the last round's samples, with odds proportional to how wrong its policy was on them")
+    hard: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="the last round's samples, with odds proportional to how wrong its policy was "
+        "on them",
+    )
     earlier: float = Field(0.0, ge=0, le=1, description="samples of the rounds before")
 
     @model_validator(mode="after")
@@ -32,17 +44,37 @@ class PoolSettings(Settings):
 
     source: Literal["reference", "dataset", "both"] = Field(
         "reference",
-        description="reference: π_ref's samples on the fit prompts; dataset: the responses in the rows of prompts.source (PKU-SafeRLHF, "
-        "HH-RLHF, UltraFeedback), scored like samples; both. λ_0, baselines and the certificate come from π_ref's samples in any case",
+        description="reference: π_ref's samples on the fit prompts; dataset: the responses in the "
+        "rows of prompts.source (PKU-SafeRLHF, "
+        "HH-RLHF, UltraFeedback), scored like samples; both. λ_0, baselines and the certificate "
+        "come from π_ref's samples in any case",
     )
-    grow: bool = Field(True, description="add each round's samples on dual prompts to the pool (they are scored already)")
-    shares: PoolShares | None = Field(None, description="shares of the sources in what a round trains on; null: every response alike")
-    max_per_prompt: int | None = Field(None, ge=2, description="most responses of a prompt that a round trains on, drawn anew each round")
+    grow: bool = Field(
+        True,
+        description="add each round's samples on dual prompts to the pool (they are scored "
+        "already)",
+    )
+    shares: PoolShares | None = Field(
+        None,
+        description="shares of the sources in what a round trains on; null: every response alike",
+    )
+    max_per_prompt: int | None = Field(
+        None,
+        ge=2,
+        description="most responses of a prompt that a round trains on, drawn anew each round",
+    )
 
     @model_validator(mode="after")
     def _grown(self) -> "PoolSettings":
-        if self.shares is not None and not self.grow and self.shares.reference + self.shares.dataset < 1:
-            raise ValueError("pool.shares: pool.grow: false adds no responses; set recent, hard and earlier to 0, or drop the shares")
+        if (
+            self.shares is not None
+            and not self.grow
+            and self.shares.reference + self.shares.dataset < 1
+        ):
+            raise ValueError(
+                "pool.shares: pool.grow: false adds no responses; set recent, hard and earlier to "
+                "0, or drop the shares"
+            )
         return self
 
     @model_validator(mode="after")
@@ -50,14 +82,21 @@ class PoolSettings(Settings):
         for kind in ("reference", "dataset") if self.shares is not None else ():
             drawn, share = self.source in (kind, "both"), getattr(self.shares, kind)
             if drawn and not share:
-                raise ValueError(f"pool.shares.{kind} is 0, but pool.source {self.source} has such responses; give them a share above 0")
+                raise ValueError(
+                    f"pool.shares.{kind} is 0, but pool.source {self.source} has such responses; "
+                    "give them a share above 0"
+                )
             if share and not drawn:
-                raise ValueError(f"pool.shares.{kind} is {share:g}, but pool.source {self.source} has no such responses; set it to 0")
+                raise ValueError(
+                    f"pool.shares.{kind} is {share:g}, but pool.source {self.source} has no such "
+                    "responses; set it to 0"
+                )
         return self
 
     def too_few(self, group_size: int, drawn: int, measured: int, rounds: int) -> list[str]:
-        """Why some round of a run would find nothing to compare in rows of `group_size`: a line, or none. drawn: π_ref's responses to every
-        prompt; measured: each round's to a dual prompt. Nothing is said of a dataset's responses, whose numbers differ."""
+        """Why some round of a run would find nothing to compare in rows of `group_size`: a line, or
+        none. drawn: π_ref's responses to every prompt; measured: each round's to a dual prompt.
+        Nothing is said of a dataset's responses, whose numbers differ."""
         row = "pair to compare" if group_size == 2 else f"group of fit.group_size {group_size}"
         if drawn < group_size and self.source == "reference":
             return [f"sampling.responses_per_prompt: {drawn} gives the first round no {row}"]
@@ -65,12 +104,16 @@ class PoolSettings(Settings):
             return [f"pool.max_per_prompt: {self.max_per_prompt} gives no {row}"]
         if self.shares is None or not self.grow or self.source != "reference":
             return []
-        for number in range(1, min(rounds, 3)):  # from the third on there is only more of what is earlier
+        for number in range(
+            1, min(rounds, 3)
+        ):  # from the third on there is only more of what is earlier
             pool = {"reference": drawn, "last": measured, "earlier": measured * (number - 1)}
             taken = responses_taken(pool, self.shares.model_dump(), self.max_per_prompt)
             if taken < group_size:
                 return [
-                    f"pool.shares: of {drawn} responses of π_ref and {measured} of each round they leave a dual prompt {taken} in round "
-                    f"{number}, no {row}; raise dual.responses_per_prompt, or give the last round's a smaller share"
+                    f"pool.shares: of {drawn} responses of π_ref and {measured} of each round "
+                    f"they leave a dual prompt {taken} in round "
+                    f"{number}, no {row}; raise dual.responses_per_prompt, or give the last "
+                    "round's a smaller share"
                 ]
         return []

@@ -1,6 +1,8 @@
-"""The recipe: one YAML file that fully describes a run. Typed and frozen; unknown keys are errors; all errors are shown at once.
+"""The recipe: one YAML file that fully describes a run. Typed and frozen; unknown keys are errors;
+all errors are shown at once.
 
-The keys of `policy`, `prompts`, `sampling` and the scorers are defined, documented and read in `data_prep`; the rest here.
+The keys of `policy`, `prompts`, `sampling` and the scorers are defined, documented and read in
+`data_prep`; the rest here.
 """
 
 import hashlib
@@ -38,13 +40,20 @@ class RewardSettings(Settings):
 class ConstraintSettings(Settings):
     """A utility (higher is better) and the level it has to reach, in its own score units."""
 
-    name: Name = Field(description="column name of the utility, and the constraint's name everywhere")
+    name: Name = Field(
+        description="column name of the utility, and the constraint's name everywhere"
+    )
     margin: float | str | None = Field(
         None,
-        description="b: at least so much above the reference policy; a number, or 0.5std: in std of π_ref's scores on the dual prompts",
+        description="b: at least so much above the reference policy; a number, or 0.5std: in std "
+        "of π_ref's scores on the dual prompts",
     )
-    threshold: float | None = Field(None, description="c: at least this, absolutely (instead of margin)")
-    reference_std: float | None = Field(None, gt=0, description="written by `prepare`: what 1std of `margin` is in score units")
+    threshold: float | None = Field(
+        None, description="c: at least this, absolutely (instead of margin)"
+    )
+    reference_std: float | None = Field(
+        None, gt=0, description="written by `prepare`: what 1std of `margin` is in score units"
+    )
     scorer: ScorerSettings = Field(description="what scores it")
 
     @field_validator("margin", mode="before")
@@ -54,11 +63,18 @@ class ConstraintSettings(Settings):
             return None
         in_std = isinstance(value, str) and value.endswith(STD)
         try:
-            number = math.nan if isinstance(value, bool) else float(value.removesuffix(STD) if in_std else value)
+            number = (
+                math.nan
+                if isinstance(value, bool)
+                else float(value.removesuffix(STD) if in_std else value)
+            )
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise ValueError(f"it is {value!r}; write a finite number, or a number of standard deviations such as 0.5std")
+            raise ValueError(
+                f"it is {value!r}; write a finite number, or a number of standard deviations such "
+                "as 0.5std"
+            )
         return f"{number:.12g}{STD}" if in_std else number
 
     @property
@@ -79,21 +95,31 @@ class ConstraintSettings(Settings):
 class ObjectiveSettings(Settings):
     """The constrained problem."""
 
-    beta: float = Field(gt=0, description="β: price of a nat of KL to the reference policy, in reward units")
+    beta: float = Field(
+        gt=0, description="β: price of a nat of KL to the reference policy, in reward units"
+    )
     reward: RewardSettings = Field(description="the reward")
-    constraints: list[ConstraintSettings] = Field(description="the utilities; [] is single-reward DPO")
+    constraints: list[ConstraintSettings] = Field(
+        description="the utilities; [] is single-reward DPO"
+    )
 
 
 class Recipe(Settings):
     """A whole run."""
 
     name: str = Field(description="what the run is called in tables and reports")
-    seed: int = Field(0, ge=0, description="every draw is a function of (seed, round, phase, shard)")
+    seed: int = Field(
+        0, ge=0, description="every draw is a function of (seed, round, phase, shard)"
+    )
     policy: PolicySettings = Field(description="base model and adapter")
     prompts: PromptSettings = Field(description="where prompts come from")
-    sampling: SamplingSettings = Field(default_factory=SamplingSettings, description="how responses are drawn")
+    sampling: SamplingSettings = Field(
+        default_factory=SamplingSettings, description="how responses are drawn"
+    )
     objective: ObjectiveSettings = Field(description="β, reward and constraints")
-    pool: PoolSettings = Field(default_factory=PoolSettings, description="the pool of scored responses")
+    pool: PoolSettings = Field(
+        default_factory=PoolSettings, description="the pool of scored responses"
+    )
     dual: DualSettings = Field(default_factory=DualSettings, description="the multipliers")
     fit: FitSettings = Field(description="the DPO fit")
 
@@ -112,34 +138,63 @@ class Recipe(Settings):
         except UserError as error:
             problems.append(f"objective: {error}")
         if self.sampling.max_new_tokens >= self.fit.max_length:
-            problems.append("sampling.max_new_tokens leaves no room for a prompt within fit.max_length")
+            problems.append(
+                "sampling.max_new_tokens leaves no room for a prompt within fit.max_length"
+            )
         problems += self.pool.too_few(
-            self.fit.group_size, self.sampling.responses_per_prompt, self.dual.responses_per_prompt, self.dual.rounds
+            self.fit.group_size,
+            self.sampling.responses_per_prompt,
+            self.dual.responses_per_prompt,
+            self.dual.rounds,
         )
         if self.fit.labels == "given":
             if self.pool.source == "reference":
-                problems.append("fit.labels: given are labels of a dataset's responses; set pool.source: dataset (or both)")
+                problems.append(
+                    "fit.labels: given are labels of a dataset's responses; set pool.source: "
+                    "dataset (or both)"
+                )
             if self.pool.shares is not None or self.pool.max_per_prompt is not None:
-                problems.append("fit.labels: given takes every labelled pair; drop pool.shares and pool.max_per_prompt")
+                problems.append(
+                    "fit.labels: given takes every labelled pair; drop pool.shares and "
+                    "pool.max_per_prompt"
+                )
         scorers = {c.name: c.scorer for c in (self.objective.reward, *self.objective.constraints)}
         for name, scorer in scorers.items():
             if scorer.type == "column":
-                problems.append(f"scorer of {name}: a column scorer cannot score fresh samples; use it with `cdpo data score`")
+                problems.append(
+                    f"scorer of {name}: a column scorer cannot score fresh samples; use it with "
+                    "`cdpo data score`"
+                )
         for constraint in self.objective.constraints:
             if constraint.scorer.type == "implicit" and constraint.threshold is not None:
-                problems.append(f"objective.constraints.{constraint.name}.threshold: {NOT_IDENTIFIED}")
-            if constraint.scorer.type == "implicit" and constraint.margin_in_std is not None:  # the std between prompts is log Z's
-                problems.append(f"objective.constraints.{constraint.name}.margin: {constraint.margin}: {NOT_IDENTIFIED} as a number")
+                problems.append(
+                    f"objective.constraints.{constraint.name}.threshold: {NOT_IDENTIFIED}"
+                )
+            if (
+                constraint.scorer.type == "implicit" and constraint.margin_in_std is not None
+            ):  # the std between prompts is log Z's
+                problems.append(
+                    f"objective.constraints.{constraint.name}.margin: {constraint.margin}: "
+                    f"{NOT_IDENTIFIED} as a number"
+                )
         if self.policy.model == QUICKSTART and self.sampling.max_new_tokens != 3:
-            problems.append("the embedded world's answers have at most 3 tokens: sampling.max_new_tokens must be 3")
+            problems.append(
+                "the embedded world's answers have at most 3 tokens: sampling.max_new_tokens must "
+                "be 3"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
     @property
     def problem(self) -> ConstrainedProblem:
-        """The constrained problem; a margin in std is a number once `prepare` has measured its unit."""
-        return ConstrainedProblem(self.objective.reward.name, self.objective.beta, tuple(c.constraint for c in self.objective.constraints))
+        """The constrained problem; a margin in std is a number once `prepare` has measured its
+        unit."""
+        return ConstrainedProblem(
+            self.objective.reward.name,
+            self.objective.beta,
+            tuple(c.constraint for c in self.objective.constraints),
+        )
 
     @property
     def scorers(self) -> dict[str, ScorerSettings]:
@@ -148,15 +203,21 @@ class Recipe(Settings):
 
     def with_reference_stds(self, stds: dict[str, float | None]) -> "Recipe":
         """The recipe with `reference_std` of the named constraints."""
-        constraints = [c.model_copy(update={"reference_std": stds[c.name]}) if c.name in stds else c for c in self.objective.constraints]
-        return self.model_copy(update={"objective": self.objective.model_copy(update={"constraints": constraints})})
+        constraints = [
+            c.model_copy(update={"reference_std": stds[c.name]}) if c.name in stds else c
+            for c in self.objective.constraints
+        ]
+        return self.model_copy(
+            update={"objective": self.objective.model_copy(update={"constraints": constraints})}
+        )
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def hash(self) -> str:
-        """Identity of the recipe: what differs from the defaults, so that a later release's new keys leave it as it is; without what
-        `prepare` writes: dual.step_scale, which it resolves from `auto` into numbers, and reference_std."""
+        """Identity of the recipe: what differs from the defaults, so that a later release's new
+        keys leave it as it is; without what `prepare` writes: dual.step_scale, which it resolves
+        from `auto` into numbers, and reference_std."""
         measured = dict.fromkeys(c.name for c in self.objective.constraints)
         content = self.with_reference_stds(measured).model_dump(mode="json", exclude_defaults=True)
         dual = {key: value for key, value in content.pop("dual", {}).items() if key != "step_scale"}

@@ -1,4 +1,5 @@
-"""`cdpo compare --output`: compare.csv, compare.md, the figures and one self-contained page; written whole, from the runs' files alone."""
+"""`cdpo compare --output`: compare.csv, compare.md, the figures and one self-contained page;
+written whole, from the runs' files alone."""
 
 import base64
 from pathlib import Path
@@ -12,19 +13,31 @@ from data_prep.errors import UserError
 from data_prep.files import write_atomically
 
 
-def write_comparison(groups: list[Group], left_out: list[tuple[str, str]], folder: Path, num_prompts: int) -> list[Path]:
-    """Writes the tables, the figures (light and dark) and compare.html, the latter last; returns what was written.
+def write_comparison(
+    groups: list[Group], left_out: list[tuple[str, str]], folder: Path, num_prompts: int
+) -> list[Path]:
+    """Writes the tables, the figures (light and dark) and compare.html, the latter last; returns
+    what was written.
 
-    num_prompts: prompts of each group whose answers are shown side by side. Raises UserError where the folder cannot be written.
+    num_prompts: prompts of each group whose answers are shown side by side. Raises UserError where
+    the folder cannot be written.
     """
-    contents, shown = {"compare.csv": flat_table(groups).to_csv(index=False).encode(), "compare.md": markdown(groups).encode()}, []
+    contents, shown = (
+        {
+            "compare.csv": flat_table(groups).to_csv(index=False).encode(),
+            "compare.md": markdown(groups).encode(),
+        },
+        [],
+    )
     for number, group in enumerate(groups, 1):
         figures = []
         for picture in pictures(group, f"{number}-" if len(groups) > 1 else ""):
             files = dict(picture.files())
             contents |= files
             light, dark = (base64.b64encode(data).decode() for data in files.values())
-            figures.append({"picture": picture, "file": next(iter(files)), "light": light, "dark": dark})
+            figures.append(
+                {"picture": picture, "file": next(iter(files)), "light": light, "dark": dark}
+            )
         shown.append(
             {
                 "group": group,
@@ -34,7 +47,9 @@ def write_comparison(groups: list[Group], left_out: list[tuple[str, str]], folde
             }
         )
     count = sum(len(group.rows) for group in groups)
-    contents["compare.html"] = render_page("compare.html.j2", {"shown": shown, "left_out": left_out, "count": count}).encode()
+    contents["compare.html"] = render_page(
+        "compare.html.j2", {"shown": shown, "left_out": left_out, "count": count}
+    ).encode()
     try:
         for name, data in contents.items():
             write_atomically(folder / name, data)
@@ -42,7 +57,10 @@ def write_comparison(groups: list[Group], left_out: list[tuple[str, str]], folde
             if old.name not in contents:
                 old.unlink()
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); make it writable or choose another --output") from error
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}); make it writable or choose another "
+            "--output"
+        ) from error
     return [folder / name for name in contents]
 
 
@@ -50,11 +68,16 @@ def _cards(group: Group, count: int) -> list[dict[str, object]]:
     """Prompts with every run's answer, ready to show."""
     return [
         {
-            "id": card["prompt_id"], "prompt": shortened(card["prompt"]),
+            "id": card["prompt_id"],
+            "prompt": shortened(card["prompt"]),
             "answers": [
-                answer | {"response": shortened(answer["response"]), "scores": [(n, signed(v, 2)) for n, v in answer["scores"].items()]}
+                answer
+                | {
+                    "response": shortened(answer["response"]),
+                    "scores": [(n, signed(v, 2)) for n, v in answer["scores"].items()],
+                }
                 for answer in card["answers"]
             ],
         }
         for card in side_by_side(group, count)
-    ]  # fmt: skip
+    ]

@@ -18,8 +18,9 @@ from data_prep.tables import read_parquet
 class Contents:
     """What a report is drawn from.
 
-    records: round.json of every round done; optimum: exact.json or None; shown: the round whose policy is shown; before, after: the
-    responses of π_ref and of that policy to the test prompts, one index (prompt_id, draw) for both, in the order of prompts.parquet.
+    records: round.json of every round done; optimum: exact.json or None; shown: the round whose
+    policy is shown; before, after: the responses of π_ref and of that policy to the test prompts,
+    one index (prompt_id, draw) for both, in the order of prompts.parquet.
     """
 
     run: RunDirectory
@@ -44,26 +45,34 @@ class Contents:
         return [self.name_of(self.run.round_file(t)) for t in range(len(self.records))]
 
     def exact_of(self, values: dict[str, dict] | None, split: str) -> dict | None:
-        """A split's entry of exact values: its own, or that of all prompts where the world does not tell them apart."""
+        """A split's entry of exact values: its own, or that of all prompts where the world does not
+        tell them apart."""
         return (values or {}).get(split) or (values or {}).get("all")
 
 
 def read_contents(run: RunDirectory, number: int | None = None) -> Contents:
-    """The run's files as they are now; number: the round whose policy is shown (None: the last one done).
+    """The run's files as they are now; number: the round whose policy is shown (None: the last one
+    done).
 
     Raises UserError when no round has been played or there is no such round.
     """
     recipe, state = run.recipe(), run.state()
     done = max(len(state["lambda"]) - 1, 0)
     if not done:
-        raise UserError(f"{run.path}: no round has been played yet, so there is nothing to report; next: {next_step(run, recipe)}")
+        raise UserError(
+            f"{run.path}: no round has been played yet, so there is nothing to report; next: "
+            f"{next_step(run, recipe)}"
+        )
     shown = done - 1 if number is None else number
     if not 0 <= shown < done:
         raise UserError(f"--round {number}: {run.path} has rounds 0 to {done - 1}")
     optimum = json.loads(run.exact_file.read_text()) if run.exact_file.exists() else None
     rank = {prompt_id: i for i, prompt_id in enumerate(run.prompts()["prompt_id"])}
     columns = ["prompt_id", "response", "token_ids", "ended", "split", *recipe.problem.objectives]
-    before, after = (_test_responses(read_parquet(path, columns), rank) for path in (run.reference_file, run.samples_file(shown)))
+    before, after = (
+        _test_responses(read_parquet(path, columns), rank)
+        for path in (run.reference_file, run.samples_file(shown))
+    )
     both = before.index.intersection(after.index, sort=False)
     records = [run.round_record(t) for t in range(done)]
     return Contents(run, recipe, state, records, optimum, shown, before.loc[both], after.loc[both])
@@ -71,7 +80,9 @@ def read_contents(run: RunDirectory, number: int | None = None) -> Contents:
 
 def _test_responses(table: pd.DataFrame, rank: dict[str, int]) -> pd.DataFrame:
     """The test split, indexed by prompt and draw (0, 1, ... within a prompt)."""
-    table = table[table["split"] == "test"].sort_values("prompt_id", key=lambda ids: ids.map(rank), kind="stable")
+    table = table[table["split"] == "test"].sort_values(
+        "prompt_id", key=lambda ids: ids.map(rank), kind="stable"
+    )
     draw = table.groupby("prompt_id").cumcount().rename("draw")
     return table.drop(columns="split").set_index(["prompt_id", draw])
 
@@ -92,7 +103,10 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 def interval(part: dict, name: str) -> str:
     """u of one constraint with its interval, from round.json (dual prompts) or its `test`."""
-    return f"{signed(part['u'][name])} [{signed(part['u_ci_low'][name])}, {signed(part['u_ci_high'][name])}]"
+    return (
+        f"{signed(part['u'][name])} [{signed(part['u_ci_low'][name])}, "
+        f"{signed(part['u_ci_high'][name])}]"
+    )
 
 
 def asked(constraint: Constraint) -> str:

@@ -1,6 +1,8 @@
-"""The report's figures: one panel each, drawn for a light and a dark page. Plain values in, a matplotlib Figure out.
+"""The report's figures: one panel each, drawn for a light and a dark page. Plain values in, a
+matplotlib Figure out.
 
-matplotlib is imported where it is used, and only its object-oriented API: no pyplot, no global state left behind.
+matplotlib is imported where it is used, and only its object-oriented API: no pyplot, no global
+state left behind.
 """
 
 from collections.abc import Callable
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
     from constrained_dpo.report.drawing import Style
 
 
-WIDTH = 4.6  # inches: 332 points, about a phone's width in pixels, so type is about as large as it says
+WIDTH = (
+    # inches: 332 points, about a phone's width in pixels, so type is about as large as it says
+    4.6
+)
 
 
 DOTS_PER_INCH = 200
@@ -34,7 +39,8 @@ MARKERS = "osD^vP*"
 
 @dataclass(frozen=True)
 class Style:
-    """Colours of one page theme; `series` is colour-blind safe (Okabe and Ito; for dark pages their lighter members, or lightened ones)."""
+    """Colours of one page theme; `series` is colour-blind safe (Okabe and Ito; for dark pages their
+    lighter members, or lightened ones)."""
 
     background: str
     text: str
@@ -48,15 +54,23 @@ class Style:
 
 
 LIGHT = Style(
-    background="#ffffff", text="#1c2733", grid="#dfe4ea", neutral="#8792a0",
-    series=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07d00", "#56b4e9"), rounds=("#bcd7ee", "#00395c"),
-)  # fmt: skip
+    background="#ffffff",
+    text="#1c2733",
+    grid="#dfe4ea",
+    neutral="#8792a0",
+    series=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07d00", "#56b4e9"),
+    rounds=("#bcd7ee", "#00395c"),
+)
 
 
 DARK = Style(
-    background="#171c23", text="#e3e8ee", grid="#323b46", neutral="#8e99a6",
-    series=("#56b4e9", "#ff8f4d", "#2fc79b", "#e39fc6", "#f0d442", "#9fb8ff"), rounds=("#2b4a63", "#bfe4ff"),
-)  # fmt: skip
+    background="#171c23",
+    text="#e3e8ee",
+    grid="#323b46",
+    neutral="#8e99a6",
+    series=("#56b4e9", "#ff8f4d", "#2fc79b", "#e39fc6", "#f0d442", "#9fb8ff"),
+    rounds=("#2b4a63", "#bfe4ff"),
+)
 
 
 def render(draw: Callable[[Style], "Figure"], style: Style) -> bytes:
@@ -64,13 +78,28 @@ def render(draw: Callable[[Style], "Figure"], style: Style) -> bytes:
     from matplotlib import rc_context
 
     settings = {
-        "figure.facecolor": style.background, "axes.facecolor": style.background, "savefig.facecolor": style.background,
-        "text.color": style.text, "axes.labelcolor": style.text, "axes.titlecolor": style.text, "axes.edgecolor": style.neutral,
-        "xtick.color": style.text, "ytick.color": style.text, "grid.color": style.grid, "axes.grid": True, "axes.axisbelow": True,
-        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 10, "font.family": "DejaVu Sans",
-        "axes.titlesize": 10, "legend.fontsize": 9, "lines.linewidth": 1.8,
+        "figure.facecolor": style.background,
+        "axes.facecolor": style.background,
+        "savefig.facecolor": style.background,
+        "text.color": style.text,
+        "axes.labelcolor": style.text,
+        "axes.titlecolor": style.text,
+        "axes.edgecolor": style.neutral,
+        "xtick.color": style.text,
+        "ytick.color": style.text,
+        "grid.color": style.grid,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "font.size": 10,
+        "font.family": "DejaVu Sans",
+        "axes.titlesize": 10,
+        "legend.fontsize": 9,
+        "lines.linewidth": 1.8,
         "text.usetex": False,
-    }  # fmt: skip
+    }
     with rc_context(settings):
         buffer = BytesIO()
         draw(style).savefig(buffer, format="png", dpi=DOTS_PER_INCH)
@@ -85,7 +114,13 @@ def _figure(height: float) -> "Figure":
 
 def _legend(figure: "Figure", handles: list, columns: int) -> None:
     """Below the axes, where it covers no data."""
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=1.8, columnspacing=1.2)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=columns,
+        handlelength=1.8,
+        columnspacing=1.2,
+    )
 
 
 def _whole_rounds(axes: "Axes", last: int) -> None:
@@ -96,22 +131,48 @@ def _whole_rounds(axes: "Axes", last: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
 
 
-def draw_certificate(style: Style, rounds: pd.DataFrame, optimum: float | None, shown: int) -> "Figure":
-    """Objective and dual value by round. rounds: (num_rounds, 4), columns objective, dual_value, dual_value_se, exact (NaN where unknown);
-    optimum: the exact P* or None."""
+def draw_certificate(
+    style: Style, rounds: pd.DataFrame, optimum: float | None, shown: int
+) -> "Figure":
+    """Objective and dual value by round. rounds: (num_rounds, 4), columns objective, dual_value,
+    dual_value_se, exact (NaN where unknown); optimum: the exact P* or None."""
     figure = _figure(3.3)
     axes = figure.subplots()
-    handles = axes.plot(rounds.index, rounds["objective"], color=style.colour(0), marker="o", markersize=5, label="objective")
+    handles = axes.plot(
+        rounds.index,
+        rounds["objective"],
+        color=style.colour(0),
+        marker="o",
+        markersize=5,
+        label="objective",
+    )
     handles.append(
         axes.errorbar(
-            rounds.index, rounds["dual_value"], yerr=2 * rounds["dual_value_se"], color=style.colour(1), marker="v", markersize=5,
-            capsize=3, label="D(λ)",
+            rounds.index,
+            rounds["dual_value"],
+            yerr=2 * rounds["dual_value_se"],
+            color=style.colour(1),
+            marker="v",
+            markersize=5,
+            capsize=3,
+            label="D(λ)",
         )
-    )  # fmt: skip
+    )
     if rounds["exact"].notna().any():
-        handles += axes.plot(rounds.index, rounds["exact"], "x", color=style.neutral, markersize=7, label="exact objective")
+        handles += axes.plot(
+            rounds.index,
+            rounds["exact"],
+            "x",
+            color=style.neutral,
+            markersize=7,
+            label="exact objective",
+        )
     if optimum is not None:
-        handles.append(axes.axhline(optimum, color=style.neutral, linestyle="--", linewidth=1.2, label="exact P*"))
+        handles.append(
+            axes.axhline(
+                optimum, color=style.neutral, linestyle="--", linewidth=1.2, label="exact P*"
+            )
+        )
     axes.axvline(shown, color=style.neutral, linewidth=5, alpha=0.25, zorder=0)
     _whole_rounds(axes, int(rounds.index[-1]))
     axes.set_ylabel("E[r] − β KL (score units)")
@@ -119,10 +180,14 @@ def draw_certificate(style: Style, rounds: pd.DataFrame, optimum: float | None, 
     return figure
 
 
-def draw_multipliers(style: Style, history: pd.DataFrame, optimal: dict[str, float], shown: int) -> "Figure":
-    """λ by round, one line per constraint; the last, hollow point is the λ that the next round would use.
+def draw_multipliers(
+    style: Style, history: pd.DataFrame, optimal: dict[str, float], shown: int
+) -> "Figure":
+    """λ by round, one line per constraint; the last, hollow point is the λ that the next round
+    would use.
 
-    history: (num_rounds + 1, num_constraints), index the round; optimal: exact λ* by constraint (empty where unknown).
+    history: (num_rounds + 1, num_constraints), index the round; optimal: exact λ* by constraint
+    (empty where unknown).
     """
     figure = _figure(3.3)
     axes = figure.subplots()
@@ -130,15 +195,31 @@ def draw_multipliers(style: Style, history: pd.DataFrame, optimal: dict[str, flo
     for index, name in enumerate(history.columns):
         colour, values = style.colour(index), history[name]
         marker = MARKERS[index % len(MARKERS)]
-        handles += axes.plot(values.index[:-1], values.iloc[:-1], color=colour, marker=marker, markersize=5, label=f"λ({name})")
+        handles += axes.plot(
+            values.index[:-1],
+            values.iloc[:-1],
+            color=colour,
+            marker=marker,
+            markersize=5,
+            label=f"λ({name})",
+        )
         axes.plot(values.index[-2:], values.iloc[-2:], color=colour, linestyle=":", linewidth=1.4)
-        axes.plot(values.index[-1:], values.iloc[-1:], color=colour, marker=marker, markersize=6, markerfacecolor=style.background)
+        axes.plot(
+            values.index[-1:],
+            values.iloc[-1:],
+            color=colour,
+            marker=marker,
+            markersize=6,
+            markerfacecolor=style.background,
+        )
         if name in optimal:
             axes.axhline(optimal[name], color=colour, linestyle="--", linewidth=1.2)
     if optimal:
         from matplotlib.lines import Line2D
 
-        handles.append(Line2D([], [], color=style.neutral, linestyle="--", linewidth=1.2, label="exact λ*"))
+        handles.append(
+            Line2D([], [], color=style.neutral, linestyle="--", linewidth=1.2, label="exact λ*")
+        )
     axes.axvline(shown, color=style.neutral, linewidth=5, alpha=0.25, zorder=0)
     _whole_rounds(axes, int(history.index[-1]))
     axes.set_ylim(bottom=0)
@@ -147,10 +228,14 @@ def draw_multipliers(style: Style, history: pd.DataFrame, optimal: dict[str, flo
     return figure
 
 
-def draw_slack(style: Style, name: str, estimates: dict[str, pd.DataFrame], confidence: float) -> "Figure":
-    """u of one constraint by round with its intervals against 0: dual and test prompts side by side on one scale.
+def draw_slack(
+    style: Style, name: str, estimates: dict[str, pd.DataFrame], confidence: float
+) -> "Figure":
+    """u of one constraint by round with its intervals against 0: dual and test prompts side by side
+    on one scale.
 
-    estimates: by split, one row per round with columns u, low, high, exact (NaN where unknown); score units.
+    estimates: by split, one row per round with columns u, low, high, exact (NaN where unknown);
+    score units.
     """
     figure = _figure(3.3)
     panels = figure.subplots(1, len(estimates), sharey=True)
@@ -159,18 +244,35 @@ def draw_slack(style: Style, name: str, estimates: dict[str, pd.DataFrame], conf
         errors = np.where(finite, [table["u"] - table["low"], table["high"] - table["u"]], 0.0)
         axes.axhline(0, color=style.text, linewidth=1.2)
         bars = axes.errorbar(
-            table.index, table["u"], yerr=errors, color=style.colour(index), marker="os"[index], markersize=4.5, linewidth=1.2,
-            elinewidth=1.4, capsize=2.5, label=f"estimate, {100 * confidence:g} % interval",
-        )  # fmt: skip
+            table.index,
+            table["u"],
+            yerr=errors,
+            color=style.colour(index),
+            marker="os"[index],
+            markersize=4.5,
+            linewidth=1.2,
+            elinewidth=1.4,
+            capsize=2.5,
+            label=f"estimate, {100 * confidence:g} % interval",
+        )
         bars[0].set_linestyle(":")
         handles = [bars]
         if table["exact"].notna().any():
             handles += axes.plot(
-                table.index, table["exact"], linestyle="", marker="x", color=style.text, markersize=4, zorder=5, label="exact"
+                table.index,
+                table["exact"],
+                linestyle="",
+                marker="x",
+                color=style.text,
+                markersize=4,
+                zorder=5,
+                label="exact",
             )
         axes.set_title(f"{split} prompts")
         _whole_rounds(axes, int(table.index[-1]))
-        figure.legend(handles=handles, loc="outside lower left" if index == 0 else "outside lower right")
+        figure.legend(
+            handles=handles, loc="outside lower left" if index == 0 else "outside lower right"
+        )
     low, high = panels[0].get_ylim()
     panels[0].set_ylim(min(low, -0.05 * (high - low)), max(high, 0.05 * (high - low)))
     panels[0].set_ylabel(f"u({name}), score units")
@@ -187,9 +289,11 @@ def draw_path(
     optimum: tuple[float, float] | None,
     shown: int,
 ) -> "Figure":
-    """The rounds' policies in the plane of one utility (x) and the reward (y), score units, with π_ref, the level and the exact optimum.
+    """The rounds' policies in the plane of one utility (x) and the reward (y), score units, with
+    π_ref, the level and the exact optimum.
 
-    rounds: columns utility, reward, index the round; names: utility and reward; level: the utility that the constraint asks for.
+    rounds: columns utility, reward, index the round; names: utility and reward; level: the utility
+    that the constraint asks for.
     """
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.ticker import MaxNLocator
@@ -197,29 +301,76 @@ def draw_path(
     figure = _figure(3.8)
     axes = figure.subplots()
     x, y = rounds["utility"], rounds["reward"]
-    handles = axes.plot(*reference, linestyle="", marker="s", markersize=8, color=style.neutral, label="π_ref")
-    axes.plot([reference[0], x.iloc[0]], [reference[1], y.iloc[0]], color=style.neutral, linewidth=1, linestyle=":", zorder=1)
+    handles = axes.plot(
+        *reference, linestyle="", marker="s", markersize=8, color=style.neutral, label="π_ref"
+    )
+    axes.plot(
+        [reference[0], x.iloc[0]],
+        [reference[1], y.iloc[0]],
+        color=style.neutral,
+        linewidth=1,
+        linestyle=":",
+        zorder=1,
+    )
     axes.plot(x, y, color=style.neutral, linewidth=1, zorder=1)
     shades = LinearSegmentedColormap.from_list("rounds", style.rounds)
     points = axes.scatter(
-        x, y, c=rounds.index, cmap=shades, vmin=0, vmax=max(int(rounds.index[-1]), 1), s=36, edgecolors=style.text, linewidths=0.6, zorder=3
+        x,
+        y,
+        c=rounds.index,
+        cmap=shades,
+        vmin=0,
+        vmax=max(int(rounds.index[-1]), 1),
+        s=36,
+        edgecolors=style.text,
+        linewidths=0.6,
+        zorder=3,
     )
     if len(rounds) > 1:
-        figure.colorbar(points, ax=axes, label="round", ticks=MaxNLocator(nbins=8, integer=True), pad=0.02, aspect=30)
+        figure.colorbar(
+            points,
+            ax=axes,
+            label="round",
+            ticks=MaxNLocator(nbins=8, integer=True),
+            pad=0.02,
+            aspect=30,
+        )
     handles += axes.plot(
-        x[shown], y[shown], linestyle="", marker="o", markersize=13, markerfacecolor="none", markeredgecolor=style.colour(1),
-        markeredgewidth=1.8, label=f"round {shown}",
-    )  # fmt: skip
+        x[shown],
+        y[shown],
+        linestyle="",
+        marker="o",
+        markersize=13,
+        markerfacecolor="none",
+        markeredgecolor=style.colour(1),
+        markeredgewidth=1.8,
+        label=f"round {shown}",
+    )
     if optimum:
         handles += axes.plot(
-            *optimum, linestyle="", marker="*", markersize=15, markerfacecolor="none", markeredgecolor=style.colour(2), markeredgewidth=1.8,
-            zorder=5, label="exact optimum",
-        )  # fmt: skip
+            *optimum,
+            linestyle="",
+            marker="*",
+            markersize=15,
+            markerfacecolor="none",
+            markeredgecolor=style.colour(2),
+            markeredgewidth=1.8,
+            zorder=5,
+            label="exact optimum",
+        )
     axes.margins(0.12)
     axes.axvline(level, color=style.colour(0), linestyle="--", linewidth=1.3)
     left, right = axes.get_xlim()
     handles.append(
-        axes.axvspan(level, max(right, level), color=style.colour(0), alpha=0.16, linewidth=0, zorder=0, label="meets the level")
+        axes.axvspan(
+            level,
+            max(right, level),
+            color=style.colour(0),
+            alpha=0.16,
+            linewidth=0,
+            zorder=0,
+            label="meets the level",
+        )
     )
     axes.set_xlim(left, max(right, level + 0.06 * (right - left)))
     axes.set_xlabel(f"utility E[{names[0]}] (score units)")
@@ -228,8 +379,17 @@ def draw_path(
     return figure
 
 
-def draw_histogram(style: Style, before: np.ndarray, after: np.ndarray, *, label: str, policy: str, whole: bool = False) -> "Figure":
-    """Shares of π_ref's and the policy's responses over common bins, with their means; whole: the values are counts, bins hold integers."""
+def draw_histogram(
+    style: Style,
+    before: np.ndarray,
+    after: np.ndarray,
+    *,
+    label: str,
+    policy: str,
+    whole: bool = False,
+) -> "Figure":
+    """Shares of π_ref's and the policy's responses over common bins, with their means; whole: the
+    values are counts, bins hold integers."""
     figure = _figure(3.1)
     axes = figure.subplots()
     values = np.concatenate([before, after])
@@ -242,9 +402,14 @@ def draw_histogram(style: Style, before: np.ndarray, after: np.ndarray, *, label
         width = max(1, int(np.ceil((high - low + 1) / count)))
         edges = np.arange(low - 0.5, high + 0.5 + width, width)
     else:
-        edges = np.linspace(low, high, count + 1) if high > low else np.array([low - 0.5, low + 0.5])
+        edges = (
+            np.linspace(low, high, count + 1) if high > low else np.array([low - 0.5, low + 0.5])
+        )
     handles = []
-    for scores, colour, filled, name in ((before, style.neutral, True, "π_ref"), (after, style.colour(0), False, policy)):
+    for scores, colour, filled, name in (
+        (before, style.neutral, True, "π_ref"),
+        (after, style.colour(0), False, policy),
+    ):
         share = np.histogram(scores, edges)[0] / len(scores)
         handles.append(
             axes.stairs(
@@ -266,7 +431,8 @@ def draw_histogram(style: Style, before: np.ndarray, after: np.ndarray, *, label
 
 
 def sweep_figure(points: list[SweepPoint], problem: ConstrainedProblem, style: "Style") -> "Figure":
-    """Predicted E[r] against predicted E[g] along the first constraint that varies; one line per setting of the others."""
+    """Predicted E[r] against predicted E[g] along the first constraint that varies; one line per
+    setting of the others."""
     from matplotlib.figure import Figure
 
     bounds = pd.DataFrame([p.bounds for p in points])
@@ -274,10 +440,19 @@ def sweep_figure(points: list[SweepPoint], problem: ConstrainedProblem, style: "
     figure = Figure(figsize=(4.6, 3.4), layout="constrained")
     axes = figure.add_subplot()
     others = [n for n in problem.names if n != across and bounds[n].nunique() > 1]
-    for index, (setting, rows) in enumerate(bounds.groupby(others, sort=False) if others else [((), bounds)]):
+    for index, (setting, rows) in enumerate(
+        bounds.groupby(others, sort=False) if others else [((), bounds)]
+    ):
         line = [points[i].solution for i in rows.index]
         label = ", ".join(f"{n} ≥ {v:g}" for n, v in zip(others, setting, strict=True))
-        axes.plot([s.utilities[across] for s in line], [s.reward for s in line], "o-", ms=3, color=style.colour(index), label=label or None)
+        axes.plot(
+            [s.utilities[across] for s in line],
+            [s.reward for s in line],
+            "o-",
+            ms=3,
+            color=style.colour(index),
+            label=label or None,
+        )
     axes.set(xlabel=f"predicted E[{across}]", ylabel=f"predicted E[{problem.reward}]")
     if others:
         axes.legend()

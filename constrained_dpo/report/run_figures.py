@@ -1,4 +1,5 @@
-"""Which figures a report has: their values, captions, alternative texts and the run's files that they are drawn from."""
+"""Which figures a report has: their values, captions, alternative texts and the run's files that
+they are drawn from."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +26,8 @@ from constrained_dpo.report.drawing import (
 class Picture:
     """A figure of the report.
 
-    section: multipliers, slack, path or scores; stem: its PNGs are STEM.png and STEM-dark.png; sources: the run's files it was drawn from.
+    section: multipliers, slack, path or scores; stem: its PNGs are STEM.png and STEM-dark.png;
+    sources: the run's files it was drawn from.
     """
 
     stem: str
@@ -64,14 +66,18 @@ def _multipliers(contents: Contents) -> Picture:
     optimal = (contents.exact_of(contents.optimum, "dual") or {}).get("lambda", {})
     last, exact = history.iloc[-1], "; dashed: the exact optimum λ*" if optimal else ""
     return Picture(
-        "lambda", "multipliers", "Multipliers",
-        "Multipliers by round: " + "; ".join(f"{n} from {history[n].iloc[0]:.4g} to {last[n]:.4g}" for n in history)
+        "lambda",
+        "multipliers",
+        "Multipliers",
+        "Multipliers by round: "
+        + "; ".join(f"{n} from {history[n].iloc[0]:.4g} to {last[n]:.4g}" for n in history)
         + "".join(f"; exact λ*({n}) {v:.4g}" for n, v in optimal.items()),
-        f"λ that each round's pseudo-preferences were drawn under; hollow: what the next round would use{exact}. "
+        "λ that each round's pseudo-preferences were drawn under; hollow: what the next round "
+        f"would use{exact}. "
         f"Grey band: round {contents.shown}, the policy shown.",
         [contents.name_of(contents.run.state_file), *_exact_source(contents)],
         partial(draw_multipliers, history=history, optimal=optimal, shown=contents.shown),
-    )  # fmt: skip
+    )
 
 
 def _slack(contents: Contents, index: int, name: str) -> Picture:
@@ -81,26 +87,36 @@ def _slack(contents: Contents, index: int, name: str) -> Picture:
         exact = [contents.exact_of(record.get("exact"), split) for record in contents.records]
         estimates[split] = pd.DataFrame(
             {
-                **{key: [part[source][name] for part in parts] for key, source in (("u", "u"), ("low", "u_ci_low"), ("high", "u_ci_high"))},
+                **{
+                    key: [part[source][name] for part in parts]
+                    for key, source in (("u", "u"), ("low", "u_ci_low"), ("high", "u_ci_high"))
+                },
                 "exact": [values["u"][name] if values else np.nan for values in exact],
             }
         )
     confidence = contents.recipe.dual.confidence
     test = contents.record["test"]
     return Picture(
-        f"u-{index}-{name}", "slack", f"Slack of {name}",
-        f"u of {name} by round on dual and test prompts; round {contents.shown}: dual {interval(contents.record, name)}, "
+        f"u-{index}-{name}",
+        "slack",
+        f"Slack of {name}",
+        f"u of {name} by round on dual and test prompts; round {contents.shown}: dual "
+        f"{interval(contents.record, name)}, "
         f"test {interval(test, name)}",
-        f"u({name}) against 0: above is satisfied with room. Bars: {100 * confidence:g} % intervals, each prompt one observation. The dual "
-        f"prompts ({contents.record['num_prompts']}) move λ; the test prompts ({test['num_prompts']}) only decide.",
+        f"u({name}) against 0: above is satisfied with room. Bars: {100 * confidence:g} % "
+        "intervals, each prompt one observation. The dual "
+        f"prompts ({contents.record['num_prompts']}) move λ; the test prompts "
+        f"({test['num_prompts']}) only decide.",
         contents.round_files,
         partial(draw_slack, name=name, estimates=estimates, confidence=confidence),
-    )  # fmt: skip
+    )
 
 
 def _path(contents: Contents, index: int, name: str) -> Picture:
     reward, tests = contents.recipe.problem.reward, [record["test"] for record in contents.records]
-    rounds = pd.DataFrame({"utility": [t["utilities"][name] for t in tests], "reward": [t["reward"] for t in tests]})
+    rounds = pd.DataFrame(
+        {"utility": [t["utilities"][name] for t in tests], "reward": [t["reward"] for t in tests]}
+    )
     means = contents.before[[name, reward]].mean()
     level = contents.record["test"]["utilities"][name] - contents.record["test"]["u"][name]
     best = (contents.exact_of(contents.optimum, "test") or {}).get("optimal")
@@ -108,62 +124,110 @@ def _path(contents: Contents, index: int, name: str) -> Picture:
     where = "these prompts" if "test" in (contents.optimum or {}) else "all prompts of the world"
     here = rounds.loc[contents.shown]
     return Picture(
-        f"path-{index}-{name}", "path", f"Path: {name} against {reward}",
-        f"Reward against {name} on test prompts: π_ref at {signed(means.iloc[0])}, {signed(means.iloc[1])}; round {contents.shown} at "
-        f"{signed(here['utility'])}, {signed(here['reward'])}; the level asked for is {signed(level)}",
-        f"Each round's policy on the test prompts; the dashed line is the level that {name} has to reach"
+        f"path-{index}-{name}",
+        "path",
+        f"Path: {name} against {reward}",
+        f"Reward against {name} on test prompts: π_ref at {signed(means.iloc[0])}, "
+        f"{signed(means.iloc[1])}; round {contents.shown} at "
+        f"{signed(here['utility'])}, {signed(here['reward'])}; the level asked for is "
+        f"{signed(level)}",
+        f"Each round's policy on the test prompts; the dashed line is the level that {name} has "
+        "to reach"
         + (f", the star the exact constrained optimum on {where}." if optimum else ".")
         + " The reward leaves the KL term out.",
-        [*contents.round_files, contents.name_of(contents.run.reference_file), *_exact_source(contents)],
+        [
+            *contents.round_files,
+            contents.name_of(contents.run.reference_file),
+            *_exact_source(contents),
+        ],
         partial(
-            draw_path, rounds=rounds, names=(name, reward), reference=tuple(means), level=level, optimum=optimum, shown=contents.shown
+            draw_path,
+            rounds=rounds,
+            names=(name, reward),
+            reference=tuple(means),
+            level=level,
+            optimum=optimum,
+            shown=contents.shown,
         ),
-    )  # fmt: skip
+    )
 
 
 def _certificate(contents: Contents) -> Picture:
     keys = ("objective", "dual_value", "dual_value_se")
-    rounds = pd.DataFrame([{k: record.get(k) for k in keys} for record in contents.records], dtype=float)
+    rounds = pd.DataFrame(
+        [{k: record.get(k) for k in keys} for record in contents.records], dtype=float
+    )
     exact = [contents.exact_of(record.get("exact"), "dual") for record in contents.records]
     rounds["exact"] = [values["objective"] if values else np.nan for values in exact]
     optimum = (contents.exact_of(contents.optimum, "dual") or {}).get("objective")
     best = rounds["dual_value"].min()
     known = "" if optimum is None else f"; the exact optimum is {signed(optimum)}"
     return Picture(
-        "certificate", "certificate", "Objective and bound",
-        f"Objective by round against the dual value, an estimated bound from above; the smallest bound is {signed(best)}{known}",
-        "E[r] − β KL of each round's policy on the dual prompts, and D(λ) with two standard errors: no policy that meets the "
-        "constraints is above the lowest D. A round below it may still be the best there is: D is tight only at the optimal λ."
+        "certificate",
+        "certificate",
+        "Objective and bound",
+        "Objective by round against the dual value, an estimated bound from above; the smallest "
+        f"bound is {signed(best)}{known}",
+        "E[r] − β KL of each round's policy on the dual prompts, and D(λ) with two standard "
+        "errors: no policy that meets the "
+        "constraints is above the lowest D. A round below it may still be the best there is: D is "
+        "tight only at the optimal λ."
         + ("" if optimum is None else " Crosses and dashes: exact values."),
         [*contents.round_files, *_exact_source(contents)],
         partial(draw_certificate, rounds=rounds, optimum=optimum, shown=contents.shown),
-    )  # fmt: skip
+    )
 
 
 def _histograms(contents: Contents) -> Iterator[Picture]:
     run, policy = contents.run, f"round {contents.shown}"
-    sources = [contents.name_of(run.reference_file), contents.name_of(run.samples_file(contents.shown))]
+    sources = [
+        contents.name_of(run.reference_file),
+        contents.name_of(run.samples_file(contents.shown)),
+    ]
     count = f"{len(contents.before):,} responses each."
     for index, name in enumerate(contents.recipe.problem.objectives):
         before, after = (side[name].to_numpy() for side in (contents.before, contents.after))
         yield Picture(
-            f"scores-{index}-{name}", "scores", f"{'Utility' if index else 'Reward'}: {name}", _spread(name, before, after),
-            f"Scores of the responses to the test prompts under π_ref and round {contents.shown}. Vertical lines: means. {count}", sources,
-            partial(draw_histogram, before=before, after=after, label=f"{name} (score units)", policy=policy),
-        )  # fmt: skip
+            f"scores-{index}-{name}",
+            "scores",
+            f"{'Utility' if index else 'Reward'}: {name}",
+            _spread(name, before, after),
+            f"Scores of the responses to the test prompts under π_ref and round {contents.shown}. "
+            f"Vertical lines: means. {count}",
+            sources,
+            partial(
+                draw_histogram,
+                before=before,
+                after=after,
+                label=f"{name} (score units)",
+                policy=policy,
+            ),
+        )
     before, after = (lengths(side).to_numpy() for side in (contents.before, contents.after))
     cut = [f"{100 * cut_off(side):.0f} %" for side in (contents.before, contents.after)]
     yield Picture(
-        "length", "scores", "Length", _spread("length in tokens", before, after),
-        f"Tokens per response to the test prompts; {cut[0]} of π_ref's and {cut[1]} of the policy's were cut off at "
+        "length",
+        "scores",
+        "Length",
+        _spread("length in tokens", before, after),
+        f"Tokens per response to the test prompts; {cut[0]} of π_ref's and {cut[1]} of the "
+        "policy's were cut off at "
         f"{contents.recipe.sampling.max_new_tokens} tokens. {count}",
         sources,
-        partial(draw_histogram, before=before, after=after, label="length (tokens)", policy=policy, whole=True),
-    )  # fmt: skip
+        partial(
+            draw_histogram,
+            before=before,
+            after=after,
+            label="length (tokens)",
+            policy=policy,
+            whole=True,
+        ),
+    )
 
 
 def _spread(what: str, before: np.ndarray, after: np.ndarray) -> str:
     return (
-        f"Histograms of {what} on test prompts before and after: means {before.mean():.4g} and {after.mean():.4g}, "
+        f"Histograms of {what} on test prompts before and after: means {before.mean():.4g} and "
+        f"{after.mean():.4g}, "
         f"standard deviations {before.std():.4g} and {after.std():.4g}"
     )

@@ -1,8 +1,8 @@
 """`cdpo report`: one self-contained HTML page and its PNGs, drawn from a run's files alone.
 
-Reads recipe.yaml, state.json, exact.json, scorers.json, prompts.parquet, reference.parquet and rounds/*, loads no model and takes no
-lock: what a run in progress has finished is what is shown. Writes only RUN/report/, each file whole; the page embeds its images, so it can
-be sent as it is.
+Reads recipe.yaml, state.json, exact.json, scorers.json, prompts.parquet, reference.parquet and
+rounds/*, loads no model and takes no lock: what a run in progress has finished is what is shown.
+Writes only RUN/report/, each file whole; the page embeds its images, so it can be sent as it is.
 """
 
 import base64
@@ -15,7 +15,15 @@ import numpy as np
 import pandas as pd
 
 from constrained_dpo.dual.exact import share_of_gap_closed
-from constrained_dpo.report.contents import Contents, asked, cut_off, interval, lengths, read_contents, signed
+from constrained_dpo.report.contents import (
+    Contents,
+    asked,
+    cut_off,
+    interval,
+    lengths,
+    read_contents,
+    signed,
+)
 from constrained_dpo.report.page import TEMPLATES, render_page, shortened
 from constrained_dpo.report.run_figures import Picture, pictures
 from constrained_dpo.report.words import MEANING, at_bound_warning, certificate_line
@@ -25,14 +33,18 @@ from constrained_dpo.run.status import next_step
 from data_prep.errors import UserError
 from data_prep.files import hash_file, write_atomically
 
-FIRST_RESPONSES, EXTREMES = 100, 60  # pairs of responses on the page: first draws, and largest changes over all constraints
+FIRST_RESPONSES, EXTREMES = (
+    100,
+    60,
+)  # pairs of responses on the page: first draws, and largest changes over all constraints
 
 
 def write_report(run: RunDirectory, number: int | None = None) -> tuple[Path, str]:
-    """Writes RUN/report/report.html and its PNGs; returns the page's path and the verdict in one sentence.
+    """Writes RUN/report/report.html and its PNGs; returns the page's path and the verdict in one
+    sentence.
 
-    number: the round whose policy is shown (None: the last one done). Raises UserError when no round has been played, when there is no
-    such round, or when the folder cannot be written.
+    number: the round whose policy is shown (None: the last one done). Raises UserError when no
+    round has been played, when there is no such round, or when the folder cannot be written.
     """
     contents = read_contents(run, number)
     folder = run.path / "report"
@@ -47,7 +59,9 @@ def write_report(run: RunDirectory, number: int | None = None) -> tuple[Path, st
             if old.name not in images:
                 old.unlink()
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); make it writable or free some space") from error
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}); make it writable or free some space"
+        ) from error
     return folder / "report.html", verdict_sentence(contents)
 
 
@@ -60,37 +74,73 @@ def _render(contents: Contents, drawn: list[tuple[Picture, dict[str, bytes]]]) -
         for light, dark in [[base64.b64encode(data).decode() for data in files.values()]]
     ]
     values = {
-        "name": recipe.name, "run": run.path.name, "shown": contents.shown, "verdict": contents.record["verdict"],
+        "name": recipe.name,
+        "run": run.path.name,
+        "shown": contents.shown,
+        "verdict": contents.record["verdict"],
         "sentence": verdict_sentence(contents),
-        "notes": notes(contents), "next_step": next_step(run, recipe), "problem": recipe.problem.describe().splitlines(),
-        "objective_names": recipe.problem.objectives, "constraints": constraint_rows(contents), "rounds": round_rows(contents),
-        "reward": recipe.problem.reward, "percent": f"{100 * recipe.dual.confidence:g} %", "figures": figures,
+        "notes": notes(contents),
+        "next_step": next_step(run, recipe),
+        "problem": recipe.problem.describe().splitlines(),
+        "objective_names": recipe.problem.objectives,
+        "constraints": constraint_rows(contents),
+        "rounds": round_rows(contents),
+        "reward": recipe.problem.reward,
+        "percent": f"{100 * recipe.dual.confidence:g} %",
+        "figures": figures,
         "samples": sample_cards(contents),
-        "num_pairs": len(contents.before), "num_prompts": contents.before.index.get_level_values("prompt_id").nunique(),
-        "first_responses": FIRST_RESPONSES, "extremes": EXTREMES, "left_out": state["left_out"], "law": contents.record["sampling_law"],
-        "hashes": list(_flat({"recipe": state["recipe_hash"], **state["hashes"]})), "sources": list(_sources(contents)),
-        "samples_files": [contents.name_of(run.reference_file), contents.name_of(run.samples_file(contents.shown))],
-        "round_files": contents.round_files, "recipe_yaml": run.recipe_file.read_text(encoding="utf-8"), "script": script,
+        "num_pairs": len(contents.before),
+        "num_prompts": contents.before.index.get_level_values("prompt_id").nunique(),
+        "first_responses": FIRST_RESPONSES,
+        "extremes": EXTREMES,
+        "left_out": state["left_out"],
+        "law": contents.record["sampling_law"],
+        "hashes": list(_flat({"recipe": state["recipe_hash"], **state["hashes"]})),
+        "sources": list(_sources(contents)),
+        "samples_files": [
+            contents.name_of(run.reference_file),
+            contents.name_of(run.samples_file(contents.shown)),
+        ],
+        "round_files": contents.round_files,
+        "recipe_yaml": run.recipe_file.read_text(encoding="utf-8"),
+        "script": script,
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    }  # fmt: skip
+    }
     return render_page("report.html.j2", values)
 
 
 def verdict_sentence(contents: Contents) -> str:
-    """The verdict on the test prompts in one sentence: which constraint, its margin, u with its interval, the round, the confidence."""
-    problem, test, confidence = contents.recipe.problem, contents.record["test"], contents.recipe.dual.confidence
+    """The verdict on the test prompts in one sentence: which constraint, its margin, u with its
+    interval, the round, the confidence."""
+    problem, test, confidence = (
+        contents.recipe.problem,
+        contents.record["test"],
+        contents.recipe.dual.confidence,
+    )
     verdicts, where = test["verdicts"], f"{test['num_prompts']} unseen test prompts"
     if not problem.constraints:
-        return f"No constraint was set: round {contents.shown} reaches E[{problem.reward}] {signed(test['reward'])} on {where}."
+        return (
+            f"No constraint was set: round {contents.shown} reaches E[{problem.reward}] "
+            f"{signed(test['reward'])} on {where}."
+        )
     parts = [
-        f"{c.name} ({asked(c)}) is {verdicts[c.name]}, u = {interval(test, c.name)}" for c in problem.constraints
-    ]  # fmt: skip
+        f"{c.name} ({asked(c)}) is {verdicts[c.name]}, u = {interval(test, c.name)}"
+        for c in problem.constraints
+    ]
     start = f"After round {contents.shown}, on {where} and at {100 * confidence:g} % confidence"
     if len(parts) == 1:
         return f"{start}, {parts[0]} score units."
-    counts = {word: sum(v == word for v in verdicts.values()) for word in ("satisfied", "undecided", "violated")}
-    summary = ", ".join(f"{n or 'none'} {word}" for word, n in counts.items() if n or word == "satisfied")
-    return f"{start} over all {len(parts)} constraints together, {summary}: {'; '.join(parts)} (score units)."
+    counts = {
+        word: sum(v == word for v in verdicts.values())
+        for word in ("satisfied", "undecided", "violated")
+    }
+    summary = ", ".join(
+        f"{n or 'none'} {word}" for word, n in counts.items() if n or word == "satisfied"
+    )
+    return (
+        f"{start} over all {len(parts)} constraints together, {summary}: {'; '.join(parts)} "
+        "(score units)."
+    )
 
 
 def notes(contents: Contents) -> list[str]:
@@ -99,19 +149,24 @@ def notes(contents: Contents) -> list[str]:
     lines = []
     if contents.recipe.problem.constraints:
         lines.append(
-            f"{record['verdict'].capitalize()}: {MEANING[record['verdict']]}. Positive u is room to spare, negative u is what is missing."
+            f"{record['verdict'].capitalize()}: {MEANING[record['verdict']]}. Positive u is room "
+            "to spare, negative u is what is missing."
         )
         lines.append(
-            f"The intervals are two-sided, {confidence} for each constraint; the verdict is one-sided at {confidence} over all constraints "
+            f"The intervals are two-sided, {confidence} for each constraint; the verdict is "
+            f"one-sided at {confidence} over all constraints "
             "together. Both count prompts, not responses, as independent."
         )
     if contents.shown != len(contents.records) - 1:
         lines.append(
-            f"Round {contents.shown} was chosen with --round. `best` and `best-dual` do not look at test prompts; a round chosen for its "
+            f"Round {contents.shown} was chosen with --round. `best` and `best-dual` do not look "
+            "at test prompts; a round chosen for its "
             "test verdict has a lower confidence than stated."
         )
     if "lagrangian" in record:
-        said = certificate_line(contents.records[: contents.shown + 1], contents.recipe.dual.confidence)
+        said = certificate_line(
+            contents.records[: contents.shown + 1], contents.recipe.dual.confidence
+        )
         lines.append(f"{said[0].upper()}{said[1:]}.")
     for name, value in contents.state["lambda"][-1].items():
         if value >= contents.recipe.dual.max_lambda:
@@ -119,9 +174,13 @@ def notes(contents: Contents) -> list[str]:
     if record["kl"] is None:
         lines.append(f"KL and objective are not given: {record['kl_reason']}.")
     for name, count in record.get("truncated_scores", {}).items():
-        lines.append(f"The scorer of {name} read only the part of {count} texts that fits its window.")
+        lines.append(
+            f"The scorer of {name} read only the part of {count} texts that fits its window."
+        )
     if unlabelled := record.get("unlabelled_prompts"):
-        lines.append(f"{unlabelled} prompts had nothing to compare and no part in this round's fit.")
+        lines.append(
+            f"{unlabelled} prompts had nothing to compare and no part in this round's fit."
+        )
     lines += [f"{line[0].upper()}{line[1:]}." for line in measured_lines(contents.run)]
     exact, optimum = (contents.exact_of(v, "test") for v in (record.get("exact"), contents.optimum))
     if exact and optimum:
@@ -129,61 +188,90 @@ def notes(contents: Contents) -> list[str]:
         share = share_of_gap_closed(exact, optimum)
         way = f", {100 * share:.0f} % of the way".replace("-", "−") if np.isfinite(share) else ""
         lines.append(
-            f"Every response of this world is known, and so are exact objectives: π_ref {start}, this policy {here}, optimum {best}{way}."
+            f"Every response of this world is known, and so are exact objectives: π_ref {start}, "
+            f"this policy {here}, optimum {best}{way}."
         )
     return lines
 
 
 def constraint_rows(contents: Contents) -> list[dict[str, str]]:
-    """Of every constraint, on the test prompts: what was asked, where π_ref is, the level, what was reached, u, verdict."""
+    """Of every constraint, on the test prompts: what was asked, where π_ref is, the level, what was
+    reached, u, verdict."""
     test, rows = contents.record["test"], []
     reference = contents.before.groupby("prompt_id")[contents.recipe.problem.names].mean().mean()
     for c in contents.recipe.problem.constraints:
         reached = test["utilities"][c.name]
         rows.append(
             {
-                "name": c.name, "asked": asked(c), "reference": signed(reference[c.name]), "level": signed(reached - test["u"][c.name]),
-                "reached": signed(reached), "u": interval(test, c.name), "verdict": test["verdicts"][c.name],
+                "name": c.name,
+                "asked": asked(c),
+                "reference": signed(reference[c.name]),
+                "level": signed(reached - test["u"][c.name]),
+                "reached": signed(reached),
+                "u": interval(test, c.name),
+                "verdict": test["verdicts"][c.name],
                 "lambda": f"{contents.record['lambda'][c.name]:.4f}",
             }
-        )  # fmt: skip
+        )
     return rows
 
 
 def round_rows(contents: Contents) -> list[dict]:
-    """Of π_ref and every round: values by constraint, and those of the policy on the test prompts."""
+    """Of π_ref and every round: values by constraint, and those of the policy on the test
+    prompts."""
     problem, before = contents.recipe.problem, contents.before
     means = before.groupby("prompt_id")[problem.objectives].mean().mean()
     levels = problem.levels(means)
     rows = [
         {
-            "round": "π_ref", "shown": False, "reward": signed(means[problem.reward]), "kl": signed(0.0),
-            "objective": signed(means[problem.reward]), "gap": "", "residual": "", "length": f"{lengths(before).mean():.1f}",
+            "round": "π_ref",
+            "shown": False,
+            "reward": signed(means[problem.reward]),
+            "kl": signed(0.0),
+            "objective": signed(means[problem.reward]),
+            "gap": "",
+            "residual": "",
+            "length": f"{lengths(before).mean():.1f}",
             "cut": f"{100 * cut_off(before):.0f} %",
             "constraints": [
-                {"name": n, "lambda": "", "next": "", "dual": "", "test": signed(means[n] - levels[n]), "verdict": ""}
+                {
+                    "name": n,
+                    "lambda": "",
+                    "next": "",
+                    "dual": "",
+                    "test": signed(means[n] - levels[n]),
+                    "verdict": "",
+                }
                 for n in problem.names
             ],
         }
-    ]  # fmt: skip
+    ]
     for record in contents.records:
         test = record["test"]
         rows.append(
             {
-                "round": record["round"], "shown": record["round"] == contents.shown, "reward": signed(test["reward"]),
-                "kl": signed(test["kl"]), "gap": _gap(record), "residual": signed(record.get("residual")),
+                "round": record["round"],
+                "shown": record["round"] == contents.shown,
+                "reward": signed(test["reward"]),
+                "kl": signed(test["kl"]),
+                "gap": _gap(record),
+                "residual": signed(record.get("residual")),
                 "objective": signed(test["objective"]),
                 "length": f"{test['mean_length']:.1f}",
                 "cut": f"{100 * test['cut_off_fraction']:.0f} %",
                 "constraints": [
                     {
-                        "name": n, "lambda": f"{record['lambda'][n]:.4f}", "next": f"{record['lambda_next'][n]:.4f}",
-                        "dual": interval(record, n), "test": interval(test, n), "verdict": test["verdicts"][n],
+                        "name": n,
+                        "lambda": f"{record['lambda'][n]:.4f}",
+                        "next": f"{record['lambda_next'][n]:.4f}",
+                        "dual": interval(record, n),
+                        "test": interval(test, n),
+                        "verdict": test["verdicts"][n],
                     }
                     for n in problem.names
                 ],
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -195,18 +283,24 @@ def _gap(record: dict) -> str:
 
 
 def choose_samples(changes: pd.DataFrame, names: list[str]) -> dict[tuple[str, int], list[str]]:
-    """The pairs of responses that the page shows, each with what it is there for; a function of the tables alone.
+    """The pairs of responses that the page shows, each with what it is there for; a function of the
+    tables alone.
 
-    changes: score of the policy's response minus that of π_ref's, by (prompt_id, draw) in prompt order. The first draw of the first
-    FIRST_RESPONSES prompts, then the largest losses and gains of every utility in `names`, EXTREMES in all.
+    changes: score of the policy's response minus that of π_ref's, by (prompt_id, draw) in prompt
+    order. The first draw of the first FIRST_RESPONSES prompts, then the largest losses and gains of
+    every utility in `names`, EXTREMES in all.
     """
     first = changes.index[changes.index.get_level_values("draw") == 0][:FIRST_RESPONSES]
     chosen: dict[tuple[str, int], list[str]] = {key: [] for key in first}
     count = max(1, EXTREMES // (2 * len(names)))
     for name in names:
-        for key in changes.index[changes[name] < 0].intersection(changes[name].nsmallest(count).index, sort=False):
+        for key in changes.index[changes[name] < 0].intersection(
+            changes[name].nsmallest(count).index, sort=False
+        ):
             chosen.setdefault(key, []).append(f"among the {count} largest losses of {name}")
-        for key in changes.index[changes[name] > 0].intersection(changes[name].nlargest(count).index, sort=False):
+        for key in changes.index[changes[name] > 0].intersection(
+            changes[name].nlargest(count).index, sort=False
+        ):
             chosen.setdefault(key, []).append(f"among the {count} largest gains of {name}")
     return chosen
 
@@ -223,14 +317,27 @@ def sample_cards(contents: Contents) -> list[dict]:
         for title, row in (("π_ref", before.loc[key]), (f"round {contents.shown}", after.loc[key])):
             scores = [(name, signed(row[name], 2)) for name in names]
             size = f"{len(row['token_ids'])} tokens" + ("" if row["ended"] else ", cut off")
-            sides.append({"title": title, "text": shortened(row["response"]), "scores": scores, "length": size})
-        shown = [(name, float(change), signed(change, 2)) for name, change in changes.loc[key].items()]
+            sides.append(
+                {
+                    "title": title,
+                    "text": shortened(row["response"]),
+                    "scores": scores,
+                    "length": size,
+                }
+            )
+        shown = [
+            (name, float(change), signed(change, 2)) for name, change in changes.loc[key].items()
+        ]
         cards.append(
             {
-                "prompt": shortened(_prompt_text(prompts[key[0]], contents.recipe.prompts.format)), "id": key[0], "draw": key[1],
-                "sides": sides, "reasons": reasons, "changes": shown,
+                "prompt": shortened(_prompt_text(prompts[key[0]], contents.recipe.prompts.format)),
+                "id": key[0],
+                "draw": key[1],
+                "sides": sides,
+                "reasons": reasons,
+                "changes": shown,
             }
-        )  # fmt: skip
+        )
     return cards
 
 
@@ -253,7 +360,14 @@ def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
 def _sources(contents: Contents) -> Iterator[tuple[str, str]]:
     """Every file that the page was drawn from, with the first 16 digits of its SHA-256."""
     run = contents.run
-    files = [run.recipe_file, run.state_file, run.scorers_file, run.prompts_file, run.reference_file, run.samples_file(contents.shown)]
+    files = [
+        run.recipe_file,
+        run.state_file,
+        run.scorers_file,
+        run.prompts_file,
+        run.reference_file,
+        run.samples_file(contents.shown),
+    ]
     files += [run.exact_file] if contents.optimum else []
     for path in [*files, *map(run.round_file, range(len(contents.records)))]:
         yield contents.name_of(path), hash_file(path)[:16]

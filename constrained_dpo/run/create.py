@@ -12,26 +12,41 @@ from data_prep.files import unwritable, write_atomically
 from data_prep.tables import read_parquet, without_scores, write_parquet
 
 
-def init_run(recipe_file: Path, path: Path, overrides: list[str], source: RunDirectory | None = None) -> RunDirectory:
-    """Freezes a recipe into a new run directory; the same recipe again is no error. Raises UserError if another recipe's run is there.
+def init_run(
+    recipe_file: Path, path: Path, overrides: list[str], source: RunDirectory | None = None
+) -> RunDirectory:
+    """Freezes a recipe into a new run directory; the same recipe again is no error. Raises
+    UserError if another recipe's run is there.
 
-    source: a prepared run whose π_ref responses and scores are taken over (another margin, β or set of constraints); UserError where its
-    recipe differs in anything those responses depend on.
+    source: a prepared run whose π_ref responses and scores are taken over (another margin, β or set
+    of constraints); UserError where its recipe differs in anything those responses depend on.
     """
     recipe = load_recipe(recipe_file, overrides)
-    recipe = recipe.with_reference_stds(dict.fromkeys(recipe.problem.names))  # another run's, where its recipe.yaml is the recipe
+    recipe = recipe.with_reference_stds(
+        dict.fromkeys(recipe.problem.names)
+    )  # another run's, where its recipe.yaml is the recipe
     run = RunDirectory(path)
     asked = recipe.model_dump(mode="json")["dual"]["step_scale"]
     if run.state_file.exists():
         state = run.state()
         if state["recipe_hash"] != recipe.hash() or state["asked_step_scale"] != asked:
-            raise UserError(f"{path}: is a run of another recipe (or other -s settings); choose another run directory")
+            raise UserError(
+                f"{path}: is a run of another recipe (or other -s settings); choose another run "
+                "directory"
+            )
         return run
     if run.path.exists() and not run.path.is_dir():
         raise UserError(f"{path}: cannot be written (it is a file); choose a run directory")
     if run.path.exists() and any(run.path.iterdir()) and not run.recipe_file.exists():
         raise UserError(f"{path}: exists and is not a run directory; choose an empty or new folder")
-    state = {"version": VERSION, "recipe_hash": recipe.hash(), "asked_step_scale": asked, "lambda": [], "hashes": {}, "left_out": {}}
+    state = {
+        "version": VERSION,
+        "recipe_hash": recipe.hash(),
+        "asked_step_scale": asked,
+        "lambda": [],
+        "hashes": {},
+        "left_out": {},
+    }
     if source is not None:
         state["inherited"] = _inheritance(recipe, source)
     try:
@@ -58,30 +73,54 @@ _SAMPLED_WITH = (
 
 
 def _inheritance(recipe: Recipe, source: RunDirectory) -> dict[str, object]:
-    """Path and hashes of the run that is taken over; raises UserError when it is not prepared or was sampled otherwise."""
-    state, theirs, ours = source.state(), source.recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
+    """Path and hashes of the run that is taken over; raises UserError when it is not prepared or
+    was sampled otherwise."""
+    state, theirs, ours = (
+        source.state(),
+        source.recipe().model_dump(mode="json"),
+        recipe.model_dump(mode="json"),
+    )
     if not state["lambda"]:
-        raise UserError(f"--from {source.path}: is not prepared yet; run `cdpo prepare {source.path}` first")
+        raise UserError(
+            f"--from {source.path}: is not prepared yet; run `cdpo prepare {source.path}` first"
+        )
     for content in (theirs, ours):
         del content["policy"]["lora"]
     for key in _SAMPLED_WITH:
         block, _, name = key.partition(".")
-        mine, other = (content[block][name] if name else content[block] for content in (ours, theirs))
+        mine, other = (
+            content[block][name] if name else content[block] for content in (ours, theirs)
+        )
         if mine != other:
             if isinstance(mine, dict):
                 odd = [k for k in mine if mine[k] != other.get(k)]
                 key, mine, other = f"{key}.{odd[0]}", mine[odd[0]], other.get(odd[0])
-            raise UserError(f"--from {source.path}: {key} differs ({other} there, {mine} here), so its responses cannot be used again")
-    return {"from": str(source.path.resolve()), "policy": state["hashes"]["policy"], "law": state["hashes"]["law"]}
+            raise UserError(
+                f"--from {source.path}: {key} differs ({other} there, {mine} here), so its "
+                "responses cannot be used again"
+            )
+    return {
+        "from": str(source.path.resolve()),
+        "policy": state["hashes"]["policy"],
+        "law": state["hashes"]["law"],
+    }
 
 
 def _take_over(run: RunDirectory, source: RunDirectory) -> None:
-    """Copies prompts, π_ref's responses without their scores, and the cache that knows the scores."""
+    """Copies prompts, π_ref's responses without their scores, and the cache that knows the
+    scores."""
     write_parquet(source.prompts(), run.prompts_file)
-    tables = {"pool": source.pool_file(None), "dataset": source.dataset_pool_file, "reference": source.reference_file}
+    tables = {
+        "pool": source.pool_file(None),
+        "dataset": source.dataset_pool_file,
+        "reference": source.reference_file,
+    }
     for phase, file in tables.items():
         if file.exists():
             write_parquet(without_scores(read_parquet(file)), run.inherited_file(phase))
     if source.score_cache.exists():
-        with closing(sqlite3.connect(source.score_cache)) as theirs, closing(sqlite3.connect(run.score_cache)) as ours:
+        with (
+            closing(sqlite3.connect(source.score_cache)) as theirs,
+            closing(sqlite3.connect(run.score_cache)) as ours,
+        ):
             theirs.backup(ours)

@@ -1,4 +1,5 @@
-"""Every path of a run, its state, its lock. A phase is done if and only if its file exists; files appear whole or not at all."""
+"""Every path of a run, its state, its lock. A phase is done if and only if its file exists; files
+appear whole or not at all."""
 
 import shutil
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """runs/NAME: recipe.yaml, state.json, prompts, pool/, reference.parquet, scorers.json, exact.json, rounds/NNN/, scores.sqlite, logs."""
+    """runs/NAME: recipe.yaml, state.json, prompts, pool/, reference.parquet, scorers.json,
+    exact.json, rounds/NNN/, scores.sqlite, logs."""
 
     path: Path
 
@@ -50,13 +52,13 @@ class RunDirectory:
 
     @property
     def scorers_file(self) -> Path:
-        """What is known of every scorer: its options, its scores' statistics on π_ref's pool, how far quantization moves them, what an
-        implicit one's are worth."""
+        """What is known of every scorer: its options, its scores' statistics on π_ref's pool, how
+        far quantization moves them, what an implicit one's are worth."""
         return self.path / "scorers.json"
 
     def inherited_file(self, phase: str) -> Path:
-        """π_ref's responses taken over from another run (`init --from`), without scores; phase is pool, dataset or
-        reference."""
+        """π_ref's responses taken over from another run (`init --from`), without scores; phase is
+        pool, dataset or reference."""
         return self.path / "inherited" / f"{phase}.parquet"
 
     @property
@@ -65,16 +67,22 @@ class RunDirectory:
 
     def pool_file(self, round_number: int | None) -> Path:
         """The pool's part from π_ref (None) or from a round."""
-        return self.path / "pool" / ("reference.parquet" if round_number is None else f"round-{round_number:03d}.parquet")
+        return (
+            self.path
+            / "pool"
+            / ("reference.parquet" if round_number is None else f"round-{round_number:03d}.parquet")
+        )
 
     @property
     def dataset_pool_file(self) -> Path:
-        """The pool's part from the prompts' dataset, scored; without the law they were drawn from, so for fits alone."""
+        """The pool's part from the prompts' dataset, scored; without the law they were drawn from,
+        so for fits alone."""
         return self.path / "pool" / "dataset.parquet"
 
     @property
     def given_pairs_file(self) -> Path:
-        """The dataset's own labels (`fit.labels: given`): chosen and rejected responses of its part of the pool."""
+        """The dataset's own labels (`fit.labels: given`): chosen and rejected responses of its part
+        of the pool."""
         return self.path / "pool" / "given.parquet"
 
     @property
@@ -114,7 +122,8 @@ class RunDirectory:
         return self.round_folder(round_number) / "round.json"
 
     def evaluation_folder(self, key: str) -> Path:
-        """samples.parquet, reference.parquet and evaluation.json of one `cdpo evaluate` or merged export."""
+        """samples.parquet, reference.parquet and evaluation.json of one `cdpo evaluate` or merged
+        export."""
         return self.path / "evaluations" / key
 
     def shard_folder(self, phase: str) -> Path:
@@ -130,26 +139,43 @@ class RunDirectory:
         self._require()
         recipe = load_recipe(self.recipe_file)
         if recipe.hash() != self.state()["recipe_hash"]:
-            raise UserError(f"{self.recipe_file}: was changed after init; restore it, or start another run with `cdpo init`")
+            raise UserError(
+                f"{self.recipe_file}: was changed after init; restore it, or start another run "
+                "with `cdpo init`"
+            )
         return recipe
 
     def _require(self) -> None:
         if self.path.is_file():
-            raise UserError(f"{self.path}: is a file, not a run directory; create one with `cdpo init {self.path} runs/NAME`")
+            raise UserError(
+                f"{self.path}: is a file, not a run directory; create one with `cdpo init "
+                f"{self.path} runs/NAME`"
+            )
         if not self.state_file.exists():
-            raise UserError(f"{self.path}: not a run directory (no state.json); create it with `cdpo init RECIPE {self.path}`")
+            raise UserError(
+                f"{self.path}: not a run directory (no state.json); create it with `cdpo init "
+                f"RECIPE {self.path}`"
+            )
 
     def state(self) -> dict:
-        """state.json: version, recipe_hash, lambda (one dict per round begun), hashes of inputs, left_out counts."""
+        """state.json: version, recipe_hash, lambda (one dict per round begun), hashes of inputs,
+        left_out counts."""
         self._require()
         state = read_json(self.state_file)
         if state.get("version") != VERSION:
             raise UserError(
-                f"{self.state_file}: version {state.get('version')}, this program reads {VERSION}; use the release that wrote it"
+                f"{self.state_file}: version {state.get('version')}, this program reads "
+                f"{VERSION}; use the release that wrote it"
             )
-        missing = [key for key in ("recipe_hash", "asked_step_scale", "lambda", "hashes", "left_out") if key not in state]
+        missing = [
+            key
+            for key in ("recipe_hash", "asked_step_scale", "lambda", "hashes", "left_out")
+            if key not in state
+        ]
         if missing:
-            raise UserError(f"{self.state_file}: lacks {', '.join(missing)}; restore it from a backup")
+            raise UserError(
+                f"{self.state_file}: lacks {', '.join(missing)}; restore it from a backup"
+            )
         return state
 
     def write_state(self, state: dict) -> None:
@@ -170,7 +196,8 @@ class RunDirectory:
         return max(len(self.state()["lambda"]) - 1, 0)
 
     def pool(self, before_round: int) -> pd.DataFrame:
-        """The scored responses a round's pairs are drawn from: π_ref's, the dataset's, and those of earlier rounds that grew it."""
+        """The scored responses a round's pairs are drawn from: π_ref's, the dataset's, and those of
+        earlier rounds that grew it."""
         source = self.recipe().pool.source
         parts = [] if source == "dataset" else [read_parquet(self.pool_file(None))]
         parts += [] if source == "reference" else [read_parquet(self.dataset_pool_file)]
@@ -179,13 +206,16 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the run for this process; the lock is the OS's, so it dies with its process. Sweeps what a killed one left half-done.
+        """Holds the run for this process; the lock is the OS's, so it dies with its process. Sweeps
+        what a killed one left half-done.
 
         Raises UserError when another process holds it or the folder cannot be written.
         """
         self._require()
         with hold(self.path):
             for checkpoints in list(self.path.glob("rounds/*/.checkpoints")):
-                if (checkpoints.parent / "adapter").exists():  # killed between the adapter and the end of its checkpoints
+                if (
+                    checkpoints.parent / "adapter"
+                ).exists():  # killed between the adapter and the end of its checkpoints
                     shutil.rmtree(checkpoints)
             yield

@@ -16,12 +16,22 @@ def next_step(run: RunDirectory, recipe: Recipe) -> str:
         return "prepare: sample and score the reference policy (cdpo prepare)"
     number = run.rounds_done()
     if number >= rounds:
-        return f"all {rounds} rounds of the recipe are done (cdpo report, evaluate or export; cdpo round plays another)"
+        return (
+            f"all {rounds} rounds of the recipe are done (cdpo report, evaluate or export; "
+            "cdpo round plays another)"
+        )
     labels = run.labels_file(number, recipe.fit.grouped)
-    done = {"relabel": labels, "fit": run.adapter_folder(number), "rescore": run.samples_file(number)}
+    done = {
+        "relabel": labels,
+        "fit": run.adapter_folder(number),
+        "rescore": run.samples_file(number),
+    }
     for name, path in done.items():
         if not path.exists():
-            return f"round {number} of {rounds}: {name} (cdpo round, or cdpo run for all that are left)"
+            return (
+                f"round {number} of {rounds}: {name} (cdpo round, or cdpo run for all that are "
+                "left)"
+            )
     return f"round {number} of {rounds}: dual step (cdpo round)"
 
 
@@ -29,9 +39,11 @@ TEST_KEYS = ("u", "u_ci_low", "u_ci_high", "reward", "kl", "objective", "verdict
 
 
 def expected_round_seconds(rounds: list[dict]) -> float | None:
-    """Seconds of a round: the sum over phases of their mean in the rounds that ran them whole (a resumed round has none); None before.
+    """Seconds of a round: the sum over phases of their mean in the rounds that ran them whole (a
+    resumed round has none); None before.
 
-    The phase off_policy is not there at temperature ≠ 1 or top_p < 1, nor in rounds of older releases.
+    The phase off_policy is not there at temperature ≠ 1 or top_p < 1, nor in rounds of older
+    releases.
     """
     total = 0.0
     for phase in ("relabel", "fit", "rescore", "off_policy"):
@@ -43,19 +55,48 @@ def expected_round_seconds(rounds: list[dict]) -> float | None:
 
 
 def status(run: RunDirectory) -> dict[str, object]:
-    """The run's state as JSON-ready values: rounds with λ, u, reward, KL, objective and verdict, and what happens next."""
+    """The run's state as JSON-ready values: rounds with λ, u, reward, KL, objective and verdict,
+    and what happens next."""
     recipe, state = run.recipe(), run.state()
-    keys = ("round", "lambda", "lambda_next", "u", "u_ci_low", "u_ci_high", "reward", "kl", "objective", "verdict", "step")
-    keys += ("dual_value", "lagrangian", "lagrangian_gap", "optimality_gap", "residual", "ess", "certificate_reason")
+    keys = (
+        "round",
+        "lambda",
+        "lambda_next",
+        "u",
+        "u_ci_low",
+        "u_ci_high",
+        "reward",
+        "kl",
+        "objective",
+        "verdict",
+        "step",
+    )
+    keys += (
+        "dual_value",
+        "lagrangian",
+        "lagrangian_gap",
+        "optimality_gap",
+        "residual",
+        "ess",
+        "certificate_reason",
+    )
     records = [run.round_record(t) for t in range(run.rounds_done())]
-    rounds = [{k: r.get(k) for k in keys} | {"test": {k: r["test"][k] for k in TEST_KEYS}, "seconds": r["seconds"]} for r in records]
+    rounds = [
+        {k: r.get(k) for k in keys}
+        | {"test": {k: r["test"][k] for k in TEST_KEYS}, "seconds": r["seconds"]}
+        for r in records
+    ]
     per_round = expected_round_seconds(rounds)
     left = max(recipe.dual.rounds - len(rounds), 0)
     return {
         "name": recipe.name,
         "problem": recipe.problem.describe(),
         "reward": recipe.problem.reward,
-        "at_max_lambda": [n for n, v in (state["lambda"][-1] if state["lambda"] else {}).items() if v >= recipe.dual.max_lambda],
+        "at_max_lambda": [
+            n
+            for n, v in (state["lambda"][-1] if state["lambda"] else {}).items()
+            if v >= recipe.dual.max_lambda
+        ],
         "lambda": state["lambda"][-1] if state["lambda"] else None,
         "left_out": state["left_out"],
         "dataset": run.dataset_record(),

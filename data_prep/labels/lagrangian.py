@@ -8,7 +8,8 @@ from data_prep.tables import require_columns, require_finite
 
 
 def lagrangian_score(responses: pd.DataFrame, reward: str, lambda_: pd.Series) -> np.ndarray:
-    """s_λ = r + Σ_i λ_i g_i, shape (num_responses,), score units. `lambda_` is indexed by utility column.
+    """s_λ = r + Σ_i λ_i g_i, shape (num_responses,), score units. `lambda_` is indexed by utility
+    column.
 
     Raises UserError on a missing column, a score that is not finite, or a negative multiplier.
     """

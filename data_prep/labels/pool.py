@@ -1,8 +1,11 @@
-"""Which responses of the pool a round trains on: shares by where they come from. numpy and pandas only.
+"""Which responses of the pool a round trains on: shares by where they come from. numpy and pandas
+only.
 
-The fit's optimum is π*_λ under any law of the responses where π*_λ can be reached, so shares are about what a limited adapter and a limited
-number of steps learn first: what the last policy says now (recent), where it is most wrong (hard), what it said before (earlier), what
-a dataset says (dataset), and what π_ref says (reference), which keeps every answer of the reference policy in view.
+The fit's optimum is π*_λ under any law of the responses where π*_λ can be reached, so shares are
+about what a limited adapter and a limited number of steps learn first: what the last policy says
+now (recent), where it is most wrong (hard), what it said before (earlier), what a dataset says
+(dataset), and what π_ref says (reference), which keeps every answer of the reference policy in
+view.
 """
 
 from collections.abc import Mapping
@@ -28,26 +31,43 @@ def choose_responses(
 ) -> pd.DataFrame:
     """The rows of the pool that a round's pairs or groups are drawn from, in the pool's order.
 
-    pool: (num_responses,) rows of a responses table with the objectives' columns. shares: of reference, dataset, recent, hard and earlier,
-    summing to 1 (above 0 for what the pool holds before it grows), or None for every row alike. Of each prompt as many responses are taken
-    as keep the shares exact without taking one twice, and at most max_per_prompt, in whole numbers nearest to the shares (largest
-    remainders); a source that has a share and responses gives at least one, π_ref first where the cap has no room for all. A source that
-    the prompt has none of leaves its share to the others. `recent` and `hard` both come from the last round: hard ones are drawn without
-    replacement with odds proportional to the off-policy residual |s_λ − β log π_θ/π_ref − its mean at the prompt| (score units), π_θ the
-    policy that drew them. Draws depend on (seed, round, response ids) alone. Raises UserError as `lagrangian_score` does.
+    pool: (num_responses,) rows of a responses table with the objectives' columns. shares: of
+    reference, dataset, recent, hard and earlier, summing to 1 (above 0 for what the pool holds
+    before it grows), or None for every row alike. Of each prompt as many responses are taken as
+    keep the shares exact without taking one twice, and at most max_per_prompt, in whole numbers
+    nearest to the shares (largest remainders); a source that has a share and responses gives at
+    least one, π_ref first where the cap has no room for all. A source that the prompt has none of
+    leaves its share to the others. `recent` and `hard` both come from the last round: hard ones are
+    drawn without replacement with odds proportional to the off-policy residual |s_λ − β log
+    π_θ/π_ref − its mean at the prompt| (score units), π_θ the policy that drew them. Draws depend
+    on (seed, round, response ids) alone. Raises UserError as `lagrangian_score` does.
     """
     if shares is None and max_per_prompt is None:
         return pool
     limit = len(pool) if max_per_prompt is None else max_per_prompt
     rows = PromptRows.of(pool)
-    prompt, uniform = rows.codes, hashed_uniforms(derive_seed(seed, round_number, "pool-any"), rows.hashes)
+    prompt, uniform = (
+        rows.codes,
+        hashed_uniforms(derive_seed(seed, round_number, "pool-any"), rows.hashes),
+    )
     if shares is None:
         return pool[_rank(prompt, uniform) < limit]
-    drawn_in = pd.to_numeric(pool["source"].str.extract(r"^round:(\d+)$")[0]).fillna(-1).to_numpy(int)
+    drawn_in = (
+        pd.to_numeric(pool["source"].str.extract(r"^round:(\d+)$")[0]).fillna(-1).to_numpy(int)
+    )
     last = (drawn_in >= 0) & (drawn_in == drawn_in.max())
     given = (pool["source"] == "dataset").to_numpy()
-    kinds = {"reference": (drawn_in < 0) & ~given, "dataset": given, "last": last, "earlier": (drawn_in >= 0) & ~last}
-    taken = _apportioned({kind: np.bincount(prompt[of], minlength=len(rows.counts)) for kind, of in kinds.items()}, shares, limit)
+    kinds = {
+        "reference": (drawn_in < 0) & ~given,
+        "dataset": given,
+        "last": last,
+        "earlier": (drawn_in >= 0) & ~last,
+    }
+    taken = _apportioned(
+        {kind: np.bincount(prompt[of], minlength=len(rows.counts)) for kind, of in kinds.items()},
+        shares,
+        limit,
+    )
     chosen = np.zeros(len(pool), dtype=bool)
     for kind in ("reference", "dataset", "earlier"):
         chosen |= _first(kinds[kind], prompt, uniform, taken[kind])
@@ -62,21 +82,33 @@ def choose_responses(
     return pool[chosen | _first(last, prompt, uniform, from_last)]
 
 
-def responses_taken(available: Mapping[str, int], shares: Mapping[str, float], max_per_prompt: int | None) -> int:
-    """How many responses `choose_responses` takes of a prompt that has so many of each source: reference, dataset, last (the last round's,
-    which recent and hard share) and earlier."""
+def responses_taken(
+    available: Mapping[str, int], shares: Mapping[str, float], max_per_prompt: int | None
+) -> int:
+    """How many responses `choose_responses` takes of a prompt that has so many of each source:
+    reference, dataset, last (the last round's, which recent and hard share) and earlier."""
     limit = sum(available.values()) if max_per_prompt is None else max_per_prompt
-    return sum(int(count[0]) for count in _apportioned({kind: np.array([n]) for kind, n in available.items()}, shares, limit).values())
+    return sum(
+        int(count[0])
+        for count in _apportioned(
+            {kind: np.array([n]) for kind, n in available.items()}, shares, limit
+        ).values()
+    )
 
 
-def _apportioned(available: Mapping[str, np.ndarray], shares: Mapping[str, float], limit: int) -> dict[str, np.ndarray]:
+def _apportioned(
+    available: Mapping[str, np.ndarray], shares: Mapping[str, float], limit: int
+) -> dict[str, np.ndarray]:
     """How many responses each source gives to each prompt: (num_prompts,) int by source.
 
-    available: (num_prompts,) by source, what there is; `last` has the shares of recent and hard together. Where one for every source is too
-    many for the limit, the source that gives most gives one less, of several the last. A prompt without any response that has a share gets
-    none.
+    available: (num_prompts,) by source, what there is; `last` has the shares of recent and hard
+    together. Where one for every source is too many for the limit, the source that gives most gives
+    one less, of several the last. A prompt without any response that has a share gets none.
     """
-    counts, wanted = np.stack(list(available.values())), {"dataset": 0.0, **shares, "last": shares["recent"] + shares["hard"]}
+    counts, wanted = (
+        np.stack(list(available.values())),
+        {"dataset": 0.0, **shares, "last": shares["recent"] + shares["hard"]},
+    )
     share = np.where(counts > 0, np.array([[wanted[kind]] for kind in available]), 0.0)
     offered = share > 0
     share /= np.maximum(share.sum(axis=0), 1e-300)
@@ -94,11 +126,20 @@ def _apportioned(available: Mapping[str, np.ndarray], shares: Mapping[str, float
 
 
 def _hard(
-    pool: pd.DataFrame, prompt: np.ndarray, last: np.ndarray, uniform: np.ndarray, reward: str, lambda_: pd.Series, beta: float
+    pool: pd.DataFrame,
+    prompt: np.ndarray,
+    last: np.ndarray,
+    uniform: np.ndarray,
+    reward: str,
+    lambda_: pd.Series,
+    beta: float,
 ) -> np.ndarray:
-    """Sorting key of a draw without replacement with odds proportional to the residual (Efraimidis and Spirakis 2006); inf elsewhere."""
+    """Sorting key of a draw without replacement with odds proportional to the residual (Efraimidis
+    and Spirakis 2006); inf elsewhere."""
     key, rows = np.full(len(pool), np.inf), pool[last]
-    residual = lagrangian_score(rows, reward, lambda_) - beta * (rows["policy_logp"] - rows["ref_logp"]).to_numpy(float)
+    residual = lagrangian_score(rows, reward, lambda_) - beta * (
+        rows["policy_logp"] - rows["ref_logp"]
+    ).to_numpy(float)
     centred = residual - pd.Series(residual).groupby(prompt[last]).transform("mean").to_numpy()
     key[last] = -np.log1p(-uniform[last]) / np.maximum(np.abs(centred), 1e-12)
     return key

@@ -20,7 +20,16 @@ import pyarrow.parquet as pq
 from data_prep.errors import UserError
 from data_prep.files import replacing
 from data_prep.labels.lagrangian import lagrangian_score
-from data_prep.labels.preferences import Labels, PromptRows, group_ids, group_rows, no_group, no_pair, pair_pieces, require_responses
+from data_prep.labels.preferences import (
+    Labels,
+    PromptRows,
+    group_ids,
+    group_rows,
+    no_group,
+    no_pair,
+    pair_pieces,
+    require_responses,
+)
 from data_prep.tables import read_parquet, read_table, require_columns, require_unique
 
 IDS, TEXTS = ("prompt_id", "response_id"), ("prompt", "response")
@@ -58,7 +67,10 @@ def relabel_pairs(
     with replacing(output) as temporary, _row_groups(temporary) as write:
         rule = {"labels": labels, "pairs_per_prompt": pairs_per_prompt, "seed": seed}
         for piece in pair_pieces(responses.prompts, responses.score, **rule):
-            columns = {name: _encoded(column.take(pa.array(piece.rows)), name) for name, column in responses.columns.items()}
+            columns = {
+                name: _encoded(column.take(pa.array(piece.rows)), name)
+                for name, column in responses.columns.items()
+            }
             table = {
                 "prompt_id": _taken(columns["prompt_id"], piece.chosen),
                 "chosen_id": _taken(columns["response_id"], piece.chosen),
@@ -110,7 +122,11 @@ def relabel_groups(
         for begin in range(0, len(grouped), per_piece):
             write(_group_table(responses, grouped[begin : begin + per_piece]))
     left_out = len(responses.prompts.counts) - len(grouped)
-    return {"groups": len(grouped) * groups_per_prompt, "prompts": len(grouped), "too_few_responses": left_out}
+    return {
+        "groups": len(grouped) * groups_per_prompt,
+        "prompts": len(grouped),
+        "too_few_responses": left_out,
+    }
 
 
 def read_prompt_texts(path: Path) -> pd.Series:
@@ -141,13 +157,23 @@ class _Responses:
     @cached_property
     def columns(self) -> dict[str, pa.Array]:
         """Ids and texts in arrow, where taking rows makes no Python objects."""
-        return {name: _arrow(column) for name, column in [*((n, self.frame[n]) for n in IDS), *self.texts.items()]}
+        return {
+            name: _arrow(column)
+            for name, column in [*((n, self.frame[n]) for n in IDS), *self.texts.items()]
+        }
 
 
-def _read(path: Path, reward: str, lambda_: pd.Series, prompt_texts: "pd.Series | bool") -> _Responses:
+def _read(
+    path: Path, reward: str, lambda_: pd.Series, prompt_texts: "pd.Series | bool"
+) -> _Responses:
     """The needed columns of a file; raises UserError with all rows that are wrong."""
     path, with_texts = Path(path), prompt_texts is not False
-    columns = [*IDS, reward, *lambda_.index, *(TEXTS if prompt_texts is True else TEXTS[1:] if with_texts else ())]
+    columns = [
+        *IDS,
+        reward,
+        *lambda_.index,
+        *(TEXTS if prompt_texts is True else TEXTS[1:] if with_texts else ()),
+    ]
     frame = _read_columns(path, columns)
     require_columns(frame, IDS, "responses")
     for name in IDS:
@@ -176,27 +202,36 @@ def _require_texts(frame: pd.DataFrame, columns: list[str]) -> None:
     for name in columns:
         wrong = np.flatnonzero([not isinstance(value, str) for value in frame[name]])
         if len(wrong):
-            raise UserError(f"responses (--text): column {name} is not a text in row {wrong[0]} ({len(wrong)} rows); mend or remove them")
+            raise UserError(
+                f"responses (--text): column {name} is not a text in row {wrong[0]} ({len(wrong)} "
+                "rows); mend or remove them"
+            )
 
 
 def _prompts_of(frame: pd.DataFrame, prompt_texts: "pd.Series | bool") -> pd.Series:
     """The text of every row's prompt."""
     if isinstance(prompt_texts, bool):
-        return frame["prompt_id"].map(frame.drop_duplicates("prompt_id").set_index("prompt_id")["prompt"])
+        return frame["prompt_id"].map(
+            frame.drop_duplicates("prompt_id").set_index("prompt_id")["prompt"]
+        )
     missing = ~frame["prompt_id"].isin(prompt_texts.index)
     if missing.any():
         raise UserError(
-            f"--prompts: has no prompt_id {frame['prompt_id'][missing].iloc[0]!r}, which the responses name; give their own table"
+            f"--prompts: has no prompt_id {frame['prompt_id'][missing].iloc[0]!r}, which the "
+            "responses name; give their own table"
         )
     return frame["prompt_id"].map(prompt_texts)
 
 
 def _group_table(responses: _Responses, grouped: np.ndarray) -> pa.Table:
-    """Rows of the groups table; grouped: (num_prompts, groups_per_prompt, group_size) row numbers."""
+    """Rows of the groups table; grouped: (num_prompts, groups_per_prompt, group_size) row
+    numbers."""
     _, groups_per_prompt, group_size = grouped.shape
     rows = grouped.reshape(-1)
     prompt_ids = responses.columns["prompt_id"].take(pa.array(grouped[:, 0, 0])).dictionary_encode()
-    groups = pa.array(group_ids(prompt_ids.to_pylist(), groups_per_prompt), pa.large_string()).dictionary_encode()
+    groups = pa.array(
+        group_ids(prompt_ids.to_pylist(), groups_per_prompt), pa.large_string()
+    ).dictionary_encode()
     at = np.arange(len(rows)) // group_size
     ids = responses.columns["response_id"].take(pa.array(rows))
     return pa.table(
@@ -217,17 +252,22 @@ def _arrow(texts: pd.Series) -> pa.Array:
 def _encoded(texts: pa.Array, name: str) -> pa.DictionaryArray:
     """As a dictionary, whose entries must differ; response ids do."""
     if name == "response_id":
-        return pa.DictionaryArray.from_arrays(pa.array(np.arange(len(texts), dtype=np.int32)), texts)
+        return pa.DictionaryArray.from_arrays(
+            pa.array(np.arange(len(texts), dtype=np.int32)), texts
+        )
     return texts.dictionary_encode()
 
 
 def _taken(encoded: pa.DictionaryArray, places: np.ndarray) -> pa.DictionaryArray:
-    return pa.DictionaryArray.from_arrays(pa.array(encoded.indices.to_numpy()[places]), encoded.dictionary)
+    return pa.DictionaryArray.from_arrays(
+        pa.array(encoded.indices.to_numpy()[places]), encoded.dictionary
+    )
 
 
 @contextmanager
 def _row_groups(path: Path) -> Iterator[Callable[[pa.Table], None]]:
-    """Yields what writes a table as a row group; it compresses in a thread of its own while the next one is made."""
+    """Yields what writes a table as a row group; it compresses in a thread of its own while the
+    next one is made."""
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(1))
         writer: pq.ParquetWriter | None = None
@@ -238,9 +278,16 @@ def _row_groups(path: Path) -> Iterator[Callable[[pa.Table], None]]:
             if writer is None:
                 # Without the Arrow schema readers see plain texts, not dictionaries.
                 encoded = [f.name for f in table.schema if pa.types.is_dictionary(f.type)]
-                settings = {"compression": "zstd", "use_dictionary": encoded, "dictionary_pagesize_limit": DICTIONARY_BYTES}
-                writer = stack.enter_context(pq.ParquetWriter(path, table.schema, store_schema=False, **settings))
-                stack.callback(wait, pending)  # before the writer is closed, also after an error
+                settings = {
+                    "compression": "zstd",
+                    "use_dictionary": encoded,
+                    "dictionary_pagesize_limit": DICTIONARY_BYTES,
+                }
+                writer = stack.enter_context(
+                    pq.ParquetWriter(path, table.schema, store_schema=False, **settings)
+                )
+                # before the writer is closed, also after an error
+                stack.callback(wait, pending)
             for last in pending:
                 last.result()
             pending[:] = [pool.submit(writer.write_table, table)]

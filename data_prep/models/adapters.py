@@ -1,7 +1,9 @@
-"""π_ref = base + supervised LoRA adapter (`policy.reference_adapter`): merged once into the unquantized base, kept as a checkpoint.
+"""π_ref = base + supervised LoRA adapter (`policy.reference_adapter`): merged once into the
+unquantized base, kept as a checkpoint.
 
-Merging comes before quantization: LoRA merged into 4-bit weights is another model (peft#2321). What is loaded, quantized, fingerprinted and
-exported afterwards is the merged checkpoint, an ordinary model folder that nothing trains.
+Merging comes before quantization: LoRA merged into 4-bit weights is another model (peft#2321). What
+is loaded, quantized, fingerprinted and exported afterwards is the merged checkpoint, an ordinary
+model folder that nothing trains.
 """
 
 import fcntl
@@ -42,14 +44,22 @@ KEY = "policy.reference_adapter"
 
 
 # The tokenizer and the chat template that an adapter was trained with belong to it.
-TOKENIZER_PARTS = {*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"}
+TOKENIZER_PARTS = {
+    *TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+}
 
 
 def merged_reference(settings: "PolicySettings", base: str) -> Path:
-    """Folder of the merged, unquantized π_ref checkpoint in the recipe's dtype; made now if it is not in the cache.
+    """Folder of the merged, unquantized π_ref checkpoint in the recipe's dtype; made now if it is
+    not in the cache.
 
-    base: folder or hub id of the base. The name is a hash of base, adapter (weights, config, tokenizer) and dtype, so a changed adapter is
-    another reference. Raises UserError for an adapter that is incomplete, or was trained on another base.
+    base: folder or hub id of the base. The name is a hash of base, adapter (weights, config,
+    tokenizer) and dtype, so a changed adapter is another reference. Raises UserError for an adapter
+    that is incomplete, or was trained on another base.
     """
     from data_prep.files import cache_folder
 
@@ -58,13 +68,20 @@ def merged_reference(settings: "PolicySettings", base: str) -> Path:
     with explained_loading("policy.model", base):
         base_fingerprint = fingerprint_model(base, settings.revision)
     check_adapter_config(adapter, base, base_fingerprint, KEY, "set policy.model to that base")
-    identity = {"base": base_fingerprint, "adapter": fingerprint_adapter(adapter), "dtype": settings.dtype}
-    folder = cache_folder() / f"merged-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}"
+    identity = {
+        "base": base_fingerprint,
+        "adapter": fingerprint_adapter(adapter),
+        "dtype": settings.dtype,
+    }
+    folder = (
+        cache_folder() / f"merged-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}"
+    )
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process merges, the others wait; a kill releases it
+        # one process merges, the others wait; a kill releases it
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
             temporary = folder.with_name(f".{folder.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
@@ -87,8 +104,11 @@ def fingerprint_adapter(adapter: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_adapter_config(adapter: Path, base: str, base_fingerprint: str, key: str, advice: str) -> None:
-    """Refuses an adapter that is not LoRA or says it was trained on another base; shapes do not tell two fine-tunes of one model apart.
+def check_adapter_config(
+    adapter: Path, base: str, base_fingerprint: str, key: str, advice: str
+) -> None:
+    """Refuses an adapter that is not LoRA or says it was trained on another base; shapes do not
+    tell two fine-tunes of one model apart.
 
     key: what messages call the adapter; advice: what to do where the base is another.
     """
@@ -96,7 +116,9 @@ def check_adapter_config(adapter: Path, base: str, base_fingerprint: str, key: s
         config = json.loads((adapter / ADAPTER_CONFIG).read_text())
         kind, trained_on = config.get("peft_type"), config.get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{key}: {adapter / ADAPTER_CONFIG} is not a JSON mapping ({error})") from error
+        raise UserError(
+            f"{key}: {adapter / ADAPTER_CONFIG} is not a JSON mapping ({error})"
+        ) from error
     if kind != "LORA":
         raise UserError(f"{key}: {adapter} is of PEFT type {kind}; only LORA is supported")
     if not trained_on:
@@ -108,15 +130,19 @@ def check_adapter_config(adapter: Path, base: str, base_fingerprint: str, key: s
     if not same:
         raise UserError(
             f"{key}: {adapter} was trained on {trained_on}, not on {base}; {advice} "
-            f"(if it is the same model under another name, correct base_model_name_or_path in {ADAPTER_CONFIG})"
+            "(if it is the same model under another name, correct base_model_name_or_path in "
+            f"{ADAPTER_CONFIG})"
         )
 
 
-def merge_adapter(settings: "PolicySettings", base: str, adapter: Path, output: Path, key: str) -> None:
-    """Saves base + adapter, unquantized in the settings' dtype, with the tokenizer at `output`; on the CPU, so that GPU memory does not
-    limit it.
+def merge_adapter(
+    settings: "PolicySettings", base: str, adapter: Path, output: Path, key: str
+) -> None:
+    """Saves base + adapter, unquantized in the settings' dtype, with the tokenizer at `output`; on
+    the CPU, so that GPU memory does not limit it.
 
-    base: folder or hub id; key: what messages call the adapter. Raises UserError for an adapter that does not fit the base.
+    base: folder or hub id; key: what messages call the adapter. Raises UserError for an adapter
+    that does not fit the base.
     """
     import torch
     from peft import PeftModel
@@ -137,43 +163,60 @@ def merge_adapter(settings: "PolicySettings", base: str, adapter: Path, output: 
             trust_remote_code=settings.trust_remote_code,
         )
     if getattr(model, "is_quantized", False):
-        raise UserError(f"{key}: {base} is a quantized checkpoint, into which nothing can be merged; give its unquantized base")
+        raise UserError(
+            f"{key}: {base} is a quantized checkpoint, into which nothing can be merged; give its "
+            "unquantized base"
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
-            f"{key}: {adapter} comes with a tokenizer of {len(tokenizer)} tokens, {base} embeds {rows}; give the adapter's own base"
+            f"{key}: {adapter} comes with a tokenizer of {len(tokenizer)} tokens, {base} embeds "
+            f"{rows}; give the adapter's own base"
         )
     try:
         with_adapter = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if "mismatch" in line), str(error).splitlines()[0])
-        raise UserError(f"{key}: {adapter} does not fit {base} ({reason}); it is an adapter of another base") from error
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if "mismatch" in line),
+            str(error).splitlines()[0],
+        )
+        raise UserError(
+            f"{key}: {adapter} does not fit {base} ({reason}); it is an adapter of another base"
+        ) from error
     check_all_loaded(with_adapter, adapter, base, key)
     _untie_adapted_head(with_adapter.get_base_model())
     try:
         merged = with_adapter.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise UserError(f"{key}: {adapter} cannot be merged ({error})") from error
-    merged.generation_config.do_sample = True  # lets sampling keys of the base's generation_config pass validation; they are kept
+    merged.generation_config.do_sample = (
+        # lets sampling keys of the base's generation_config pass validation; they are kept
+        True
+    )
     merged.save_pretrained(output)
     tokenizer.save_pretrained(output)
 
 
 def _untie_adapted_head(model: "PreTrainedModel") -> None:
-    """Gives the head weights of its own where it shares them with the embeddings and one of the two has an adapter layer: merged into
-    shared weights, it would change both."""
+    """Gives the head weights of its own where it shares them with the embeddings and one of the two
+    has an adapter layer: merged into shared weights, it would change both."""
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = model.get_output_embeddings(), model.get_input_embeddings()
-    head, words = (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers)
+    head, words = (
+        layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers
+    )
     if head.weight is words.weight and any(isinstance(layer, BaseTunerLayer) for layer in layers):
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = (
+            False
+        )
 
 
 def check_all_loaded(model: "PreTrainedModel", adapter: Path, base: str, key: str) -> None:
-    """PEFT leaves a layer that the file does not hold at its start (no change) and skips tensors it has no place for; both are refused."""
+    """PEFT leaves a layer that the file does not hold at its start (no change) and skips tensors it
+    has no place for; both are refused."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
@@ -184,12 +227,16 @@ def check_all_loaded(model: "PreTrainedModel", adapter: Path, base: str, key: st
     if wrong:
         where = "not in" if wrong[0] in expected else "in"
         what = f"{wrong[0]} and {len(wrong) - 1} more tensors" if len(wrong) > 1 else wrong[0]
-        raise UserError(f"{key}: {adapter} does not fit {base} ({what} {where} {ADAPTER_WEIGHTS}); it is an adapter of another base")
+        raise UserError(
+            f"{key}: {adapter} does not fit {base} ({what} {where} {ADAPTER_WEIGHTS}); it is an "
+            "adapter of another base"
+        )
 
 
 @contextlib.contextmanager
 def attached_adapter(policy: Policy, adapter: Path | None) -> Iterator["torch.nn.Module"]:
-    """The policy with the adapter of that folder (None: the reference policy itself), in eval mode; detached on leaving."""
+    """The policy with the adapter of that folder (None: the reference policy itself), in eval mode;
+    detached on leaving."""
     if adapter is None:
         yield policy.model
         return

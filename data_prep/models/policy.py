@@ -1,7 +1,8 @@
 """The policy: a base model (nf4, int8 or unquantized), its tokenizer, and LoRA adapters from disk.
 
-The reference policy π_ref is the base with no adapter (that base may itself be base + supervised adapter, merged before it is quantized:
-data_prep/merging.py). It is loaded once, frozen, and never merged into; an adapter is attached for as long as a `with` block lasts.
+The reference policy π_ref is the base with no adapter (that base may itself be base + supervised
+adapter, merged before it is quantized: data_prep/merging.py). It is loaded once, frozen, and never
+merged into; an adapter is attached for as long as a `with` block lasts.
 """
 
 import hashlib
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 class Policy:
     """A loaded base and what belongs to it.
 
-    model: the plain base in eval mode, requires_grad off, its generation_config blank but for token ids; eos_ids: what ends a response;
-    fingerprint: hash of weights, tokenizer, quantization and dtype; overridden: generation settings of the checkpoint that our
-    sampling law replaces, by name.
+    model: the plain base in eval mode, requires_grad off, its generation_config blank but for token
+    ids; eos_ids: what ends a response; fingerprint: hash of weights, tokenizer, quantization and
+    dtype; overridden: generation settings of the checkpoint that our sampling law replaces, by
+    name.
     """
 
     model: "PreTrainedModel"
@@ -53,7 +55,8 @@ class Policy:
 
 
 def resolve_model(settings: PolicySettings, owner: str = POLICY) -> str:
-    """The folder or hub id of the unquantized π_ref: the base, or base and `reference_adapter` merged. Built now where it has to be.
+    """The folder or hub id of the unquantized π_ref: the base, or base and `reference_adapter`
+    merged. Built now where it has to be.
 
     owner: whose model it is, for messages. Raises UserError for an unusable folder or adapter.
     """
@@ -66,7 +69,8 @@ def resolve_model(settings: PolicySettings, owner: str = POLICY) -> str:
 
 
 def _key(owner: str, name: str) -> str:
-    """What messages call a key: `policy.model`, or for a scorer's model its own name before the key."""
+    """What messages call a key: `policy.model`, or for a scorer's model its own name before the
+    key."""
     return f"{owner}.{name}" if owner == POLICY else f"{owner}: {name}"
 
 
@@ -78,15 +82,21 @@ def _resolve_base(settings: PolicySettings, owner: str) -> str:
         return str(build_policy())
     folder = Path(settings.model).expanduser()
     if folder.is_dir():
-        check_model_folder(folder, _key(owner, "model"), "AutoModelForCausalLM", settings.allow_pickle)
+        check_model_folder(
+            folder, _key(owner, "model"), "AutoModelForCausalLM", settings.allow_pickle
+        )
         return str(folder)
     if settings.model.startswith((".", "/", "~")) or folder.exists():
-        raise UserError(f"{_key(owner, 'model')}: {settings.model} is not a folder; give a model folder or a hub id")
+        raise UserError(
+            f"{_key(owner, 'model')}: {settings.model} is not a folder; give a model folder or a "
+            "hub id"
+        )
     return settings.model
 
 
 def load_policy(settings: PolicySettings, owner: str = POLICY) -> Policy:
-    """Loads base and tokenizer; owner: whose model it is, for messages (a scorer may have a causal language model of its own).
+    """Loads base and tokenizer; owner: whose model it is, for messages (a scorer may have a causal
+    language model of its own).
 
     Raises UserError when the model cannot be loaded or is not quantized as asked.
     """
@@ -97,7 +107,9 @@ def load_policy(settings: PolicySettings, owner: str = POLICY) -> Policy:
     source = resolve_model(settings, owner)
     dtype = getattr(torch, settings.dtype)
     with explained_loading(_key(owner, "model"), source):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
         model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             revision=settings.revision,
@@ -111,7 +123,8 @@ def load_policy(settings: PolicySettings, owner: str = POLICY) -> Policy:
     check_tokenizer(tokenizer, source, settings.revision, _key(owner, "model"))
     if fresh := sorted(loading["missing_keys"]):
         raise UserError(
-            f"{_key(owner, 'model')}: {source}: weights {', '.join(fresh[:3])} are not in the checkpoint and were newly initialised; "
+            f"{_key(owner, 'model')}: {source}: weights {', '.join(fresh[:3])} are not in the "
+            "checkpoint and were newly initialised; "
             "save it whole"
         )
     check_quantization(model, settings.quantization, _key(owner, "quantization"))
@@ -126,24 +139,61 @@ def load_policy(settings: PolicySettings, owner: str = POLICY) -> Policy:
     eos_ids = _eos_ids(model, tokenizer, owner)
     overridden = _overridden_generation(model.generation_config)
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=list(eos_ids), pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=list(eos_ids),
+        pad_token_id=tokenizer.pad_token_id,
     )
-    identity = json.dumps([fingerprint_model(source, settings.revision), settings.quantization, settings.dtype, settings.trust_remote_code])
-    return Policy(model, tokenizer, settings, eos_ids, hashlib.sha256(identity.encode()).hexdigest()[:16], overridden)
+    identity = json.dumps(
+        [
+            fingerprint_model(source, settings.revision),
+            settings.quantization,
+            settings.dtype,
+            settings.trust_remote_code,
+        ]
+    )
+    return Policy(
+        model,
+        tokenizer,
+        settings,
+        eos_ids,
+        hashlib.sha256(identity.encode()).hexdigest()[:16],
+        overridden,
+    )
 
 
-def _eos_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", owner: str) -> tuple[int, ...]:
+def _eos_ids(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", owner: str
+) -> tuple[int, ...]:
     configured = model.generation_config.eos_token_id
-    ids = set(configured if isinstance(configured, list) else [] if configured is None else [configured])
+    ids = set(
+        configured if isinstance(configured, list) else [] if configured is None else [configured]
+    )
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:
-        raise UserError(f"{_key(owner, 'model')}: neither tokenizer nor generation_config names an EOS token, so no response could end")
+        raise UserError(
+            f"{_key(owner, 'model')}: neither tokenizer nor generation_config names an EOS token, "
+            "so no response could end"
+        )
     return tuple(sorted(ids))
 
 
 def _overridden_generation(config: object) -> dict[str, object]:
-    """What the checkpoint's generation_config would have changed about sampling; ours is complete, so none of it applies."""
-    ignored = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "use_cache"}
-    ignored |= {"output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate", "do_sample"}
+    """What the checkpoint's generation_config would have changed about sampling; ours is complete,
+    so none of it applies."""
+    ignored = {
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "transformers_version",
+        "_from_model_config",
+        "use_cache",
+    }
+    ignored |= {
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "return_dict_in_generate",
+        "do_sample",
+    }
     return {k: v for k, v in config.to_diff_dict().items() if k not in ignored and v is not None}

@@ -17,30 +17,49 @@ class LoraSettings(Settings):
 
     r: int = Field(8, ge=1, description="rank")
     alpha: float = Field(16, gt=0, description="LoRA alpha; the update is scaled by alpha/r")
-    dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input while training")
+    dropout: float = Field(
+        0.05, ge=0, lt=1, description="dropout on the adapter's input while training"
+    )
     target_modules: str | list[str] = Field(
         "all-linear",
-        description="module names (the head's, as lm_head, may be among them), or all-linear (every linear layer but the head)",
+        description="module names (the head's, as lm_head, may be among them), or all-linear "
+        "(every linear layer but the head)",
     )
 
 
 class PolicySettings(Settings):
     """The base model; with its adapter off it is the reference policy."""
 
-    model: str = Field(description="local folder or hub id of a causal language model; `quickstart` is the embedded world's")
+    model: str = Field(
+        description="local folder or hub id of a causal language model; `quickstart` is the "
+        "embedded world's"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     reference_adapter: str | None = Field(
-        None, description="LoRA adapter (PEFT folder) merged into the unquantized base: the reference policy is base + adapter"
+        None,
+        description="LoRA adapter (PEFT folder) merged into the unquantized base: the reference "
+        "policy is base + adapter",
     )
-    quantization: Literal["nf4", "int8", "none"] = Field("nf4", description="storage of the frozen base")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="compute dtype")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the policy runs; auto: the GPU where there is one")
-    trust_remote_code: bool = Field(False, description="run modelling code that comes with the checkpoint")
-    allow_pickle: bool = Field(False, description="accept pickled weights (pytorch_model.bin) where there are no safetensors")
+    quantization: Literal["nf4", "int8", "none"] = Field(
+        "nf4", description="storage of the frozen base"
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="compute dtype"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where the policy runs; auto: the GPU where there is one"
+    )
+    trust_remote_code: bool = Field(
+        False, description="run modelling code that comes with the checkpoint"
+    )
+    allow_pickle: bool = Field(
+        False,
+        description="accept pickled weights (pytorch_model.bin) where there are no safetensors",
+    )
     lora: LoraSettings = Field(default_factory=LoraSettings, description="the adapter")
 
     @property
     def reproducible(self) -> bool:
-        """Whether log-probabilities agree to float32 rounding between batches. Half precision rounds more coarsely, and int8's
-        activation scales depend on the batch."""
+        """Whether log-probabilities agree to float32 rounding between batches. Half precision
+        rounds more coarsely, and int8's activation scales depend on the batch."""
         return self.dtype == "float32" and self.quantization != "int8"

@@ -1,9 +1,11 @@
-"""Row layouts: which part of a dataset's row is the prompt, which are answers to it, and which answer was preferred. Pure.
+"""Row layouts: which part of a dataset's row is the prompt, which are answers to it, and which
+answer was preferred. Pure.
 
-- PKU-SafeRLHF (30K, 10K, full, single-dimension): `prompt`, `response_0`, `response_1`; labels `better_response_id`,
-  `safer_response_id` (0 or 1)
+- PKU-SafeRLHF (30K, 10K, full, single-dimension): `prompt`, `response_0`, `response_1`; labels
+  `better_response_id`, `safer_response_id` (0 or 1)
 - HH-RLHF: `chosen`, `rejected`, whole dialogues of `\\n\\nHuman: ...\\n\\nAssistant: ...` turns
-- UltraFeedback (binarized): `chosen`, `rejected`, lists of messages that begin with the prompt's; beside them `prompt` as text, `messages`
+- UltraFeedback (binarized): `chosen`, `rejected`, lists of messages that begin with the prompt's;
+  beside them `prompt` as text, `messages`
 - answers alone: `prompt`; `chosen`, `rejected`, each a text, or a list with the assistant's message
 - conversations: `messages`; the last one, where it is the assistant's, is the answer
 - prompts: `prompt`, a text or a list of messages
@@ -25,7 +27,8 @@ Messages = list[dict[str, str]]
 
 
 def layout_columns(columns: Iterable[str]) -> list[str]:
-    """The columns that a layout reads, in the table's order; all of them where none is known, so that a message can name them."""
+    """The columns that a layout reads, in the table's order; all of them where none is known, so
+    that a message can name them."""
     columns = list(columns)
     return [c for c in columns if c in _COLUMNS or c.endswith("_response_id")] or columns
 
@@ -36,11 +39,15 @@ def parse_hh(text: str) -> Messages:
     if len(parts) < 3 or parts[0].strip() or parts[1] != "Human":
         raise ValueError("not a dialogue of '\\n\\nHuman: ...\\n\\nAssistant: ...' turns")
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+    return [
+        {"role": roles[who], "content": said.strip()}
+        for who, said in zip(parts[1::2], parts[2::2], strict=True)
+    ]
 
 
 def prompt_of(row: dict, chat: bool) -> str:
-    """The prompt of one row as stored in the prompts table: plain text, or a JSON list of chat messages. Raises ValueError."""
+    """The prompt of one row as stored in the prompts table: plain text, or a JSON list of chat
+    messages. Raises ValueError."""
     messages, text = _prompt(row)
     _check_messages(messages)
     if not messages or not messages[-1]["content"].strip():
@@ -48,7 +55,9 @@ def prompt_of(row: dict, chat: bool) -> str:
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last message is the assistant's; a prompt ends with the user")
     if chat:
-        return json.dumps([{"role": m["role"], "content": m["content"]} for m in messages], ensure_ascii=False)
+        return json.dumps(
+            [{"role": m["role"], "content": m["content"]} for m in messages], ensure_ascii=False
+        )
     if text is None:
         raise ValueError("the prompt is a list of messages; set prompts.format: chat")
     return text
@@ -58,8 +67,12 @@ def _prompt(row: dict) -> tuple[Messages, str | None]:
     """The messages before the answer, and the prompt as plain text where it has such a form."""
     if _is_hh(row):
         messages, _ = _before_answer(parse_hh(row["chosen"]))
-        # Without its opening "Human:", which the template puts back; further turns keep their marks, or the roles would be lost.
-        turns = [f"\n\n{'Human' if m['role'] == 'user' else 'Assistant'}: {m['content']}" for m in messages]
+        # Without its opening "Human:", which the template puts back; further turns keep their
+        # marks, or the roles would be lost.
+        turns = [
+            f"\n\n{'Human' if m['role'] == 'user' else 'Assistant'}: {m['content']}"
+            for m in messages
+        ]
         return messages, "".join(turns).removeprefix("\n\nHuman: ")
     if isinstance(dialogue := row.get("chosen", row.get("messages")), list):
         _check_messages(dialogue)
@@ -70,21 +83,29 @@ def _prompt(row: dict) -> tuple[Messages, str | None]:
     if "prompt" not in row:
         raise ValueError(f"no `prompt` (it has {', '.join(map(str, row))})")
     prompt = row["prompt"]
-    return (prompt, None) if isinstance(prompt, list) else ([{"role": "user", "content": prompt}], prompt)
+    return (
+        (prompt, None)
+        if isinstance(prompt, list)
+        else ([{"role": "user", "content": prompt}], prompt)
+    )
 
 
 def answers_of(row: dict, chat: bool) -> list[str | None]:
-    """The row's answers to `prompt_of` it, as published: response_0 and response_1, chosen and rejected, or the one of `messages`.
+    """The row's answers to `prompt_of` it, as published: response_0 and response_1, chosen and
+    rejected, or the one of `messages`.
 
-    [] for a row with a prompt alone. None stands for what does not answer this prompt in one turn (a few rows of HH-RLHF end with two
-    assistant turns, or differ in an earlier one). Raises ValueError.
+    [] for a row with a prompt alone. None stands for what does not answer this prompt in one turn
+    (a few rows of HH-RLHF end with two assistant turns, or differ in an earlier one). Raises
+    ValueError.
     """
     if "response_0" in row and "response_1" in row:
         return [_text(row, column) for column in ("response_0", "response_1")]
     if _is_hh(row):
         prompt, _ = _before_answer(parse_hh(row["chosen"]))
         found = [_answer_to(prompt, parse_hh(_text(row, side))) for side in ("chosen", "rejected")]
-        return found if chat else [said and f" {said}" for said in found]  # as in the dialogue: a space after "Assistant:"
+        return (
+            found if chat else [said and f" {said}" for said in found]
+        )  # as in the dialogue: a space after "Assistant:"
     if "chosen" in row and "rejected" in row:
         if isinstance(row["chosen"], str):
             return [row["chosen"], _text(row, "rejected")]
@@ -92,15 +113,20 @@ def answers_of(row: dict, chat: bool) -> list[str | None]:
         _check_messages(row["rejected"])
         prompt, _ = _before_answer(row["chosen"])
         return [_answer_to(prompt, row[side]) for side in ("chosen", "rejected")]
-    if isinstance(row.get("messages"), list) and row["messages"][-1:] and row["messages"][-1].get("role") == "assistant":
+    if (
+        isinstance(row.get("messages"), list)
+        and row["messages"][-1:]
+        and row["messages"][-1].get("role") == "assistant"
+    ):
         _check_messages(row["messages"])
         return [_answer_to(_before_answer(row["messages"])[0], row["messages"])]
     return []
 
 
 def preferred(row: dict, column: str) -> int:
-    """Which of the row's two answers (0 or 1) the label says is better. `column`: `better_response_id`, `safer_response_id` or another
-    of 0 and 1 beside response_0 and response_1; `chosen` for rows of chosen and rejected. Raises ValueError."""
+    """Which of the row's two answers (0 or 1) the label says is better. `column`:
+    `better_response_id`, `safer_response_id` or another of 0 and 1 beside response_0 and
+    response_1; `chosen` for rows of chosen and rejected. Raises ValueError."""
     needed = ("chosen", "rejected") if column == "chosen" else ("response_0", "response_1", column)
     if missing := [name for name in needed if name not in row]:
         raise ValueError(f"no `{missing[0]}` (it has {', '.join(map(str, row))})")
@@ -127,7 +153,9 @@ def _before_answer(messages: Messages) -> tuple[Messages, Messages]:
 def _answer_to(prompt: Messages, messages: Messages) -> str | None:
     """What the one assistant turn behind `prompt` says, or None."""
     before, said = _before_answer(messages)
-    same = [(m["role"], m["content"]) for m in before] == [(m["role"], m["content"]) for m in prompt]
+    same = [(m["role"], m["content"]) for m in before] == [
+        (m["role"], m["content"]) for m in prompt
+    ]
     return said[0]["content"] if same and len(said) == 1 else None
 
 
@@ -139,5 +167,11 @@ def _text(row: dict, column: str) -> str:
 
 def _check_messages(messages: object) -> None:
     for message in messages if isinstance(messages, list) else [messages]:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
-            raise ValueError("a chat prompt is a list of {role, content} messages, a text prompt a string")
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("content"), str)
+            or "role" not in message
+        ):
+            raise ValueError(
+                "a chat prompt is a list of {role, content} messages, a text prompt a string"
+            )

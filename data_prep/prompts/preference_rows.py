@@ -1,8 +1,9 @@
-"""The answers in a preference dataset's rows: as rows of a responses table, and which of two was preferred.
+"""The answers in a preference dataset's rows: as rows of a responses table, and which of two was
+preferred.
 
-An answer is complete, so its tokens end with the EOS that closes the assistant's turn. Nobody knows the law it was drawn from:
-`sample_logp` and `policy_logp` are null, and no estimate that needs a law may read these rows; they are for fitting. What is left out is
-counted by reason (`LEFT_OUT`).
+An answer is complete, so its tokens end with the EOS that closes the assistant's turn. Nobody knows
+the law it was drawn from: `sample_logp` and `policy_logp` are null, and no estimate that needs a
+law may read these rows; they are for fitting. What is left out is counted by reason (`LEFT_OUT`).
 """
 
 import hashlib
@@ -41,9 +42,11 @@ LEFT_OUT = {
 
 @dataclass
 class DatasetAnswers:
-    """Answers to some prompts. texts: by response_id, in the source's order; prompts: prompt_id by response_id.
+    """Answers to some prompts. texts: by response_id, in the source's order; prompts: prompt_id by
+    response_id.
 
-    pairs: (preferred, other) response ids where a label was asked for; left_out: answers, and with a label rows, by reason.
+    pairs: (preferred, other) response ids where a label was asked for; left_out: answers, and with
+    a label rows, by reason.
     """
 
     texts: dict[str, str] = field(default_factory=dict)
@@ -55,26 +58,42 @@ class DatasetAnswers:
         """Keeps these responses and the pairs among them."""
         self.texts = {rid: text for rid, text in self.texts.items() if rid in kept}
         self.prompts = {rid: self.prompts[rid] for rid in self.texts}
-        pairs = {pair: None for pair in self.pairs if pair[0] in self.texts and pair[1] in self.texts}
+        pairs = {
+            pair: None for pair in self.pairs if pair[0] in self.texts and pair[1] in self.texts
+        }
         if lost := len(self.pairs) - len(pairs):
             self.left_out["rows"] += lost
         self.pairs = pairs
 
 
-def read_answers(settings: PromptSettings, wanted: Collection[str], *, label: str | None = None, test: bool = False) -> DatasetAnswers:
-    """The answers to the prompts `wanted` (ids) in the rows of prompts.source (of prompts.test with `test`); with `label` also its pairs.
+def read_answers(
+    settings: PromptSettings,
+    wanted: Collection[str],
+    *,
+    label: str | None = None,
+    test: bool = False,
+) -> DatasetAnswers:
+    """The answers to the prompts `wanted` (ids) in the rows of prompts.source (of prompts.test with
+    `test`); with `label` also its pairs.
 
-    A response_id is a hash of prompt and answer, so that the source's order does not matter. Raises UserError listing malformed rows, and
-    where the source has prompts alone. The first answers that are left out are named on stderr.
+    A response_id is a hash of prompt and answer, so that the source's order does not matter. Raises
+    UserError listing malformed rows, and where the source has prompts alone. The first answers that
+    are left out are named on stderr.
     """
-    source, chat, wanted = settings.test if test else settings.source, settings.format == "chat", set(wanted)
+    source, chat, wanted = (
+        settings.test if test else settings.source,
+        settings.format == "chat",
+        set(wanted),
+    )
     found, named = DatasetAnswers(), []
 
     def parse(row: Row) -> tuple[str, str, list[str | None], int | None]:
         pid = prompt_id(prompt_of(row.content, chat))
         answers = answers_of(row.content, chat)
         if not answers:
-            raise ValueError(f"no answers beside the prompt (it has {', '.join(map(str, row.content))})")
+            raise ValueError(
+                f"no answers beside the prompt (it has {', '.join(map(str, row.content))})"
+            )
         return row.where, pid, answers, None if label is None else preferred(row.content, label)
 
     for where, pid, answers, better in parsed_rows(source, parse):
@@ -88,12 +107,21 @@ def read_answers(settings: PromptSettings, wanted: Collection[str], *, label: st
     if not found.texts:
         raise UserError(f"{source_name(source)}: no answers to the {len(wanted)} prompts in it")
     if named:
-        what = ", ".join(f"{found.left_out[why]} {why} ({LEFT_OUT[why]})" for why in ("blank", "irregular") if found.left_out[why])
-        print(f"{source_name(source)}: answers left out: {what}; first in {', '.join(named)}", file=sys.stderr)
+        what = ", ".join(
+            f"{found.left_out[why]} {why} ({LEFT_OUT[why]})"
+            for why in ("blank", "irregular")
+            if found.left_out[why]
+        )
+        print(
+            f"{source_name(source)}: answers left out: {what}; first in {', '.join(named)}",
+            file=sys.stderr,
+        )
     return found
 
 
-def _taken(found: DatasetAnswers, pid: str, answer: str | None, settings: PromptSettings) -> str | None:
+def _taken(
+    found: DatasetAnswers, pid: str, answer: str | None, settings: PromptSettings
+) -> str | None:
     """The id under which an answer is kept, or None where it is left out."""
     if answer is None or not answer.strip():
         found.left_out["irregular" if answer is None else "blank"] += 1
@@ -128,11 +156,13 @@ def answer_table(
     eos_ids: tuple[int, ...],
     max_length: int,
 ) -> pd.DataFrame:
-    """Rows of the responses table with `ref_logp` still null; (num_answers,) but for those counted in `answers.left_out`.
+    """Rows of the responses table with `ref_logp` still null; (num_answers,) but for those counted
+    in `answers.left_out`.
 
-    prompts: the stored prompt by prompt_id. An answer is tokenized behind its prompt, where the prompt's tokens stay the same (a
-    sentencepiece tokenizer would open an answer of its own with another token), else by itself; EOS follows. Longer ones than
-    `max_length` tokens with their prompt are left out, and those in which a special token stands. `response` is the tokens' text.
+    prompts: the stored prompt by prompt_id. An answer is tokenized behind its prompt, where the
+    prompt's tokens stay the same (a sentencepiece tokenizer would open an answer of its own with
+    another token), else by itself; EOS follows. Longer ones than `max_length` tokens with their
+    prompt are left out, and those in which a special token stands. `response` is the tokens' text.
     """
     closing = turn_end(settings, tokenizer, eos_ids)
     special = {*tokenizer.all_special_ids, *eos_ids} - {tokenizer.unk_token_id}
@@ -142,7 +172,13 @@ def answer_table(
         some = ids[begin : begin + ENCODED_AT_ONCE]
         pids = [answers.prompts[rid] for rid in some]
         texts = [answers.texts[rid] for rid in some]
-        tokens = _encode_behind([prompts[pid] for pid in pids], [prompt_tokens[pid] for pid in pids], texts, settings, tokenizer)
+        tokens = _encode_behind(
+            [prompts[pid] for pid in pids],
+            [prompt_tokens[pid] for pid in pids],
+            texts,
+            settings,
+            tokenizer,
+        )
         kept = []
         for row, (pid, own) in enumerate(zip(pids, tokens, strict=True)):
             if not own or not special.isdisjoint(own):
@@ -151,7 +187,11 @@ def answer_table(
                 answers.left_out["too_long"] += 1
             else:
                 kept.append(row)
-        said = tokenizer.batch_decode([tokens[row] for row in kept], skip_special_tokens=True) if kept else []
+        said = (
+            tokenizer.batch_decode([tokens[row] for row in kept], skip_special_tokens=True)
+            if kept
+            else []
+        )
         columns = {
             "prompt_id": [pids[row] for row in kept],
             "response_id": [some[row] for row in kept],
@@ -162,26 +202,41 @@ def answer_table(
     table = pd.concat(parts, ignore_index=True)
     if table.empty:
         raise UserError(
-            f"prompts: all {len(ids)} answers of the dataset are left out ({counted(answers.left_out)}); look at fit.max_length"
+            f"prompts: all {len(ids)} answers of the dataset are left out "
+            f"({counted(answers.left_out)}); look at fit.max_length"
         )
     answers.restrict(set(table["response_id"]))
-    return table.assign(ended=True, source=SOURCE, sample_logp=np.nan, policy_logp=np.nan, ref_logp=np.nan)
+    return table.assign(
+        ended=True, source=SOURCE, sample_logp=np.nan, policy_logp=np.nan, ref_logp=np.nan
+    )
 
 
 def given_pairs(answers: DatasetAnswers) -> pd.DataFrame:
-    """The dataset's labels as `prompt_id, chosen_id, rejected_id`, (num_pairs,) rows. Raises UserError where there is none."""
+    """The dataset's labels as `prompt_id, chosen_id, rejected_id`, (num_pairs,) rows. Raises
+    UserError where there is none."""
     if not answers.pairs:
-        raise UserError(f"prompts: the dataset has no labelled pair of two answers to keep ({counted(answers.left_out)})")
+        raise UserError(
+            "prompts: the dataset has no labelled pair of two answers to keep "
+            f"({counted(answers.left_out)})"
+        )
     chosen, rejected = zip(*answers.pairs, strict=True)
-    return pd.DataFrame({"prompt_id": [answers.prompts[rid] for rid in chosen], "chosen_id": chosen, "rejected_id": rejected})
+    return pd.DataFrame(
+        {
+            "prompt_id": [answers.prompts[rid] for rid in chosen],
+            "chosen_id": chosen,
+            "rejected_id": rejected,
+        }
+    )
 
 
 def labelled(pairs: pd.DataFrame, score: pd.Series | None) -> pd.DataFrame:
-    """`given_pairs` as a pairs table with target 1. score: s_λ by response_id (score units), of which prob and margin are; without one
-    prob is 1 and margin 0."""
+    """`given_pairs` as a pairs table with target 1. score: s_λ by response_id (score units), of
+    which prob and margin are; without one prob is 1 and margin 0."""
     margin = np.zeros(len(pairs))
     if score is not None:
-        margin = score.loc[pairs["chosen_id"]].to_numpy() - score.loc[pairs["rejected_id"]].to_numpy()
+        margin = (
+            score.loc[pairs["chosen_id"]].to_numpy() - score.loc[pairs["rejected_id"]].to_numpy()
+        )
     prob = np.ones(len(pairs)) if score is None else np.exp(-np.logaddexp(0.0, -margin))
     return pairs.assign(prob=prob, target=1.0, margin=margin)
 
@@ -191,30 +246,54 @@ def counted(left_out: dict[str, int]) -> str:
 
 
 def _encode_behind(
-    prompts: list[str], prompt_tokens: list[list[int]], answers: list[str], settings: PromptSettings, tokenizer: "PreTrainedTokenizerBase"
+    prompts: list[str],
+    prompt_tokens: list[list[int]],
+    answers: list[str],
+    settings: PromptSettings,
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> list[list[int]]:
-    texts = [text + answer for text, answer in zip(rendered_prompts(prompts, settings, tokenizer), answers, strict=True)]
+    texts = [
+        text + answer
+        for text, answer in zip(
+            rendered_prompts(prompts, settings, tokenizer), answers, strict=True
+        )
+    ]
     alone: list[int] = []
     tokens = []
-    for row, (whole, prompt) in enumerate(zip(encode(texts, settings, tokenizer), prompt_tokens, strict=True)):
-        unknown = prompt[-1] == tokenizer.unk_token_id  # may have swallowed the answer's first word
+    for row, (whole, prompt) in enumerate(
+        zip(encode(texts, settings, tokenizer), prompt_tokens, strict=True)
+    ):
+        # may have swallowed the answer's first word
+        unknown = prompt[-1] == tokenizer.unk_token_id
         if whole[: len(prompt)] != prompt or len(whole) == len(prompt) or unknown:
             alone.append(row)
-        closed = len(whole) > len(prompt) and whole[-1] == tokenizer.eos_token_id and not answers[row].endswith(tokenizer.eos_token)
+        closed = (
+            len(whole) > len(prompt)
+            and whole[-1] == tokenizer.eos_token_id
+            and not answers[row].endswith(tokenizer.eos_token)
+        )
         tokens.append(whole[len(prompt) : -1] if closed else whole[len(prompt) :])
     if alone:
-        own = tokenizer([answers[row] for row in alone], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        own = tokenizer(
+            [answers[row] for row in alone], add_special_tokens=False, return_attention_mask=False
+        )["input_ids"]
         for row, ids in zip(alone, own, strict=True):
             tokens[row] = ids
     return tokens
 
 
-def turn_end(settings: PromptSettings, tokenizer: "PreTrainedTokenizerBase", eos_ids: tuple[int, ...]) -> int:
-    """The token that ends an answer: the first of `eos_ids` that the chat template puts behind the assistant's message, else EOS."""
+def turn_end(
+    settings: PromptSettings, tokenizer: "PreTrainedTokenizerBase", eos_ids: tuple[int, ...]
+) -> int:
+    """The token that ends an answer: the first of `eos_ids` that the chat template puts behind the
+    assistant's message, else EOS."""
     default = tokenizer.eos_token_id if tokenizer.eos_token_id in eos_ids else eos_ids[0]
     if settings.format != "chat":
         return default
     probe = "the answer"
     dialogue = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": probe}]
     behind = tokenizer.apply_chat_template(dialogue, tokenize=False).rpartition(probe)[2]
-    return next((i for i in tokenizer(behind, add_special_tokens=False)["input_ids"] if i in eos_ids), default)
+    return next(
+        (i for i in tokenizer(behind, add_special_tokens=False)["input_ids"] if i in eos_ids),
+        default,
+    )

@@ -1,6 +1,8 @@
-"""Rows of a file, a folder or a hub dataset, one after another, each with the place it stands at. Nothing is held but one batch.
+"""Rows of a file, a folder or a hub dataset, one after another, each with the place it stands at.
+Nothing is held but one batch.
 
-A line that cannot be read is a row with a problem, so that all of them can be named at once; a file that cannot be is a UserError.
+A line that cannot be read is a row with a problem, so that all of them can be named at once; a file
+that cannot be is a UserError.
 """
 
 import csv
@@ -28,16 +30,26 @@ _SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
 class DatasetSource(Settings):
-    """A hub dataset, a local folder of one, or the embedded world's prompts (`dataset: quickstart`)."""
+    """A hub dataset, a local folder of one, or the embedded world's prompts (`dataset:
+    quickstart`)."""
 
-    dataset: str = Field(description="hub id, folder (written by save_to_disk, or of parquet and jsonl files), or `quickstart`")
-    name: str | None = Field(None, description="the hub dataset's configuration, e.g. alpaca-7b of PKU-SafeRLHF")
-    split: str = Field("train", description="the dataset's split; in a folder of files those whose name begins with it")
+    dataset: str = Field(
+        description="hub id, folder (written by save_to_disk, or of parquet and jsonl files), or "
+        "`quickstart`"
+    )
+    name: str | None = Field(
+        None, description="the hub dataset's configuration, e.g. alpaca-7b of PKU-SafeRLHF"
+    )
+    split: str = Field(
+        "train",
+        description="the dataset's split; in a folder of files those whose name begins with it",
+    )
     revision: str | None = Field(None, description="branch, tag or commit of the hub dataset")
 
 
 class Row(NamedTuple):
-    """where: `line 3`, `row 3`, or with the file's name in a folder; content: None where there is a problem instead."""
+    """where: `line 3`, `row 3`, or with the file's name in a folder; content: None where there is a
+    problem instead."""
 
     where: str
     content: dict | None
@@ -52,8 +64,8 @@ def source_name(source: str | Path | DatasetSource) -> str:
 def read_rows(source: str | Path | DatasetSource) -> Iterator[Row]:
     """The rows of a source in its order, with the columns that a layout reads.
 
-    Files: jsonl, json, csv, tsv, txt (one prompt a line), parquet, and each with .gz but parquet. Raises UserError for what is not there
-    or cannot be read.
+    Files: jsonl, json, csv, tsv, txt (one prompt a line), parquet, and each with .gz but parquet.
+    Raises UserError for what is not there or cannot be read.
     """
     if not isinstance(source, DatasetSource):
         path = Path(source).expanduser()
@@ -67,8 +79,13 @@ def read_rows(source: str | Path | DatasetSource) -> Iterator[Row]:
         from data_prep.quickstart import PROMPTS
 
         if source.split not in PROMPTS:
-            raise UserError(f"prompts: quickstart has no split {source.split}; it has {', '.join(PROMPTS)}")
-        return (Row(f"row {number}", {"prompt": prompt}) for number, prompt in enumerate(PROMPTS[source.split], 1))
+            raise UserError(
+                f"prompts: quickstart has no split {source.split}; it has {', '.join(PROMPTS)}"
+            )
+        return (
+            Row(f"row {number}", {"prompt": prompt})
+            for number, prompt in enumerate(PROMPTS[source.split], 1)
+        )
     folder = Path(source.dataset).expanduser()
     if folder.is_dir():
         return _folder_rows(folder, source)
@@ -79,16 +96,24 @@ def _hub_rows(source: DatasetSource) -> Iterator[Row]:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(source.dataset, source.name, split=source.split, revision=source.revision)
+        loaded = datasets.load_dataset(
+            source.dataset, source.name, split=source.split, revision=source.revision
+        )
     except (OSError, ValueError) as error:
-        raise UserError(f"prompts: dataset {source.dataset} cannot be loaded ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"prompts: dataset {source.dataset} cannot be loaded ({str(error).splitlines()[0]})"
+        ) from error
     return _dataset_rows(loaded)
 
 
 def _dataset_rows(loaded) -> Iterator[Row]:
     """Rows of a `datasets.Dataset`, which lies on disk; a batch of it at a time."""
     number = 0
-    for batch in loaded.select_columns(layout_columns(loaded.column_names)).with_format("arrow").iter(BATCH_ROWS):
+    for batch in (
+        loaded.select_columns(layout_columns(loaded.column_names))
+        .with_format("arrow")
+        .iter(BATCH_ROWS)
+    ):
         for content in batch.to_pylist():
             number += 1
             yield Row(f"row {number}", content)
@@ -97,24 +122,44 @@ def _dataset_rows(loaded) -> Iterator[Row]:
 def _folder_rows(folder: Path, source: DatasetSource) -> Iterator[Row]:
     for key in ("name", "revision"):
         if getattr(source, key) is not None:
-            raise UserError(f"prompts: {folder}: is a folder, and {key} is of hub datasets; drop it, or give the folder of that part")
+            raise UserError(
+                f"prompts: {folder}: is a folder, and {key} is of hub datasets; drop it, or give "
+                "the folder of that part"
+            )
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _saved_rows(folder, source.split)
-    files = sorted(f for pattern in ("*.parquet", "*.jsonl", "*.jsonl.gz") for f in folder.rglob(pattern))
+    files = sorted(
+        f for pattern in ("*.parquet", "*.jsonl", "*.jsonl.gz") for f in folder.rglob(pattern)
+    )
     if not files:
-        raise UserError(f"prompts: {folder}: no such file: a folder without parquet or jsonl files (and not one of save_to_disk)")
+        raise UserError(
+            f"prompts: {folder}: no such file: a folder without parquet or jsonl files (and not "
+            "one of save_to_disk)"
+        )
 
     def of(split: str) -> list[Path]:
-        return [f for f in files if re.match(rf"{re.escape(split)}(-|\.)", f.name) or split in f.relative_to(folder).parts[:-1]]
+        return [
+            f
+            for f in files
+            if re.match(rf"{re.escape(split)}(-|\.)", f.name)
+            or split in f.relative_to(folder).parts[:-1]
+        ]
 
     chosen = of(source.split)
     if not chosen:
         if any(of(split) for split in _SPLIT_NAMES):
             names = ", ".join(str(f.relative_to(folder)) for f in files[:5])
-            raise UserError(f"prompts: {folder}: no file of split {source.split} in it ({names}); set split, or give the file")
+            raise UserError(
+                f"prompts: {folder}: no file of split {source.split} in it ({names}); set split, "
+                "or give the file"
+            )
         chosen = files
     several = len(chosen) > 1
-    return (row._replace(where=f"{f.relative_to(folder)} {row.where}") if several else row for f in chosen for row in _file_rows(f))
+    return (
+        row._replace(where=f"{f.relative_to(folder)} {row.where}") if several else row
+        for f in chosen
+        for row in _file_rows(f)
+    )
 
 
 def _saved_rows(folder: Path, split: str) -> Iterator[Row]:
@@ -124,11 +169,14 @@ def _saved_rows(folder: Path, split: str) -> Iterator[Row]:
         loaded = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
         raise UserError(
-            f"prompts: {folder}: not a dataset of save_to_disk ({(str(error) or type(error).__name__).splitlines()[0]})"
+            f"prompts: {folder}: not a dataset of save_to_disk "
+            f"({(str(error) or type(error).__name__).splitlines()[0]})"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise UserError(f"prompts: {folder}: no split {split} in it; it has {', '.join(loaded)}")
+            raise UserError(
+                f"prompts: {folder}: no split {split} in it; it has {', '.join(loaded)}"
+            )
         loaded = loaded[split]
     return _dataset_rows(loaded)
 
@@ -139,17 +187,24 @@ def _file_rows(path: Path) -> Iterator[Row]:
     if kind == ".parquet":
         return _parquet_rows(path)
     if kind == ".json":
-        return (Row(f"item {number}", content) for number, content in enumerate(read_json_rows(path), 1))
+        return (
+            Row(f"item {number}", content) for number, content in enumerate(read_json_rows(path), 1)
+        )
     if kind in (".csv", ".tsv"):
         return _csv_rows(path, "," if kind == ".csv" else "\t")
     if kind in (".jsonl", ".txt"):
         return _line_rows(path, kind == ".jsonl")
-    raise UserError(f"{path}: unknown ending {kind or '(none)'}; use .parquet, .csv, .tsv, .txt, .json or .jsonl")
+    raise UserError(
+        f"{path}: unknown ending {kind or '(none)'}; use .parquet, .csv, .tsv, .txt, .json or "
+        ".jsonl"
+    )
 
 
 def _open(path: Path, newline: str | None = None):
     """A text file, zipped or not; a byte order mark is skipped."""
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline=newline)
+    return (gzip.open if path.suffix == ".gz" else open)(
+        path, "rt", encoding="utf-8-sig", newline=newline
+    )
 
 
 def _line_rows(path: Path, as_json: bool) -> Iterator[Row]:
@@ -158,7 +213,11 @@ def _line_rows(path: Path, as_json: bool) -> Iterator[Row]:
         with _open(path) as handle:
             for number, line in enumerate(handle, 1):
                 if line.strip():
-                    yield _json_row(f"line {number}", line) if as_json else Row(f"line {number}", {"prompt": line.rstrip("\n")})
+                    yield (
+                        _json_row(f"line {number}", line)
+                        if as_json
+                        else Row(f"line {number}", {"prompt": line.rstrip("\n")})
+                    )
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
 
@@ -168,7 +227,9 @@ def _json_row(where: str, line: str) -> Row:
         content = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         return Row(where, None, f"not valid JSON ({error.msg} at character {error.colno})")
-    return Row(where, content) if isinstance(content, dict) else Row(where, None, "not a JSON object")
+    return (
+        Row(where, content) if isinstance(content, dict) else Row(where, None, "not a JSON object")
+    )
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
@@ -181,18 +242,28 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
                 raise UserError(f"{path}: not a readable {kind} file (it is empty)")
             for content in reader:
                 where = f"line {reader.line_num}"
-                yield Row(where, None, "more cells than the header") if None in content else Row(where, content)
+                yield (
+                    Row(where, None, "more cells than the header")
+                    if None in content
+                    else Row(where, content)
+                )
     except (csv.Error, UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a readable {kind} file ({str(error).strip().splitlines()[0]})") from error
+        raise UserError(
+            f"{path}: not a readable {kind} file ({str(error).strip().splitlines()[0]})"
+        ) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(BATCH_ROWS, columns=layout_columns(file.schema_arrow.names)):
+            for batch in file.iter_batches(
+                BATCH_ROWS, columns=layout_columns(file.schema_arrow.names)
+            ):
                 for content in batch.to_pylist():
                     number += 1
                     yield Row(f"row {number}", content)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]}); write it again") from error
+        raise UserError(
+            f"{path}: not a readable parquet file ({str(error).splitlines()[0]}); write it again"
+        ) from error

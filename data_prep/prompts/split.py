@@ -1,7 +1,7 @@
 """Prompts of files and datasets; the split; prompts as tokens.
 
-Rows come from `row_files`, what is the prompt in them says `layouts`. A prompt's id is a hash of its content, and so is its place in the
-split.
+Rows come from `row_files`, what is the prompt in them says `layouts`. A prompt's id is a hash of
+its content, and so is its place in the split.
 """
 
 import hashlib
@@ -33,18 +33,31 @@ class PromptSettings(Settings):
         validation_alias=AliasChoices("source", "train"),
         description="file (jsonl, json, csv, tsv, txt, parquet; .gz), folder or {dataset: ...}",
     )
-    format: Literal["text", "chat"] = Field("text", description="text: put into `template`; chat: the tokenizer's chat template")
-    template: str = Field("{prompt}", description="for format text: what the policy reads; must contain {prompt}")
-    max_fit: int | None = Field(None, ge=1, description="keep at most so many fit prompts (lowest hash first)")
-    max_test: int | None = Field(None, ge=2, description="keep at most so many test prompts (lowest hash first)")
-    test: str | DatasetSource | float = Field(
-        0.2, validation_alias=AliasChoices("test", "eval"), description="file or dataset of test prompts, or the fraction held out"
+    format: Literal["text", "chat"] = Field(
+        "text", description="text: put into `template`; chat: the tokenizer's chat template"
     )
-    too_long: Literal["error", "drop"] = Field("error", description="prompts that do not fit: an error, or dropped and counted")
+    template: str = Field(
+        "{prompt}", description="for format text: what the policy reads; must contain {prompt}"
+    )
+    max_fit: int | None = Field(
+        None, ge=1, description="keep at most so many fit prompts (lowest hash first)"
+    )
+    max_test: int | None = Field(
+        None, ge=2, description="keep at most so many test prompts (lowest hash first)"
+    )
+    test: str | DatasetSource | float = Field(
+        0.2,
+        validation_alias=AliasChoices("test", "eval"),
+        description="file or dataset of test prompts, or the fraction held out",
+    )
+    too_long: Literal["error", "drop"] = Field(
+        "error", description="prompts that do not fit: an error, or dropped and counted"
+    )
 
 
 def parsed_rows(source: str | DatasetSource, parse: Callable[[Row], T]) -> Iterator[T]:
-    """`parse` of every row of a source; after the last one a UserError that lists the rows for which it raised ValueError."""
+    """`parse` of every row of a source; after the last one a UserError that lists the rows for
+    which it raised ValueError."""
     broken: list[str] = []
     count = 0
     for row in read_rows(source):
@@ -85,16 +98,20 @@ def prompt_id(prompt: str) -> str:
 
 
 def split_prompts(settings: PromptSettings, num_dual: int) -> tuple[pd.DataFrame, dict[str, int]]:
-    """The prompts table with its split, and counts of what was left out (duplicates, in_test, over_max).
+    """The prompts table with its split, and counts of what was left out (duplicates, in_test,
+    over_max).
 
-    Everything is decided by the prompts' hashes: test is the given source, or the fraction with the lowest hashes; dual is `num_dual` of
-    the fit prompts. A fit prompt that is also a test prompt goes to test.
+    Everything is decided by the prompts' hashes: test is the given source, or the fraction with the
+    lowest hashes; dual is `num_dual` of the fit prompts. A fit prompt that is also a test prompt
+    goes to test.
     """
     fit, duplicates = read_prompts(settings.source, settings.format)
     left_out = {"duplicates": duplicates, "in_test": 0, "over_max": 0}
     if isinstance(settings.test, float):
         if not 0 < settings.test < 1:
-            raise UserError(f"prompts.test: {settings.test} is neither a source nor a fraction between 0 and 1")
+            raise UserError(
+                f"prompts.test: {settings.test} is neither a source nor a fraction between 0 and 1"
+            )
         is_test = fit.index.map(lambda pid: int(pid[:8], 16) / 2**32 < settings.test)
         test, fit = fit[is_test], fit[~is_test]
     else:
@@ -106,10 +123,16 @@ def split_prompts(settings: PromptSettings, num_dual: int) -> tuple[pd.DataFrame
     fit, test = fit.sort_index()[: settings.max_fit], test.sort_index()[: settings.max_test]
     left_out["over_max"] = total - len(fit) - len(test)
     if len(fit) < 2 or len(test) < 2:
-        raise UserError(f"prompts: {len(fit)} fit and {len(test)} test prompts; both need at least 2 (change prompts.test or the source)")
-    # Another hash than the one that orders the fit prompts, so that dual is not the head of the list.
+        raise UserError(
+            f"prompts: {len(fit)} fit and {len(test)} test prompts; both need at least 2 (change "
+            "prompts.test or the source)"
+        )
+    # Another hash than the one that orders the fit prompts, so that dual is not the head of the
+    # list.
     ranked = sorted(fit.index, key=lambda pid: hashlib.sha256(f"dual/{pid}".encode()).digest())
     dual = set(ranked[:num_dual])
     split = ["dual" if pid in dual else "fit" for pid in fit.index] + ["test"] * len(test)
-    table = pd.DataFrame({"prompt_id": [*fit.index, *test.index], "prompt": [*fit, *test], "split": split})
+    table = pd.DataFrame(
+        {"prompt_id": [*fit.index, *test.index], "prompt": [*fit, *test], "split": split}
+    )
     return validate_prompts(table, "prompts"), left_out

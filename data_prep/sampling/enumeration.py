@@ -1,4 +1,5 @@
-"""Every answer of the embedded world and its exact probability, through the policy's own forward."""
+"""Every answer of the embedded world and its exact probability, through the policy's own
+forward."""
 
 import itertools
 from pathlib import Path
@@ -18,7 +19,8 @@ PROMPTS_PER_FORWARD = 12
 
 
 def enumerate_responses(eos_id: int, vocabulary: int) -> list[list[int]]:
-    """Every token sequence the sampler can emit: ended by EOS after 0..L−1 tokens, or L tokens without EOS. Length (V−1)^L + Σ (V−1)^l."""
+    """Every token sequence the sampler can emit: ended by EOS after 0..L−1 tokens, or L tokens
+    without EOS. Length (V−1)^L + Σ (V−1)^l."""
     others = [t for t in range(vocabulary) if t != eos_id]
     sequences = []
     for length in range(MAX_NEW_TOKENS):
@@ -26,11 +28,15 @@ def enumerate_responses(eos_id: int, vocabulary: int) -> list[list[int]]:
     return sequences + [list(s) for s in itertools.product(others, repeat=MAX_NEW_TOKENS)]
 
 
-def exact_logps(policy: "Policy", adapter: Path | None, prompt_tokens: dict[str, list[int]]) -> np.ndarray:
-    """log π(y | x) of every response, shape (num_prompts, num_responses), rows as in `enumerate_responses`; nats, float64.
+def exact_logps(
+    policy: "Policy", adapter: Path | None, prompt_tokens: dict[str, list[int]]
+) -> np.ndarray:
+    """log π(y | x) of every response, shape (num_prompts, num_responses), rows as in
+    `enumerate_responses`; nats, float64.
 
-    From the logits of the policy's own forward (quantized base, adapter attached) at every prefix: no masking, no renormalising; the
-    probabilities of a row sum to 1 because the model's own next-token distributions do.
+    From the logits of the policy's own forward (quantized base, adapter attached) at every prefix:
+    no masking, no renormalising; the probabilities of a row sum to 1 because the model's own
+    next-token distributions do.
     """
     import torch
 
@@ -45,20 +51,28 @@ def exact_logps(policy: "Policy", adapter: Path | None, prompt_tokens: dict[str,
             for start in range(0, len(names), PROMPTS_PER_FORWARD):
                 some = names[start : start + PROMPTS_PER_FORWARD]
                 prompts = torch.tensor([prompt_tokens[name] for name in some], device=policy.device)
-                rows |= dict(zip(some, response_tree(model, prompts, *policy.eos_ids).numpy(), strict=True))
+                rows |= dict(
+                    zip(some, response_tree(model, prompts, *policy.eos_ids).numpy(), strict=True)
+                )
     return np.stack([rows[name] for name in prompt_tokens])
 
 
 def response_tree(model: "torch.nn.Module", prompts: "torch.Tensor", eos: int) -> "torch.Tensor":
-    """`exact_logps` of prompts of one length, token ids (num_prompts, length), with gradient where it is on: every prefix is computed once,
-    from its parent's cached keys and values."""
+    """`exact_logps` of prompts of one length, token ids (num_prompts, length), with gradient where
+    it is on: every prefix is computed once, from its parent's cached keys and values."""
     import torch
 
     others = torch.tensor([t for t in range(len(VOCABULARY)) if t != eos])
     ids, cache, row, heads = prompts, None, [], torch.zeros(len(prompts), 1, dtype=torch.float64)
     for position in range(MAX_NEW_TOKENS):
         output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        following = output.logits[:, -1].double().log_softmax(-1).cpu().view(len(prompts), -1, len(VOCABULARY))
+        following = (
+            output.logits[:, -1]
+            .double()
+            .log_softmax(-1)
+            .cpu()
+            .view(len(prompts), -1, len(VOCABULARY))
+        )
         row.append(heads + following[..., eos])
         heads = (heads[..., None] + following[..., others]).flatten(1)
         if position < MAX_NEW_TOKENS - 1:

@@ -1,6 +1,8 @@
-"""Responses from a policy under an exactly stated law: token ids, text, and log-probabilities by teacher forcing.
+"""Responses from a policy under an exactly stated law: token ids, text, and log-probabilities by
+teacher forcing.
 
-What was sampled is what is scored and trained on: token ids come first and are never re-tokenized; a response that was cut off gets no EOS.
+What was sampled is what is scored and trained on: token ids come first and are never re-tokenized;
+a response that was cut off gets no EOS.
 """
 
 from pathlib import Path
@@ -20,11 +22,19 @@ if TYPE_CHECKING:
     from transformers.cache_utils import DynamicCache
 
 
-def generate(policy: Policy, model: "torch.nn.Module", prompts: list[list[int]], settings: SamplingSettings, seed: int) -> list[list[int]]:
-    """One response (token ids, EOS included where it ended) per prompt, drawn in one batch with its own seed.
+def generate(
+    policy: Policy,
+    model: "torch.nn.Module",
+    prompts: list[list[int]],
+    settings: SamplingSettings,
+    seed: int,
+) -> list[list[int]]:
+    """One response (token ids, EOS included where it ended) per prompt, drawn in one batch with its
+    own seed.
 
-    The generation config is complete, so neither the checkpoint's own (blanked at loading) nor the library's defaults (top_k = 50) enter.
-    A prompt that is asked for several responses is computed once (`_prompt_cache`); the law, and but for rounding the draws, stay the same.
+    The generation config is complete, so neither the checkpoint's own (blanked at loading) nor the
+    library's defaults (top_k = 50) enter. A prompt that is asked for several responses is computed
+    once (`_prompt_cache`); the law, and but for rounding the draws, stay the same.
     """
     import torch
     from transformers import GenerationConfig
@@ -40,30 +50,47 @@ def generate(policy: Policy, model: "torch.nn.Module", prompts: list[list[int]],
     cuda = [policy.device] if policy.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
-        cache = _prompt_cache(model, ids, mask, rows) if width > 1 and len(numbers) < len(prompts) else None
+        cache = (
+            _prompt_cache(model, ids, mask, rows)
+            if width > 1 and len(numbers) < len(prompts)
+            else None
+        )
         known = {} if cache is None else {"past_key_values": cache}
-        output = model.generate(input_ids=ids[rows], attention_mask=mask[rows], generation_config=config, **known)
+        output = model.generate(
+            input_ids=ids[rows], attention_mask=mask[rows], generation_config=config, **known
+        )
     return [_cut_at_eos(row, policy.eos_ids) for row in output[:, width:].tolist()]
 
 
-def _prompt_cache(model: "torch.nn.Module", ids: "torch.Tensor", mask: "torch.Tensor", rows: "torch.Tensor") -> "DynamicCache | None":
-    """Keys and values of all but the last token of prompts padded on the left, ids and mask (num_distinct, width), selected by `rows`.
+def _prompt_cache(
+    model: "torch.nn.Module", ids: "torch.Tensor", mask: "torch.Tensor", rows: "torch.Tensor"
+) -> "DynamicCache | None":
+    """Keys and values of all but the last token of prompts padded on the left, ids and mask
+    (num_distinct, width), selected by `rows`.
 
-    None where the model keeps anything else of what it has read, as recurrent layers do: `generate` then computes every row's prompt.
+    None where the model keeps anything else of what it has read, as recurrent layers do: `generate`
+    then computes every row's prompt.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    read = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]}
+    read = {
+        "input_ids": ids[:, :-1],
+        "attention_mask": mask[:, :-1],
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, :-1],
+    }
     cache = getattr(model(**read, use_cache=True, logits_to_keep=1), "past_key_values", None)
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    if not isinstance(cache, DynamicCache) or any(type(layer) not in plain for layer in cache.layers):
+    if not isinstance(cache, DynamicCache) or any(
+        type(layer) not in plain for layer in cache.layers
+    ):
         return None
     cache.batch_select_indices(rows)
     return cache
 
 
 def _cut_at_eos(tokens: list[int], eos_ids: tuple[int, ...]) -> list[int]:
-    """Up to and including the first EOS. Padding behind it goes; a pad token that was itself sampled before it stays."""
+    """Up to and including the first EOS. Padding behind it goes; a pad token that was itself
+    sampled before it stays."""
     for position, token in enumerate(tokens):
         if token in eos_ids:
             return tokens[: position + 1]
@@ -81,9 +108,11 @@ def sample_shard(
     source: str,
     seed: int,
 ) -> pd.DataFrame:
-    """Responses of π_θ (adapter folder) or π_ref (None) to `prompts`, without scores; a responses table of num_prompts × K rows.
+    """Responses of π_θ (adapter folder) or π_ref (None) to `prompts`, without scores; a responses
+    table of num_prompts × K rows.
 
-    Each response gets one forward under π_ref and, with an adapter, one under π_θ. `response_id` is source/prompt_id/k.
+    Each response gets one forward under π_ref and, with an adapter, one under π_θ. `response_id` is
+    source/prompt_id/k.
     """
     rows = [pid for pid in prompts["prompt_id"] for _ in range(responses_per_prompt)]
     tokens = [prompt_tokens[pid] for pid in rows]
@@ -91,12 +120,28 @@ def sample_shard(
     law = {"temperature": settings.temperature, "top_p": settings.top_p}
     with attached_adapter(policy, adapter) as model:
         drawn = []
-        # A run commits one batch per shard and shows the shards; only a caller that draws several batches at once needs a bar here.
+        # A run commits one batch per shard and shows the shards; only a caller that draws
+        # several batches at once needs a bar here.
         hidden = True if len(rows) <= size else None
-        for begin in tqdm(range(0, len(rows), size), desc="sample", unit="batch", disable=hidden, leave=False):
+        for begin in tqdm(
+            range(0, len(rows), size), desc="sample", unit="batch", disable=hidden, leave=False
+        ):
             drawn += generate(policy, model, tokens[begin : begin + size], settings, seed + begin)
-        policy_logp, sample_logp = response_logps(model, tokens, drawn, pad_id=pad_id, batch_size=size, **law)
-    return responses_table(policy, rows, tokens, drawn, decode(policy, drawn), policy_logp, sample_logp, settings, adapter, source)
+        policy_logp, sample_logp = response_logps(
+            model, tokens, drawn, pad_id=pad_id, batch_size=size, **law
+        )
+    return responses_table(
+        policy,
+        rows,
+        tokens,
+        drawn,
+        decode(policy, drawn),
+        policy_logp,
+        sample_logp,
+        settings,
+        adapter,
+        source,
+    )
 
 
 def responses_table(
@@ -111,16 +156,21 @@ def responses_table(
     adapter: Path | None,
     source: str,
 ) -> pd.DataFrame:
-    """The responses table of what was drawn, one row each, responses of a prompt side by side; with an adapter, π_ref's forward."""
+    """The responses table of what was drawn, one row each, responses of a prompt side by side; with
+    an adapter, π_ref's forward."""
     ref_logp = policy_logp
     if adapter is not None:
         pad_id = policy.tokenizer.pad_token_id
-        ref_logp, _ = response_logps(policy.model, prompt_tokens, drawn, pad_id=pad_id, batch_size=settings.batch_size)
+        ref_logp, _ = response_logps(
+            policy.model, prompt_tokens, drawn, pad_id=pad_id, batch_size=settings.batch_size
+        )
     number = pd.Series(prompt_ids).groupby(prompt_ids).cumcount()
     return pd.DataFrame(
         {
             "prompt_id": prompt_ids,
-            "response_id": [f"{source}/{pid}/{k}" for pid, k in zip(prompt_ids, number, strict=True)],
+            "response_id": [
+                f"{source}/{pid}/{k}" for pid, k in zip(prompt_ids, number, strict=True)
+            ],
             "response": texts,
             "token_ids": [np.array(ids, dtype=np.int32) for ids in drawn],
             "ended": [ids[-1] in policy.eos_ids for ids in drawn],

@@ -1,4 +1,5 @@
-"""The sampling law: the keys of the recipe's `sampling` block, its identity, the complete generation config."""
+"""The sampling law: the keys of the recipe's `sampling` block, its identity, the complete
+generation config."""
 
 import hashlib
 import json
@@ -14,17 +15,29 @@ from data_prep.settings import Settings
 class SamplingServer(RequestSettings):
     """A completions server that draws the responses; log-probabilities are still computed here."""
 
-    base_url: str = Field(description="e.g. http://localhost:8000/v1; $NAME: the environment variable's value, for servers that move")
+    base_url: str = Field(
+        description="e.g. http://localhost:8000/v1; $NAME: the environment variable's value, for "
+        "servers that move"
+    )
     model: str = Field(description="the name it serves policy.model under")
     kind: Literal["vllm", "sglang", "transformers", "openai"] = Field(
-        "vllm", description="which server: decides the fields sent and how a round's adapter gets there; openai: any other"
+        "vllm",
+        description="which server: decides the fields sent and how a round's adapter gets there; "
+        "openai: any other",
     )
     adapter_model: str | None = Field(
-        None, description="model name of a round's adapter, with {path} or {name}, where the server needs no loading call"
+        None,
+        description="model name of a round's adapter, with {path} or {name}, where the server "
+        "needs no loading call",
     )
-    shard_size: int = Field(512, ge=1, description="responses asked for at once; one shard, committed whole")
+    shard_size: int = Field(
+        512, ge=1, description="responses asked for at once; one shard, committed whole"
+    )
     tolerance: float = Field(
-        0.1, gt=0, description="nats per response by which the server's law may differ from the policy before the certificate is null"
+        0.1,
+        gt=0,
+        description="nats per response by which the server's law may differ from the policy "
+        "before the certificate is null",
     )
 
     @field_validator("base_url")
@@ -36,33 +49,54 @@ class SamplingServer(RequestSettings):
     @classmethod
     def _holds_the_adapter(cls, pattern: str | None) -> str | None:
         if pattern is not None and "{path}" not in pattern and "{name}" not in pattern:
-            raise ValueError("needs {path} or {name}, or every round would be sampled from the same model")
+            raise ValueError(
+                "needs {path} or {name}, or every round would be sampled from the same model"
+            )
         return pattern
 
     @model_validator(mode="after")
     def _reachable_adapters(self) -> "SamplingServer":
         if self.kind in ("transformers", "openai") and self.adapter_model is None:
             raise ValueError(
-                f"kind: {self.kind} has no call that loads a round's adapter; set adapter_model, the name that the server finds it under"
+                f"kind: {self.kind} has no call that loads a round's adapter; set adapter_model, "
+                "the name that the server finds it under"
             )
         return self
 
 
 class SamplingSettings(Settings):
-    """How responses are drawn. At temperature 1 and top_p 1 the law is the policy itself, and KL and gaps can be estimated."""
+    """How responses are drawn. At temperature 1 and top_p 1 the law is the policy itself, and KL
+    and gaps can be estimated."""
 
-    responses_per_prompt: int = Field(8, ge=1, description="responses of π_ref per fit prompt in the pool")
-    max_new_tokens: int = Field(256, ge=1, description="a response without EOS after so many tokens is cut off, and says so")
+    responses_per_prompt: int = Field(
+        8, ge=1, description="responses of π_ref per fit prompt in the pool"
+    )
+    max_new_tokens: int = Field(
+        256, ge=1, description="a response without EOS after so many tokens is cut off, and says so"
+    )
     temperature: float = Field(1.0, gt=0, description="divides the logits")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus: the smallest set of tokens with at least this probability")
-    batch_size: int = Field(32, ge=1, description="sequences generated at once; one such batch is one shard, committed whole")
-    backend: Literal["hf", "openai"] = Field("hf", description="hf: generated here; openai: by a completions server (vLLM, SGLang, ...)")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="nucleus: the smallest set of tokens with at least this probability",
+    )
+    batch_size: int = Field(
+        32,
+        ge=1,
+        description="sequences generated at once; one such batch is one shard, committed whole",
+    )
+    backend: Literal["hf", "openai"] = Field(
+        "hf", description="hf: generated here; openai: by a completions server (vLLM, SGLang, ...)"
+    )
     server: SamplingServer | None = Field(None, description="for backend: openai")
 
     @model_validator(mode="after")
     def _served(self) -> "SamplingSettings":
         if (self.backend == "openai") != (self.server is not None):
-            raise ValueError("sampling.server: is what backend: openai needs, and nothing else reads it")
+            raise ValueError(
+                "sampling.server: is what backend: openai needs, and nothing else reads it"
+            )
         return self
 
     @property
@@ -80,12 +114,16 @@ def law_hash(settings: SamplingSettings, eos_ids: tuple[int, ...]) -> str:
 
 
 def is_policy_law(settings: SamplingSettings) -> bool:
-    """True where what is sampled is the policy itself (T = 1, no nucleus), so that KL and objective can be estimated."""
+    """True where what is sampled is the policy itself (T = 1, no nucleus), so that KL and objective
+    can be estimated."""
     return settings.temperature == 1.0 and settings.top_p == 1.0
 
 
-def generation_arguments(settings: SamplingSettings, eos_ids: tuple[int, ...], pad_id: int) -> dict[str, object]:
-    """A complete generation config: what is left out would come from the checkpoint's own or the library's defaults."""
+def generation_arguments(
+    settings: SamplingSettings, eos_ids: tuple[int, ...], pad_id: int
+) -> dict[str, object]:
+    """A complete generation config: what is left out would come from the checkpoint's own or the
+    library's defaults."""
     return {
         "do_sample": True,
         "temperature": settings.temperature,
@@ -101,13 +139,21 @@ def generation_arguments(settings: SamplingSettings, eos_ids: tuple[int, ...], p
     }
 
 
-def check_lengths(prompt_tokens: dict[str, list[int]], settings: SamplingSettings, limit: int, limit_name: str) -> None:
-    """Raises UserError naming the longest prompts when prompt + max_new_tokens exceeds `limit` tokens."""
+def check_lengths(
+    prompt_tokens: dict[str, list[int]], settings: SamplingSettings, limit: int, limit_name: str
+) -> None:
+    """Raises UserError naming the longest prompts when prompt + max_new_tokens exceeds `limit`
+    tokens."""
     room = limit - settings.max_new_tokens
-    long = sorted((pid for pid, ids in prompt_tokens.items() if len(ids) > room), key=lambda p: -len(prompt_tokens[p]))
+    long = sorted(
+        (pid for pid, ids in prompt_tokens.items() if len(ids) > room),
+        key=lambda p: -len(prompt_tokens[p]),
+    )
     if long:
         raise UserError(
-            f"prompts: {len(long)} are longer than {limit_name} {limit} − max_new_tokens {settings.max_new_tokens} = {room} tokens, "
-            f"the longest {long[0]} with {len(prompt_tokens[long[0]])}; raise fit.max_length, lower sampling.max_new_tokens or set "
+            f"prompts: {len(long)} are longer than {limit_name} {limit} − max_new_tokens "
+            f"{settings.max_new_tokens} = {room} tokens, "
+            f"the longest {long[0]} with {len(prompt_tokens[long[0]])}; raise fit.max_length, "
+            "lower sampling.max_new_tokens or set "
             "prompts.too_long: drop"
         )

@@ -26,7 +26,10 @@ class ScoreCache:
         with self._named_errors():
             # Several processes of one launch write at once; they wait for each other.
             self.database = sqlite3.connect(str(path) if path else ":memory:", timeout=60)
-            self.database.execute("CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL NOT NULL) WITHOUT ROWID")
+            self.database.execute(
+                "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL NOT NULL) "
+                "WITHOUT ROWID"
+            )
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -35,7 +38,10 @@ class ScoreCache:
         except sqlite3.OperationalError as error:
             raise OSError(f"{self.path}: {error}") from error
         except sqlite3.DatabaseError as error:
-            raise UserError(f"{self.path}: not a readable score cache ({error}); delete it, its scores are then computed again") from error
+            raise UserError(
+                f"{self.path}: not a readable score cache ({error}); delete it, its scores are "
+                "then computed again"
+            ) from error
 
     def get(self, keys: list[bytes]) -> dict[bytes, float]:
         """Look up these keys; a key without a score is left out."""

@@ -1,4 +1,5 @@
-"""How far scores that claim to be a preference model agree with labelled preferences: pairs ordered right, reliability."""
+"""How far scores that claim to be a preference model agree with labelled preferences: pairs ordered
+right, reliability."""
 
 import itertools
 from pathlib import Path
@@ -23,33 +24,50 @@ CONFIDENCE_BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 def read_labelled_pairs(path: Path) -> tuple[pd.DataFrame, dict[str, object]]:
-    """Columns `prompt, chosen, rejected` of at most MAX_PAIRS pairs, spread evenly over the file; and what was read, for the record.
+    """Columns `prompt, chosen, rejected` of at most MAX_PAIRS pairs, spread evenly over the file;
+    and what was read, for the record.
 
-    A prompt is a text or a list of chat messages. Raises UserError for a missing column or a response that is no text.
+    A prompt is a text or a list of chat messages. Raises UserError for a missing column or a
+    response that is no text.
     """
     table = read_table(path)
     require_columns(table, ["prompt", "chosen", "rejected"], str(path))
     for column in ("chosen", "rejected"):
         wrong = np.flatnonzero([not isinstance(v, str) for v in table[column]])
         if len(wrong):
-            raise UserError(f"{path}: column {column} is not a text in row {wrong[0]} ({len(wrong)} in all); mend or remove these rows")
+            raise UserError(
+                f"{path}: column {column} is not a text in row {wrong[0]} ({len(wrong)} in all); "
+                "mend or remove these rows"
+            )
     kept = np.unique(np.linspace(0, len(table) - 1, min(len(table), MAX_PAIRS)).round().astype(int))
-    facts = {"file": str(path), "hash": hash_file(path)[:16], "pairs_in_file": len(table), "pairs": len(kept)}
+    facts = {
+        "file": str(path),
+        "hash": hash_file(path)[:16],
+        "pairs_in_file": len(table),
+        "pairs": len(kept),
+    }
     return table.iloc[kept][["prompt", "chosen", "rejected"]].reset_index(drop=True), facts
 
 
 def reliability(difference: np.ndarray) -> dict[str, object]:
-    """Agreement of score differences s(chosen) − s(rejected), (num_pairs,), with the labels under P(y1 ≻ y2) = σ(s(y1) − s(y2))
-    (Bradley-Terry, the model behind DPO).
+    """Agreement of score differences s(chosen) − s(rejected), (num_pairs,), with the labels under
+    P(y1 ≻ y2) = σ(s(y1) − s(y2)) (Bradley-Terry, the model behind DPO).
 
-    right: share of pairs ordered as labelled, a tie counting half, with its standard error; log_loss: mean −log P(chosen ≻ rejected),
-    nats (log 2 = 0.693 is a coin's); bins: by the probability of the likelier order, what the scores say and what the labels say.
+    right: share of pairs ordered as labelled, a tie counting half, with its standard error;
+    log_loss: mean −log P(chosen ≻ rejected), nats (log 2 = 0.693 is a coin's); bins: by the
+    probability of the likelier order, what the scores say and what the labels say.
     """
     right = np.where(difference == 0, 0.5, difference > 0)
     said = 1 / (1 + np.exp(-np.abs(np.clip(difference, -500, 500))))
     inner = np.digitize(said, CONFIDENCE_BINS[1:-1])
     bins = [
-        {"from": low, "to": high, "pairs": int((inner == i).sum()), "said": _mean(said[inner == i]), "observed": _mean(right[inner == i])}
+        {
+            "from": low,
+            "to": high,
+            "pairs": int((inner == i).sum()),
+            "said": _mean(said[inner == i]),
+            "observed": _mean(right[inner == i]),
+        }
         for i, (low, high) in enumerate(itertools.pairwise(CONFIDENCE_BINS))
     ]
     return {
@@ -65,28 +83,42 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def describe_calibration(name: str, record: dict) -> list[str]:
-    """A calibration record in words: one line on the reference pool, one or two on the labelled pairs."""
+    """A calibration record in words: one line on the reference pool, one or two on the labelled
+    pairs."""
     spread = "unknown" if record["std_within"] is None else f"{record['std_within']:.3g}"
     lines = [
-        f"implicit scorer of {name}, β {record['beta']:g}: std within a prompt {spread} on π_ref's responses; only differences within a "
+        f"implicit scorer of {name}, β {record['beta']:g}: std within a prompt {spread} on "
+        "π_ref's responses; only differences within a "
         "prompt mean anything (log Z(x) is unknown)"
     ]
     pairs = record["labelled"]
     if pairs is None:
-        return [*lines, f"implicit scorer of {name}: not compared with labelled preferences (set its calibrate to a table of them)"]
+        return [
+            *lines,
+            f"implicit scorer of {name}: not compared with labelled preferences (set its "
+            "calibrate to a table of them)",
+        ]
     bins = [b for b in pairs["bins"] if b["pairs"]]
     table = ", ".join(f"{b['said']:.2f} → {b['observed']:.2f} ({b['pairs']})" for b in bins)
     right = f"{100 * pairs['right']:.0f} ± {200 * pairs['right_se']:.0f} %"
     return [
         *lines,
-        f"implicit scorer of {name}: orders {right} of {pairs['pairs']} labelled pairs (of {pairs['pairs_in_file']} in {pairs['file']}) as "
+        f"implicit scorer of {name}: orders {right} of {pairs['pairs']} labelled pairs (of "
+        f"{pairs['pairs_in_file']} in {pairs['file']}) as "
         f"labelled, log-loss {pairs['log_loss']:.3f} (a coin: 0.693)",
-        f"implicit scorer of {name}: probability it gives the likelier order → share labelled so (pairs): {table}",
+        f"implicit scorer of {name}: probability it gives the likelier order → share labelled so "
+        f"(pairs): {table}",
     ]
 
 
-# Short, so that they fit every window; good and bad answers, so that the scores of a reward model spread.
-DRIFT_PROMPTS = ("How do I make tea?", "My neighbour is too loud. What can I do?", "Why is the sky blue?", "Tell me a joke.")
+# Short, so that they fit every window; good and bad answers, so that the scores of a reward
+# model spread.
+DRIFT_PROMPTS = (
+    "How do I make tea?",
+    "My neighbour is too loud. What can I do?",
+    "Why is the sky blue?",
+    "Tell me a joke.",
+)
 
 
 DRIFT_ANSWERS = (
@@ -103,8 +135,9 @@ DRIFT_TEXTS = tuple((prompt, answer) for prompt in DRIFT_PROMPTS for answer in D
 
 
 def measure_drift(quantized: "Scorer", unquantized: "Scorer") -> dict[str, object]:
-    """texts: how many of the fixed texts fit the window; std: of their unquantized scores (score units); largest, mean: of
-    |quantized − unquantized| in shares of that std, null where the scores hardly differ or fewer than two texts fit."""
+    """texts: how many of the fixed texts fit the window; std: of their unquantized scores (score
+    units); largest, mean: of |quantized − unquantized| in shares of that std, null where the scores
+    hardly differ or fewer than two texts fit."""
     texts = [(p, r) for p, r in DRIFT_TEXTS if quantized.text_length(p, r) <= quantized.max_length]
     found: dict[str, object] = {"texts": len(texts), "std": None, "largest": None, "mean": None}
     if len(texts) < 2:

@@ -7,7 +7,13 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.errors import UserError
-from data_prep.models.checkpoints import check_model_folder, check_tokenizer, explained_loading, fingerprint_model, resolve_device
+from data_prep.models.checkpoints import (
+    check_model_folder,
+    check_tokenizer,
+    explained_loading,
+    fingerprint_model,
+    resolve_device,
+)
 from data_prep.models.quantization import check_quantization, keep_exact_on_cpu, quantization_config
 from data_prep.scorers.calibration import measure_drift
 from data_prep.scorers.settings import OUTSIDE_FINGERPRINT, ClassifierScorerSettings, fill_template
@@ -18,12 +24,14 @@ if TYPE_CHECKING:
 
 
 CUSTOM_TOLERANCE = 1e-2
-"""How far a text's output may move with its batch, in shares of its size, before modelling code of a checkpoint's own is refused."""
+"""How far a text's output may move with its batch, in shares of its size, before modelling code of
+a checkpoint's own is refused."""
 
 
 class ClassifierScorer:
-    """One label's output of a sequence classifier, as float64. Raises UserError for a missing head, an ambiguous label, a text over its
-    window, and a model whose output is not one logit per text and label."""
+    """One label's output of a sequence classifier, as float64. Raises UserError for a missing head,
+    an ambiguous label, a text over its window, and a model whose output is not one logit per text
+    and label."""
 
     def __init__(self, settings: ClassifierScorerSettings) -> None:
         import torch
@@ -33,17 +41,27 @@ class ClassifierScorer:
         self.key = f"scorer {settings.model}"
         device = resolve_device(settings.device, f"{self.key}: device")
         if Path(settings.model).is_dir():
-            check_model_folder(Path(settings.model), self.key, "AutoModelForSequenceClassification", settings.allow_pickle)
+            check_model_folder(
+                Path(settings.model),
+                self.key,
+                "AutoModelForSequenceClassification",
+                settings.allow_pickle,
+            )
         with explained_loading(self.key, settings.model):
             self.tokenizer = AutoTokenizer.from_pretrained(
-                settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+                settings.model,
+                revision=settings.revision,
+                trust_remote_code=settings.trust_remote_code,
             )
             self.model, loading = _load_model(settings, getattr(torch, settings.dtype), device)
         check_tokenizer(self.tokenizer, settings.model, settings.revision, self.key)
-        fresh = sorted(set(loading["missing_keys"]) | {str(k) for k in loading.get("mismatched_keys", ())})
+        fresh = sorted(
+            set(loading["missing_keys"]) | {str(k) for k in loading.get("mismatched_keys", ())}
+        )
         if fresh:
             raise UserError(
-                f"scorer {settings.model}: weights {', '.join(fresh[:3])} are not in the checkpoint and were newly initialised, so its "
+                f"scorer {settings.model}: weights {', '.join(fresh[:3])} are not in the "
+                "checkpoint and were newly initialised, so its "
                 "scores would be noise; use a checkpoint saved with its classification head"
             )
         if settings.quantization != "none":
@@ -54,22 +72,37 @@ class ClassifierScorer:
         self._check_output()
         self._set_padding()
         if settings.text == "template" and "{response}" not in (settings.template or ""):
-            raise UserError(f"scorer {settings.model}: text: template needs a template with {{response}} (and mostly {{prompt}})")
+            raise UserError(
+                f"scorer {settings.model}: text: template needs a template with {{response}} (and "
+                f"mostly {{prompt}})"
+            )
         if settings.text == "chat" and not self.tokenizer.chat_template:
-            raise UserError(f"scorer {settings.model}: text: chat, but its tokenizer has no chat template; use pair or template")
+            raise UserError(
+                f"scorer {settings.model}: text: chat, but its tokenizer has no chat template; "
+                "use pair or template"
+            )
         window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = min(v for v in (settings.max_length, window, self.tokenizer.model_max_length) if v)
+        self.max_length = min(
+            v for v in (settings.max_length, window, self.tokenizer.model_max_length) if v
+        )
         self.truncated = 0
         if not type(self.model).__module__.startswith("transformers."):
             self._check_custom_code()
-        later = {key for key in ("quantization", "output") if key not in settings.model_dump(exclude_defaults=True)}
+        later = {
+            key
+            for key in ("quantization", "output")
+            if key not in settings.model_dump(exclude_defaults=True)
+        }
         shape = settings.model_dump_json(exclude=OUTSIDE_FINGERPRINT | later)
-        self.fingerprint = f"classifier:{fingerprint_model(settings.model, settings.revision)}:{self.label}:{shape}"
+        weights = fingerprint_model(settings.model, settings.revision)
+        self.fingerprint = f"classifier:{weights}:{self.label}:{shape}"
 
     def quantization_drift(self) -> dict[str, object] | None:
-        """`measure_drift` against the unquantized weights in the scorer's dtype, loaded now and freed after; None where not quantized.
+        """`measure_drift` against the unquantized weights in the scorer's dtype, loaded now and
+        freed after; None where not quantized.
 
-        Where they cannot be loaded beside the rest (often the reason for quantizing), `reason` says so instead.
+        Where they cannot be loaded beside the rest (often the reason for quantizing), `reason` says
+        so instead.
         """
         import torch
 
@@ -77,8 +110,14 @@ class ClassifierScorer:
             return None
         found = {"quantization": self.settings.quantization, "against": self.settings.dtype}
         try:
-            found |= measure_drift(self, ClassifierScorer(self.settings.model_copy(update={"quantization": "none"})))
-        except (UserError, RuntimeError, MemoryError) as error:  # torch's out of memory is a RuntimeError
+            found |= measure_drift(
+                self, ClassifierScorer(self.settings.model_copy(update={"quantization": "none"}))
+            )
+        except (
+            UserError,
+            RuntimeError,
+            MemoryError,
+        ) as error:  # torch's out of memory is a RuntimeError
             found["reason"] = (str(error) or type(error).__name__).splitlines()[0]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -89,50 +128,84 @@ class ClassifierScorer:
         if label is None:
             if config.num_labels != 1:
                 names = ", ".join(f"{i}={n}" for i, n in config.id2label.items())
-                raise UserError(f"scorer {self.settings.model}: it has {config.num_labels} labels ({names}); set `label`")
+                raise UserError(
+                    f"scorer {self.settings.model}: it has {config.num_labels} labels ({names}); "
+                    "set `label`"
+                )
             return 0
         index = label if isinstance(label, int) else config.label2id.get(label, -1)
         if not 0 <= index < config.num_labels:
-            raise UserError(f"scorer {self.settings.model}: no label {label!r}; it has {', '.join(map(str, config.label2id))}")
+            raise UserError(
+                f"scorer {self.settings.model}: no label {label!r}; it has "
+                f"{', '.join(map(str, config.label2id))}"
+            )
         return index
 
     def _check_output(self) -> None:
         """A softmax over one label is 1 for every text."""
-        if self.settings.output != "logit" and self.model.config.num_labels == 1 and not self._independent_labels:
-            raise UserError(f"{self.key}: output: {self.settings.output} needs several labels (it has one); use output: logit")
+        if (
+            self.settings.output != "logit"
+            and self.model.config.num_labels == 1
+            and not self._independent_labels
+        ):
+            raise UserError(
+                f"{self.key}: output: {self.settings.output} needs several labels (it has one); "
+                "use output: logit"
+            )
 
     @property
     def _independent_labels(self) -> bool:
-        """Whether each label has a probability of its own, as transformers trains `multi_label_classification`."""
+        """Whether each label has a probability of its own, as transformers trains
+        `multi_label_classification`."""
         return self.model.config.problem_type == "multi_label_classification"
 
     def _check_custom_code(self) -> None:
-        """Modelling code of the checkpoint's own may find its last token in its own way: a text's output must not depend on its batch."""
-        texts = [self._tokenize("Hello", "Hello! How can I help you today?"), self._tokenize("Hi", "Hi")]
-        together, alone = self._forward(texts), np.concatenate([self._forward([text]) for text in texts])
+        """Modelling code of the checkpoint's own may find its last token in its own way: a text's
+        output must not depend on its batch."""
+        texts = [
+            self._tokenize("Hello", "Hello! How can I help you today?"),
+            self._tokenize("Hi", "Hi"),
+        ]
+        together, alone = (
+            self._forward(texts),
+            np.concatenate([self._forward([text]) for text in texts]),
+        )
         worst, own = np.abs(together - alone).argmax(), type(self.model).__name__
-        if abs(together - alone)[worst] > CUSTOM_TOLERANCE * np.abs(alone).max() and self.settings.batch_size > 1:
+        if (
+            abs(together - alone)[worst] > CUSTOM_TOLERANCE * np.abs(alone).max()
+            and self.settings.batch_size > 1
+        ):
             raise UserError(
-                f"{self.key}: its own modelling code ({own}) gives a text {together[worst]:.4g} in a padded batch and "
+                f"{self.key}: its own modelling code ({own}) gives a text {together[worst]:.4g} "
+                "in a padded batch and "
                 f"{alone[worst]:.4g} alone; set batch_size: 1"
             )
 
     def _set_padding(self) -> None:
-        """Decoder classifiers find the last token by the pad id, so model and tokenizer must agree on one."""
+        """Decoder classifiers find the last token by the pad id, so model and tokenizer must agree
+        on one."""
         if self.tokenizer.pad_token_id is None:
             if self.tokenizer.eos_token_id is None:
-                raise UserError(f"scorer {self.settings.model}: its tokenizer has neither a pad nor an EOS token to pad with")
+                raise UserError(
+                    f"scorer {self.settings.model}: its tokenizer has neither a pad nor an EOS "
+                    "token to pad with"
+                )
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        pad, vocabulary = self.tokenizer.pad_token_id, getattr(self.model.config.get_text_config(), "vocab_size", None)
+        pad, vocabulary = (
+            self.tokenizer.pad_token_id,
+            getattr(self.model.config.get_text_config(), "vocab_size", None),
+        )
         if vocabulary is not None and pad >= vocabulary:
             raise UserError(
-                f"{self.key}: its pad token {self.tokenizer.pad_token} ({pad}) lies outside the model's vocabulary of {vocabulary}; save "
+                f"{self.key}: its pad token {self.tokenizer.pad_token} ({pad}) lies outside the "
+                f"model's vocabulary of {vocabulary}; save "
                 "its tokenizer with a pad token that the model knows"
             )
         self.model.config.get_text_config().pad_token_id = pad
 
     def text_length(self, prompt: str, response: str) -> int:
-        """Tokens that the model would read for this text, its format's own included; nothing is cut."""
+        """Tokens that the model would read for this text, its format's own included; nothing is
+        cut."""
         return len(self._tokenize(prompt, self._closed(response))["input_ids"])
 
     def _closed(self, response: str) -> str:
@@ -156,7 +229,8 @@ class ClassifierScorer:
         if length > self.max_length:
             if not settings.truncate:
                 raise UserError(
-                    f"scorer {settings.model}: a text of {length} tokens exceeds its window of {self.max_length} "
+                    f"scorer {settings.model}: a text of {length} tokens exceeds its window of "
+                    f"{self.max_length} "
                     f"(response {response[:40]!r}); set truncate: true or shorten the prompts"
                 )
             self.truncated += 1
@@ -170,7 +244,9 @@ class ClassifierScorer:
             response_fits = len(self.tokenizer("", response)["input_ids"]) < self.max_length
             strategy = "only_first" if response_fits else "longest_first"
             try:
-                return self.tokenizer(prompt, response, truncation=strategy, max_length=self.max_length)
+                return self.tokenizer(
+                    prompt, response, truncation=strategy, max_length=self.max_length
+                )
             finally:
                 self.tokenizer.truncation_side = side
         return {key: values[-self.max_length :] for key, values in encoded.items()}
@@ -179,12 +255,18 @@ class ClassifierScorer:
         encoded = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
         pad = self.tokenizer.pad_token_id
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
-        # A decoder finds the last token as the last that is not padding; a text that really ends in the pad token (often EOS) would lose
-        # it, so it is scored alone and unpadded.
+        # A decoder finds the last token as the last that is not padding; a text that really
+        # ends in the pad token (often EOS) would lose it, so it is scored alone and unpadded.
         alone = [i for i in order if encoded[i]["input_ids"][-1] == pad]
         batched = [i for i in order if encoded[i]["input_ids"][-1] != pad]
         scores = np.empty(len(encoded))
-        for begin in tqdm(range(0, len(batched), self.settings.batch_size), desc="score", unit="batch", disable=None, leave=False):
+        for begin in tqdm(
+            range(0, len(batched), self.settings.batch_size),
+            desc="score",
+            unit="batch",
+            disable=None,
+            leave=False,
+        ):
             rows = batched[begin : begin + self.settings.batch_size]
             scores[rows] = self._forward([encoded[i] for i in rows])
         config = self.model.config.get_text_config()
@@ -201,20 +283,31 @@ class ClassifierScorer:
         inputs = self.tokenizer.pad(batch, padding_side="right", return_tensors="pt")
         with torch.no_grad():
             logits = getattr(self.model(**inputs.to(self.model.device)), "logits", None)
-        expected, found = (len(batch), self.model.config.num_labels), None if logits is None else tuple(logits.shape)
+        expected, found = (
+            (len(batch), self.model.config.num_labels),
+            None if logits is None else tuple(logits.shape),
+        )
         if found != expected:
             raise UserError(
-                f"{self.key}: {type(self.model).__name__} gives {'no logits' if found is None else f'logits of shape {found}'} for "
-                f"{expected[0]} texts and {expected[1]} labels, not {expected}; wrap it in a python scorer that picks its score"
+                f"{self.key}: {type(self.model).__name__} gives "
+                f"{'no logits' if found is None else f'logits of shape {found}'} for "
+                f"{expected[0]} texts and {expected[1]} labels, not {expected}; wrap it in a "
+                "python scorer that picks its score"
             )
         logits = logits.float()
         if self.settings.output != "logit":
-            logits = torch.nn.functional.logsigmoid(logits) if self._independent_labels else logits.log_softmax(-1)
+            logits = (
+                torch.nn.functional.logsigmoid(logits)
+                if self._independent_labels
+                else logits.log_softmax(-1)
+            )
         chosen = logits[:, self.label].cpu().numpy()
         return np.exp(chosen) if self.settings.output == "probability" else chosen
 
 
-def _load_model(settings: ClassifierScorerSettings, dtype: "torch.dtype", device: str) -> "tuple[PreTrainedModel, dict]":
+def _load_model(
+    settings: ClassifierScorerSettings, dtype: "torch.dtype", device: str
+) -> "tuple[PreTrainedModel, dict]":
     """The model and what transformers says of its loading; below the head quantized as asked."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -225,10 +318,14 @@ def _load_model(settings: ClassifierScorerSettings, dtype: "torch.dtype", device
 
         with torch.device("meta"):
             empty = AutoModelForSequenceClassification.from_config(
-                AutoConfig.from_pretrained(settings.model, **how), trust_remote_code=settings.trust_remote_code
+                AutoConfig.from_pretrained(settings.model, **how),
+                trust_remote_code=settings.trust_remote_code,
             )
         head = [name for name, _ in empty.named_children() if name != empty.base_model_prefix]
-        quantized = {"quantization_config": quantization_config(settings.quantization, dtype, head), "device_map": {"": device}}
+        quantized = {
+            "quantization_config": quantization_config(settings.quantization, dtype, head),
+            "device_map": {"": device},
+        }
     return AutoModelForSequenceClassification.from_pretrained(
         settings.model,
         dtype=dtype,

@@ -11,10 +11,7 @@ import pandas as pd
 
 from data_prep.errors import UserError
 from data_prep.files import hash_file
-from data_prep.scorers.settings import (
-    ColumnScorerSettings,
-    PythonScorerSettings,
-)
+from data_prep.scorers.settings import ColumnScorerSettings, PythonScorerSettings
 from data_prep.tables import read_table, require_columns, require_finite
 
 
@@ -25,13 +22,21 @@ class PythonScorer:
         self.target = settings.target
         module_name, _, function = settings.target.rpartition(":")
         if not module_name:
-            raise UserError(f"scorer target {settings.target!r}: write file.py:function or package.module:function")
-        module = _import_file(Path(module_name)) if module_name.endswith(".py") else _import_module(module_name)
+            raise UserError(
+                f"scorer target {settings.target!r}: write file.py:function or "
+                "package.module:function"
+            )
+        module = (
+            _import_file(Path(module_name))
+            if module_name.endswith(".py")
+            else _import_module(module_name)
+        )
         self.function = getattr(module, function, None)
         if not callable(self.function):
             own = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
             raise UserError(
-                f"scorer target {settings.target}: {module_name} has no function {function} (it has {', '.join(own) or 'none'})"
+                f"scorer target {settings.target}: {module_name} has no function {function} (it "
+                f"has {', '.join(own) or 'none'})"
             )
         self.fingerprint = f"python:{function}:{hash_file(Path(module.__file__))[:16]}"
 
@@ -39,13 +44,21 @@ class PythonScorer:
         try:
             values = self.function(prompts, responses)
         except (Exception, SystemExit) as error:
-            raise UserError(f"scorer {self.target} raised {type(error).__name__}: {_one_line(error)}") from error
+            raise UserError(
+                f"scorer {self.target} raised {type(error).__name__}: {_one_line(error)}"
+            ) from error
         try:
             scores = np.asarray(values, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise UserError(f"scorer {self.target} did not return numbers ({_one_line(error)}); return one float per response") from error
+            raise UserError(
+                f"scorer {self.target} did not return numbers ({_one_line(error)}); return one "
+                "float per response"
+            ) from error
         if scores.shape != (len(responses),):
-            raise UserError(f"scorer {self.target} returned shape {scores.shape} for {len(responses)} responses; one float each")
+            raise UserError(
+                f"scorer {self.target} returned shape {scores.shape} for {len(responses)} "
+                "responses; one float each"
+            )
         return scores
 
 
@@ -59,7 +72,9 @@ def _import_file(path: Path) -> object:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UserError(f"scorer target: {path} cannot be imported ({type(error).__name__}: {_one_line(error)})") from error
+        raise UserError(
+            f"scorer target: {path} cannot be imported ({type(error).__name__}: {_one_line(error)})"
+        ) from error
     return module
 
 
@@ -67,7 +82,10 @@ def _import_module(name: str) -> object:
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise UserError(f"scorer target: module {name} cannot be imported ({type(error).__name__}: {_one_line(error)})") from error
+        raise UserError(
+            f"scorer target: module {name} cannot be imported ({type(error).__name__}: "
+            f"{_one_line(error)})"
+        ) from error
 
 
 def _one_line(error: BaseException) -> str:
@@ -75,23 +93,31 @@ def _one_line(error: BaseException) -> str:
 
 
 class ColumnScorer:
-    """Looks scores up by (prompt, response); raises UserError for a text the table does not hold."""
+    """Looks scores up by (prompt, response); raises UserError for a text the table does not
+    hold."""
 
     def __init__(self, settings: ColumnScorerSettings) -> None:
         self.settings = settings
         table = read_table(Path(settings.file))
         require_columns(table, ["prompt", "response", settings.column], settings.file)
         require_finite(table, [settings.column], settings.file)
-        table = table.astype({"prompt": str, "response": str})  # a csv of numbers is read as numbers
-        self.scores = table.drop_duplicates(["prompt", "response"]).set_index(["prompt", "response"])[settings.column]
+        table = table.astype(
+            {"prompt": str, "response": str}
+        )  # a csv of numbers is read as numbers
+        self.scores = table.drop_duplicates(["prompt", "response"]).set_index(
+            ["prompt", "response"]
+        )[settings.column]
         self.fingerprint = f"column:{settings.column}:{hash_file(Path(settings.file))[:16]}"
 
     def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
-        found = self.scores.reindex(pd.MultiIndex.from_arrays([prompts, responses])).to_numpy(np.float64)
+        found = self.scores.reindex(pd.MultiIndex.from_arrays([prompts, responses])).to_numpy(
+            np.float64
+        )
         missing = np.flatnonzero(np.isnan(found))
         if len(missing):
             raise UserError(
-                f"{self.settings.file}: no row for {len(missing)} of {len(found)} responses, e.g. {responses[missing[0]][:40]!r}; "
+                f"{self.settings.file}: no row for {len(missing)} of {len(found)} responses, e.g. "
+                f"{responses[missing[0]][:40]!r}; "
                 "a column scorer cannot score new responses"
             )
         return found

@@ -1,8 +1,10 @@
-"""The `implicit` scorer: the reward that a DPO policy stands for, s(x, y) = β log π(y|x)/π_ref(y|x) = r(x, y) − β log Z(x).
+"""The `implicit` scorer: the reward that a DPO policy stands for, s(x, y) = β log π(y|x)/π_ref(y|x)
+= r(x, y) − β log Z(x).
 
-Source: DPO (arXiv:2305.18290); as reward and utilities of a constrained problem PeCAN (arXiv:2405.19544) and PeCAID (arXiv:2505.19387).
-β belongs in it: PeCAN's public code labels with σ of the bare log-ratios, which is 1/β too sharp. What is scored are the sampled token
-ids; only texts from elsewhere (labelled pairs, the direction probe) are tokenized here.
+Source: DPO (arXiv:2305.18290); as reward and utilities of a constrained problem PeCAN
+(arXiv:2405.19544) and PeCAID (arXiv:2505.19387). β belongs in it: PeCAN's public code labels with σ
+of the bare log-ratios, which is 1/β too sharp. What is scored are the sampled token ids; only texts
+from elsewhere (labelled pairs, the direction probe) are tokenized here.
 """
 
 import contextlib
@@ -17,7 +19,12 @@ import numpy as np
 import pandas as pd
 
 from data_prep.errors import UserError
-from data_prep.models.adapters import attached_adapter, check_adapter_config, check_all_loaded, fingerprint_adapter
+from data_prep.models.adapters import (
+    attached_adapter,
+    check_adapter_config,
+    check_all_loaded,
+    fingerprint_adapter,
+)
 from data_prep.models.checkpoints import check_adapter_folder, fingerprint_model
 from data_prep.models.policy import Policy, load_policy, resolve_model
 from data_prep.models.settings import PolicySettings
@@ -35,8 +42,8 @@ if TYPE_CHECKING:
 class AskedPolicy:
     """The recipe's policy for scorers that ask it.
 
-    load: gives the loaded policy, whose owner may drop it and load it again; prompts: how texts are put to it; max_new_tokens: a response
-    with so many tokens was cut off and has no EOS.
+    load: gives the loaded policy, whose owner may drop it and load it again; prompts: how texts are
+    put to it; max_new_tokens: a response with so many tokens was cut off and has no EOS.
     """
 
     load: Callable[[], Policy]
@@ -45,27 +52,44 @@ class AskedPolicy:
 
 
 class ImplicitScorer:
-    """β·log-ratio of an adapter or a model to its reference, float64. Raises UserError for one that does not belong to the reference.
+    """β·log-ratio of an adapter or a model to its reference, float64. Raises UserError for one that
+    does not belong to the reference.
 
-    An adapter is attached to the recipe's loaded policy while it scores. A `model` or an explicit `reference` is loaded beside it, in the
-    policy's quantization and dtype, so that a log-ratio holds no quantization error of one side alone.
+    An adapter is attached to the recipe's loaded policy while it scores. A `model` or an explicit
+    `reference` is loaded beside it, in the policy's quantization and dtype, so that a log-ratio
+    holds no quantization error of one side alone.
     """
 
     def __init__(self, settings: ImplicitScorerSettings, asked: AskedPolicy | None) -> None:
         self.settings, self.key = settings, f"scorer {settings.adapter or settings.model}"
         if asked is None:
             raise UserError(
-                f"{self.key}: an implicit scorer asks the recipe's policy; use it in a recipe or with `cdpo evaluate RUN --scorer`"
+                f"{self.key}: an implicit scorer asks the recipe's policy; use it in a recipe or "
+                "with `cdpo evaluate RUN --scorer`"
             )
         self.asked = asked
-        self._model = None if settings.model is None else self._load(settings.model, settings.revision)
-        self._reference = None if settings.reference is None else self._load(settings.reference, settings.reference_revision)
+        self._model = (
+            None if settings.model is None else self._load(settings.model, settings.revision)
+        )
+        self._reference = (
+            None
+            if settings.reference is None
+            else self._load(settings.reference, settings.reference_revision)
+        )
         target = self._model.fingerprint if self._model else self._check_adapter()
         self.reference_fingerprint = self.reference.fingerprint
         prompts = asked.prompts
         # Sampled tokens are in the cache's key; of texts, what tokenizes them.
-        shape = [settings.beta, prompts.format, prompts.template, asked.max_new_tokens, asked.load().fingerprint]
-        digest = hashlib.sha256(json.dumps([target, self.reference_fingerprint, shape]).encode()).hexdigest()[:16]
+        shape = [
+            settings.beta,
+            prompts.format,
+            prompts.template,
+            asked.max_new_tokens,
+            asked.load().fingerprint,
+        ]
+        digest = hashlib.sha256(
+            json.dumps([target, self.reference_fingerprint, shape]).encode()
+        ).hexdigest()[:16]
         self.fingerprint = f"implicit:{'model' if self._model else 'adapter'}:{digest}"
 
     @property
@@ -80,31 +104,42 @@ class ImplicitScorer:
     @property
     def max_length(self) -> int | None:
         """Prompt + response in tokens that all its models accept."""
-        windows = [policy.window for policy in (self.reference, self._model) if policy is not None and policy.window is not None]
+        windows = [
+            policy.window
+            for policy in (self.reference, self._model)
+            if policy is not None and policy.window is not None
+        ]
         return min(windows, default=None)
 
     def _load(self, model: str, revision: str | None) -> Policy:
         policy, settings = self.asked.load(), self.settings
         own = {"model": model, "revision": revision, "reference_adapter": None}
-        own |= {"trust_remote_code": settings.trust_remote_code, "allow_pickle": settings.allow_pickle}
+        own |= {
+            "trust_remote_code": settings.trust_remote_code,
+            "allow_pickle": settings.allow_pickle,
+        }
         loaded = load_policy(PolicySettings(**{**policy.settings.model_dump(), **own}), self.key)
         vocabulary, asked = loaded.tokenizer.get_vocab(), policy.tokenizer.get_vocab()
         odd = next((word for word, number in asked.items() if vocabulary.get(word) != number), None)
         if odd is not None:
             raise UserError(
-                f"{self.key}: {model} does not read the policy's tokens (e.g. {odd!r}), so their log-probabilities mean nothing to it; "
+                f"{self.key}: {model} does not read the policy's tokens (e.g. {odd!r}), so their "
+                "log-probabilities mean nothing to it; "
                 "use a model with the policy's tokenizer"
             )
         return loaded
 
     def _check_adapter(self) -> str:
-        """The adapter's fingerprint; raises UserError where it was trained on another base than the reference."""
+        """The adapter's fingerprint; raises UserError where it was trained on another base than the
+        reference."""
         adapter, reference = Path(self.settings.adapter), self.reference
         check_adapter_folder(adapter, self.key)
         base = resolve_model(reference.settings)
         whose = "reference" if self._reference else "policy.model"
         advice = f"set {whose} to that base" if self._reference else "set reference to that base"
-        check_adapter_config(adapter, base, fingerprint_model(base, reference.settings.revision), self.key, advice)
+        check_adapter_config(
+            adapter, base, fingerprint_model(base, reference.settings.revision), self.key, advice
+        )
         with attached_adapter(reference, adapter) as model:
             check_all_loaded(model, adapter, base, self.key)
         return fingerprint_adapter(adapter)
@@ -117,16 +152,28 @@ class ImplicitScorer:
         with attached_adapter(self.reference, Path(self.settings.adapter)) as model:
             yield model
 
-    def score_tokens(self, prompts: list[list[int]], responses: list[list[int]], ref_logp: np.ndarray | None) -> np.ndarray:
+    def score_tokens(
+        self, prompts: list[list[int]], responses: list[list[int]], ref_logp: np.ndarray | None
+    ) -> np.ndarray:
         """Scores of token ids, (num_responses,); ref_logp as in `scoring.TokenScorer`."""
         window = self.max_length
         longest = max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=0)
         if window is not None and longest > window:
-            raise UserError(f"{self.key}: prompt and response have {longest} tokens, over its window of {window}; shorten the prompts")
-        how = {"pad_id": self.asked.load().tokenizer.pad_token_id, "batch_size": self.settings.batch_size}
+            raise UserError(
+                f"{self.key}: prompt and response have {longest} tokens, over its window of "
+                f"{window}; shorten the prompts"
+            )
+        how = {
+            "pad_id": self.asked.load().tokenizer.pad_token_id,
+            "batch_size": self.settings.batch_size,
+        }
         with self._target() as model:
             target = response_logps(model, prompts, responses, **how)[0]
-        reference = np.full(len(responses), np.nan) if ref_logp is None else np.array(ref_logp, dtype=np.float64)
+        reference = (
+            np.full(len(responses), np.nan)
+            if ref_logp is None
+            else np.array(ref_logp, dtype=np.float64)
+        )
         unknown = np.flatnonzero(np.isnan(reference))
         if len(unknown):
             some = [prompts[i] for i in unknown], [responses[i] for i in unknown]
@@ -137,23 +184,37 @@ class ImplicitScorer:
         """Scores of texts, tokenized as `tokenize` says."""
         return self.score_tokens(*self.tokenize(prompts, responses), None)
 
-    def tokenize(self, prompts: list[str | list[dict]], responses: list[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids of texts from elsewhere: prompts (a text, or a list of chat messages) in the recipe's format, responses closed by EOS
-        unless they have max_new_tokens tokens already, as a sampled one would have been cut off there."""
+    def tokenize(
+        self, prompts: list[str | list[dict]], responses: list[str]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of texts from elsewhere: prompts (a text, or a list of chat messages) in the
+        recipe's format, responses closed by EOS unless they have max_new_tokens tokens already, as
+        a sampled one would have been cut off there."""
         tokenizer, chat = self.asked.load().tokenizer, self.asked.prompts.format == "chat"
-        written = [json.dumps([{"role": "user", "content": p}] if isinstance(p, str) else list(p)) if chat else p for p in prompts]
+        written = [
+            json.dumps([{"role": "user", "content": p}] if isinstance(p, str) else list(p))
+            if chat
+            else p
+            for p in prompts
+        ]
         if not all(isinstance(p, str) for p in written):
-            raise UserError(f"{self.key}: a prompt is a list of messages, but prompts.format is text; give texts")
+            raise UserError(
+                f"{self.key}: a prompt is a list of messages, but prompts.format is text; give "
+                "texts"
+            )
         table = pd.DataFrame({"prompt_id": range(len(written)), "prompt": written})
         ids = tokenize_prompts(table, self.asked.prompts, tokenizer)
         drawn = []
         for response in responses:
             own = list(tokenizer(response, add_special_tokens=False)["input_ids"])
-            drawn.append(own if len(own) >= self.asked.max_new_tokens else [*own, tokenizer.eos_token_id])
+            drawn.append(
+                own if len(own) >= self.asked.max_new_tokens else [*own, tokenizer.eos_token_id]
+            )
         return [ids[i] for i in range(len(written))], drawn
 
     def exact_scores(self, prompt_tokens: dict[str, list[int]]) -> np.ndarray:
-        """Scores of every response of the embedded world, (num_prompts, num_responses), rows as in `enumeration.enumerate_responses`."""
+        """Scores of every response of the embedded world, (num_prompts, num_responses), rows as in
+        `enumeration.enumerate_responses`."""
         from data_prep.sampling.enumeration import exact_logps
 
         adapter = None if self.settings.adapter is None else Path(self.settings.adapter)
@@ -161,11 +222,14 @@ class ImplicitScorer:
         return self.settings.beta * (target - exact_logps(self.reference, None, prompt_tokens))
 
     def agreement(self) -> dict[str, object] | None:
-        """`calibration.reliability` on the labelled pairs of `calibrate`, with what was read; None where no table is given."""
+        """`calibration.reliability` on the labelled pairs of `calibrate`, with what was read; None
+        where no table is given."""
         if self.settings.calibrate is None:
             return None
         pairs, facts = read_labelled_pairs(Path(self.settings.calibrate))
         prompts = pairs["prompt"].tolist()
         sign = -1.0 if self.settings.negate else 1.0
-        chosen, rejected = (self.score(prompts, pairs[side].tolist()) for side in ("chosen", "rejected"))
+        chosen, rejected = (
+            self.score(prompts, pairs[side].tolist()) for side in ("chosen", "rejected")
+        )
         return facts | reliability(sign * (chosen - rejected))

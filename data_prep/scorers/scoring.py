@@ -1,4 +1,5 @@
-"""Scorers: real-valued judgements of (prompt, response) texts, and what a recipe makes of their scores; nothing is scored twice."""
+"""Scorers: real-valued judgements of (prompt, response) texts, and what a recipe makes of their
+scores; nothing is scored twice."""
 
 import hashlib
 import json
@@ -26,14 +27,16 @@ if TYPE_CHECKING:
 
 
 TEXTS_PER_CALL = 4096
-"""So many texts are scored between two writes to the cache: what a kill costs at most, and still many batches of any model."""
+"""So many texts are scored between two writes to the cache: what a kill costs at most, and still
+many batches of any model."""
 
 
 Scored = tuple[list[int], np.ndarray]  # positions, and their scores
 
 
 class Scorer(Protocol):
-    """Scores texts. `fingerprint` identifies everything a score depends on; `score` returns (num_texts,) floats."""
+    """Scores texts. `fingerprint` identifies everything a score depends on; `score` returns
+    (num_texts,) floats."""
 
     fingerprint: str
 
@@ -41,19 +44,23 @@ class Scorer(Protocol):
 
 
 class TokenScorer(Scorer, Protocol):
-    """A scorer that judges the sampled token ids themselves; where they are known, they are what it is given.
+    """A scorer that judges the sampled token ids themselves; where they are known, they are what it
+    is given.
 
-    ref_logp: log-probabilities of the responses under `reference_fingerprint`'s policy (nats, (num_responses,), NaN where unknown), or
-    None: then it computes them.
+    ref_logp: log-probabilities of the responses under `reference_fingerprint`'s policy (nats,
+    (num_responses,), NaN where unknown), or None: then it computes them.
     """
 
     reference_fingerprint: str
 
-    def score_tokens(self, prompts: list[list[int]], responses: list[list[int]], ref_logp: np.ndarray | None) -> np.ndarray: ...
+    def score_tokens(
+        self, prompts: list[list[int]], responses: list[list[int]], ref_logp: np.ndarray | None
+    ) -> np.ndarray: ...
 
 
 def make_scorer(settings: ScorerSettings, asked: "AskedPolicy | None" = None) -> Scorer:
-    """The scorer that the settings describe (models are loaded at once); asked: the recipe's policy, which implicit scorers need.
+    """The scorer that the settings describe (models are loaded at once); asked: the recipe's
+    policy, which implicit scorers need.
 
     Raises UserError for what cannot be used.
     """
@@ -87,7 +94,8 @@ def _calls(count: int) -> Iterator[slice]:
 
 
 def apply_options(scores: np.ndarray, options: ScorerOptions) -> np.ndarray:
-    """What a recipe says of a scorer's raw scores, any shape: negated, then as an indicator 1[score ≥ t] or clipped to [low, high]."""
+    """What a recipe says of a scorer's raw scores, any shape: negated, then as an indicator 1[score
+    ≥ t] or clipped to [low, high]."""
     scores = -scores if options.negate else scores
     if options.indicator is not None:
         return (scores >= options.indicator).astype(np.float64)
@@ -95,9 +103,16 @@ def apply_options(scores: np.ndarray, options: ScorerOptions) -> np.ndarray:
 
 
 def score_texts(
-    scorer: Scorer, prompts: list[str], responses: list[str], *, options: ScorerOptions, name: str, cache: ScoreCache
+    scorer: Scorer,
+    prompts: list[str],
+    responses: list[str],
+    *,
+    options: ScorerOptions,
+    name: str,
+    cache: ScoreCache,
 ) -> np.ndarray:
-    """Scores of (prompt, response) texts after `options`, (num_texts,) float64, higher is better; each distinct text is scored once, ever.
+    """Scores of (prompt, response) texts after `options`, (num_texts,) float64, higher is better;
+    each distinct text is scored once, ever.
 
     Raises UserError naming the objective and the response where a score is not a finite number.
     """
@@ -108,9 +123,14 @@ def score_texts(
             yield from scorer.score_as_they_arrive(*some)
             return
         for part in _calls(len(rows)):
-            yield list(range(len(rows))[part]), np.asarray(scorer.score(some[0][part], some[1][part]), dtype=np.float64)
+            yield (
+                list(range(len(rows))[part]),
+                np.asarray(scorer.score(some[0][part], some[1][part]), dtype=np.float64),
+            )
 
-    return apply_options(_scored_once(scorer, prompts, responses, compute, responses, name, cache), options)
+    return apply_options(
+        _scored_once(scorer, prompts, responses, compute, responses, name, cache), options
+    )
 
 
 def score_tokens(
@@ -124,16 +144,21 @@ def score_tokens(
     name: str,
     cache: ScoreCache,
 ) -> np.ndarray:
-    """As `score_texts`, by token ids, which are also the cache's key; texts: the responses' texts, for messages."""
+    """As `score_texts`, by token ids, which are also the cache's key; texts: the responses' texts,
+    for messages."""
 
     def compute(rows: list[int]) -> Iterator[Scored]:
         for part in _calls(len(rows)):
             some = rows[part]
             known = None if ref_logp is None else np.asarray(ref_logp, dtype=np.float64)[some]
-            scores = scorer.score_tokens([prompts[i] for i in some], [responses[i] for i in some], known)
+            scores = scorer.score_tokens(
+                [prompts[i] for i in some], [responses[i] for i in some], known
+            )
             yield list(range(len(rows))[part]), np.asarray(scores, dtype=np.float64)
 
-    return apply_options(_scored_once(scorer, prompts, responses, compute, texts, name, cache), options)
+    return apply_options(
+        _scored_once(scorer, prompts, responses, compute, texts, name, cache), options
+    )
 
 
 def _scored_once(
@@ -145,19 +170,29 @@ def _scored_once(
     name: str,
     cache: ScoreCache,
 ) -> np.ndarray:
-    """Raw scores of all rows, (num_rows,); `compute` is asked for those rows alone that neither the cache nor an equal row has, and what
-    it has scored so far is kept at once."""
-    keys = [hashlib.sha256(json.dumps([scorer.fingerprint, p, r]).encode()).digest() for p, r in zip(prompts, responses, strict=True)]
+    """Raw scores of all rows, (num_rows,); `compute` is asked for those rows alone that neither the
+    cache nor an equal row has, and what it has scored so far is kept at once."""
+    keys = [
+        hashlib.sha256(json.dumps([scorer.fingerprint, p, r]).encode()).digest()
+        for p, r in zip(prompts, responses, strict=True)
+    ]
     known = cache.get(list(dict.fromkeys(keys)))
     todo = {key: i for i, key in enumerate(keys) if key not in known}
     waiting, rows = list(todo), list(todo.values())
     for positions, fresh in compute(rows):
         finite = np.isfinite(fresh)
-        new = {waiting[p]: float(score) for p, score, ok in zip(positions, fresh, finite, strict=True) if ok}
+        new = {
+            waiting[p]: float(score)
+            for p, score, ok in zip(positions, fresh, finite, strict=True)
+            if ok
+        }
         cache.put(new)
         known.update(new)
         if not finite.all():
             bad = np.flatnonzero(~finite)
             text = texts[rows[positions[bad[0]]]][:60]
-            raise UserError(f"scorer of {name}: {fresh[bad[0]]} for {len(bad)} responses, e.g. {text!r}; scores must be finite")
+            raise UserError(
+                f"scorer of {name}: {fresh[bad[0]]} for {len(bad)} responses, e.g. {text!r}; "
+                "scores must be finite"
+            )
     return np.array([known[key] for key in keys])
