@@ -44,7 +44,8 @@ def prompts(
     as_json: AsJson = False,
 ) -> None:
     """Read prompts, drop duplicates, split them by hash into fit, dual and test."""
-    from data_prep.prompts.split import PromptSettings, split_prompts
+    from data_prep.prompts.settings import PromptSettings
+    from data_prep.prompts.split import split_prompts
     from data_prep.tables import write_parquet
 
     settings = _validated(
@@ -109,7 +110,7 @@ def sample(
     reference."""
     from data_prep.models.policy import load_policy
     from data_prep.models.settings import PolicySettings
-    from data_prep.prompts.split import PromptSettings
+    from data_prep.prompts.settings import PromptSettings
     from data_prep.prompts.templates import tokenize_prompts
     from data_prep.sampling.generate import sample_shard
     from data_prep.sampling.law import SamplingSettings

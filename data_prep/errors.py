@@ -1,7 +1,7 @@
 """The errors that are a user's to mend: one line, exit code 2, no traceback."""
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake of the user's: the message is one line that says what is wrong, where, and what to
     do (exit code 2)."""
 

@@ -1,7 +1,6 @@
 """Files and folders that appear whole or not at all, their hashes and locks."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import Timeout, UnixFileLock
 
 from data_prep.errors import UserError
 
@@ -74,25 +75,25 @@ def hold(folder: Path) -> Iterator[None]:
 
     Raises UserError when another process holds it or it cannot be written.
     """
+    lock, holder = UnixFileLock(folder / ".lock", blocking=False), folder / ".holder"
     try:
-        handle = open(folder / ".lock", "a+")  # noqa: SIM115
+        lock.acquire()
+    except Timeout as error:
+        with suppress(OSError):
+            raise UserError(
+                f"{folder}: is being worked on by {holder.read_text()}; wait for it or stop it"
+            ) from error
+        raise UserError(
+            f"{folder}: is being worked on by another process; wait for it or stop it"
+        ) from error
     except OSError as error:
         raise unwritable(folder, error) from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            raise UserError(
-                f"{folder}: is being worked on by {holder}; wait for it or stop it"
-            ) from error
+    with lock:
         for leftover in list(folder.rglob(".*.tmp")):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         # Only a courtesy to whom the lock turns away: a full disk is reported by the first write.
         with suppress(OSError):
-            os.ftruncate(handle.fileno(), 0)
-            os.write(handle.fileno(), f"process {os.getpid()}".encode())
+            holder.write_text(f"process {os.getpid()}")
         yield
 
 

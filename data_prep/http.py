@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 from pydantic import Field
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential
 from tqdm import tqdm
 
 from data_prep.errors import ServerUnreachable, UserError
@@ -93,6 +94,22 @@ class GarbledAnswer(Exception):
     again."""
 
 
+class _TryAgain(Exception):
+    """A try that may be repeated; pause: seconds that the server asks to wait."""
+
+    def __init__(self, problem: str, pause: float | None = None) -> None:
+        super().__init__(problem)
+        self.pause = pause or 0.0
+
+
+def _pause(state: RetryCallState) -> float:
+    """Seconds until the next try: doubled each time and spread, at least what the server asks."""
+    backoff = wait_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)(state)
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.pause if isinstance(error, _TryAgain) else 0.0
+    return max(backoff * random.SystemRandom().uniform(0.5, 1.0), asked)
+
+
 Check = Callable[[dict | None, dict], None]
 """Told a request's body (None for a GET) and its answer; raises GarbledAnswer where that lacks what
 was asked for."""
@@ -112,8 +129,6 @@ class HttpClient:
             max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency
         )
         self._client = httpx.Client(timeout=settings.timeout, limits=limits, headers=headers)
-        # spreads tries in time; nothing that is drawn depends on it
-        self._jitter = random.Random()
         self._reached = False
 
     def __enter__(self) -> "HttpClient":
@@ -191,47 +206,61 @@ class HttpClient:
         stop: threading.Event,
         read: bool = True,
     ) -> dict:
-        tries, garbled = 0, 0
-        while True:
-            pause = None
+        """Ask until there is an answer, or enough has been tried; `stop` ends it early."""
+        garbled = 0
+
+        def once() -> dict:
+            nonlocal garbled
             try:
-                response = self._client.request(method, url, json=body)
-                self._reached = True
-                if response.status_code not in RETRIED_STATUS:
-                    self._refuse(response, url)
-                    if not read:
-                        return {}
-                    answer = _read_object(response)
-                    if check is not None:
-                        check(body, answer)
-                    return answer
-                problem, pause = (
-                    f"HTTP {response.status_code}: {self._message(response)}",
-                    _retry_after(response),
-                )
+                return self._once(method, url, body, check, read)
             except GarbledAnswer as error:
-                problem = str(error)
                 garbled += 1
-            except httpx.RequestError as error:
-                problem = f"{type(error).__name__}: {error}".removesuffix(": ")
-            allowed = (
-                self.settings.retries
-                if self._reached
-                else min(UNREACHED_RETRIES, self.settings.retries)
-            )
-            if tries >= allowed or garbled > GARBLED_RETRIES:
-                kind = UserError if self._reached else ServerUnreachable
-                raise kind(
-                    f"{url}: {self._scrub(problem)} ({tries + 1} tries); see to the server and "
-                    "run the same command again, what was "
-                    "answered is kept"
-                )
-            backoff = min(LONGEST_PAUSE, FIRST_PAUSE * 2**tries) * self._jitter.uniform(0.5, 1.0)
-            tries += 1
-            if stop.wait(max(backoff, pause or 0.0)):
+                raise _TryAgain(str(error)) from error
+
+        def enough(state: RetryCallState) -> bool:
+            allowed = self.settings.retries if self._reached else UNREACHED_RETRIES
+            allowed = min(allowed, self.settings.retries)
+            return stop.is_set() or state.attempt_number > allowed or garbled > GARBLED_RETRIES
+
+        tries = Retrying(
+            retry=retry_if_exception_type(_TryAgain),
+            stop=enough,
+            wait=_pause,
+            sleep=stop.wait,
+            reraise=True,
+        )
+        try:
+            return tries(once)
+        except _TryAgain as error:
+            if stop.is_set():
                 raise UserError(
-                    f"{url}: {self._scrub(problem)}; given up because another request failed"
-                )
+                    f"{url}: {self._scrub(str(error))}; given up because another request failed"
+                ) from error
+            count = tries.statistics["attempt_number"]
+            kind = UserError if self._reached else ServerUnreachable
+            raise kind(
+                f"{url}: {self._scrub(str(error))} ({count} tries); see to the server and run the "
+                "same command again, what was answered is kept"
+            ) from error
+
+    def _once(
+        self, method: str, url: str, body: dict | None, check: Check | None, read: bool
+    ) -> dict:
+        try:
+            response = self._client.request(method, url, json=body)
+        except httpx.RequestError as error:
+            raise _TryAgain(f"{type(error).__name__}: {error}".removesuffix(": ")) from error
+        self._reached = True
+        if response.status_code in RETRIED_STATUS:
+            words = f"HTTP {response.status_code}: {self._message(response)}"
+            raise _TryAgain(words, _retry_after(response))
+        self._refuse(response, url)
+        if not read:
+            return {}
+        answer = _read_object(response)
+        if check is not None:
+            check(body, answer)
+        return answer
 
     def _refuse(self, response: httpx.Response, url: str) -> None:
         status = response.status_code

@@ -89,7 +89,8 @@ def make_tokenizer(folder: Path) -> None:
 
 def ours(source: Path, tokenizer: object, folder: Path) -> dict[str, object]:
     from data_prep.prompts.preference_rows import answer_table, read_answers
-    from data_prep.prompts.split import PromptSettings, split_prompts
+    from data_prep.prompts.settings import PromptSettings
+    from data_prep.prompts.split import split_prompts
     from data_prep.prompts.templates import tokenize_prompts
     from data_prep.tables import validate_responses, write_parquet
 

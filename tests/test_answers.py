@@ -17,7 +17,8 @@ from data_prep.prompts.preference_rows import (
     read_answers,
     turn_end,
 )
-from data_prep.prompts.split import PromptSettings, read_prompts
+from data_prep.prompts.settings import PromptSettings
+from data_prep.prompts.split import read_prompts
 from data_prep.prompts.templates import tokenize_prompts
 
 HH = "\n\nHuman: {prompt}\n\nAssistant:"

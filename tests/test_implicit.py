@@ -13,7 +13,7 @@ from test_reference_adapter import save_adapter
 from data_prep.errors import UserError
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import PolicySettings
-from data_prep.prompts.split import PromptSettings
+from data_prep.prompts.settings import PromptSettings
 from data_prep.scorers.cache import ScoreCache
 from data_prep.scorers.calibration import describe_calibration, read_labelled_pairs, reliability
 from data_prep.scorers.implicit import AskedPolicy

@@ -9,15 +9,56 @@ import recipe_keys
 import yaml
 from conftest import QUICKSTART, REPO
 
-from constrained_dpo.recipe.load import load_recipe, schema_blocks
+from constrained_dpo.recipe.load import (
+    load_recipe,
+    read_document,
+    recipe_text,
+    schema_blocks,
+    validated,
+)
 from constrained_dpo.recipe.schema import Recipe
 from data_prep.errors import UserError
+
+
+def test_a_frozen_recipe_keeps_the_users_comments_and_gets_every_key(tmp_path):
+    document = read_document(
+        QUICKSTART, ["objective.beta=0.5", "prompts={train: a.jsonl, eval: 0.3}"]
+    )
+    recipe = validated(QUICKSTART, document)
+    (tmp_path / "frozen.yaml").write_text(recipe_text(recipe, document))
+    text = (tmp_path / "frozen.yaml").read_text()
+    assert load_recipe(tmp_path / "frozen.yaml") == recipe
+    for comment in re.findall(r"# .*", QUICKSTART.read_text()):
+        assert comment in text or "requests" in comment, comment  # prompts was replaced whole
+    assert "beta: 0.5\n" in text and "weight_decay: 0.0" in text and "learning_rate: 2e-4" in text
+    again = read_document(tmp_path / "frozen.yaml")
+    assert recipe_text(recipe, again) == text  # a second resolution changes nothing
+
+
+def test_a_tag_runs_nothing_and_a_key_is_a_text(tmp_path):
+    path, trace = tmp_path / "r.yaml", tmp_path / "trace"
+    path.write_text(f"name: !!python/object/apply:pathlib.Path.touch [{trace}]\n? [a]\n: 1\n")
+    with pytest.raises(UserError, match="name: input should be a valid string"):
+        load_recipe(path)
+    with pytest.raises(UserError, match="keys should be strings"):
+        load_recipe(path)
+    assert not trace.exists()
+
+
+def test_yes_is_a_word_and_a_recipe_may_be_a_mapping():
+    recipe = load_recipe(
+        QUICKSTART, ["objective.reward.scorer={type: classifier, model: m, label: yes}"]
+    )
+    assert recipe.scorers["helpful"].label == "yes"
+    assert load_recipe(recipe.model_dump(mode="json")) == load_recipe(recipe) == recipe
+    with pytest.raises(UserError, match=r"^seed: input should be greater than or equal to 0"):
+        load_recipe(recipe.model_dump(mode="json") | {"seed": -1})
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "recipes").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_recipe_loads_and_survives_its_own_yaml(path, tmp_path):
     recipe = load_recipe(path)
-    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    (tmp_path / "again.yaml").write_text(recipe_text(recipe))
     assert load_recipe(tmp_path / "again.yaml") == recipe
 
 
@@ -25,7 +66,7 @@ def test_the_hash_is_of_what_differs_from_the_defaults(tmp_path):
     """A key that a later release adds, at its default, leaves old runs as they are; any value that
     differs is another recipe."""
     recipe = load_recipe(QUICKSTART)
-    (tmp_path / "all.yaml").write_text(recipe.to_yaml())
+    (tmp_path / "all.yaml").write_text(recipe_text(recipe))
     assert load_recipe(tmp_path / "all.yaml").hash() == recipe.hash()
     assert (
         load_recipe(QUICKSTART, ["fit.weight_decay=0.0", "dual.step_scale={harmless: 2.0}"]).hash()

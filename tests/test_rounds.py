@@ -197,7 +197,7 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
     process.kill()
     process.join()
     with run.locked():
-        assert (run.path / ".lock").read_text().startswith("process")
+        assert (run.path / ".holder").read_text().startswith("process")
 
 
 def test_half_made_files_are_swept_under_the_lock(tmp_path):

@@ -10,7 +10,8 @@ from conftest import REAL
 from data_prep.errors import UserError
 from data_prep.prompts.layouts import parse_hh
 from data_prep.prompts.rows import DatasetSource
-from data_prep.prompts.split import PromptSettings, read_prompts, split_prompts
+from data_prep.prompts.settings import PromptSettings
+from data_prep.prompts.split import read_prompts, split_prompts
 from data_prep.prompts.templates import last_user_text, tokenize_prompts
 
 

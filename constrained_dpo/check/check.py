@@ -28,14 +28,13 @@ from constrained_dpo.tracking import require_trackers
 from data_prep.errors import ServerUnreachable, UserError
 from data_prep.models.checkpoints import check_adapter_folder
 from data_prep.models.policy import Policy, load_policy
-from data_prep.models.settings import QUICKSTART
 from data_prep.prompts.rows import DatasetSource
 from data_prep.prompts.split import read_prompts, split_prompts
 from data_prep.scorers.cache import ScoreCache
 from data_prep.scorers.implicit import AskedPolicy
 from data_prep.scorers.scoring import Scorer, make_scorer, score_texts
 from data_prep.scorers.settings import ScorerOptions, ScorerSettings
-from data_prep.settings import derive_seed
+from data_prep.settings import EMBEDDED, derive_seed
 
 if TYPE_CHECKING:
     from constrained_dpo.learners.lora import LoraLearner
@@ -215,7 +214,7 @@ def needs_download(model: str, revision: str | None) -> bool:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    if model == QUICKSTART or model.startswith((".", "/", "~")) or Path(model).exists():
+    if model == EMBEDDED or model.startswith((".", "/", "~")) or Path(model).exists():
         return False
 
     def cached(name: str) -> bool:
@@ -368,7 +367,7 @@ def _try_server(learner: "LoraLearner", warnings: list[str]) -> dict[str, object
 
 
 def _probe(recipe: Recipe) -> tuple[str, str, str]:
-    return QUICKSTART_PROBE if recipe.policy.model == QUICKSTART else PROBE
+    return QUICKSTART_PROBE if recipe.policy.model == EMBEDDED else PROBE
 
 
 def _describe_scorer(

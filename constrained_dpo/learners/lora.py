@@ -13,7 +13,6 @@ from constrained_dpo.run.directory import RunDirectory
 from data_prep.errors import UserError
 from data_prep.models.adapters import attached_adapter
 from data_prep.models.policy import Policy, load_policy
-from data_prep.models.settings import QUICKSTART
 from data_prep.prompts.templates import last_user_text, tokenize_prompts
 from data_prep.sampling.generate import sample_shard
 from data_prep.sampling.law import check_lengths, law_hash
@@ -23,7 +22,7 @@ from data_prep.scorers.cache import ScoreCache
 from data_prep.scorers.implicit import AskedPolicy
 from data_prep.scorers.scoring import Scorer, apply_options, make_scorer, score_texts, score_tokens
 from data_prep.scorers.settings import ScorerSettings
-from data_prep.settings import derive_seed
+from data_prep.settings import EMBEDDED, derive_seed
 
 
 class LoraLearner:
@@ -279,7 +278,7 @@ class LoraLearner:
     def exact(self, adapter: Path, lambda_: pd.Series) -> dict[str, dict] | None:
         """Exact values of a policy by split, its Lagrangian gap at λ among them; None where
         responses cannot be enumerated."""
-        if self.recipe.policy.model != QUICKSTART:
+        if self.recipe.policy.model != EMBEDDED:
             return None
         from data_prep.sampling.enumeration import exact_logps
 
@@ -294,7 +293,7 @@ class LoraLearner:
 
     def optimum(self) -> dict[str, dict] | None:
         """The exact optimum by split, or None."""
-        if self.recipe.policy.model != QUICKSTART:
+        if self.recipe.policy.model != EMBEDDED:
             return None
         from constrained_dpo.dual.exact import exact_optimum
 

@@ -1,186 +1,192 @@
-"""From a YAML file and -s overrides to a validated recipe; all errors are shown at once."""
+"""From a YAML file and -s overrides to a validated recipe, and back to a file that keeps the user's
+comments. All errors are shown at once.
+
+YAML is version 1.2: `yes` is a word and 5e-4 a number.
+"""
 
 import difflib
-import re
-from collections.abc import Hashable
+import io
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import yaml
 from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from constrained_dpo.recipe.schema import Recipe
 from data_prep.errors import UserError
-from data_prep.models.settings import QUICKSTART
 from data_prep.scorers.settings import SCORER_TYPES
-from data_prep.settings import Settings
+from data_prep.settings import Settings, parse_yaml, plain, yaml_problem
+
+ALIASES = {"prompts": {"train": "source", "eval": "test"}}
+"""Keys that are accepted under a second name, by block."""
+
+RecipeSource = Path | str | Mapping[str, Any] | Recipe
+"""A recipe's file, its content as a mapping, or a recipe."""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without its two traps: a key given twice is an error, and 5e-4 is a number."""
+def load_recipe(source: RecipeSource, overrides: list[str] | None = None) -> Recipe:
+    """Read and validate a recipe; relative paths in it become absolute.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key is a list or a mapping", key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    overrides: KEY=VALUE with dotted keys, VALUE in YAML. Raises UserError with every error, one per
+    line.
+    """
+    return validated(source, read_document(source, overrides))
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Reads and validates a recipe; relative paths in it become absolute. `overrides` are KEY=VALUE
-    with dotted keys.
+def validated(source: RecipeSource, document: CommentedMap) -> Recipe:
+    """Validate a document read by `read_document`; source: for messages and relative paths.
 
     Raises UserError with every error, one per line.
     """
-    path = Path(path)
+    file = Path(source) if isinstance(source, Path | str) else None
+    folders = ([file.resolve().parent] if file else []) + [Path.cwd()]
+    try:
+        return Recipe.model_validate(plain(document), context={"folders": folders})
+    except ValidationError as error:
+        name = f"{file}: " if file else ""
+        raise UserError("\n".join(f"{name}{line}" for line in _describe(error))) from error
+
+
+def read_document(source: RecipeSource, overrides: list[str] | None = None) -> CommentedMap:
+    """Read a recipe with the comments of its file, overrides applied, not yet validated.
+
+    Raises UserError for what is no YAML mapping, and for an override that names no key.
+    """
+    if isinstance(source, Recipe):
+        source = source.model_dump(mode="json")
+    document = CommentedMap(source) if isinstance(source, Mapping) else _read_file(Path(source))
+    for block, names in ALIASES.items():
+        for alias, name in names.items():
+            content = document.get(block)
+            if isinstance(content, CommentedMap) and alias in content and name not in content:
+                position = list(content).index(alias)
+                content.insert(position, name, content.pop(alias))
+    for override in overrides or []:
+        _apply_override(document, override)
+    return document
+
+
+def _read_file(path: Path) -> CommentedMap:
     if not path.is_file():
         raise UserError(f"{path}: no such recipe file")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.YAMLError as error:
+        document = _round_trip().load(path.read_text(encoding="utf-8"))
+    except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML ({_yaml_problem(error)})") from error
+        raise UserError(f"{path}{where}: not valid YAML ({yaml_problem(error)})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file ({error})") from error
-    if not isinstance(raw, dict):
+    if not isinstance(document, CommentedMap):
         raise UserError(f"{path}: a recipe is a mapping of keys; this file is not")
-    for override in overrides or []:
-        _apply_override(raw, override)
-    _resolve_paths(raw, path.resolve().parent)
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {line}" for line in _describe(error))) from error
+    return document
 
 
-def _apply_override(raw: dict, override: str) -> None:
+def recipe_text(recipe: Recipe, document: CommentedMap | None = None) -> str:
+    """Write a recipe as YAML: the document with its comments, and every key that it leaves out.
+
+    A value that the recipe holds otherwise (an absolute path, a measured number) replaces the
+    document's.
+    """
+    document = CommentedMap() if document is None else document
+    _fill_in(document, recipe.model_dump(mode="json"))
+    text = io.StringIO()
+    _round_trip().dump(document, text)
+    return text.getvalue()
+
+
+class _Representer(RoundTripRepresenter):
+    """Writes null as a word: an empty value looks like a mistake."""
+
+
+_Representer.add_representer(
+    type(None), lambda yaml, _: yaml.represent_scalar("tag:yaml.org,2002:null", "null")
+)
+
+
+def _round_trip() -> YAML:
+    yaml = YAML(typ="rt")
+    yaml.Representer = _Representer
+    yaml.width = 100
+    yaml.preserve_quotes = True
+    return yaml
+
+
+def _fill_in(node: CommentedMap, content: Mapping[str, Any]) -> None:
+    for key, value in content.items():
+        there = node.get(key)
+        if isinstance(there, CommentedMap) and isinstance(value, Mapping):
+            _fill_in(there, value)
+        elif _mappings(there) and _mappings(value) and len(there) == len(value):
+            for item, filled in zip(there, value, strict=True):
+                _fill_in(item, filled)
+        elif key not in node or plain(there) != value:
+            node[key] = value
+
+
+def _mappings(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, Mapping) for v in value)
+
+
+def _apply_override(document: CommentedMap, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"-s {override}: write KEY=VALUE, e.g. -s objective.beta=0.1")
     *parents, last = key.split(".")
-    node = raw
+    node: Any = document
     for parent in parents:
-        node = (
-            node[_position(node, parent, override)]
-            if isinstance(node, list)
-            else node.setdefault(parent, {})
-        )
-        if not isinstance(node, dict | list):
+        if isinstance(node, list):
+            node = node[_position(node, parent, override)]
+        else:
+            node = node.setdefault(parent, CommentedMap())
+        if not isinstance(node, Mapping | list):
             raise UserError(f"-s {override}: {parent} is a value, not a block")
-    if isinstance(node, list):
-        last = _position(node, last, override)
     try:
-        node[last] = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"-s {override}: the value is not valid YAML ({_yaml_problem(error)})"
-        ) from error
+        content = parse_yaml(value)
+    except YAMLError as error:
+        problem = yaml_problem(error)
+        raise UserError(f"-s {override}: the value is not valid YAML ({problem})") from error
+    node[_position(node, last, override) if isinstance(node, list) else last] = content
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    return getattr(error, "problem", None) or str(error).splitlines()[0]
-
-
-def _position(items: list, key: str, override: str) -> int:
+def _position(items: list[Any], key: str, override: str) -> int:
     """Index of a list item, by number or by its `name`."""
     for index, item in enumerate(items):
-        if str(index) == key or (isinstance(item, dict) and item.get("name") == key):
+        if str(index) == key or (isinstance(item, Mapping) and item.get("name") == key):
             return index
     raise UserError(f"-s {override}: no item {key} in that list")
 
 
-def _resolve_paths(raw: dict, folder: Path) -> None:
-    """Makes file and folder names absolute where they exist relative to the recipe (first) or to
-    the working directory."""
-
-    def absolute(value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        name, colon, function = value.rpartition(":") if ".py:" in value else (value, "", "")
-        for base in (folder, Path.cwd()):
-            candidate = base / Path(name).expanduser()
-            if name and candidate.exists():
-                return f"{candidate.resolve()}{colon}{function}"
-        return value
-
-    def visit(node: object, keys: tuple[str, ...]) -> None:
-        for key in keys:
-            if isinstance(node, dict) and key in node:
-                node[key] = absolute(node[key])
-
-    if isinstance(raw.get("policy"), dict):
-        visit(
-            raw["policy"],
-            ("reference_adapter",)
-            if raw["policy"].get("model") == QUICKSTART
-            else ("model", "reference_adapter"),
-        )
-    visit(raw.get("prompts"), ("source", "train", "test", "eval"))
-    for source in raw["prompts"].values() if isinstance(raw.get("prompts"), dict) else ():
-        visit(
-            source,
-            ("dataset",)
-            if isinstance(source, dict) and source.get("dataset") != QUICKSTART
-            else (),
-        )
-    objective = raw.get("objective")
-    if isinstance(objective, dict):
-        constraints = objective.get("constraints")
-        for block in [
-            objective.get("reward"),
-            *(constraints if isinstance(constraints, list) else []),
-        ]:
-            if isinstance(block, dict):
-                visit(
-                    block.get("scorer"),
-                    ("model", "target", "file", "adapter", "reference", "calibrate"),
-                )
+_UNION_MEMBERS = {*SCORER_TYPES, "DatasetSource", "str", "float", "int", "bool"}
+"""What pydantic puts into the place of an error beside the keys."""
 
 
 def _describe(error: ValidationError) -> list[str]:
     """One line per error: key, what is wrong, the value, and a suggestion for a misspelt key."""
     lines = []
     for item in error.errors():
-        parts = [
-            str(p)
-            for p in item["loc"]
-            if not (p in SCORER_TYPES or "[" in str(p) or p in ("DatasetSource", "str", "float"))
-        ]
+        parts = [str(p) for p in item["loc"] if p not in _UNION_MEMBERS and "[" not in str(p)]
         key = ".".join(parts)
         if item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(parts[-1], _known_keys(Recipe), n=1)
+            close = difflib.get_close_matches(parts[-1], _schema_keys(Recipe), n=1)
             lines.append(f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else ""))
         elif item["type"] == "missing":
             lines.append(f"{key}: missing")
         elif item["type"] == "value_error":
             message = item["msg"].removeprefix("Value error, ")
-            lines += [
-                f"{key}: {part}" if key and not part.startswith(key) else part
-                for part in message.splitlines()
-            ]
+            for line in message.splitlines():
+                lines.append(f"{key}: {line}" if key and not line.startswith(key) else line)
         else:
             shown = "" if isinstance(item["input"], dict | list) else f" (it is {item['input']!r})"
             lines.append(f"{key}: {item['msg'][0].lower() + item['msg'][1:]}{shown}")
     return list(dict.fromkeys(lines))
 
 
-def _known_keys(model: type[Settings]) -> set[str]:
+def _schema_keys(model: type[Settings]) -> set[str]:
     """Every key of the schema below `model`."""
     keys: set[str] = set()
     for name, block in schema_blocks(model).items():
@@ -189,8 +195,7 @@ def _known_keys(model: type[Settings]) -> set[str]:
 
 
 def schema_blocks(model: type[Settings], prefix: str = "") -> dict[str, type[Settings]]:
-    """Dotted name → settings class of every block of the schema, the recipe itself under the empty
-    name."""
+    """List every block of the schema by its dotted name, the recipe itself under the empty one."""
     blocks = {prefix: model}
     for name, field in model.model_fields.items():
         for cls in _settings_in(field.annotation):

@@ -10,7 +10,6 @@ import json
 import math
 from typing import Annotated
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from constrained_dpo.problem import ConstrainedProblem, Constraint
@@ -18,11 +17,11 @@ from constrained_dpo.recipe.dual import DualSettings
 from constrained_dpo.recipe.fit import FitSettings
 from constrained_dpo.recipe.pool import PoolSettings
 from data_prep.errors import UserError
-from data_prep.models.settings import QUICKSTART, PolicySettings
-from data_prep.prompts.split import PromptSettings
+from data_prep.models.settings import PolicySettings
+from data_prep.prompts.settings import PromptSettings
 from data_prep.sampling.law import SamplingSettings
 from data_prep.scorers.settings import NOT_IDENTIFIED, ScorerSettings
-from data_prep.settings import Settings
+from data_prep.settings import EMBEDDED, Settings
 
 STD = "std"
 
@@ -177,7 +176,7 @@ class Recipe(Settings):
                     f"objective.constraints.{constraint.name}.margin: {constraint.margin}: "
                     f"{NOT_IDENTIFIED} as a number"
                 )
-        if self.policy.model == QUICKSTART and self.sampling.max_new_tokens != 3:
+        if self.policy.model == EMBEDDED and self.sampling.max_new_tokens != 3:
             problems.append(
                 "the embedded world's answers have at most 3 tokens: sampling.max_new_tokens must "
                 "be 3"
@@ -210,9 +209,6 @@ class Recipe(Settings):
         return self.model_copy(
             update={"objective": self.objective.model_copy(update={"constraints": constraints})}
         )
-
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def hash(self) -> str:
         """Identity of the recipe: what differs from the defaults, so that a later release's new

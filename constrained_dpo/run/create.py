@@ -4,7 +4,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from constrained_dpo.recipe.load import load_recipe
+from constrained_dpo.recipe.load import RecipeSource, read_document, recipe_text, validated
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import VERSION, RunDirectory
 from data_prep.errors import UserError
@@ -13,7 +13,10 @@ from data_prep.tables import read_parquet, without_scores, write_parquet
 
 
 def init_run(
-    recipe_file: Path, path: Path, overrides: list[str], source: RunDirectory | None = None
+    recipe_source: RecipeSource,
+    path: Path,
+    overrides: list[str],
+    source: RunDirectory | None = None,
 ) -> RunDirectory:
     """Freezes a recipe into a new run directory; the same recipe again is no error. Raises
     UserError if another recipe's run is there.
@@ -21,7 +24,8 @@ def init_run(
     source: a prepared run whose π_ref responses and scores are taken over (another margin, β or set
     of constraints); UserError where its recipe differs in anything those responses depend on.
     """
-    recipe = load_recipe(recipe_file, overrides)
+    document = read_document(recipe_source, overrides)
+    recipe = validated(recipe_source, document)
     recipe = recipe.with_reference_stds(
         dict.fromkeys(recipe.problem.names)
     )  # another run's, where its recipe.yaml is the recipe
@@ -50,7 +54,7 @@ def init_run(
     if source is not None:
         state["inherited"] = _inheritance(recipe, source)
     try:
-        write_atomically(run.recipe_file, recipe.to_yaml().encode())
+        write_atomically(run.recipe_file, recipe_text(recipe, document).encode())
         if source is not None:
             _take_over(run, source)
         run.write_state(state)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from constrained_dpo.recipe.load import load_recipe
+from constrained_dpo.recipe.load import load_recipe, read_document, recipe_text
 from constrained_dpo.recipe.schema import Recipe
 from data_prep.errors import UserError
-from data_prep.files import hold, read_json, write_json
+from data_prep.files import hold, read_json, write_atomically, write_json
 from data_prep.tables import read_parquet
 
 VERSION = 1
@@ -144,6 +144,11 @@ class RunDirectory:
                 "with `cdpo init`"
             )
         return recipe
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Replace recipe.yaml by a recipe with what was measured; the user's comments stay."""
+        text = recipe_text(recipe, read_document(self.recipe_file))
+        write_atomically(self.recipe_file, text.encode())
 
     def _require(self) -> None:
         if self.path.is_file():

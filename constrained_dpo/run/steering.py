@@ -14,7 +14,6 @@ from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.scorer_facts import reference_stds
 from constrained_dpo.run.selection import converged, violated_on_dual
-from data_prep.files import write_atomically
 from data_prep.tables import read_parquet
 
 
@@ -36,7 +35,7 @@ def resolve_step_scale(run: RunDirectory, recipe: Recipe) -> Recipe:
     scale = auto_step_scale(reference_table(run, recipe), recipe.problem)
     dual = recipe.dual.model_copy(update={"step_scale": scale.to_dict()})
     recipe = recipe.model_copy(update={"dual": dual})
-    write_atomically(run.recipe_file, recipe.to_yaml().encode())
+    run.write_recipe(recipe)
     return recipe
 
 
@@ -54,7 +53,7 @@ def resolve_margins(run: RunDirectory, recipe: Recipe) -> Recipe:
     recipe = recipe.with_reference_stds(
         reference_stds(reference[reference["split"] == "dual"], list(wanted))
     )
-    write_atomically(run.recipe_file, recipe.to_yaml().encode())
+    run.write_recipe(recipe)
     return recipe
 
 

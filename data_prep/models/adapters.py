@@ -6,16 +6,19 @@ is loaded, quantized, fingerprinted and exported afterwards is the merged checkp
 model folder that nothing trains.
 """
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import UnixFileLock
+
 from data_prep.errors import UserError
-from data_prep.files import hash_file, sync_folder
+from data_prep.files import cache_folder, hash_file, sync_folder
 from data_prep.models.checkpoints import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -26,19 +29,11 @@ from data_prep.models.checkpoints import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from data_prep.models.settings import PolicySettings
-import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-from data_prep.models.policy import Policy
-
-if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from data_prep.models.policy import Policy
+    from data_prep.models.settings import PolicySettings
 
 KEY = "policy.reference_adapter"
 
@@ -61,8 +56,6 @@ def merged_reference(settings: "PolicySettings", base: str) -> Path:
     tokenizer) and dtype, so a changed adapter is another reference. Raises UserError for an adapter
     that is incomplete, or was trained on another base.
     """
-    from data_prep.files import cache_folder
-
     adapter = Path(settings.reference_adapter).expanduser()
     check_adapter_folder(adapter, KEY)
     with explained_loading("policy.model", base):
@@ -79,9 +72,8 @@ def merged_reference(settings: "PolicySettings", base: str) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        # one process merges, the others wait; a kill releases it
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    # One process merges, the others wait; a kill releases the lock.
+    with UnixFileLock(folder.with_name(f".{folder.name}.lock")):
         if not folder.is_dir():
             temporary = folder.with_name(f".{folder.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
@@ -234,7 +226,7 @@ def check_all_loaded(model: "PreTrainedModel", adapter: Path, base: str, key: st
 
 
 @contextlib.contextmanager
-def attached_adapter(policy: Policy, adapter: Path | None) -> Iterator["torch.nn.Module"]:
+def attached_adapter(policy: "Policy", adapter: Path | None) -> Iterator["torch.nn.Module"]:
     """The policy with the adapter of that folder (None: the reference policy itself), in eval mode;
     detached on leaving."""
     if adapter is None:

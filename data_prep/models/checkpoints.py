@@ -93,6 +93,8 @@ def explained_loading(key: str, source: str) -> Iterator[None]:
 
     try:
         yield
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
         text = str(error).strip() or type(error).__name__
         if "trust_remote_code" in text:

@@ -1,7 +1,7 @@
 """The policy: a base model (nf4, int8 or unquantized), its tokenizer, and LoRA adapters from disk.
 
 The reference policy π_ref is the base with no adapter (that base may itself be base + supervised
-adapter, merged before it is quantized: data_prep/merging.py). It is loaded once, frozen, and never
+adapter, merged before it is quantized: `adapters`). It is loaded once, frozen, and never
 merged into; an adapter is attached for as long as a `with` block lasts.
 """
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.errors import UserError
+from data_prep.models.adapters import merged_reference
 from data_prep.models.checkpoints import (
     check_model_folder,
     check_tokenizer,
@@ -20,7 +21,8 @@ from data_prep.models.checkpoints import (
     resolve_device,
 )
 from data_prep.models.quantization import check_quantization, keep_exact_on_cpu, quantization_config
-from data_prep.models.settings import POLICY, QUICKSTART, PolicySettings
+from data_prep.models.settings import POLICY, PolicySettings
+from data_prep.settings import EMBEDDED
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +65,6 @@ def resolve_model(settings: PolicySettings, owner: str = POLICY) -> str:
     base = _resolve_base(settings, owner)
     if settings.reference_adapter is None:
         return base
-    from data_prep.models.adapters import merged_reference
-
     return str(merged_reference(settings, base))
 
 
@@ -76,7 +76,7 @@ def _key(owner: str, name: str) -> str:
 
 def _resolve_base(settings: PolicySettings, owner: str) -> str:
     """The folder or hub id of the base; builds the embedded world's policy when asked for it."""
-    if settings.model == QUICKSTART:
+    if settings.model == EMBEDDED:
         from data_prep.quickstart import build_policy
 
         return str(build_policy())

@@ -4,10 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from data_prep.settings import Settings
-
-QUICKSTART = "quickstart"
-
+from data_prep.settings import LocalPath, Settings
 
 POLICY = "policy"  # the block of the recipe that messages name
 
@@ -30,12 +27,12 @@ class LoraSettings(Settings):
 class PolicySettings(Settings):
     """The base model; with its adapter off it is the reference policy."""
 
-    model: str = Field(
+    model: LocalPath = Field(
         description="local folder or hub id of a causal language model; `quickstart` is the "
         "embedded world's"
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
-    reference_adapter: str | None = Field(
+    reference_adapter: LocalPath | None = Field(
         None,
         description="LoRA adapter (PEFT folder) merged into the unquantized base: the reference "
         "policy is base + adapter",

@@ -16,35 +16,17 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from data_prep.errors import UserError
 from data_prep.prompts.layouts import layout_columns
-from data_prep.settings import Settings
+from data_prep.prompts.settings import DatasetSource
+from data_prep.settings import EMBEDDED
 from data_prep.tables import read_json_rows
 
 BATCH_ROWS = 1024
 
 
 _SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
-
-
-class DatasetSource(Settings):
-    """A hub dataset, a local folder of one, or the embedded world's prompts (`dataset:
-    quickstart`)."""
-
-    dataset: str = Field(
-        description="hub id, folder (written by save_to_disk, or of parquet and jsonl files), or "
-        "`quickstart`"
-    )
-    name: str | None = Field(
-        None, description="the hub dataset's configuration, e.g. alpaca-7b of PKU-SafeRLHF"
-    )
-    split: str = Field(
-        "train",
-        description="the dataset's split; in a folder of files those whose name begins with it",
-    )
-    revision: str | None = Field(None, description="branch, tag or commit of the hub dataset")
 
 
 class Row(NamedTuple):
@@ -75,7 +57,7 @@ def read_rows(source: str | Path | DatasetSource) -> Iterator[Row]:
             return _file_rows(path)
         else:
             raise UserError(f"prompts: {path}: no such file")
-    if source.dataset == "quickstart":
+    if source.dataset == EMBEDDED:
         from data_prep.quickstart import PROMPTS
 
         if source.split not in PROMPTS:

@@ -1,20 +1,19 @@
-"""Prompts of files and datasets; the split; prompts as tokens.
+"""Prompts of files and datasets, and the split.
 
-Rows come from `row_files`, what is the prompt in them says `layouts`. A prompt's id is a hash of
+Rows come from `rows`, what is the prompt in them says `layouts`. A prompt's id is a hash of
 its content, and so is its place in the split.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import pandas as pd
-from pydantic import AliasChoices, Field
 
 from data_prep.errors import UserError
 from data_prep.prompts.layouts import prompt_of
-from data_prep.prompts.rows import DatasetSource, Row, read_rows, source_name
-from data_prep.settings import Settings
+from data_prep.prompts.rows import Row, read_rows, source_name
+from data_prep.prompts.settings import DatasetSource, PromptSettings
 from data_prep.tables import validate_prompts
 
 LISTED = 3
@@ -22,37 +21,6 @@ LISTED = 3
 
 
 T = TypeVar("T")
-
-
-class PromptSettings(Settings):
-    """Where prompts come from and how they are put to the policy."""
-
-    model_config = Settings.model_config | {"populate_by_name": True}
-
-    source: str | DatasetSource = Field(
-        validation_alias=AliasChoices("source", "train"),
-        description="file (jsonl, json, csv, tsv, txt, parquet; .gz), folder or {dataset: ...}",
-    )
-    format: Literal["text", "chat"] = Field(
-        "text", description="text: put into `template`; chat: the tokenizer's chat template"
-    )
-    template: str = Field(
-        "{prompt}", description="for format text: what the policy reads; must contain {prompt}"
-    )
-    max_fit: int | None = Field(
-        None, ge=1, description="keep at most so many fit prompts (lowest hash first)"
-    )
-    max_test: int | None = Field(
-        None, ge=2, description="keep at most so many test prompts (lowest hash first)"
-    )
-    test: str | DatasetSource | float = Field(
-        0.2,
-        validation_alias=AliasChoices("test", "eval"),
-        description="file or dataset of test prompts, or the fraction held out",
-    )
-    too_long: Literal["error", "drop"] = Field(
-        "error", description="prompts that do not fit: an error, or dropped and counted"
-    )
 
 
 def parsed_rows(source: str | DatasetSource, parse: Callable[[Row], T]) -> Iterator[T]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from data_prep.errors import UserError
-from data_prep.prompts.split import PromptSettings
+from data_prep.prompts.settings import PromptSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -28,7 +28,7 @@ from data_prep.models.adapters import (
 from data_prep.models.checkpoints import check_adapter_folder, fingerprint_model
 from data_prep.models.policy import Policy, load_policy, resolve_model
 from data_prep.models.settings import PolicySettings
-from data_prep.prompts.split import PromptSettings
+from data_prep.prompts.settings import PromptSettings
 from data_prep.prompts.templates import tokenize_prompts
 from data_prep.sampling.logprobs import response_logps
 from data_prep.scorers.calibration import read_labelled_pairs, reliability

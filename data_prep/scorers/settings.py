@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from data_prep.http import RequestSettings, check_url
-from data_prep.settings import Settings, parse_option
+from data_prep.settings import LocalPath, Settings, parse_option
 
 
 class ScorerOptions(Settings):
@@ -63,7 +63,7 @@ class PythonScorerSettings(ScorerOptions):
     list[float]`."""
 
     type: Literal["python"]
-    target: str = Field(description="file.py:function, or package.module:function")
+    target: LocalPath = Field(description="file.py:function, or package.module:function")
 
 
 class ColumnScorerSettings(ScorerOptions):
@@ -71,7 +71,7 @@ class ColumnScorerSettings(ScorerOptions):
     new, so it serves `data score` only."""
 
     type: Literal["column"]
-    file: str = Field(description="table with prompt, response and the column")
+    file: LocalPath = Field(description="table with prompt, response and the column")
     column: str = Field(description="the column that holds the score")
 
 
@@ -79,7 +79,7 @@ class ClassifierScorerSettings(ScorerOptions):
     """Any AutoModelForSequenceClassification with its tokenizer."""
 
     type: Literal["classifier"]
-    model: str = Field(description="local folder or hub id")
+    model: LocalPath = Field(description="local folder or hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     label: str | int | None = Field(
         None,
@@ -133,7 +133,7 @@ class BeaverScorerSettings(ScorerOptions):
     checkpoints without the safe-rlhf package."""
 
     type: Literal["beaver"]
-    model: str = Field(
+    model: LocalPath = Field(
         description="local folder or hub id, e.g. PKU-Alignment/beaver-7b-v1.0-reward"
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
@@ -175,7 +175,7 @@ class GuardScorerSettings(ScorerOptions):
     writes its verdict, in nats."""
 
     type: Literal["guard"]
-    model: str = Field(description="local folder or hub id of a causal language model")
+    model: LocalPath = Field(description="local folder or hub id of a causal language model")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     safe: str | list[str] = Field(
         "safe", description="the word of its verdict that says safe, or several (Qwen3Guard: Safe)"
@@ -258,18 +258,18 @@ class ImplicitScorerSettings(ScorerOptions):
         description="β of the DPO that trained the adapter or model; the scores are in its "
         "reward's units",
     )
-    adapter: str | None = Field(
+    adapter: LocalPath | None = Field(
         None,
         description="LoRA adapter (PEFT folder) on the reference; the recipe's policy is not "
         "loaded twice",
     )
-    model: str | None = Field(
+    model: LocalPath | None = Field(
         None,
         description="instead of an adapter: local folder or hub id of a causal model with the "
         "policy's tokens",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub `model`")
-    reference: str | None = Field(
+    reference: LocalPath | None = Field(
         None,
         description="what the adapter or model was trained from: local folder or hub id; null: "
         "the recipe's reference policy",
@@ -277,7 +277,7 @@ class ImplicitScorerSettings(ScorerOptions):
     reference_revision: str | None = Field(
         None, description="branch, tag or commit of a hub `reference`"
     )
-    calibrate: str | None = Field(
+    calibrate: LocalPath | None = Field(
         None,
         description="table with prompt, chosen, rejected: `check` and `prepare` report how often "
         "the scores order its pairs right",
