@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from constrained_dpo.recipe.schema import Recipe
-from constrained_dpo.run.directory import RunDirectory
 from data_prep.errors import UserError
 
 PROJECT = "constrained-dpo"
@@ -72,41 +70,35 @@ def fit_logs(folder: Path | None, report_to: list[str], resumed: bool = False) -
                 os.environ[key] = value
 
 
-def round_scalars(record: dict) -> dict[str, float]:
-    """A round's record (round.json) as scalars by tag, e.g. `u/harmless/test`; what the sampling
-    law does not support is left out."""
-    scalars = {f"lambda/{name}": value for name, value in record["lambda"].items()}
-    for split, part in (("dual", record), ("test", record["test"])):
-        scalars |= {f"u/{name}/{split}": value for name, value in part["u"].items()}
-        scalars |= {
-            f"{key}/{split}": part[key]
-            for key in ("reward", "kl", "objective")
-            if part[key] is not None
-        }
-    return scalars
+def log_round(
+    folder: Path,
+    scalars: dict[str, float],
+    *,
+    step: int,
+    report_to: list[str],
+    name: str,
+    identity: str,
+) -> None:
+    """Write one point per scalar at `step` to the trackers; written twice it is the same point.
 
-
-def log_round(run: RunDirectory, recipe: Recipe, record: dict) -> None:
-    """Writes one point per metric at step `round` to the recipe's trackers, under RUN/logs/rounds.
-    A point written twice is the same."""
-    folder, scalars = run.logs_folder("rounds"), round_scalars(record)
-    if "tensorboard" in recipe.fit.report_to:
+    name: what the trackers call it; identity: of the run directory, whose rounds are one wandb run
+    in whichever process they are played.
+    """
+    if "tensorboard" in report_to:
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(log_dir=str(folder)) as writer:
             for tag, value in scalars.items():
-                writer.add_scalar(tag, value, record["round"])
-    if "wandb" in recipe.fit.report_to:
+                writer.add_scalar(tag, value, step)
+    if "wandb" in report_to:
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
         settings = _wandb_environment(folder)
         with wandb.init(
             project=settings["WANDB_PROJECT"],
-            name=f"{recipe.name}-rounds",
-            # One wandb run for all rounds of a run directory, in whichever process they are
-            # played.
-            id=hashlib.sha256(f"{run.path.resolve()}/{recipe.hash()}".encode()).hexdigest()[:16],
+            name=name,
+            id=hashlib.sha256(identity.encode()).hexdigest()[:16],
             resume="allow",
             dir=str(folder),
             mode=settings["WANDB_MODE"],
@@ -114,4 +106,4 @@ def log_round(run: RunDirectory, recipe: Recipe, record: dict) -> None:
                 silent=settings["WANDB_SILENT"] == "true", console=settings["WANDB_CONSOLE"]
             ),
         ) as tracked:
-            tracked.log({"round": record["round"], **scalars}, step=record["round"])
+            tracked.log({"round": step, **scalars}, step=step)

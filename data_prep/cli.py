@@ -112,7 +112,7 @@ def sample(
     from data_prep.models.settings import PolicySettings
     from data_prep.prompts.settings import PromptSettings
     from data_prep.prompts.templates import tokenize_prompts
-    from data_prep.sampling.generate import sample_shard
+    from data_prep.sampling.generate import Sampler
     from data_prep.sampling.law import SamplingSettings
     from data_prep.settings import derive_seed
     from data_prep.tables import read_table, validate_prompts, write_parquet
@@ -132,11 +132,8 @@ def sample(
         _validated(PolicySettings, model=model, quantization=quantization, dtype=dtype)
     )
     tokens = tokenize_prompts(table, how, policy.tokenizer)
-    drawn = sample_shard(
-        policy,
+    drawn = Sampler(policy, tokens, settings).draw(
         table,
-        tokens,
-        settings,
         responses_per_prompt=responses,
         adapter=adapter,
         source="policy" if adapter else "reference",

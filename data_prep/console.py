@@ -1,5 +1,6 @@
 """What the command-line programs share: exit codes, quiet libraries, NAME=NUMBER options."""
 
+import logging
 import sys
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ def run_app(application: Callable[[], None], may_speak: Callable[[], bool] = lam
     # Before torch is loaded: its threads wait by spinning, which on a machine shared with other
     # work makes everything ten times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    log_to_stderr()
     stopped_by = [signal.SIGINT]
 
     def terminate(number: int, frame: object) -> None:
@@ -56,10 +58,32 @@ def run_app(application: Callable[[], None], may_speak: Callable[[], bool] = lam
         sys.exit(1)
 
 
+class StderrHandler(logging.Handler):
+    """Writes our own log lines to stderr, above progress bars. On a terminal a line that ends in
+    `...` is replaced by the next one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        line, live = record.getMessage(), sys.stderr.isatty()
+        erase = "\r\x1b[K" if live else ""
+        end = "" if live and line.endswith("...") else "\n"
+        tqdm.write(f"{erase}{line}", file=sys.stderr, end=end)
+        sys.stderr.flush()
+
+
+def log_to_stderr() -> None:
+    """Show what the library logs."""
+    for name in ("constrained_dpo", "data_prep"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(handler, StderrHandler) for handler in logger.handlers):
+            logger.addHandler(StderrHandler())
+        logger.setLevel(logging.INFO)
+
+
 def quiet_libraries() -> None:
     """Results and our own progress only: the libraries' notices about their defaults do not apply
     (every default is set)."""
-    import logging
     import os
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -47,7 +47,7 @@ RESPONSES = {
 SERVED = (
     "server_logp",
     "exact_ids",
-)  # columns more where a server sampled: data_prep.sampling_server.sample_served
+)  # columns more where a server sampled: data_prep.sampling.served
 
 
 PAIRS = {

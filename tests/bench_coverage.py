@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from conftest import random_world
+from constrained_dpo.run.selection import chosen_round
 from scipy import stats
 from test_rounds import make_run
 from tqdm import tqdm
@@ -31,7 +32,6 @@ from constrained_dpo.learners.tabular import TabularLearner
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.prepare import prepare
 from constrained_dpo.run.rounds import play_round
-from constrained_dpo.run.selection import chosen_round
 from data_prep.errors import UserError
 
 POPULATION = 5000

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from constrained_dpo.dual.exact import exact_optimum, share_of_gap_closed
-from constrained_dpo.fit.trainer import fit_adapter
+from constrained_dpo.fit.adapter import fit_adapter
+from constrained_dpo.fit.trainer import FitPlan
 from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.run.directory import RunDirectory
 from data_prep.labels.preferences import label_pairs
@@ -88,12 +89,14 @@ def main(path: str) -> None:
                 pairs,
                 responses,
                 learner.prompt_tokens,
-                settings,
-                recipe.policy.lora,
-                beta=problem.beta,
-                seed=3,
-                previous_adapter=last,
-                output=output,
+                FitPlan(
+                    settings,
+                    recipe.policy.lora,
+                    beta=problem.beta,
+                    seed=3,
+                    previous_adapter=last,
+                    output=output,
+                ),
             )
             describe(name, exact_logps(learner.policy, output, tokens))
     off = (gap * ~seen).sum(1).mean() / gap.sum(1).mean()

@@ -22,7 +22,7 @@ import transformers
 from peft import LoraConfig
 from trl import DPOTrainer
 
-from constrained_dpo.fit.trainer import build_trainer, training_config
+from constrained_dpo.fit.trainer import FitPlan, build_trainer, training_config
 from constrained_dpo.recipe.fit import FitSettings
 from data_prep.models.policy import Policy
 from data_prep.models.settings import LoraSettings, PolicySettings
@@ -103,7 +103,7 @@ def settings_of(checkpointing: bool, **changes) -> FitSettings:
 def trl_trainer(
     policy: Policy, rows: datasets.Dataset, checkpointing: bool, precompute: bool, folder: Path
 ) -> DPOTrainer:
-    arguments = training_config(settings_of(checkpointing), BETA, 0, folder, "cpu")
+    arguments = training_config(FitPlan(settings_of(checkpointing), LORA, BETA, 0, folder), "cpu")
     arguments.precompute_ref_log_probs = precompute
     responses = rows["responses_ids"]
     columns = {
@@ -172,14 +172,7 @@ def variants(policy: Policy, pairs: int, checkpointing: bool, folder: Path) -> d
             checkpointing, batch_size=2 * BATCH // size, group_size=size, **changes
         )
         trainer = build_trainer(
-            copy.deepcopy(policy),
-            data,
-            settings,
-            LORA,
-            beta=BETA,
-            seed=0,
-            output=folder,
-            previous_adapter=None,
+            copy.deepcopy(policy), data, FitPlan(settings, LORA, beta=BETA, seed=0, output=folder)
         )
         assert (trainer.padded_because is None) == settings.shared_prompts, trainer.padded_because
         return Runner(trainer, 2 * BATCH)

@@ -17,7 +17,8 @@ import yaml
 from test_fit import LORA, fit_settings, make_pairs, make_pool, prompt_tokens
 
 from constrained_dpo.cli.main import main
-from constrained_dpo.fit.trainer import fit_adapter
+from constrained_dpo.fit.adapter import fit_adapter
+from constrained_dpo.fit.trainer import FitPlan
 from constrained_dpo.launch import join_launch, num_processes
 from data_prep.labels.preferences import label_groups
 from data_prep.models.policy import load_policy
@@ -95,12 +96,14 @@ def play(folder: Path, batch_size: int) -> None:
                 labels,
                 pool,
                 prompt_tokens(policy),
-                settings,
-                LORA,
-                beta=0.25,
-                seed=3,
-                output=folder / name,
-                previous_adapter=folder / start if start else None,
+                FitPlan(
+                    settings,
+                    LORA,
+                    beta=0.25,
+                    seed=3,
+                    output=folder / name,
+                    previous_adapter=folder / start if start else None,
+                ),
             )
             print(f"{name}: the base is made of {type(next(policy.model.parameters())).__name__}s")
 

@@ -11,7 +11,8 @@ from peft import PeftModel
 from safetensors import safe_open
 from test_fit import fit_settings, make_pairs, make_pool, prompt_tokens, ragged_rows
 
-from constrained_dpo.fit.trainer import build_trainer, fit_adapter
+from constrained_dpo.fit.adapter import fit_adapter
+from constrained_dpo.fit.trainer import FitPlan, build_trainer
 from data_prep.models.adapters import attached_adapter, merge_adapter
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import LoraSettings, PolicySettings
@@ -33,7 +34,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(plain_policy, sha
     policy, rows = copy.deepcopy(plain_policy), ragged_rows(plain_policy, 6, seed=0)
     settings = fit_settings(batch_size=6, shared_prompts=shared)
     trainer = build_trainer(
-        policy, rows, settings, HEAD, beta=BETA, seed=0, output=tmp_path, previous_adapter=None
+        policy, rows, FitPlan(settings, HEAD, beta=BETA, seed=0, output=tmp_path)
     )
     assert trainer.adapted_head and (trainer.padded_because is None) == shared
     torch.manual_seed(1)
@@ -76,12 +77,7 @@ def test_the_adapter_holds_no_weights_of_the_base_and_goes_on_from_itself(
             pairs,
             pool,
             tokens,
-            settings,
-            HEAD,
-            beta=BETA,
-            seed=0,
-            previous_adapter=previous,
-            output=output,
+            FitPlan(settings, HEAD, beta=BETA, seed=0, previous_adapter=previous, output=output),
         )
     with (
         safe_open(str(second / "adapter_model.safetensors"), "pt") as one,
@@ -108,14 +104,7 @@ def test_a_tied_head_is_merged_into_weights_of_its_own(tmp_path):
     policy = load_policy(settings)
     rows = ragged_rows(policy, 8, seed=0)
     trainer = build_trainer(
-        policy,
-        rows,
-        fit_settings(),
-        HEAD,
-        beta=BETA,
-        seed=0,
-        output=tmp_path / "fit",
-        previous_adapter=None,
+        policy, rows, FitPlan(fit_settings(), HEAD, beta=BETA, seed=0, output=tmp_path / "fit")
     )
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import QUICKSTART
 
-from constrained_dpo.fit.adapter import check_anchor
+from constrained_dpo.fit.adapter import check_anchor, fit_adapter
 from constrained_dpo.fit.losses import pair_loss
 from constrained_dpo.fit.rows import pair_dataset
-from constrained_dpo.fit.trainer import build_trainer, fit_adapter, training_config
+from constrained_dpo.fit.trainer import FitPlan, build_trainer, training_config
 from constrained_dpo.recipe.load import load_recipe
 from data_prep.errors import UserError
 from data_prep.labels.preferences import label_pairs
@@ -22,7 +22,7 @@ from data_prep.models.adapters import attached_adapter
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import LoraSettings, PolicySettings
 from data_prep.quickstart import PROMPTS, harmless, helpful
-from data_prep.sampling.generate import sample_shard
+from data_prep.sampling.generate import Sampler
 from data_prep.sampling.law import SamplingSettings
 from data_prep.sampling.logprobs import response_logps
 
@@ -42,15 +42,8 @@ def prompt_tokens(policy) -> dict[str, list[int]]:
 
 
 def make_pool(policy, adapter=None, seed=1) -> pd.DataFrame:
-    pool = sample_shard(
-        policy,
-        PROMPT_TABLE,
-        prompt_tokens(policy),
-        SAMPLING,
-        responses_per_prompt=12,
-        adapter=adapter,
-        source="reference",
-        seed=seed,
+    pool = Sampler(policy, prompt_tokens(policy), SAMPLING).draw(
+        PROMPT_TABLE, responses_per_prompt=12, adapter=adapter, source="reference", seed=seed
     )
     texts = pool["response"].tolist()
     return pool.assign(
@@ -136,20 +129,13 @@ def test_parity_with_trl_over_twenty_steps(plain_policy, shared, tmp_path):
         policy = copy.deepcopy(plain_policy)
         if kind == "ours":
             trainer = build_trainer(
-                policy,
-                rows,
-                settings,
-                LORA,
-                beta=0.3,
-                seed=3,
-                output=tmp_path,
-                previous_adapter=None,
+                policy, rows, FitPlan(settings, LORA, beta=0.3, seed=3, output=tmp_path)
             )
             assert (trainer.padded_because is None) == shared
         else:
             trainer = PlainTRL(
                 model=policy.model,
-                args=training_config(settings, 0.3, 3, tmp_path, policy.device.type),
+                args=training_config(FitPlan(settings, LORA, 0.3, 3, tmp_path), policy.device.type),
                 train_dataset=as_trl(rows),
                 processing_class=policy.tokenizer,
                 peft_config=LoraConfig(
@@ -202,16 +188,7 @@ def test_warm_start_keeps_the_anchor_the_base_and_float32(quickstart_policy, tmp
     )
     first, second = tmp_path / "a", tmp_path / "b"
     anchor_error = fit_adapter(
-        policy,
-        pairs,
-        pool,
-        tokens,
-        settings,
-        LORA,
-        beta=0.25,
-        seed=0,
-        previous_adapter=None,
-        output=first,
+        policy, pairs, pool, tokens, FitPlan(settings, LORA, beta=0.25, seed=0, output=first)
     )
     assert anchor_error < 1e-4
     assert base_hash(policy) == before, "the fit changed the base weights"
@@ -219,12 +196,7 @@ def test_warm_start_keeps_the_anchor_the_base_and_float32(quickstart_policy, tmp
     trainer = build_trainer(
         policy,
         pair_dataset(pairs, pool, tokens, 16),
-        settings,
-        LORA,
-        beta=0.25,
-        seed=0,
-        output=tmp_path / "x",
-        previous_adapter=first,
+        FitPlan(settings, LORA, beta=0.25, seed=0, output=tmp_path / "x", previous_adapter=first),
     )
     try:
         assert list(trainer.model.peft_config) == ["default"], (
@@ -285,12 +257,7 @@ def test_warm_start_keeps_the_anchor_the_base_and_float32(quickstart_policy, tmp
         pairs,
         pool,
         tokens,
-        settings,
-        LORA,
-        beta=0.25,
-        seed=0,
-        previous_adapter=first,
-        output=second,
+        FitPlan(settings, LORA, beta=0.25, seed=0, previous_adapter=first, output=second),
     )
     assert base_hash(policy) == before
     from peft import load_peft_weights
@@ -311,12 +278,7 @@ def test_the_fit_refuses_a_pool_of_another_base(quickstart_policy, tmp_path):
             make_pairs(pool),
             shifted,
             prompt_tokens(quickstart_policy),
-            fit_settings(),
-            LORA,
-            beta=0.25,
-            seed=0,
-            previous_adapter=None,
-            output=tmp_path / "a",
+            FitPlan(fit_settings(), LORA, beta=0.25, seed=0, output=tmp_path / "a"),
         )
     assert not (tmp_path / "a").exists()
 
@@ -327,12 +289,13 @@ def test_dropout_is_what_the_recipe_says(quickstart_policy, tmp_path):
     trainer = build_trainer(
         quickstart_policy,
         rows,
-        fit_settings(),
-        LORA.model_copy(update={"dropout": 0.3}),
-        beta=0.25,
-        seed=0,
-        output=tmp_path,
-        previous_adapter=None,
+        FitPlan(
+            fit_settings(),
+            LORA.model_copy(update={"dropout": 0.3}),
+            beta=0.25,
+            seed=0,
+            output=tmp_path,
+        ),
     )
     try:
         rates = {m.p for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)}
@@ -358,12 +321,7 @@ def test_gradients_are_the_same_before_and_after_sampling(quantization, tmp_path
         make_pairs(pool),
         pool,
         tokens,
-        settings,
-        LORA,
-        beta=0.25,
-        seed=0,
-        previous_adapter=None,
-        output=first,
+        FitPlan(settings, LORA, beta=0.25, seed=0, output=first),
     )
 
     def gradients():
@@ -371,12 +329,9 @@ def test_gradients_are_the_same_before_and_after_sampling(quantization, tmp_path
         trainer = build_trainer(
             policy,
             rows,
-            settings,
-            LORA,
-            beta=0.25,
-            seed=0,
-            output=tmp_path / "x",
-            previous_adapter=first,
+            FitPlan(
+                settings, LORA, beta=0.25, seed=0, output=tmp_path / "x", previous_adapter=first
+            ),
         )
         try:
             trainer.model.train()
@@ -423,12 +378,7 @@ def test_the_adapter_loads_in_plain_peft(quickstart_policy, tmp_path):
         make_pairs(pool),
         pool,
         tokens,
-        fit_settings(),
-        LORA,
-        beta=0.25,
-        seed=0,
-        previous_adapter=None,
-        output=out,
+        FitPlan(fit_settings(), LORA, beta=0.25, seed=0, output=out),
     )
     plain = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(policy.model.name_or_path), str(out)
@@ -461,23 +411,17 @@ def test_a_diverging_fit_stops_and_leaves_no_adapter(quickstart_policy, tmp_path
             make_pairs(pool),
             pool,
             prompt_tokens(quickstart_policy),
-            fit_settings(learning_rate=1e30, lr_scheduler="constant", max_grad_norm=1e30),
-            LORA,
-            beta=0.25,
-            seed=0,
-            previous_adapter=None,
-            output=tmp_path / "a",
+            FitPlan(
+                fit_settings(learning_rate=1e30, lr_scheduler="constant", max_grad_norm=1e30),
+                LORA,
+                beta=0.25,
+                seed=0,
+                output=tmp_path / "a",
+            ),
         )
     assert not (tmp_path / "a").exists()
-    check = sample_shard(
-        quickstart_policy,
-        PROMPT_TABLE,
-        prompt_tokens(quickstart_policy),
-        SAMPLING,
-        responses_per_prompt=2,
-        adapter=None,
-        source="reference",
-        seed=0,
+    check = Sampler(quickstart_policy, prompt_tokens(quickstart_policy), SAMPLING).draw(
+        PROMPT_TABLE, responses_per_prompt=2, adapter=None, source="reference", seed=0
     )
     assert np.isfinite(check["ref_logp"]).all()  # the base is as it was
 

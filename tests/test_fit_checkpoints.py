@@ -15,10 +15,11 @@ from conftest import QUICKSTART, SMALL
 from kill_many import Server, alive, content, leftovers
 from test_fit import LORA, fit_settings, make_pairs, make_pool, prompt_tokens
 
+from constrained_dpo.fit.adapter import fit_adapter
 from constrained_dpo.fit.checkpoints import SEAL, SealedCheckpoints, fit_identity, newest_whole
 from constrained_dpo.fit.holdout import BEST_FILE
 from constrained_dpo.fit.rows import pair_dataset
-from constrained_dpo.fit.trainer import build_trainer, fit_adapter
+from constrained_dpo.fit.trainer import FitPlan, build_trainer
 from constrained_dpo.run.create import init_run
 from constrained_dpo.run.directory import RunDirectory
 from data_prep.labels.preferences import label_pairs
@@ -173,13 +174,14 @@ def test_a_checkpoint_of_another_fit_is_never_resumed(
             make_pairs(pool),
             pool,
             tokens,
-            settings,
-            LORA,
-            beta=0.25,
-            seed=0,
-            previous_adapter=None,
-            output=tmp_path / name / "adapter",
-            checkpoints=tmp_path / name / "checkpoints",
+            FitPlan(
+                settings,
+                LORA,
+                beta=0.25,
+                seed=0,
+                output=tmp_path / name / "adapter",
+                checkpoints=tmp_path / name / "checkpoints",
+            ),
         )
         return (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
 
@@ -208,9 +210,7 @@ def test_a_checkpoint_of_another_fit_is_never_resumed(
     assert len({ours, *others}) == 6
 
     rows, folder = pair_dataset(other, pool, tokens, 16), tmp_path / "other" / "checkpoints"
-    trainer = build_trainer(
-        policy, rows, settings, LORA, beta=0.25, seed=0, output=folder, previous_adapter=None
-    )
+    trainer = build_trainer(policy, rows, FitPlan(settings, LORA, beta=0.25, seed=0, output=folder))
     trainer.add_callback(SealedCheckpoints(identity(other)))
     trainer.train()
     trainer.model.unload()
@@ -236,13 +236,14 @@ def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(quickstart_polic
                 make_pairs(pool),
                 pool,
                 prompt_tokens(quickstart_policy),
-                fit_settings(save_steps=3),
-                LORA,
-                beta=0.25,
-                seed=0,
-                previous_adapter=None,
-                output=tmp_path / "adapter",
-                checkpoints=tmp_path / "checkpoints",
+                FitPlan(
+                    fit_settings(save_steps=3),
+                    LORA,
+                    beta=0.25,
+                    seed=0,
+                    output=tmp_path / "adapter",
+                    checkpoints=tmp_path / "checkpoints",
+                ),
             )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -263,12 +264,7 @@ def test_a_resumed_fit_has_one_adapter_in_float32_and_keeps_the_anchor(quickstar
         trainer = build_trainer(
             policy,
             rows,
-            settings,
-            LORA,
-            beta=0.25,
-            seed=0,
-            output=tmp_path,
-            previous_adapter=None,
+            FitPlan(settings, LORA, beta=0.25, seed=0, output=tmp_path),
             resumed=resumed is not None,
         )
         trainer.add_callback(SealedCheckpoints("this fit"))

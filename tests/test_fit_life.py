@@ -14,9 +14,10 @@ from test_cli import cdpo
 from test_fit import LORA, fit_settings, make_pairs, make_pool, prompt_tokens
 
 from constrained_dpo.estimates.certificate import off_policy_residual
+from constrained_dpo.fit.adapter import fit_adapter
 from constrained_dpo.fit.holdout import residual, split_held_out, squared_residuals
 from constrained_dpo.fit.rows import group_dataset, pair_dataset
-from constrained_dpo.fit.trainer import fit_adapter
+from constrained_dpo.fit.trainer import FitPlan
 from constrained_dpo.fit.watch import kl_estimate
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from constrained_dpo.recipe.load import load_recipe
@@ -42,13 +43,15 @@ def fitted(
         make_pairs(pool) if labels is None else labels,
         pool,
         prompt_tokens(policy),
-        fit_settings(**changes),
-        lora,
-        beta=0.25,
-        seed=0,
-        previous_adapter=previous,
-        output=folder / "adapter",
-        checkpoints=checkpoints,
+        FitPlan(
+            fit_settings(**changes),
+            lora,
+            beta=0.25,
+            seed=0,
+            previous_adapter=previous,
+            output=folder / "adapter",
+            checkpoints=checkpoints,
+        ),
     )
     return json.loads((folder / "adapter" / "training_log.json").read_text())
 

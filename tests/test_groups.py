@@ -12,9 +12,10 @@ from scipy import special
 from test_cli import cdpo
 from test_fit import LORA, fit_settings, make_pool, prompt_tokens
 
+from constrained_dpo.fit.adapter import fit_adapter
 from constrained_dpo.fit.losses import all_pairs_loss, listwise_loss, pair_loss
 from constrained_dpo.fit.rows import group_dataset
-from constrained_dpo.fit.trainer import build_trainer, fit_adapter
+from constrained_dpo.fit.trainer import FitPlan, build_trainer
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import replay
 from data_prep.errors import UserError
@@ -229,7 +230,7 @@ def test_the_trainers_loss_is_that_of_the_responses_own_log_probabilities(
     rows = group_dataset(groups, pool, tokens, 16)
     settings = fit_settings(group_size=4, loss=kind)
     trainer = build_trainer(
-        policy, rows, settings, LORA, beta=0.3, seed=0, output=tmp_path, previous_adapter=None
+        policy, rows, FitPlan(settings, LORA, beta=0.3, seed=0, output=tmp_path)
     )
     try:
         with torch.no_grad():
@@ -272,12 +273,7 @@ def test_a_fit_on_groups_brings_log_ratios_to_the_scores(
         groups,
         pool,
         tokens,
-        settings,
-        LORA,
-        beta=0.5,
-        seed=0,
-        previous_adapter=None,
-        output=tmp_path / "adapter",
+        FitPlan(settings, LORA, beta=0.5, seed=0, output=tmp_path / "adapter"),
     )
     from data_prep.models.adapters import attached_adapter
 

@@ -12,7 +12,7 @@ from data_prep.models.policy import load_policy
 from data_prep.models.settings import PolicySettings
 from data_prep.quickstart import PROMPTS, VOCABULARY
 from data_prep.sampling.enumeration import enumerate_responses, exact_logps
-from data_prep.sampling.generate import sample_shard
+from data_prep.sampling.generate import Sampler
 from data_prep.sampling.law import SamplingSettings, check_lengths, is_policy_law, law_hash
 from data_prep.sampling.logprobs import response_logps
 
@@ -50,15 +50,8 @@ def test_probabilities_of_all_responses_sum_to_one_and_are_the_samplers(
     np.testing.assert_allclose(np.exp(logp).sum(axis=1), 1.0, atol=1e-5)
     sequences = enumerate_responses(policy.eos_ids[0], len(VOCABULARY))
     assert logp.shape == (3, len(sequences)) and len(set(map(tuple, sequences))) == len(sequences)
-    drawn = sample_shard(
-        policy,
-        table,
-        tokens,
-        SamplingSettings(max_new_tokens=3, batch_size=1024),
-        responses_per_prompt=4000,
-        adapter=adapter,
-        source="reference",
-        seed=5,
+    drawn = Sampler(policy, tokens, SamplingSettings(max_new_tokens=3, batch_size=1024)).draw(
+        table, responses_per_prompt=4000, adapter=adapter, source="reference", seed=5
     )
     some = sequences[::20]
     with attached_adapter(
@@ -147,15 +140,8 @@ def test_the_checkpoints_own_generation_settings_do_not_enter(big_vocabulary_mod
     }
     table = pd.DataFrame({"prompt_id": ["a"], "prompt": ["w5 w6"]})
     tokens = {"a": [5, 6]}
-    drawn = sample_shard(
-        policy,
-        table,
-        tokens,
-        SamplingSettings(max_new_tokens=4, batch_size=500),
-        responses_per_prompt=2000,
-        adapter=None,
-        source="reference",
-        seed=1,
+    drawn = Sampler(policy, tokens, SamplingSettings(max_new_tokens=4, batch_size=500)).draw(
+        table, responses_per_prompt=2000, adapter=None, source="reference", seed=1
     )
     first = drawn["token_ids"].map(lambda ids: ids[0])
     with torch.no_grad():
@@ -176,15 +162,8 @@ def test_sample_logp_is_the_law_that_was_drawn_from(quickstart_policy, temperatu
         max_new_tokens=3, batch_size=1000, temperature=temperature, top_p=top_p
     )
     assert not is_policy_law(settings)
-    drawn = sample_shard(
-        quickstart_policy,
-        table,
-        tokens,
-        settings,
-        responses_per_prompt=20_000,
-        adapter=None,
-        source="reference",
-        seed=2,
+    drawn = Sampler(quickstart_policy, tokens, settings).draw(
+        table, responses_per_prompt=20_000, adapter=None, source="reference", seed=2
     )
     assert np.isfinite(drawn["sample_logp"]).all(), (
         "a sampled response lies outside the stated nucleus"
@@ -207,15 +186,8 @@ def test_a_shard_is_a_pure_function_of_its_seed(quickstart_policy):
     settings = SamplingSettings(max_new_tokens=3, batch_size=8)
 
     def draw(seed):
-        return sample_shard(
-            quickstart_policy,
-            table,
-            tokens,
-            settings,
-            responses_per_prompt=8,
-            adapter=None,
-            source="s",
-            seed=seed,
+        return Sampler(quickstart_policy, tokens, settings).draw(
+            table, responses_per_prompt=8, adapter=None, source="s", seed=seed
         )
 
     torch.manual_seed(1)

@@ -34,9 +34,9 @@ from data_prep.errors import UserError
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import PolicySettings
 from data_prep.prompts.split import split_prompts
-from data_prep.sampling.generate import sample_shard
+from data_prep.sampling.generate import Sampler
 from data_prep.sampling.law import SamplingSettings, law_hash
-from data_prep.sampling.served import CompletionServer, prompt_text, read_choice, sample_served
+from data_prep.sampling.served import CompletionServer, ServedSampler, prompt_text, read_choice
 from data_prep.scorers.settings import HttpScorerSettings
 
 SERVING = all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "openai"))
@@ -77,16 +77,9 @@ def load_base(folder):
 
 def draw(policy, settings, count, per_prompt, adapter=None, seed=3) -> pd.DataFrame:
     table, tokens = prompts_of(policy, count)
-    return sample_served(
-        CompletionServer(settings.server),
-        policy,
-        table,
-        tokens,
-        settings,
-        responses_per_prompt=per_prompt,
-        adapter=adapter,
-        source="reference",
-        seed=seed,
+    sampler = ServedSampler(CompletionServer(settings.server), Sampler(policy, tokens, settings))
+    return sampler.draw(
+        table, responses_per_prompt=per_prompt, adapter=adapter, source="reference", seed=seed
     )
 
 
@@ -386,15 +379,8 @@ def test_transformers_serve_draws_from_the_policy_through_every_fault(
     # The same law as ours: surprise under the policy beside that of our own samples, first
     # tokens of one prompt.
     table, tokens = prompts_of(policy, 2)
-    own = sample_shard(
-        policy,
-        table,
-        tokens,
-        SamplingSettings(max_new_tokens=6),
-        responses_per_prompt=8,
-        adapter=None,
-        source="reference",
-        seed=1,
+    own = Sampler(policy, tokens, SamplingSettings(max_new_tokens=6)).draw(
+        table, responses_per_prompt=8, adapter=None, source="reference", seed=1
     )
     spread = np.hypot(plain["policy_logp"].std(), own["policy_logp"].std()) / np.sqrt(16)
     assert abs(plain["policy_logp"].mean() - own["policy_logp"].mean()) < 5 * spread
@@ -417,7 +403,8 @@ def test_transformers_serve_killed_midway_and_restarted_loses_nothing(
             self.server = CompletionServer(self.settings.server)
 
         def sample(self, prompts, **arguments):
-            return sample_served(self.server, policy, prompts, tokens, self.settings, **arguments)
+            local = Sampler(policy, tokens, self.settings)
+            return ServedSampler(self.server, local).draw(prompts, **arguments)
 
         def score(self, responses):
             return responses.assign(f=responses["response"].map(len).astype(float))

@@ -232,9 +232,11 @@ def test_a_gpu_asked_for_and_absent_is_an_error(kind, tmp_path):
 
 
 def test_a_fit_runs_where_the_policy_is(tmp_path):
-    from constrained_dpo.fit.trainer import training_config
+    from constrained_dpo.fit.trainer import FitPlan, training_config
     from constrained_dpo.recipe.fit import FitSettings
+    from data_prep.models.settings import LoraSettings
 
-    assert training_config(FitSettings(steps=1), 0.1, 0, tmp_path, "cpu").use_cpu
+    plan = FitPlan(FitSettings(steps=1), LoraSettings(), 0.1, 0, tmp_path)
+    assert training_config(plan, "cpu").use_cpu
     if CUDA:
-        assert not training_config(FitSettings(steps=1), 0.1, 0, tmp_path, "cuda").use_cpu
+        assert not training_config(plan, "cuda").use_cpu

@@ -21,7 +21,7 @@ from constrained_dpo.fit.shared_prompts import (
     costs,
     why_not_shared,
 )
-from constrained_dpo.fit.trainer import build_trainer
+from constrained_dpo.fit.trainer import FitPlan, build_trainer
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import PolicySettings
 
@@ -236,14 +236,7 @@ def test_a_fit_chooses_shared_prompts_and_its_loss_is_the_padded_one(quantizatio
     for shared in (True, False):
         settings = fit_settings(steps=4, learning_rate=2e-3, shared_prompts=shared)
         trainer = build_trainer(
-            copy.deepcopy(policy),
-            rows,
-            settings,
-            LORA,
-            beta=0.3,
-            seed=3,
-            output=tmp_path,
-            previous_adapter=None,
+            copy.deepcopy(policy), rows, FitPlan(settings, LORA, beta=0.3, seed=3, output=tmp_path)
         )
         assert trainer.padded_because == (None if shared else "fit.shared_prompts is false")
         assert isinstance(trainer.data_collator, SharedPromptCollator if shared else PaddedCollator)
@@ -275,10 +268,8 @@ def test_the_layout_is_decided_by_held_out_rows_too(tmp_path):
     )
     settings = fit_settings(batch_size=2)
     for held_out, said in ((None, None), (long, "differ from padded rows")):
-        where = {"output": tmp_path / "fit", "previous_adapter": None, "held_out": held_out}
-        trainer = build_trainer(
-            copy.deepcopy(policy), short, settings, LORA, beta=0.3, seed=3, **where
-        )
+        plan = FitPlan(settings, LORA, beta=0.3, seed=3, output=tmp_path / "fit")
+        trainer = build_trainer(copy.deepcopy(policy), short, plan, held_out)
         assert (
             (trainer.padded_because is None) if said is None else (said in trainer.padded_because)
         )
@@ -299,14 +290,7 @@ def test_accumulated_steps_equal_one_large_batch(tmp_path):
             group_by_length=True,
         )
         trainer = build_trainer(
-            copy.deepcopy(policy),
-            rows,
-            settings,
-            LORA,
-            beta=0.3,
-            seed=3,
-            output=tmp_path,
-            previous_adapter=None,
+            copy.deepcopy(policy), rows, FitPlan(settings, LORA, beta=0.3, seed=3, output=tmp_path)
         )
         trainer.train()
         weights.append(get_peft_model_state_dict(trainer.model))

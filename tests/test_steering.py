@@ -5,11 +5,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import random_world
-from test_rounds import make_run, play
-
-from constrained_dpo.estimates.verdict import one_sided_bounds, recorded_slack
-from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.record import replay
 from constrained_dpo.run.selection import (
     best_dual_round,
     best_round,
@@ -17,6 +12,11 @@ from constrained_dpo.run.selection import (
     converged,
     satisfied_on_dual,
 )
+from test_rounds import make_run, play
+
+from constrained_dpo.estimates.verdict import one_sided_bounds, recorded_slack
+from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.record import replay
 from constrained_dpo.run.steering import demanded, diagnose_run, reason_to_stop
 from data_prep.errors import UserError
 from data_prep.tables import read_parquet

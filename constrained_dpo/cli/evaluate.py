@@ -1,16 +1,17 @@
 """`cdpo evaluate` and `cdpo export`: a policy judged afresh, and taken away. Results on stdout, a
 user's mistake exits 2."""
 
-import json
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from constrained_dpo.cli.options import AsJson, RoundChoice, RunPath, results_console
+from constrained_dpo.cli.options import AsJson, RoundChoice, RunPath, print_json, results_console
 from data_prep.console import quiet_libraries
 from data_prep.errors import UserError
+
+if TYPE_CHECKING:
+    from constrained_dpo.evaluation.evaluate import JudgeOptions
 
 
 def evaluate(
@@ -51,76 +52,59 @@ def evaluate(
 ) -> None:
     """Sample a round's policy, or another adapter's, afresh on unseen prompts and judge it, by the
     run's scorers and extra ones."""
-    from constrained_dpo.evaluation.evaluate import (
-        check_names,
-        evaluate_adapter,
-        evaluate_round,
-        evaluation_prompts,
-    )
-    from constrained_dpo.evaluation.judge_answers import (
-        check_judge_options,
-        judge_all,
-        judgement_lines,
-        left_out_line,
-        parse_judge,
-    )
-    from constrained_dpo.learners.lora import LoraLearner
+    from constrained_dpo.report.judge_words import judgement_lines, left_out_line
     from constrained_dpo.report.words import print_evaluation
     from constrained_dpo.run.directory import RunDirectory
-    from constrained_dpo.run.prepare import require_same_inputs
-    from constrained_dpo.run.selection import chosen_round
     from data_prep.scorers.settings import parse_scorer
 
     directory = RunDirectory(run)
     recipe = directory.recipe()
-    if adapter is None:
-        number = chosen_round(directory, round_)
-    elif round_ != "last":
-        raise UserError(f"--adapter and --round {round_}: give one of them")
-    elif not directory.state()["lambda"]:
-        raise UserError(
-            f"{run}: not prepared yet, so π_ref's responses are missing; `cdpo prepare {run}` "
-            "draws and scores them"
-        )
-    check_judge_options(
-        judge, against, {"--unsafe": unsafe, "--prompts": prompts, "--adapter": adapter}
-    )
-    settings = None if judge is None else parse_judge(judge)
-    extra = {
-        name: parse_scorer(text, f"--scorer {name}")
-        for name, _, text in (s.partition("=") for s in scorer)
-    }
-    check_names(list(extra), recipe.problem)
     quiet_libraries()
-    chosen, duplicates = evaluation_prompts(directory, recipe, prompts)
-    learner = LoraLearner(recipe, directory, chosen, sys.stderr.isatty(), extra)
-    with directory.locked():
-        require_same_inputs(directory, learner)
-        left_out = {"duplicates": duplicates} | learner.restrict(recipe.fit.max_length)
-        count = responses or recipe.dual.responses_per_prompt
-        label = prompts.stem if prompts else "test"
-        asked = {"label": label, "responses_per_prompt": count, "seed": seed}
-        if adapter is None:
-            record = evaluate_round(directory, recipe, learner, number, **asked)
-        else:
-            record = evaluate_adapter(directory, recipe, learner, adapter, **asked)
-        judged = (
-            {}
-            if settings is None
-            else judge_all(
-                directory, recipe, learner, record["key"], settings, against, unsafe, round_, asked
-            )
-        )
+    from constrained_dpo.evaluation.evaluate import EvaluationOptions
+    from constrained_dpo.evaluation.evaluate import evaluate as evaluate_run
+
+    options = EvaluationOptions(
+        round=round_,
+        adapter=adapter,
+        prompts=prompts,
+        scorers={
+            name: parse_scorer(text, f"--scorer {name}")
+            for name, _, text in (option.partition("=") for option in scorer)
+        },
+        responses=responses,
+        seed=seed,
+        judge=_judge_options(judge, against, unsafe),
+    )
+    evaluated = evaluate_run(directory, options)
+    record = evaluated.record
     if as_json:
-        print(json.dumps(record | {"left_out": left_out} | ({"judge": judged} if judged else {})))
+        judged = {"judge": evaluated.judged} if evaluated.judged else {}
+        print_json(record.to_json() | {"left_out": evaluated.left_out} | judged)
         return
-    print_evaluation(results_console(), record, recipe.problem, recipe.dual.confidence)
-    if any(left_out.values()):
-        print(left_out_line(left_out))
-    titles = {"asked": f"{label} prompts", "unsafe": f"prompts of {unsafe}"}
-    for which, found in judged.items():
-        print("\n".join(judgement_lines(titles[which], found, str(against or "π_ref"))))
-    print(f"tables: {directory.evaluation_folder(record['key'])}")
+    print_evaluation(results_console(), record, recipe)
+    if any(evaluated.left_out.values()):
+        print(left_out_line(evaluated.left_out))
+    titles = {"asked": f"{options.label} prompts", "unsafe": f"prompts of {unsafe}"}
+    for which, judgement in evaluated.judged.items():
+        print("\n".join(judgement_lines(titles[which], judgement, str(against or "π_ref"))))
+    print(f"tables: {directory.evaluation_folder(record.key)}")
+
+
+def _judge_options(
+    judge: str | None, against: Path | None, unsafe: Path | None
+) -> "JudgeOptions | None":
+    from constrained_dpo.evaluation.evaluate import JudgeOptions
+    from constrained_dpo.evaluation.judge_answers import parse_judge
+
+    if judge is None:
+        for option, value in (("--against", against), ("--unsafe", unsafe)):
+            if value is not None:
+                raise UserError(
+                    f"{option}: is read with --judge only; give --judge "
+                    "'{base_url: ..., model: ...}'"
+                )
+        return None
+    return JudgeOptions(parse_judge(judge), against, unsafe)
 
 
 def export(
@@ -137,29 +121,26 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a round's adapter, or the merged model, with a model card."""
-    from constrained_dpo.evaluation.evaluate import evaluation_prompts
-    from constrained_dpo.evaluation.export import export_adapter, export_merged
     from constrained_dpo.report.words import print_evaluation
     from constrained_dpo.run.directory import RunDirectory
-    from constrained_dpo.run.selection import chosen_round
+    from constrained_dpo.run.steering import chosen_round
 
     directory = RunDirectory(run)
     recipe, number = directory.recipe(), chosen_round(directory, round_)
-    if not merge:
-        export_adapter(directory, recipe, number, output)
-        said = f"{output}: adapter of round {number} and its model card (README.md)"
-        print(json.dumps({"output": str(output), "round": number}) if as_json else said)
-        return
     quiet_libraries()
-    with directory.locked():
-        record = export_merged(
-            directory, recipe, number, output, evaluation_prompts(directory, recipe, None)[0]
-        )
+    from constrained_dpo.api import Run
+
+    measured = Run(run).export(output, number, merge=merge)
+    facts: dict[str, object] = {"output": str(output), "round": number}
+    if measured is not None:
+        facts["measurement"] = measured.to_json()
     if as_json:
-        print(json.dumps({"output": str(output), "round": number, "measurement": record}))
-        return
-    print_evaluation(results_console(), record, recipe.problem, recipe.dual.confidence)
-    print(
-        f"{output}: round {number} merged in bfloat16, its measurement (measurement.json) and its "
-        "model card (README.md)"
-    )
+        print_json(facts)
+    elif measured is None:
+        print(f"{output}: adapter of round {number} and its model card (README.md)")
+    else:
+        print_evaluation(results_console(), measured, recipe)
+        print(
+            f"{output}: round {number} merged in bfloat16, its measurement (measurement.json) and "
+            "its model card (README.md)"
+        )

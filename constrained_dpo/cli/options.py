@@ -1,6 +1,6 @@
-"""What several `cdpo` commands have in common: their arguments, and the console that results go
-to."""
+"""What several `cdpo` commands have in common: their arguments, and how results are written."""
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +25,11 @@ RoundChoice = Annotated[
 Overrides = Annotated[
     list[str], typer.Option("-s", "--set", help="KEY=VALUE, dotted keys, e.g. objective.beta=0.1")
 ]
+
+
+def print_json(content: object) -> None:
+    """Print a result for machines; a number that is not finite is an error."""
+    print(json.dumps(content, allow_nan=False))
 
 
 def results_console(width: int = 140) -> "Console":

@@ -1,14 +1,12 @@
 """`cdpo prealign`: a DPO adapter on a dataset's own labels. The last line on stdout, or the JSON,
 says what it was fitted on."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from constrained_dpo.cli.options import AsJson, Overrides
+from constrained_dpo.cli.options import AsJson, Overrides, print_json
 from data_prep.console import quiet_libraries
 from data_prep.errors import UserError
 
@@ -30,7 +28,6 @@ def prealign(
 ) -> None:
     """DPO on a dataset's human labels: the adapters of PeCAID's implicit scorers, and the baselines
     DPO-helpful and DPO-safe."""
-    from constrained_dpo.progress import print_phase
     from constrained_dpo.recipe.load import load_recipe
     from constrained_dpo.report.words import describe_answers
 
@@ -44,20 +41,18 @@ def prealign(
     quiet_libraries()
     from constrained_dpo.experiments.prealign import prealign as fit_labels
 
-    facts = fit_labels(
-        settings, column, output, announce=print_phase, show_progress=sys.stderr.isatty()
-    )
+    facts = fit_labels(settings, column, output)
     if as_json:
-        print(json.dumps({"output": str(output)} | facts))
+        print_json({"output": str(output)} | facts)
         return
     print(
         f"{output}: adapter fitted on {facts['pairs']} pairs labelled {column}, β {facts['beta']:g}"
     )
     print(describe_answers(facts["answers"]))
-    for split, found in facts["agreement"].items():
-        if found is not None:
-            share, error = 100 * found["share"], 100 * found["se"]
+    for split, agreement in facts["agreement"].items():
+        if agreement is not None:
+            share, error = 100 * agreement["share"], 100 * agreement["se"]
             print(
                 f"{split}: β·log π/π_ref prefers the labelled answer in {share:.1f} ± {error:.1f} "
-                f"% of {found['pairs']} pairs"
+                f"% of {agreement['pairs']} pairs"
             )

@@ -1,5 +1,5 @@
 """Worlds whose every response is listed: the exact optimum, the exact value of any policy, and the
-exact Lagrangian maximizer as a learner.
+exact Lagrangian maximizer.
 
 With all responses enumerated, expectations are sums: λ* and P* = D(λ*) (strong duality over all
 policies, CAID, arXiv:2505.19387), E[r], E[g] and KL of a policy follow from its table of
@@ -8,20 +8,59 @@ log-probabilities. Arrays are (num_prompts, num_responses), one row per prompt.
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
+from pydantic import Field
 
 from constrained_dpo.dual.one_shot import OneShotSolution, solve_one_shot
 from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.problem import ConstrainedProblem
+from data_prep.records import Record
 
 
-def share_of_gap_closed(exact: dict, optimum: dict) -> float:
-    """(objective − objective of π_ref) / (P* − objective of π_ref), exact values of one split."""
-    start = optimum["reference"]["objective"]
-    gap = optimum["objective"] - start
-    return float((exact["objective"] - start) / gap) if gap > 0 else float(np.nan)
+class ExactPolicy(Record):
+    """A policy's exact means over prompts: reward and utilities (score units), u by constraint, KL
+    (nats), objective E[r] − β KL; and its Lagrangian gap D(λ) − L(π, λ) where a λ was given."""
+
+    reward: float
+    utilities: dict[str, float]
+    u: dict[str, float]
+    kl: float
+    objective: float
+    lagrangian_gap: float | None = None
+
+
+class ExactOptimum(Record):
+    """λ*, P* (`objective`), and the exact values of the optimal policy and of π_ref."""
+
+    lambda_: dict[str, float] = Field(alias="lambda")
+    objective: float
+    optimal: ExactPolicy
+    reference: ExactPolicy
+
+    def share_closed(self, policy: ExactPolicy) -> float | None:
+        """Give the share of the gap from π_ref's objective to P* that a policy closes.
+
+        None where P* lies below π_ref's objective, as with margins that cost more than there is.
+        """
+        gap = self.objective - self.reference.objective
+        return (policy.objective - self.reference.objective) / gap if gap > 0 else None
+
+
+class ExactValues(Protocol):
+    """Values without sampling error, for worlds whose every response is listed; by split, or under
+    "all" where the world does not tell splits apart."""
+
+    def policy(
+        self, adapter: Path, lambda_: pd.Series, problem: ConstrainedProblem
+    ) -> dict[str, ExactPolicy]:
+        """Evaluate an adapter's policy, its Lagrangian gap at λ included."""
+
+    def optimum(self, problem: ConstrainedProblem) -> dict[str, ExactOptimum]:
+        """Find the constrained optimum."""
 
 
 @dataclass(frozen=True)
@@ -77,30 +116,33 @@ class TabularWorld:
             (np.exp(logp) * (logp - self.maximizer(lambda_))).sum(1).mean()
         )
 
-    def evaluate(self, logp: np.ndarray) -> dict[str, object]:
-        """Exact means over prompts of the policy with this table: reward, utilities, u, kl (nats),
-        objective E[r] − β KL."""
+    def evaluate(self, logp: np.ndarray, lambda_: pd.Series | None = None) -> ExactPolicy:
+        """Evaluate the policy with this table of log-probabilities, (num_prompts, num_responses).
+
+        lambda_: also its Lagrangian gap at these multipliers.
+        """
         weight = np.exp(logp)
         utilities = {
             n: float((weight * self.utilities[n]).sum(1).mean()) for n in self.problem.names
         }
         reward = float((weight * self.reward).sum(1).mean())
         kl = float((weight * np.where(weight > 0, logp - self.ref_logp, 0.0)).sum(1).mean())
-        return {
-            "reward": reward,
-            "utilities": utilities,
-            "u": {n: utilities[n] - float(self.levels[n]) for n in self.problem.names},
-            "kl": kl,
-            "objective": reward - self.problem.beta * kl,
-        }
+        return ExactPolicy(
+            reward=reward,
+            utilities=utilities,
+            u={n: utilities[n] - float(self.levels[n]) for n in self.problem.names},
+            kl=kl,
+            objective=reward - self.problem.beta * kl,
+            lagrangian_gap=None if lambda_ is None else self.lagrangian_gap(logp, lambda_),
+        )
 
-
-def exact_optimum(world: TabularWorld) -> dict[str, object]:
-    """λ*, P* and the exact values of π_ref and of the optimal policy, for `exact.json`."""
-    solution = world.optimum
-    return {
-        "lambda": solution.lambda_.to_dict(),
-        "objective": solution.dual_value,
-        "optimal": world.evaluate(world.maximizer(solution.lambda_)),
-        "reference": world.evaluate(world.ref_logp),
-    }
+    @cached_property
+    def exact_optimum(self) -> ExactOptimum:
+        """λ*, P* and the exact values of π_ref and of the optimal policy."""
+        solution = self.optimum
+        return ExactOptimum(
+            lambda_=solution.lambda_.to_dict(),
+            objective=solution.dual_value,
+            optimal=self.evaluate(self.maximizer(solution.lambda_)),
+            reference=self.evaluate(self.ref_logp),
+        )

@@ -7,14 +7,18 @@ w_k]: log Z by importance weights (the bound of importance- weighted autoencoder
 arXiv:1509.00519), applied to the dual of MoCAN (arXiv:2405.19544).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
 from constrained_dpo.dual.function import prompt_terms
 from constrained_dpo.dual.scores import ScoreTable
+from constrained_dpo.estimates.intervals import standard_error
 from constrained_dpo.estimates.kl import log_ratio
 from constrained_dpo.problem import ConstrainedProblem
 from data_prep.labels.lagrangian import lagrangian_score
+from data_prep.records import Record
 
 MIN_RESPONSES = 4
 
@@ -29,6 +33,32 @@ DOMINATED, MAX_DOMINATED = 2.0, 1 / 10
 """A prompt with an effective sample size under DOMINATED, where one weight is about all of the sum,
 has no bias of order 1/K that could be removed, and a share of such prompts over MAX_DOMINATED no
 mean effective sample size makes good."""
+
+
+class Certificate(Record):
+    """What may be claimed of a policy's distance from the optimum (score units, dual prompts).
+
+    lagrangian: L(π_θ, λ) with its standard error; ess: effective sample size per prompt; residual:
+    `off_policy_residual`; dual_value: D(λ), dual_value_source the samples it comes from, and
+    dual_values those of all sources; lagrangian_gap: D(λ) − L(π_θ, λ); optimality_gap: D(λ) − the
+    objective; disagreement: a source that sees mass which π_θ's samples miss. What is not claimed
+    is None, for certificate_reason.
+    """
+
+    lagrangian: float | None = None
+    lagrangian_se: float | None = None
+    ess: float | None = None
+    residual: float | None = None
+    dual_value: float | None = None
+    dual_value_se: float | None = None
+    dual_value_source: str | None = None
+    dual_values: dict[str, float] | None = None
+    lagrangian_gap: float | None = None
+    lagrangian_gap_se: float | None = None
+    optimality_gap: float | None = None
+    optimality_gap_se: float | None = None
+    disagreement: str | None = None
+    certificate_reason: str | None = None
 
 
 def _score(table: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series) -> pd.Series:
@@ -130,9 +160,7 @@ def dual_estimates(
 
 
 def _mean_se(values: pd.Series) -> tuple[float, float]:
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(
-        values
-    ) > 1 else float("inf")
+    return float(values.mean()), standard_error(values)
 
 
 def _exceeds(values: pd.Series, others: pd.Series) -> bool:
@@ -173,152 +201,130 @@ def certify(
     off_policy: pd.DataFrame | None,
     problem: ConstrainedProblem,
     lambda_: pd.Series,
-) -> dict[str, object]:
-    """The certificate of one round on the dual prompts, JSON-ready; score units of the reward.
+) -> Certificate:
+    """Certify one round on the dual prompts.
 
     Standard errors are clustered by prompt; where log Z enters they hold the jackknife's correction
     too, since the bias that is left may be of its size.
 
-    samples: y ~ π_θ; reference: y ~ π_ref; others: earlier rounds' samples by name; off_policy:
-    π_ref's responses with π_θ's log-probabilities; all scored, all on the same prompts. dual_value
-    is the mixture's estimate of D(λ) (π_θ's own without off_policy), or the largest of the other
-    sources' that exceed it by more than two standard errors, because every one is biased low and
-    none sees a mode that it never sampled; dual_values holds them all; lagrangian_gap = dual_value
-    − L(π_θ, λ). `disagreement` names the source that exceeds the estimate from π_θ's own samples by
-    more than two standard errors. All of it is null, with the reason, with fewer than MIN_RESPONSES
-    samples of a prompt, with a mean effective sample size under MIN_ESS or MIN_ESS_SHARE of the
-    samples, where one response dominates at more than MAX_DOMINATED of the prompts, and where other
-    sources show more mass than chance does (`missed_mass`).
+    samples: y ~ π_θ; reference: y ~ π_ref; others: samples of other policies by name, π_ref's among
+    them; off_policy: π_ref's responses with π_θ's log-probabilities; all scored, all on the same
+    prompts. dual_value is the mixture's estimate of D(λ) (π_θ's own without off_policy), or the
+    largest of the other sources' that exceed it by more than two standard errors, because every one
+    is biased low and none sees a mode that it never sampled. `disagreement` names the source that
+    exceeds the estimate from π_θ's own samples by more than two standard errors. Nothing is claimed
+    where `_why_not` says why.
     """
-    estimates = dual_estimates(
-        samples, {"reference": reference, **others}, off_policy, problem, lambda_
-    )
-    prompt_of, lam = samples["prompt_id"], lambda_.reindex(problem.names)
+    estimates = dual_estimates(samples, others, off_policy, problem, lambda_)
+    lam = lambda_.reindex(problem.names)
     base = reference.groupby("prompt_id")[problem.names].mean()
     levels = (base * problem.relative.astype(float) + problem.bounds).mul(lam).sum(axis=1)
-    lagrangian = (_score(samples, problem, lambda_) - problem.beta * log_ratio(samples)).groupby(
-        prompt_of
-    ).mean() - levels
-    objective = (
-        (samples[problem.reward] - problem.beta * log_ratio(samples)).groupby(prompt_of).mean()
+    penalty = problem.beta * log_ratio(samples)
+    by_prompt = samples["prompt_id"]
+    lagrangian = (_score(samples, problem, lambda_) - penalty).groupby(by_prompt).mean() - levels
+    objective = (samples[problem.reward] - penalty).groupby(by_prompt).mean()
+    value, error = _mean_se(lagrangian)
+    certificate = Certificate(
+        lagrangian=value,
+        lagrangian_se=error,
+        ess=float(estimates["policy", "ess"].mean()),
+        residual=None if off_policy is None else off_policy_residual(off_policy, problem, lambda_),
     )
-    ess, fewest = (
-        float(estimates["policy", "ess"].mean()),
-        int(samples.groupby("prompt_id").size().min()),
-    )
-    record: dict[str, object] = {
-        "lagrangian": _mean_se(lagrangian)[0],
-        "lagrangian_se": _mean_se(lagrangian)[1],
-        "ess": ess,
-        "residual": None
-        if off_policy is None
-        else off_policy_residual(off_policy, problem, lambda_),
-    }
+    source = _dual_source(estimates)
+    reason = _why_not(samples, estimates, source, problem.beta)
+    if reason is not None:
+        return certificate.model_copy(update={"certificate_reason": reason})
+    names = [name for name, column in estimates.columns if column == "log_z"]
+    dual = estimates[source, "log_z"] - levels
+    bias = float((estimates[source, "log_z"] - estimates[source, "plain"]).mean())
+    claims = {"dual_value": dual, "lagrangian_gap": dual - lagrangian}
+    claims["optimality_gap"] = dual - objective
+    update: dict[str, object] = {}
+    for name, values in claims.items():
+        mean, error = _mean_se(values)
+        update |= {name: mean, f"{name}_se": float(np.hypot(error, bias))}
+    update["dual_value_source"] = source
+    update["dual_values"] = {n: _mean_se(estimates[n, "log_z"] - levels)[0] for n in names}
+    if _exceeds(estimates[source, "log_z"], estimates["policy", "log_z"]):
+        update["disagreement"] = source
+    return certificate.model_copy(update=update)
+
+
+def _dual_source(estimates: pd.DataFrame) -> str:
+    """Whose samples D(λ) is estimated from; estimates: `dual_estimates`."""
+    names = [name for name, column in estimates.columns if column == "log_z"]
+    main = "mixture" if "mixture" in names else "policy"
+    higher = [n for n in names if _exceeds(estimates[n, "log_z"], estimates[main, "log_z"])]
+    return max([main, *higher], key=lambda name: estimates[name, "log_z"].mean())
+
+
+def _why_not(
+    samples: pd.DataFrame, estimates: pd.DataFrame, source: str, beta: float
+) -> str | None:
+    """Why D(λ) is not estimated: fewer than MIN_RESPONSES samples of a prompt, a mean effective
+    sample size under MIN_ESS or MIN_ESS_SHARE of the samples, one response dominating at more than
+    MAX_DOMINATED of the prompts, or other sources that show more mass than chance does."""
+    fewest = int(samples.groupby("prompt_id").size().min())
     if fewest < MIN_RESPONSES:
-        return record | nothing(
+        return (
             f"{fewest} responses of a prompt are too few (at least {MIN_RESPONSES}): raise "
             "dual.responses_per_prompt"
         )
+    ess = float(estimates["policy", "ess"].mean())
     if ess < (least := max(MIN_ESS, MIN_ESS_SHARE * len(samples) / len(estimates))):
-        return record | nothing(
+        return (
             f"the effective sample size is {ess:.1f} of {fewest} responses per prompt (at least "
-            f"{least:g}): the policy is far from the "
-            "maximizer at this β, or the scores are too widely spread for so few responses"
+            f"{least:g}): the policy is far from the maximizer at this β, or the scores are too "
+            "widely spread for so few responses"
         )
-    if (dominated := float((estimates["policy", "ess"] < DOMINATED).mean())) > MAX_DOMINATED:
-        return record | nothing(
+    dominated = float((estimates["policy", "ess"] < DOMINATED).mean())
+    if dominated > MAX_DOMINATED:
+        return (
             f"at {100 * dominated:.0f} % of the prompts one response has about all of the weight "
-            f"(at {100 * MAX_DOMINATED:.0f} % it may), "
-            "whatever the effective sample size is on average: better answers may well be missing "
-            "there"
+            f"(at {100 * MAX_DOMINATED:.0f} % it may), whatever the effective sample size is on "
+            "average: better answers may well be missing there"
         )
-    names = [name for name, part in estimates.columns if part == "log_z"]
-    main = "mixture" if "mixture" in names else "policy"
-    higher = [
-        name for name in names if _exceeds(estimates[name, "log_z"], estimates[main, "log_z"])
-    ]
-    source = max([main, *higher], key=lambda name: estimates[name, "log_z"].mean())
-    missed, chance, prompts = missed_mass(estimates, source, problem.beta)
+    missed, chance, prompts = missed_mass(estimates, source, beta)
     if missed > chance:
-        return record | nothing(
+        return (
             f"other policies' samples show answers that these miss: at {100 * prompts:.0f} % of "
-            "the prompts they put log Z higher by over "
-            f"2 nats, on average by {missed:.2g} score units (chance: {chance:.2g} at most), so "
-            "that no estimate is trusted"
+            f"the prompts they put log Z higher by over 2 nats, on average by {missed:.2g} score "
+            f"units (chance: {chance:.2g} at most), so that no estimate is trusted"
         )
-    dual = estimates[source, "log_z"] - levels
-    bias = float((estimates[source, "log_z"] - estimates[source, "plain"]).mean())
-    value, gap, optimality = (
-        (mean, float(np.hypot(se, bias)))
-        for mean, se in map(_mean_se, (dual, dual - lagrangian, dual - objective))
+    return None
+
+
+def best_bound(rounds: Sequence[Certificate]) -> Certificate | None:
+    """Find the smallest D over rounds, which bounds P*; None where no round has one."""
+    estimated = [c for c in rounds if c.dual_value is not None]
+    return min(estimated, key=lambda c: c.dual_value) if estimated else None
+
+
+def sentence(
+    rounds: Sequence[Certificate], objective: float | None, meets_constraints: bool
+) -> str:
+    """Say what the last round's certificate bounds, and when the bound is loose.
+
+    rounds: all up to that one; objective: of its policy.
+    """
+    last, best = rounds[-1], best_bound(rounds)
+    if last.dual_value is None or best is None:
+        return f"no certificate: {last.certificate_reason}"
+    text = (
+        f"the fit is {last.lagrangian_gap:.3f} ± {2 * last.lagrangian_gap_se:.3f} from the best "
+        "policy at this λ"
     )
-    return record | {
-        "dual_value": value[0],
-        "dual_value_se": value[1],
-        "dual_value_source": source,
-        "dual_values": {name: _mean_se(estimates[name, "log_z"] - levels)[0] for name in names},
-        "lagrangian_gap": gap[0],
-        "lagrangian_gap_se": gap[1],
-        "optimality_gap": optimality[0],
-        "optimality_gap_se": optimality[1],
-        "disagreement": source
-        if _exceeds(estimates[source, "log_z"], estimates["policy", "log_z"])
-        else None,
-        "certificate_reason": None,
-    }
-
-
-def nothing(reason: str) -> dict[str, object]:
-    """A certificate that claims nothing, and why."""
-    keys = (
-        "dual_value",
-        "dual_value_se",
-        "dual_value_source",
-        "dual_values",
-        "lagrangian_gap",
-        "lagrangian_gap_se",
-        "optimality_gap",
-    )
-    return {
-        **dict.fromkeys((*keys, "optimality_gap_se", "disagreement")),
-        "certificate_reason": reason,
-    }
-
-
-def best_bound(records: list[dict]) -> dict[str, object] | None:
-    """The smallest D over rounds, which bounds P*: its round, value and se; None where no round has
-    one."""
-    known = [r for r in records if r.get("dual_value") is not None]
-    if not known:
-        return None
-    best = min(known, key=lambda r: r["dual_value"])
-    return {
-        "round": best["round"],
-        "dual_value": best["dual_value"],
-        "dual_value_se": best["dual_value_se"],
-    }
-
-
-def sentence(record: dict, records: list[dict], meets_constraints: bool) -> str:
-    """What the certificate of a round bounds, in words, and when it is loose. records: all rounds
-    done."""
-    if record.get("dual_value") is None:
-        return f"no certificate: {record.get('certificate_reason') or 'none was computed'}"
-    best = best_bound(records)
-    gap, se = record["lagrangian_gap"], record["lagrangian_gap_se"]
-    text = f"the fit is {gap:.3f} ± {2 * se:.3f} from the best policy at this λ"
     if meets_constraints:
-        most = best["dual_value"] - record["objective"]
-        spread = 2 * float(np.hypot(best["dual_value_se"], record["lagrangian_se"]))
+        most = best.dual_value - objective
+        spread = 2 * float(np.hypot(best.dual_value_se, last.lagrangian_se))
+        number = [c is best for c in rounds].index(True)
         text += (
             "; no policy that meets the constraints has an objective more than "
-            f"{max(most, 0.0):.3f} ± {spread:.3f} higher"
+            f"{max(most, 0.0):.3f} ± {spread:.3f} higher (D of round {number}; loose where λ is "
+            "far from optimal)"
         )
-        text += f" (D of round {best['round']}; loose where λ is far from optimal)"
     else:
         text += "; the constraints are not met, so its objective is compared with no bound"
-    if record["disagreement"]:
-        text += (
-            f"; samples of {record['disagreement']} show mass that this policy's own samples miss"
-        )
+    if last.disagreement:
+        text += f"; samples of {last.disagreement} show mass that this policy's own samples miss"
     return text

@@ -2,13 +2,18 @@
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
+
+
+def standard_error(values: pd.Series | np.ndarray) -> float:
+    """Give the standard error of a mean over independent prompts: std/√N, inf for one prompt."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else np.inf
 
 
 def seeds_interval(values: list[float], confidence: float) -> tuple[float, float, float]:
     """Mean of at least two independent values and its two-sided t-interval at the stated level."""
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
-    room = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * error
+    room = float(special.stdtrit(len(values) - 1, (1 + confidence) / 2)) * error
     return mean, mean - room, mean + room
 
 
@@ -22,7 +27,7 @@ def confidence_bound(u: pd.DataFrame, probability: float) -> pd.Series:
     policy fails badly, the plain t-bound claims too much. Without skewness it is the t-bound.
     """
     count, skew = u["num_prompts"].astype(float), u["skew"].astype(float)
-    quantile = pd.Series(stats.t.ppf(1 - probability, np.maximum(count - 1, 1)), index=u.index)
+    quantile = pd.Series(special.stdtrit(np.maximum(count - 1, 1), 1 - probability), index=u.index)
     scaled = quantile / np.sqrt(count)
     safe = skew.where(skew.abs() > 1e-6, 1.0)
     corrected = 3 / safe * (np.cbrt(1 + safe * (scaled - safe / (6 * count))) - 1) * np.sqrt(count)

@@ -1,52 +1,42 @@
-"""What is estimated of a policy from its samples, by split. numpy and pandas only."""
+"""What is estimated of a policy from its samples on one set of prompts."""
 
-import numpy as np
 import pandas as pd
 
+from constrained_dpo.estimates.intervals import standard_error
+from constrained_dpo.estimates.kl import log_ratio
 from constrained_dpo.estimates.slack import estimate_subgradient
-from constrained_dpo.estimates.verdict import judge, overall
+from constrained_dpo.estimates.verdict import judge, one_sided_bounds
 from constrained_dpo.problem import ConstrainedProblem
+from data_prep.records import Record
 
 
-def summarize(
-    samples: pd.DataFrame,
-    reference: pd.DataFrame,
-    problem: ConstrainedProblem,
-    *,
-    confidence: float,
-    not_the_policy: str | None,
-) -> dict[str, object]:
-    """Estimates on one split: u with interval, reward, utilities, KL and objective, lengths.
-    JSON-ready.
+class Measurement(Record):
+    """Estimates of a policy on one set of prompts; dicts are by constraint, score units.
 
-    samples, reference: responses of π_θ and π_ref on the same prompts. KL (nats) is the mean of log
-    π_θ/π_ref over samples of π_θ, so it is null where the sampling law is not the policy, for the
-    reason `not_the_policy` (`sampler_check.why_not_the_policy`).
+    u: the slack; u_se, u_skew: its standard error, and the skewness of the prompts' slacks; u_ci_*:
+    its two-sided interval; u_low, u_high: the one-sided bounds that `verdicts` rest on. kl (nats)
+    and objective E[r] − β KL are None where the samples are not from the policy itself, for
+    `kl_reason`.
     """
-    u = estimate_subgradient(samples, reference, problem, confidence)
-    means = samples.groupby("prompt_id", sort=True)[problem.objectives].mean()
-    reward = float(means[problem.reward].mean())
-    log_ratio = (samples["policy_logp"] - samples["ref_logp"]).groupby(samples["prompt_id"]).mean()
-    kl = float(log_ratio.mean()) if not_the_policy is None else None
-    record = {
-        "u": u["u"].to_dict(),
-        "u_se": u["se"].to_dict(),
-        "u_skew": u["skew"].to_dict(),
-        "u_ci_low": u["low"].to_dict(),
-        "u_ci_high": u["high"].to_dict(),
-        "reward": reward,
-        "reward_se": float(means[problem.reward].std(ddof=1) / np.sqrt(len(means))),
-        "utilities": means[problem.names].mean().to_dict(),
-        "kl": kl,
-        "objective": reward - problem.beta * kl if not_the_policy is None else None,
-        "num_prompts": len(means),
-        "num_samples": len(samples),
-        "cut_off_fraction": float((~samples["ended"].astype(bool)).mean()),
-        "mean_length": float(samples["token_ids"].map(len).mean()),
-    }
-    if not_the_policy is not None:
-        record["kl_reason"] = not_the_policy
-    return record
+
+    u: dict[str, float]
+    u_se: dict[str, float]
+    u_skew: dict[str, float]
+    u_ci_low: dict[str, float]
+    u_ci_high: dict[str, float]
+    u_low: dict[str, float]
+    u_high: dict[str, float]
+    verdicts: dict[str, str]
+    reward: float
+    reward_se: float
+    utilities: dict[str, float]
+    kl: float | None
+    objective: float | None
+    kl_reason: str | None
+    num_prompts: int
+    num_samples: int
+    cut_off_fraction: float
+    mean_length: float
 
 
 def measure(
@@ -56,19 +46,37 @@ def measure(
     *,
     confidence: float,
     not_the_policy: str | None,
-) -> dict[str, object]:
-    """The record of one policy: estimates on the dual prompts, and under `test` on the test prompts
-    with the verdict."""
+) -> Measurement:
+    """Estimate u, reward, utilities, KL, objective and lengths of a policy.
 
-    def on(split: str) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
-        chosen, base = samples[samples["split"] == split], reference[reference["split"] == split]
-        return (
-            summarize(chosen, base, problem, confidence=confidence, not_the_policy=not_the_policy),
-            chosen,
-            base,
-        )
-
-    record, _, _ = on("dual")
-    test, chosen, base = on("test")
-    test["verdicts"] = judge(estimate_subgradient(chosen, base, problem, confidence), confidence)
-    return {**record, "test": test, "verdict": overall(test["verdicts"])}
+    samples, reference: responses of π_θ and π_ref to the same prompts. KL is the mean of
+    log π_θ/π_ref over samples of π_θ, so it needs samples of the policy itself: `not_the_policy`
+    says why they are not (`sampling_law.why_not_the_policy`).
+    """
+    u = estimate_subgradient(samples, reference, problem, confidence)
+    bounds = one_sided_bounds(u, confidence)
+    means = samples.groupby("prompt_id", sort=True)[problem.objectives].mean()
+    reward = float(means[problem.reward].mean())
+    kl = None
+    if not_the_policy is None:
+        kl = float(log_ratio(samples).groupby(samples["prompt_id"]).mean().mean())
+    return Measurement(
+        u=u["u"].to_dict(),
+        u_se=u["se"].to_dict(),
+        u_skew=u["skew"].to_dict(),
+        u_ci_low=u["low"].to_dict(),
+        u_ci_high=u["high"].to_dict(),
+        u_low=bounds["low"].to_dict(),
+        u_high=bounds["high"].to_dict(),
+        verdicts=judge(u, confidence),
+        reward=reward,
+        reward_se=standard_error(means[problem.reward]),
+        utilities=means[problem.names].mean().to_dict(),
+        kl=kl,
+        objective=None if kl is None else reward - problem.beta * kl,
+        kl_reason=not_the_policy,
+        num_prompts=len(means),
+        num_samples=len(samples),
+        cut_off_fraction=float((~samples["ended"].astype(bool)).mean()),
+        mean_length=float(samples["token_ids"].map(len).mean()),
+    )

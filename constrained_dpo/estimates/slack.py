@@ -6,31 +6,8 @@ import pandas as pd
 from constrained_dpo.estimates.intervals import confidence_bound
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from data_prep.errors import UserError
+from data_prep.records import Record
 from data_prep.tables import require_columns, require_finite
-
-
-def changes(
-    samples: pd.DataFrame, reference: pd.DataFrame, objectives: list[str], confidence: float
-) -> dict[str, dict[str, float]]:
-    """Of every objective: the means under both policies and their paired difference with standard
-    error and t-interval, clustered by prompt (columns reference, policy, difference, se, ci_low,
-    ci_high; score units). samples, reference: responses to the same prompts."""
-    # A margin of 0 over the reference makes u the paired difference itself.
-    differences = ConstrainedProblem(
-        "none", 1.0, tuple(Constraint(name, margin=0.0) for name in objectives)
-    )
-    table = estimate_subgradient(samples, reference, differences, confidence)
-    return {
-        name: {
-            "reference": float(reference.groupby("prompt_id")[name].mean().mean()),
-            "policy": float(samples.groupby("prompt_id")[name].mean().mean()),
-            "difference": float(row["u"]),
-            "se": float(row["se"]),
-            "ci_low": float(row["low"]),
-            "ci_high": float(row["high"]),
-        }
-        for name, row in table.iterrows()
-    }
 
 
 def prompt_slack(
@@ -80,3 +57,39 @@ def estimate_subgradient(
     )
     tail = (1 - confidence) / 2
     return u.assign(low=confidence_bound(u, tail), high=confidence_bound(u, 1 - tail))
+
+
+class Change(Record):
+    """An objective's means under both policies and their paired difference with its standard error
+    and interval, clustered by prompt (score units)."""
+
+    reference: float
+    policy: float
+    difference: float
+    se: float
+    ci_low: float
+    ci_high: float
+
+
+def changes(
+    samples: pd.DataFrame, reference: pd.DataFrame, objectives: list[str], confidence: float
+) -> dict[str, Change]:
+    """Compare every objective under two policies.
+
+    samples, reference: responses to the same prompts.
+    """
+    # A margin of 0 over the reference makes u the paired difference itself.
+    constraints = tuple(Constraint(name, margin=0.0) for name in objectives)
+    differences = ConstrainedProblem("none", 1.0, constraints)
+    table = estimate_subgradient(samples, reference, differences, confidence)
+    return {
+        name: Change(
+            reference=float(reference.groupby("prompt_id")[name].mean().mean()),
+            policy=float(samples.groupby("prompt_id")[name].mean().mean()),
+            difference=float(row["u"]),
+            se=float(row["se"]),
+            ci_low=float(row["low"]),
+            ci_high=float(row["high"]),
+        )
+        for name, row in table.iterrows()
+    }

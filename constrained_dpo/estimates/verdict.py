@@ -7,17 +7,6 @@ from constrained_dpo.estimates.intervals import confidence_bound
 SATISFIED, VIOLATED, UNDECIDED = "satisfied", "violated", "undecided"
 
 
-def recorded_slack(record: dict) -> pd.DataFrame:
-    """u of a record as `estimate_subgradient` gave it: columns u, se, skew, num_prompts by
-    constraint (skew 0 in older runs)."""
-    columns = {
-        "u": record["u"],
-        "se": record["u_se"],
-        "skew": record.get("u_skew", dict.fromkeys(record["u"], 0.0)),
-    }
-    return pd.DataFrame(columns, dtype=float).assign(num_prompts=record["num_prompts"])
-
-
 def one_sided_bounds(u: pd.DataFrame, confidence: float) -> pd.DataFrame:
     """Columns low and high by constraint: one-sided bounds of u at the stated level over all
     constraints together (Bonferroni).

@@ -1,112 +1,99 @@
 """`cdpo export`: a round's policy to take away, as an adapter or merged into the unquantized base
 and measured again, with a model card."""
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 import pandas as pd
 
-from constrained_dpo.evaluation.evaluate import write_evaluation
+from constrained_dpo.evaluation.fresh import evaluation_prompts, write_evaluation
 from constrained_dpo.evaluation.model_card import MERGED_DTYPE, model_card
-from constrained_dpo.learners.collect import collect
+from constrained_dpo.evaluation.record import Evaluation
+from constrained_dpo.learners.collect import Collection, collect
 from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.record import RoundRecord
 from data_prep.errors import UserError
-from data_prep.files import sync_folder
+from data_prep.files import sync_folder, write_json
 from data_prep.models.adapters import merge_adapter
 from data_prep.models.policy import resolve_model
-from data_prep.sampling.logprobs import response_logps
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def export_adapter(run: RunDirectory, recipe: Recipe, number: int, output: Path) -> None:
-    """The adapter in PEFT's format with a model card. Raises UserError when `output` holds
-    something already."""
+    """Write a round's adapter in PEFT's format with a model card.
+
+    Raises UserError when `output` holds something already.
+    """
     require_free(output)
     temporary = _new_folder(output)
     for name in ADAPTER_FILES:
         shutil.copy2(run.adapter_folder(number) / name, temporary / name)
-    record = run.round_record(number)
-    (temporary / "README.md").write_text(
-        model_card(run, recipe, number, record["test"], merged=False), encoding="utf-8"
-    )
+    record = RoundRecord.read(run.round_file(number))
+    card = model_card(run, recipe, record, record.test, merged=False)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
     _publish(temporary, output)
 
 
-def export_merged(
-    run: RunDirectory, recipe: Recipe, number: int, output: Path, prompts: pd.DataFrame
-) -> dict[str, object]:
-    """The adapter merged into the base in bfloat16, never into its quantized copy; then both are
-    sampled on the test prompts again.
+def export_merged(run: RunDirectory, recipe: Recipe, number: int, output: Path) -> Evaluation:
+    """Merge a round's adapter into the base in bfloat16, never into its quantized copy, and measure
+    both again on the test prompts.
 
     The merged model is another policy than the one that was trained (quantization is gone), so its
     u is measured against the unquantized base's own mean, and its KL is to that base. Returns the
     measurement, which also lies in the output as measurement.json.
     """
     require_free(output)
+    prompts, _ = evaluation_prompts(run, recipe, None)
     # A server that sampled the run does not serve the merged model.
-    recipe = recipe.model_copy(
-        update={"sampling": recipe.sampling.model_copy(update={"backend": "hf", "server": None})}
-    )
+    sampling = recipe.sampling.model_copy(update={"backend": "hf", "server": None})
+    recipe = recipe.model_copy(update={"sampling": sampling})
     temporary = _new_folder(output)
     whole = recipe.policy.model_copy(update={"quantization": "none", "dtype": MERGED_DTYPE})
-    merge_adapter(
-        whole, resolve_model(whole), run.adapter_folder(number), temporary, f"round {number}"
+    adapter, source = run.adapter_folder(number), resolve_model(whole)
+    merge_adapter(whole, source, adapter, temporary, f"round {number}")
+    at_output = {"model": str(temporary), "revision": None, "reference_adapter": None}
+    merged_policy = whole.model_copy(update=at_output | {"allow_pickle": False})
+    merged, base = (
+        LoraLearner(recipe.model_copy(update={"policy": p}), prompts, run.score_cache)
+        for p in (merged_policy, whole)
     )
-    merged_policy = whole.model_copy(
-        update={
-            "model": str(temporary),
-            "revision": None,
-            "reference_adapter": None,
-            "allow_pickle": False,
-        }
-    )
-    merged = LoraLearner(recipe.model_copy(update={"policy": merged_policy}), run, prompts)
-    base = LoraLearner(recipe.model_copy(update={"policy": whole}), run, prompts)
     # Implicit scorers ask the run's own policy: loaded, where there are some, beside the one
     # that is measured.
-    merged.scorers = LoraLearner(recipe, run, prompts).scorers
+    merged.scorers = LoraLearner(recipe, prompts, run.score_cache).scorers
     key = f"round-{number:03d}-merged"
-
-    def draw(learner: LoraLearner, who: str) -> pd.DataFrame:
-        return collect(
-            run,
-            learner,
-            prompts,
-            phase=f"{key}-{who}",
-            round_number=number,
-            responses_per_prompt=recipe.dual.responses_per_prompt,
-            adapter=None,
-            source=f"{key}-{who}",
-            shard_size=recipe.sampling.shard_size,
-            objectives=recipe.problem.objectives,
-            seed=recipe.seed,
-        )
-
-    samples = draw(merged, "policy")
+    samples = _measured_again(run, recipe, merged, number, f"{key}-policy")
     merged.unload()  # one policy in memory at a time, and the scorers once
     base.scorers = merged.scorers
-    reference = draw(base, "reference")
-    ref_logp, _ = response_logps(
-        base.policy.model,
-        [base.prompt_tokens[pid] for pid in samples["prompt_id"]],
-        [ids.tolist() for ids in samples["token_ids"]],
-        pad_id=base.policy.tokenizer.pad_token_id,
-        batch_size=recipe.sampling.batch_size,
-    )
-    measurement = write_evaluation(
-        run, key, recipe, samples.assign(ref_logp=ref_logp), reference, recipe.problem.objectives
-    )
-    (temporary / "measurement.json").write_text(json.dumps(measurement, indent=2) + "\n")
-    (temporary / "README.md").write_text(
-        model_card(run, recipe, number, measurement, merged=True), encoding="utf-8"
-    )
+    reference = _measured_again(run, recipe, base, number, f"{key}-reference")
+    samples = samples.assign(ref_logp=base.log_probabilities(samples, None))
+    objectives = recipe.problem.objectives
+    record = write_evaluation(run, key, recipe, samples, reference, objectives)
+    write_json(temporary / "measurement.json", record.to_json())
+    played = RoundRecord.read(run.round_file(number))
+    card = model_card(run, recipe, played, record, merged=True)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
     _publish(temporary, output)
-    return measurement
+    return record
+
+
+def _measured_again(
+    run: RunDirectory, recipe: Recipe, learner: LoraLearner, number: int, phase: str
+) -> pd.DataFrame:
+    job = Collection(
+        phase=phase,
+        folder=run.shard_folder(phase),
+        source=phase,
+        responses_per_prompt=recipe.dual.responses_per_prompt,
+        shard_size=recipe.sampling.shard_size,
+        objectives=recipe.problem.objectives,
+        seed=recipe.seed,
+        round_number=number,
+    )
+    return collect(learner, learner.prompts, job)
 
 
 def require_free(output: Path) -> None:

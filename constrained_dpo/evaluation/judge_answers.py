@@ -4,11 +4,11 @@ arrives, so none is asked for twice."""
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from pydantic import Field, field_validator
 
-from constrained_dpo.evaluation.evaluate import evaluate_round, evaluation_prompts
 from constrained_dpo.evaluation.judge import (
     CRITERIA,
     comparison_prompt,
@@ -18,14 +18,10 @@ from constrained_dpo.evaluation.judge import (
     refusal_rates,
     win_rate,
 )
-from constrained_dpo.learners.lora import LoraLearner
-from constrained_dpo.recipe.schema import Recipe
-from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.selection import chosen_round
 from data_prep.errors import UserError
 from data_prep.files import write_json
 from data_prep.http import GarbledAnswer, HttpClient, RequestSettings, check_url, resolve_url
-from data_prep.settings import derive_seed, parse_option
+from data_prep.settings import parse_option
 from data_prep.tables import read_parquet
 
 
@@ -151,143 +147,38 @@ def pair_responses(
 
 
 def judge_evaluation(
-    run: RunDirectory,
-    key: str,
+    folder: Path,
     settings: JudgeSettings,
     prompt_texts: pd.Series,
     other: pd.DataFrame | None,
-    *,
     confidence: float,
     seed: int,
-) -> dict[str, object]:
-    """Judges the stored responses of an evaluation against π_ref's (`other` None) or another
-    table's; keeps the record beside them.
+) -> dict[str, Any]:
+    """Judge the stored responses of an evaluation against π_ref's (`other` None) or another
+    table's, and keep the record beside them.
 
-    prompt_texts: what the judge is told the request was, by prompt_id. Returns the record of
-    judgement-*.json.
+    folder: of the evaluation; prompt_texts: what the judge is told the request was, by prompt_id.
+    Returns the record of judgement-*.json.
     """
-    folder = run.evaluation_folder(key)
     against = read_parquet(folder / "reference.parquet") if other is None else other
-    pairs = pair_responses(
-        read_parquet(folder / "samples.parquet"), against, prompt_texts, settings.responses
-    )
+    samples = read_parquet(folder / "samples.parquet")
+    pairs = pair_responses(samples, against, prompt_texts, settings.responses)
     judge = Judge(settings, folder / "judge_answers.jsonl")
-    record = {
-        "model": settings.model,
-        **judge_pairs(judge, pairs, confidence=confidence, seed=seed),
-    }
+    judged = judge_pairs(judge, pairs, confidence=confidence, seed=seed)
+    record = {"model": settings.model, **judged}
     compared = pairs[["prompt_id", "policy", "other"]].to_json(orient="values")
-    name = hashlib.sha256(
-        json.dumps([settings.model, settings.max_tokens, compared]).encode()
-    ).hexdigest()[:8]
+    identity = json.dumps([settings.model, settings.max_tokens, compared])
+    name = hashlib.sha256(identity.encode()).hexdigest()[:8]
     write_json(folder / f"judgement-{name}.json", record)
     return record
 
 
-def other_responses(run: RunDirectory) -> pd.DataFrame:
-    """The last round's responses to a run's test prompts, to compare with (`--against`); raises
-    UserError where there is no round."""
-    samples = read_parquet(run.samples_file(chosen_round(run, "last")))
-    return samples[samples["split"] == "test"]
-
-
-def check_judge_options(
-    judge: str | None, against: Path | None, drawn: dict[str, Path | None]
-) -> None:
-    """Raises UserError for options that only --judge reads, and for --against beside what the other
-    run was not sampled on."""
-    if judge is None and (against or drawn["--unsafe"]):
-        raise UserError(
-            f"{'--against' if against else '--unsafe'}: is read with --judge only; give --judge "
-            f"'{{base_url: ..., model: ...}}'"
-        )
-    for option in ("--unsafe", "--prompts"):
-        if against and drawn[option]:
-            raise UserError(
-                f"--against {against}: compares on the run's test prompts, which {option} is not; "
-                "drop one of them"
-            )
-    if drawn["--adapter"] and drawn["--unsafe"]:
-        raise UserError("--unsafe: is drawn from a round of the run; drop --adapter")
-
-
-def judge_all(
-    run: RunDirectory,
-    recipe: Recipe,
-    learner: LoraLearner,
-    key: str,
-    settings: JudgeSettings,
-    against: Path | None,
-    unsafe: Path | None,
-    round_: str,
-    asked: dict[str, object],
-) -> dict[str, dict]:
-    """`judge_evaluation` of the evaluation `key` (asked), and of fresh answers to the prompts of
-    `unsafe`, if given (unsafe); the record of the latter says what was `left_out` of its file."""
-    fixed = {"confidence": recipe.dual.confidence, "seed": derive_seed(recipe.seed, 0, "judge")}
-    other = None if against is None else other_responses(RunDirectory(against))
-    judged = {"asked": judge_evaluation(run, key, settings, learner.prompt_texts, other, **fixed)}
-    if unsafe is not None:
-        prompts, duplicates = evaluation_prompts(run, recipe, unsafe)
-        more = LoraLearner(recipe, run, prompts, learner.show_progress, learner.scorer_settings)
-        more.policy, more.scorers = learner.policy, learner.scorers
-        left_out = {"duplicates": duplicates} | more.restrict(recipe.fit.max_length)
-        record = evaluate_round(
-            run, recipe, more, chosen_round(run, round_), **(asked | {"label": unsafe.stem})
-        )
-        found = judge_evaluation(run, record["key"], settings, more.prompt_texts, None, **fixed)
-        judged["unsafe"] = found | {"left_out": left_out}
-    return judged
-
-
-def judgement_lines(title: str, record: dict[str, object], other: str) -> list[str]:
-    """What the judge found on one set of prompts, in words."""
-    lines = [f"{title}, judged by {record['model']} against {other}:"]
-    for criterion in CRITERIA:
-        found = record[criterion]
-        rate = _percent(found["rate"], found["interval"])
-        lines.append(
-            f"  {criterion}: preferred in {rate} of {found['prompts']} prompts ({found['wins']} "
-            f"wins, {found['ties']} ties, "
-            f"{found['losses']} losses); {found['unreadable_pairs']} pairs left out, because the "
-            "judge gave no verdict"
-        )
-        if found["first_place"] is not None:
-            first = _percent(found["first_place"])
-            lines.append(
-                f"    {first} of its decisions chose what stood first; {found['orders_disagree']} "
-                "pairs change with the order"
-            )
-    found = record["refusals"]
-    lines.append(
-        f"  declines: {_percent(found['policy'])} of the policy's answers, "
-        f"{_percent(found['other'])} of the other's, difference "
-        f"{_percent(found['difference'], found['interval'])}; {found['unreadable_pairs']} pairs "
-        "left out"
-    )
-    if any(record.get("left_out", {}).values()):
-        lines.append(f"  {left_out_line(record['left_out'])}")
-    return lines
-
-
-def left_out_line(counts: dict[str, int]) -> str:
-    """How many prompts were left out, by reason, in words."""
-    return f"prompts left out: {', '.join(f'{n} {why}' for why, n in counts.items())}"
-
-
-def _percent(share: float | None, interval: tuple[float, float] | None = None) -> str:
-    if share is None:
-        return "no answer"
-    spread = "" if interval is None else f" [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
-    return f"{100 * share:.0f} %{spread}"
-
-
 def judge_pairs(
     judge: Judge, pairs: pd.DataFrame, *, confidence: float, seed: int
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """`win_rate` by criterion, and `refusal_rates`; JSON-ready. pairs: as `pair_responses` gives
     them."""
-    record: dict[str, object] = {}
+    record: dict[str, Any] = {}
     rows = list(pairs[["prompt", "policy", "other"]].itertuples(index=False))
     for criterion in CRITERIA:
         questions = [comparison_prompt(criterion, p, mine, theirs) for p, mine, theirs in rows]

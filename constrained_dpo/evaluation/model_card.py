@@ -1,18 +1,24 @@
 """The model card of an export: problem, λ, verdict, sampling law, scorers, limits."""
 
+from constrained_dpo.estimates.measure import Measurement
+from constrained_dpo.estimates.verdict import overall
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.record import RoundRecord
 
 MERGED_DTYPE = "bfloat16"
 
 
 def model_card(
-    run: RunDirectory, recipe: Recipe, number: int, measured: dict, *, merged: bool
+    run: RunDirectory, recipe: Recipe, record: RoundRecord, measured: Measurement, *, merged: bool
 ) -> str:
-    """README.md of an export: problem, λ, verdict on the test prompts, sampling law, scorers and
-    their revisions, limits."""
-    state, record, problem = run.state(), run.round_record(number), recipe.problem
-    base, law = recipe.policy, record["sampling_law"]
+    """Write the README.md of an export: problem, λ, verdict on the test prompts, sampling law,
+    scorers and their revisions, limits.
+
+    measured: on the test prompts, of what is exported.
+    """
+    state, problem = run.state(), recipe.problem
+    base, law = recipe.policy, record.sampling_law
     what = (
         f"merged into the base in {MERGED_DTYPE} and measured again"
         if merged
@@ -32,7 +38,7 @@ def model_card(
         "tags: [constrained-dpo, alignment, dpo]",
         "---",
         "",
-        f"# {recipe.name}, round {number}: {what}",
+        f"# {recipe.name}, round {record.round}: {what}",
         "",
         "## Problem",
         "",
@@ -40,29 +46,29 @@ def model_card(
         "",
         f"π_ref is {reference}; measured against {against}.",
         "",
-        f"## Verdict on the test prompts: {measured['verdict'] if merged else record['verdict']}",
+        f"## Verdict on the test prompts: {overall(measured.verdicts)}",
         "",
         f"| constraint | λ | u | {100 * recipe.dual.confidence:g} % interval | verdict |",
         "|---|---|---|---|---|",
     ]
     for name in problem.names:
-        interval = f"[{measured['u_ci_low'][name]:+.3f}, {measured['u_ci_high'][name]:+.3f}]"
+        interval = f"[{measured.u_ci_low[name]:+.3f}, {measured.u_ci_high[name]:+.3f}]"
         lines.append(
-            f"| {name} | {record['lambda'][name]:.4f} | {measured['u'][name]:+.3f} | {interval} | "
-            f"{measured['verdicts'][name]} |"
+            f"| {name} | {record.lambda_[name]:.4f} | {measured.u[name]:+.3f} | {interval} | "
+            f"{measured.verdicts[name]} |"
         )
     kl = (
         "not estimated (the samples are not from the policy itself)"
-        if measured["kl"] is None
-        else f"{measured['kl']:.3f} nats"
+        if measured.kl is None
+        else f"{measured.kl:.3f} nats"
     )
     lines += [
         "",
-        f"u > 0: above the required level. E[{problem.reward}] {measured['reward']:+.3f} ± "
-        f"{measured['reward_se']:.3f}; KL to π_ref {kl}; "
-        f"{measured['num_prompts']} prompts, {measured['num_samples']} responses, mean length "
-        f"{measured['mean_length']:.0f} tokens, "
-        f"{100 * measured['cut_off_fraction']:.0f} % cut off.",
+        f"u > 0: above the required level. E[{problem.reward}] {measured.reward:+.3f} ± "
+        f"{measured.reward_se:.3f}; KL to π_ref {kl}; "
+        f"{measured.num_prompts} prompts, {measured.num_samples} responses, mean length "
+        f"{measured.mean_length:.0f} tokens, "
+        f"{100 * measured.cut_off_fraction:.0f} % cut off.",
         "",
         "## Sampling law",
         "",
@@ -83,14 +89,11 @@ def model_card(
         "|---|---|---|---|",
     ]
     for name, scorer in recipe.scorers.items():
-        where = next(
-            value for key in ("model", "adapter", "target") if (value := getattr(scorer, key, None))
-        )
-        revision = getattr(scorer, "revision", None)
-        options = f", {said}" if (said := scorer.described()) else ""
+        revision = scorer.models[0][1] if scorer.models else None
+        options = f", {words}" if (words := scorer.described()) else ""
         lines.append(
-            f"| {name} | {scorer.type} `{where}`{options} | {revision or '–'} | "
-            f"`{state['hashes']['scorers'][name]}` |"
+            f"| {name} | {scorer.type} `{scorer.place}`{options} | {revision or '–'} | "
+            f"`{state.hashes['scorers'][name]}` |"
         )
     lines += [
         "",

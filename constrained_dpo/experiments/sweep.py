@@ -5,27 +5,24 @@ Everything is decided by what is asked and by the files that are there, so the s
 where a killed one stopped.
 """
 
+import logging
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from constrained_dpo.learners.protocol import Learner
-from constrained_dpo.progress import Announce, silent
 from constrained_dpo.recipe.load import load_recipe
 from constrained_dpo.recipe.methods import WEIGHTED_SUM, method_overrides, uses_margins
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.create import init_run
 from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.rounds import play_round
+from constrained_dpo.run.play import Opener, held, open_prepared, play
 from constrained_dpo.run.steering import reason_to_stop
 from data_prep.errors import UserError
 from data_prep.tables import read_table
 
-Prepare = Callable[[RunDirectory], tuple[Recipe, Learner]]
-"""Opens a run: its recipe and learner, prepared now where it is not yet."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,56 +58,39 @@ class Planned:
         ]
 
 
-def plan_sweep(
-    recipe_file: Path,
-    output: Path,
-    *,
-    overrides: list[str],
-    methods: list[str],
-    margins: list[dict[str, float]],
-    weights: list[dict[str, float]],
-    seeds: list[int],
-) -> list[Planned]:
-    """The runs in the order they are played: for every seed and method one run per setting of the
-    margins; methods whose λ is fixed beforehand look at no margin and get one run per seed, a
-    weighted sum one per setting of the weights.
+@dataclass(frozen=True)
+class SweepGrid:
+    """What is played: every method and seed, margins and weights as settings by constraint.
 
-    margins, weights: settings by constraint; constraints that a setting does not name keep the
-    recipe's. Raises UserError for methods, constraints, weights and recipes that do not fit, before
-    anything is played.
+    Constraints that a setting does not name keep the recipe's value.
+    """
+
+    methods: list[str]
+    seeds: list[int]
+    margins: list[dict[str, float]]
+    weights: list[dict[str, float]]
+
+    def settings(self, method: str) -> list[dict[str, float]]:
+        """Give a method's settings: margins where it looks at them, weights for a weighted sum."""
+        if uses_margins(method):
+            return self.margins
+        return self.weights if method == WEIGHTED_SUM else [{}]
+
+
+def plan_sweep(
+    recipe_file: Path, output: Path, overrides: list[str], grid: SweepGrid
+) -> list[Planned]:
+    """Plan the runs in the order they are played: by seed, method and setting.
+
+    Raises UserError for methods, constraints, weights and recipes that do not fit, before anything
+    is played.
     """
     recipe = load_recipe(recipe_file, overrides)
-    relative = {c.name: c.margin is not None for c in recipe.objective.constraints}
-    for name in dict.fromkeys(name for setting in margins for name in setting):
-        if name not in relative:
-            raise UserError(
-                f"margin of {name}: the recipe's constraints are {', '.join(relative) or '(none)'}"
-            )
-        if not relative[name]:
-            raise UserError(
-                f"margin of {name}: the recipe gives it a threshold; -s "
-                f"objective.constraints.{name}.threshold=C sets another"
-            )
-    if (WEIGHTED_SUM in methods) != bool(weights):
-        raise UserError(
-            f"--method {WEIGHTED_SUM} and --weights NAME=VALUE,… belong together: give both or "
-            "neither"
-        )
-    for what, values in (
-        ("--method", methods),
-        ("--seeds", seeds),
-        ("margins", margins),
-        ("weights", weights),
-    ):
-        if len({str(v) for v in values}) < len(values):
-            raise UserError(f"{what}: a value is given twice")
+    _check_grid(grid, recipe)
     planned = []
-    for seed in seeds:
-        for method in methods:
-            settings = (
-                margins if uses_margins(method) else weights if method == WEIGHTED_SUM else [{}]
-            )
-            for setting in settings:
+    for seed in grid.seeds:
+        for method in grid.methods:
+            for setting in grid.settings(method):
                 changed = method_overrides(method, recipe, setting)
                 if uses_margins(method):
                     changed += [
@@ -118,16 +98,13 @@ def plan_sweep(
                         for name, value in setting.items()
                     ]
                 label = recipe.name if method == "recipe" else method
-                name = "-".join(
-                    [_folder(label), *(f"{n}{v:g}" for n, v in setting.items()), f"seed{seed}"]
-                )
-                own = [f"seed={seed}"]
+                numbers = (f"{name}{value:g}" for name, value in setting.items())
                 planned.append(
                     Planned(
-                        output / name,
+                        output / "-".join([_folder(label), *numbers, f"seed{seed}"]),
                         output / "pools" / f"seed{seed}",
-                        [*overrides, *changed, *own],
-                        [*overrides, *own],
+                        [*overrides, *changed, f"seed={seed}"],
+                        [*overrides, f"seed={seed}"],
                     )
                 )
     for run in planned:
@@ -139,6 +116,29 @@ def plan_sweep(
             "within 6 digits"
         )
     return planned
+
+
+def _check_grid(grid: SweepGrid, recipe: Recipe) -> None:
+    relative = {c.name: c.margin is not None for c in recipe.objective.constraints}
+    for name in dict.fromkeys(name for setting in grid.margins for name in setting):
+        if name not in relative:
+            raise UserError(
+                f"margin of {name}: the recipe's constraints are {', '.join(relative) or '(none)'}"
+            )
+        if not relative[name]:
+            raise UserError(
+                f"margin of {name}: the recipe gives it a threshold; -s "
+                f"objective.constraints.{name}.threshold=C sets another"
+            )
+    if (WEIGHTED_SUM in grid.methods) != bool(grid.weights):
+        raise UserError(
+            f"--method {WEIGHTED_SUM} and --weights NAME=VALUE,… belong together: give both or "
+            "neither"
+        )
+    lists = {"--method": grid.methods, "--seeds": grid.seeds}
+    for option, values in (lists | {"margins": grid.margins, "weights": grid.weights}).items():
+        if len({str(value) for value in values}) < len(values):
+            raise UserError(f"{option}: a value is given twice")
 
 
 def _folder(name: str) -> str:
@@ -173,31 +173,22 @@ def is_finished(run: RunDirectory) -> bool:
     )
 
 
-def play_sweep(
-    recipe_file: Path,
-    planned: list[Planned],
-    prepare: Prepare,
-    say: Callable[[str], None],
-    announce: Announce = silent,
-) -> None:
-    """Prepares each seed's pool once and plays every run to its end; what is there already is left
-    as it is.
+def play_sweep(recipe_file: Path, planned: list[Planned], opener: Opener = open_prepared) -> None:
+    """Prepare each seed's pool once and play every run to its end; leave what is there already.
 
     Raises UserError where a folder holds a run of another recipe.
     """
     for number, item in enumerate(planned, 1):
         if not RunDirectory(item.path).state_file.exists():
             pool = init_run(recipe_file, item.pool, item.pool_overrides)
-            with pool.locked():
-                if not pool.state()["lambda"]:
-                    say(f"{item.pool}: preparing the pool that the runs of this seed share")
-                    prepare(pool)
+            with held(pool):
+                if not pool.state().prepared:
+                    log.info("%s: preparing the pool that the runs of this seed share", item.pool)
+                    opener(pool)
         run = init_run(recipe_file, item.path, item.overrides, RunDirectory(item.pool))
+        progress = f"{number} of {len(planned)}: {item.path}"
         if is_finished(run):
-            say(f"{number} of {len(planned)}: {item.path} is done already")
+            log.info("%s is done already", progress)
             continue
-        say(f"{number} of {len(planned)}: {item.path}")
-        with run.locked():
-            recipe, learner = prepare(run)
-            while not is_finished(run):
-                play_round(run, recipe, learner, announce)
+        log.info("%s", progress)
+        play(run, opener=opener)

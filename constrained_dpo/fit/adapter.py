@@ -1,28 +1,150 @@
-"""The adapter of a fit: π_ref restored after it, the check of its anchor, its folder on disk."""
+"""One fit: its rows, its trainer, the check of its anchor, its adapter on disk, π_ref restored."""
 
+import logging
 import os
+import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import torch
 import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
 
+from constrained_dpo.fit.checkpoints import SealedCheckpoints, fit_identity, start_from
+from constrained_dpo.fit.holdout import HeldOut, split_held_out
+from constrained_dpo.fit.rows import group_dataset, pair_dataset
 from constrained_dpo.fit.shared_prompts import evaluating
+from constrained_dpo.fit.trainer import FitPlan, PseudoPreferenceTrainer, build_trainer
+from constrained_dpo.fit.watch import StepWatch, training_log_text
+from constrained_dpo.launch import is_main, rank, shards_base, wait
+from constrained_dpo.tracking import fit_logs
 from data_prep.errors import UserError
 from data_prep.files import sync_folder
 from data_prep.models.policy import Policy
 from data_prep.sampling.logprobs import response_logps
 
+log = logging.getLogger(__name__)
+
+
+def fit_adapter(
+    policy: Policy,
+    labels: pd.DataFrame,
+    pool: pd.DataFrame,
+    prompt_tokens: dict[str, list[int]],
+    plan: FitPlan,
+) -> float | None:
+    """Train one adapter and save it at the plan's output in PEFT's format; the folder appears whole
+    or not at all.
+
+    labels: rows of the pairs table, or of the groups table where the settings say groups; pool: the
+    responses they name, with `ref_logp`. The optimizer starts fresh, unless the plan's checkpoints
+    hold one of this very fit: then it goes on from there, to the same adapter bit for bit on the
+    same machine. Returns the largest |log π_θ − stored ref_logp| before the first step in nats
+    (None after a warm start or a resume); the log is beside the adapter. In a launch of several
+    processes all of them call this, each trains on its own rows of every step's batch, and the main
+    one saves. Where the launch shards the base (`shards_base`) the policy cannot be used afterwards
+    and has to be loaded again.
+
+    Raises FloatingPointError at the first loss or gradient that is not finite; its batch is then in
+    bad_batch.json beside the output (what the N-th process of a launch saw: in
+    bad_batch-process-N.json).
+    """
+    rows = group_dataset if plan.settings.grouped else pair_dataset
+    dataset = rows(labels, pool, prompt_tokens, plan.settings.max_length)
+    if is_main():
+        shutil.rmtree(_temporary(plan), ignore_errors=True)
+    plan, checkpoint, seals = _resumed(policy, dataset, plan)
+    share, seed = plan.settings.holdout, plan.holdout_seed
+    fitted, held_out = split_held_out(dataset, pool["prompt_id"], share, seed)
+    measured = HeldOut(plan.settings.early_stop)
+    callbacks = seals if held_out is None else [measured, *seals]
+    logs, report_to = plan.logs if is_main() else None, plan.settings.report_to
+    with _restored_base(policy), fit_logs(logs, report_to, resumed=checkpoint is not None):
+        where = plan.checkpoints if plan.settings.save_steps else _temporary(plan)
+        there = replace(plan, output=where)
+        trainer = build_trainer(policy, fitted, there, held_out, checkpoint is not None)
+        trainer.watch = StepWatch(dataset, _bad_batch(plan))
+        for callback in (trainer.watch, *callbacks):
+            trainer.add_callback(callback)
+        try:
+            fresh = plan.previous_adapter is None and checkpoint is None
+            anchor_error = check_anchor(policy, trainer.model, dataset) if fresh else None
+            if checkpoint is not None:
+                log.info("fit: goes on from %s", checkpoint.name)
+                measured.resume(checkpoint)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            measured.restore_best(trainer.model)
+            content = {"anchor_error": anchor_error, "padded_because": trainer.padded_because}
+            if held_out is not None:
+                content["held_out"] = measured.record(held_out)
+            _save(trainer, content, plan)
+        finally:
+            if not shards_base():
+                trainer.model.unload()
+    wait()
+    if is_main():
+        if plan.checkpoints is not None:
+            shutil.rmtree(plan.checkpoints, ignore_errors=True)
+        for path in plan.output.parent.glob("bad_batch*.json"):
+            path.unlink()
+    return anchor_error
+
+
+def _temporary(plan: FitPlan) -> Path:
+    return plan.output.with_name(f".{plan.output.name}.tmp")
+
+
+def _bad_batch(plan: FitPlan) -> Path:
+    """Each process saw rows of its own."""
+    name = "bad_batch.json" if is_main() else f"bad_batch-process-{rank()}.json"
+    return plan.output.with_name(name)
+
+
+def _resumed(
+    policy: Policy, dataset: datasets.Dataset, plan: FitPlan
+) -> tuple[FitPlan, Path | None, list[transformers.TrainerCallback]]:
+    """The plan, the checkpoint to go on from, and what seals new ones; without a folder for them
+    none are written."""
+    if not plan.settings.save_steps or plan.checkpoints is None:
+        settings = plan.settings.model_copy(update={"save_steps": None})
+        return replace(plan, settings=settings), None, []
+    identity = fit_identity(
+        dataset,
+        policy.fingerprint,
+        plan.settings,
+        plan.lora,
+        beta=plan.beta,
+        seeds=(plan.seed, plan.holdout_seed),
+        previous_adapter=plan.previous_adapter,
+    )
+    return plan, start_from(plan.checkpoints, identity), [SealedCheckpoints(identity)]
+
+
+def _save(trainer: PseudoPreferenceTrainer, content: dict[str, Any], plan: FitPlan) -> None:
+    """The adapter and its training log, by the main process; where the base is sharded all gather
+    the weights."""
+    steps = [
+        {k: v for k, v in row.items() if isinstance(v, int | float)}
+        for row in trainer.state.log_history
+    ]
+    gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) if shards_base() else None
+    if is_main():
+        text = training_log_text(content | {"log": steps})
+        save_adapter(trainer.model, gathered, text, _temporary(plan), plan.output)
+
 
 def save_adapter(
     model: PeftModel,
     gathered: dict[str, torch.Tensor] | None,
-    log: str,
+    text: str,
     temporary: Path,
     output: Path,
 ) -> None:
@@ -35,7 +157,7 @@ def save_adapter(
     try:
         # Even where the head is a target the base's own embeddings are not part of the adapter.
         model.save_pretrained(temporary, state_dict=gathered, save_embedding_layers=False)
-        (temporary / "training_log.json").write_text(log)
+        (temporary / "training_log.json").write_text(text)
         (temporary / "README.md").unlink(
             missing_ok=True
         )  # PEFT's model card describes another run than this one
@@ -60,29 +182,22 @@ def _restored_base(policy: Policy) -> Iterator[None]:
     fit as it came."""
     forward = policy.model.__dict__.get("forward")
     try:
-        yield
+        with warnings.catch_warnings():
+            # transformers renames gradient checkpointing and warns of its own calls
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            yield
     finally:
         if forward is None:
             policy.model.__dict__.pop("forward", None)
         else:
             policy.model.forward = forward
-        policy.model.gradient_checkpointing_disable()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            policy.model.gradient_checkpointing_disable()
         if hasattr(policy.model, "_require_grads_hooks"):
             policy.model.disable_input_require_grads()
         policy.model.requires_grad_(False)
         policy.model.eval()
-
-
-@contextmanager
-def _plain_head_in_sight(model: transformers.PreTrainedModel) -> Iterator[None]:
-    """TRL's constructor refuses an adapter on the head, since its fused head would leave it out;
-    ours does not (`adapted_head_logps`)."""
-    head = model.get_output_embeddings()
-    model.get_output_embeddings = lambda: head
-    try:
-        yield
-    finally:
-        del model.get_output_embeddings
 
 
 def check_anchor(policy: Policy, model: PeftModel, rows: datasets.Dataset) -> float:

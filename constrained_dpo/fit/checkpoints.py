@@ -7,9 +7,9 @@ written last. One that a kill left half-written has none, and the one before it 
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from data_prep.errors import UserError
 from data_prep.files import hash_file, sync_folder, write_json
 from data_prep.models.adapters import fingerprint_adapter
 from data_prep.models.settings import LoraSettings
+
+log = logging.getLogger(__name__)
 
 SEAL = "seal.json"
 
@@ -88,9 +90,7 @@ def newest_whole(folder: Path, identity: str) -> Path | None:
     )
     whole = [path for path in found if _is_whole(path, identity)]
     for path in set(found) - set(whole):
-        print(
-            f"fit: {path.name} is half-written or of another fit; it is not used", file=sys.stderr
-        )
+        log.warning("fit: %s is half-written or of another fit; it is not used", path.name)
         shutil.rmtree(path)
     return whole[0] if whole else None
 

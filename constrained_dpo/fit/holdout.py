@@ -8,7 +8,7 @@ every measurement; here it is a copy of the trainable weights in memory, which t
 
 import hashlib
 import json
-import sys
+import logging
 from collections.abc import Collection
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from transformers import EvalPrediction, TrainerCallback
 
 from data_prep.errors import UserError
+
+log = logging.getLogger(__name__)
 
 BEST_FILE = "best_adapter.safetensors"
 
@@ -104,10 +106,11 @@ class HeldOut(TrainerCallback):
         if self.waited >= self.patience:
             self.stopped_at = state.global_step
             kept = f"the adapter of step {self.step} is kept ({self.residual:.4g})"
-            print(
-                f"fit: stops at step {self.stopped_at}, the held-out residual ({measured:.4g}) no "
-                f"longer falls; {kept}",
-                file=sys.stderr,
+            log.info(
+                "fit: stops at step %d, the held-out residual (%.4g) no longer falls; %s",
+                self.stopped_at,
+                measured,
+                kept,
             )
             control.should_training_stop = True
             control.should_save = False  # the adapter itself is saved next

@@ -1,19 +1,19 @@
 """The Lagrangian maximizer: TRL's DPOTrainer on pseudo-preferences, with reference
 log-probabilities from the pool.
 
-The losses are in `losses.py`, the rows in `fit_data.py` and `shared_prompts.py`; what happens over
-the life of a fit is in `fit_watch.py`, `fit_holdout.py` and `fit_checkpoints.py`. The KL anchor is
+The losses are in `losses.py`, the rows in `rows.py` and `shared_prompts.py`; one fit is played in
+`adapter.py`, with `watch.py`, `holdout.py` and `checkpoints.py` over its life. The KL anchor is
 π_ref (the base without adapter) in every round: the stored `ref_logp` enters the loss and no
 reference model runs here.
 """
 
 import math
-import shutil
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import pandas as pd
 import torch
 import transformers
 from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
@@ -22,22 +22,10 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
-from constrained_dpo.fit.adapter import (
-    _plain_head_in_sight,
-    _restored_base,
-    check_anchor,
-    save_adapter,
-)
-from constrained_dpo.fit.checkpoints import KEPT, SealedCheckpoints, fit_identity, start_from
-from constrained_dpo.fit.holdout import HeldOut, residual, split_held_out, squared_residuals
+from constrained_dpo.fit.checkpoints import KEPT
+from constrained_dpo.fit.holdout import residual, squared_residuals
 from constrained_dpo.fit.losses import all_pairs_loss, listwise_loss, pair_loss
-from constrained_dpo.fit.rows import (
-    LengthBuckets,
-    PaddedCollator,
-    group_dataset,
-    pair_dataset,
-    row_lengths,
-)
+from constrained_dpo.fit.rows import LengthBuckets, PaddedCollator, row_lengths
 from constrained_dpo.fit.shared_prompts import (
     SHARED_INPUTS,
     SharedPromptCollator,
@@ -45,14 +33,34 @@ from constrained_dpo.fit.shared_prompts import (
     add_shared_forward,
     why_not_shared,
 )
-from constrained_dpo.fit.watch import FitProgress, StepWatch, kl_estimate, training_log_text
-from constrained_dpo.launch import is_main, rank, shards_base, wait
+from constrained_dpo.fit.watch import FitProgress, StepWatch, kl_estimate
 from constrained_dpo.recipe.fit import FitSettings
-from constrained_dpo.tracking import fit_logs
 from data_prep.errors import UserError
 from data_prep.models.checkpoints import check_adapter_folder, explained_loading
 from data_prep.models.policy import Policy
 from data_prep.models.settings import LoraSettings
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """How an adapter is fitted, from what, and where it goes.
+
+    output: the folder that appears when the fit is done; previous_adapter: where the adapter
+    starts; logs: where the trackers of `settings.report_to` write; checkpoints: the folder for
+    those of `settings.save_steps`; holdout_seed: draws the held-out prompts; run_name: what
+    trackers call this fit.
+    """
+
+    settings: FitSettings
+    lora: LoraSettings
+    beta: float
+    seed: int
+    output: Path
+    previous_adapter: Path | None = None
+    logs: Path | None = None
+    checkpoints: Path | None = None
+    holdout_seed: int = 0
+    run_name: str | None = None
 
 
 class PseudoPreferenceTrainer(DPOTrainer):
@@ -156,23 +164,15 @@ class PseudoPreferenceTrainer(DPOTrainer):
         return loss(log_ratio, scores, self.beta).mean(), reported
 
 
-def training_config(
-    settings: FitSettings,
-    beta: float,
-    seed: int,
-    output: Path,
-    device: str,
-    run_name: str | None = None,
-    resumed: bool = False,
-) -> DPOConfig:
-    """Every default of DPOConfig that changes the mathematics is set here in words (DESIGN §9).
-    output: where checkpoints go.
+def training_config(plan: FitPlan, device: str, resumed: bool = False) -> DPOConfig:
+    """Set every default of DPOConfig that changes the mathematics in words (DESIGN §9).
 
     resumed: the adapter that the fit started from was measured before the kill.
     """
+    settings = plan.settings
     config = DPOConfig(
-        output_dir=str(output),
-        beta=beta,
+        output_dir=str(plan.output),
+        beta=plan.beta,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler,
         warmup_steps=settings.warmup_steps,
@@ -203,10 +203,10 @@ def training_config(
         save_steps=settings.save_steps or 1,
         save_total_limit=KEPT,
         report_to=settings.report_to or "none",
-        run_name=run_name,
+        run_name=plan.run_name,
         disable_tqdm=True,
         use_cpu=device == "cpu",
-        seed=seed % 2**32,
+        seed=plan.seed % 2**32,
     )
     # A process computes on its one device. With more GPUs in sight the Trainer would wrap the
     # model in DataParallel, which TRL refuses.
@@ -214,37 +214,40 @@ def training_config(
     return config
 
 
+@contextmanager
+def _plain_head_in_sight(model: transformers.PreTrainedModel) -> Iterator[None]:
+    """TRL's constructor refuses an adapter on the head, since its fused head would leave it out;
+    ours does not (`adapted_head_logps`)."""
+    head = model.get_output_embeddings()
+    model.get_output_embeddings = lambda: head
+    try:
+        yield
+    finally:
+        del model.get_output_embeddings
+
+
 def build_trainer(
     policy: Policy,
     dataset: datasets.Dataset,
-    settings: FitSettings,
-    lora: LoraSettings,
-    *,
-    beta: float,
-    seed: int,
-    output: Path,
-    previous_adapter: Path | None,
-    run_name: str | None = None,
-    show_progress: bool = False,
+    plan: FitPlan,
     held_out: datasets.Dataset | None = None,
     resumed: bool = False,
 ) -> PseudoPreferenceTrainer:
-    """The trainer, built on the plain base plus a fresh adapter into which `previous_adapter` is
-    then loaded.
+    """Build the trainer on the plain base plus a fresh adapter into which the plan's previous one
+    is then loaded.
 
-    held_out: rows that are only measured, where `settings.holdout` asks for them. resumed: `train`
-    will be given a checkpoint. Given a PeftModel instead, TRL would copy its adapter as "ref" and
-    anchor the KL to the last round's policy.
+    held_out: rows that are only measured, where the settings ask for them. resumed: `train` will be
+    given a checkpoint. Given a PeftModel instead, TRL would copy its adapter as "ref" and anchor
+    the KL to the last round's policy.
     """
+    settings, lora = plan.settings, plan.lora
     target = (
         lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     )
     with _plain_head_in_sight(policy.model):
         trainer = PseudoPreferenceTrainer(
             model=policy.model,
-            args=training_config(
-                settings, beta, seed, output, policy.device.type, run_name, resumed
-            ),
+            args=training_config(plan, policy.device.type, resumed),
             data_collator=PaddedCollator(policy.tokenizer.pad_token_id),
             train_dataset=dataset,
             eval_dataset=held_out,
@@ -264,24 +267,8 @@ def build_trainer(
         transformers.ProgressCallback,
     ):  # stdout is for results; progress is ours, on stderr
         trainer.remove_callback(callback)
-    if show_progress:
-        trainer.add_callback(FitProgress())
-    # TRL casts the adapter of a quantized base to bf16, where a step of 5e-5 leaves most of
-    # lora_A unmoved.
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    if previous_adapter is not None:
-        check_adapter_folder(previous_adapter, "warm start")
-        with explained_loading("warm start", f"{previous_adapter} (of another base, or damaged?)"):
-            loaded = set_peft_model_state_dict(
-                trainer.model, load_peft_weights(str(previous_adapter), device=str(policy.device))
-            )
-        if loaded.unexpected_keys:
-            raise UserError(
-                f"{previous_adapter}: an adapter of another base or LoRA setting "
-                f"({loaded.unexpected_keys[0]})"
-            )
+    trainer.add_callback(FitProgress())
+    _float_adapter(trainer, plan.previous_adapter, str(policy.device))
     if list(trainer.model.peft_config) != ["default"] or trainer.ref_model is not None:
         raise RuntimeError(
             f"the trainer holds a reference of its own ({list(trainer.model.peft_config)}); the "
@@ -296,6 +283,27 @@ def build_trainer(
         else "fit.shared_prompts is false"
     )
     return trainer
+
+
+def _float_adapter(trainer: PseudoPreferenceTrainer, previous: Path | None, device: str) -> None:
+    """Makes the adapter's weights float32 and loads the previous adapter into them.
+
+    TRL casts the adapter of a quantized base to bf16, where a step of 5e-5 leaves most of lora_A
+    unmoved.
+    """
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if previous is None:
+        return
+    check_adapter_folder(previous, "warm start")
+    with explained_loading("warm start", f"{previous} (of another base, or damaged?)"):
+        weights = load_peft_weights(str(previous), device=device)
+        loaded = set_peft_model_state_dict(trainer.model, weights)
+    if loaded.unexpected_keys:
+        raise UserError(
+            f"{previous}: an adapter of another base or LoRA setting ({loaded.unexpected_keys[0]})"
+        )
 
 
 def _share_prompts(trainer: PseudoPreferenceTrainer, policy: Policy) -> str | None:
@@ -317,120 +325,3 @@ def _share_prompts(trainer: PseudoPreferenceTrainer, policy: Policy) -> str | No
     if reason is None:
         trainer.data_collator = SharedPromptCollator(policy.tokenizer.pad_token_id)
     return reason
-
-
-def fit_adapter(
-    policy: Policy,
-    labels: pd.DataFrame,
-    pool: pd.DataFrame,
-    prompt_tokens: dict[str, list[int]],
-    settings: FitSettings,
-    lora: LoraSettings,
-    *,
-    beta: float,
-    seed: int,
-    previous_adapter: Path | None,
-    output: Path,
-    logs: Path | None = None,
-    checkpoints: Path | None = None,
-    holdout_seed: int = 0,
-    run_name: str | None = None,
-    show_progress: bool = False,
-) -> float | None:
-    """Trains one round's adapter and saves it at `output` in PEFT's format; the folder appears
-    whole or not at all.
-
-    labels: rows of the pairs table, or of the groups table where the settings say groups; pool: the
-    responses they name, with `ref_logp`. The optimizer starts fresh, unless `checkpoints` (the
-    folder for those of `settings.save_steps`; None: none are written) holds one of this very fit:
-    then it goes on from there, to the same adapter bit for bit on the same machine. `holdout_seed`
-    draws the held-out prompts. Returns the largest |log π_θ − stored ref_logp| before the first
-    step in nats (None after a warm start or a resume); the log is beside the adapter. `logs` is
-    where the trackers of `settings.report_to` write, `run_name` what they call this fit. In a
-    launch of several processes all of them call this, each trains on its own rows of every step's
-    batch, and the main one saves. Where the launch shards the base (`shards_base`) the policy
-    cannot be used afterwards and has to be loaded again.
-
-    Raises FloatingPointError at the first loss or gradient that is not finite; its batch is then in
-    bad_batch.json beside `output` (what the N-th process of a launch saw: in
-    bad_batch-process-N.json).
-    """
-    dataset = (group_dataset if settings.grouped else pair_dataset)(
-        labels, pool, prompt_tokens, settings.max_length
-    )
-    temporary = output.with_name(f".{output.name}.tmp")
-    bad_batch = output.with_name(
-        "bad_batch.json" if is_main() else f"bad_batch-process-{rank()}.json"
-    )  # each saw rows of its own
-    if is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
-    checkpoint, callbacks = None, []
-    if settings.save_steps and checkpoints is not None:
-        identity = fit_identity(
-            dataset,
-            policy.fingerprint,
-            settings,
-            lora,
-            beta=beta,
-            seeds=(seed, holdout_seed),
-            previous_adapter=previous_adapter,
-        )
-        checkpoint = start_from(checkpoints, identity)
-        callbacks = [SealedCheckpoints(identity)]
-    else:
-        settings = settings.model_copy(update={"save_steps": None})
-    fitted, held_out = split_held_out(dataset, pool["prompt_id"], settings.holdout, holdout_seed)
-    measured = HeldOut(settings.early_stop)
-    if held_out is not None:
-        callbacks = [measured, *callbacks]
-    with (
-        _restored_base(policy),
-        fit_logs(logs if is_main() else None, settings.report_to, resumed=checkpoint is not None),
-    ):
-        trainer = build_trainer(
-            policy,
-            fitted,
-            settings,
-            lora,
-            beta=beta,
-            seed=seed,
-            output=checkpoints if settings.save_steps else temporary,
-            previous_adapter=previous_adapter,
-            run_name=run_name,
-            show_progress=show_progress,
-            held_out=held_out,
-            resumed=checkpoint is not None,
-        )
-        trainer.watch = StepWatch(dataset, bad_batch)
-        for callback in (trainer.watch, *callbacks):
-            trainer.add_callback(callback)
-        try:
-            fresh = previous_adapter is None and checkpoint is None
-            anchor_error = check_anchor(policy, trainer.model, dataset) if fresh else None
-            if checkpoint is not None:
-                print(f"fit: goes on from {checkpoint.name}", file=sys.stderr)
-                measured.resume(checkpoint)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            measured.restore_best(trainer.model)
-            content = {"anchor_error": anchor_error, "padded_because": trainer.padded_because}
-            if held_out is not None:
-                content["held_out"] = measured.record(held_out)
-            content["log"] = [
-                {k: v for k, v in row.items() if isinstance(v, int | float)}
-                for row in trainer.state.log_history
-            ]
-            gathered = (
-                trainer.accelerator.get_state_dict(trainer.model_wrapped) if shards_base() else None
-            )
-            if is_main():
-                save_adapter(trainer.model, gathered, training_log_text(content), temporary, output)
-        finally:
-            if not shards_base():
-                trainer.model.unload()
-    wait()
-    if is_main():
-        if checkpoints is not None:
-            shutil.rmtree(checkpoints, ignore_errors=True)
-        for path in output.parent.glob("bad_batch*.json"):
-            path.unlink()
-    return anchor_error

@@ -7,23 +7,14 @@ fit reads them, and nothing that estimates (λ_0, baselines, u, the certificate)
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.launch import is_main
-from constrained_dpo.learners.collect import collect
-from constrained_dpo.run.directory import RunDirectory
-from data_prep.errors import UserError
-from data_prep.files import write_json
-from data_prep.prompts.preference_rows import (
-    DatasetAnswers,
-    answer_table,
-    given_pairs,
-    read_answers,
-)
-from data_prep.tables import read_parquet, write_parquet
+from constrained_dpo.learners.collect import Collection, collect
+from data_prep.prompts.preference_rows import DatasetAnswers, answer_table, read_answers
 
 if TYPE_CHECKING:
     from constrained_dpo.learners.lora import LoraLearner
@@ -104,55 +95,28 @@ def answer_counts(
 
 
 def collect_answers(
-    run: RunDirectory,
     learner: "LoraLearner",
     table: pd.DataFrame,
-    known: pd.DataFrame | None,
+    folder: Path,
     *,
     phase: str,
     scored: bool,
+    given: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """The table with log π_ref and, where `scored`, the objectives' scores, shard by shard as
-    samples are. `known`: the same answers with their log π_ref, from another run."""
+    """Compute log π_ref of the table's answers and, where `scored`, the objectives' scores.
+
+    folder: where shards are committed, as those of samples are. given: the same answers with their
+    log π_ref, from another run.
+    """
     prompts = learner.prompts[learner.prompts["prompt_id"].isin(table["prompt_id"])]
-    return collect(
-        run,
-        AnswersOnFile(learner, table, scored),
-        prompts,
+    job = Collection(
         phase=phase,
-        round_number=0,
-        responses_per_prompt=int(table.groupby("prompt_id").size().max()),
-        adapter=None,
+        folder=folder,
         source="dataset",
+        responses_per_prompt=int(table.groupby("prompt_id").size().max()),
         shard_size=learner.recipe.sampling.batch_size,
         objectives=learner.recipe.problem.objectives if scored else [],
         seed=learner.recipe.seed,
-        known=known,
+        given=given,
     )
-
-
-def prepare_dataset_pool(run: RunDirectory, learner: "LoraLearner") -> None:
-    """Writes pool/dataset.parquet, and before it its labels (pool/given.parquet) and counts
-    (pool/dataset.json).
-
-    Raises UserError where the run takes over another's responses and the dataset has changed since.
-    """
-    answers, table = tokenized_answers(learner, label=learner.recipe.fit.label_column)
-    pairs = None if learner.recipe.fit.label_column is None else given_pairs(answers)
-    known = (
-        read_parquet(run.inherited_file("dataset"))
-        if run.inherited_file("dataset").exists()
-        else None
-    )
-    if known is not None and set(known["response_id"]) != set(table["response_id"]):
-        raise UserError(
-            f"{run.path}: the dataset's responses are not those of the run it takes over; restore "
-            "them, or init without --from"
-        )
-    pool = collect_answers(run, learner, table, known, phase="dataset", scored=True)
-    if is_main():
-        num_prompts = int((learner.prompts["split"] != "test").sum())
-        if pairs is not None:
-            write_parquet(pairs, run.given_pairs_file)
-        write_json(run.dataset_record_file, answer_counts(table, num_prompts, answers.left_out))
-        write_parquet(pool, run.dataset_pool_file)
+    return collect(AnswersOnFile(learner, table, scored), prompts, job)

@@ -1,43 +1,47 @@
 """The LoRA learner: what `rounds` asks for (fit, sample, score), done with real models. Models are
 loaded when first needed."""
 
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from constrained_dpo.launch import shards_base
+from constrained_dpo.learners.embedded import EmbeddedValues
+from constrained_dpo.learners.protocol import FitJob
 from constrained_dpo.recipe.schema import Recipe
-from constrained_dpo.run.directory import RunDirectory
 from data_prep.errors import UserError
 from data_prep.models.adapters import attached_adapter
 from data_prep.models.policy import Policy, load_policy
 from data_prep.prompts.templates import last_user_text, tokenize_prompts
-from data_prep.sampling.generate import sample_shard
+from data_prep.sampling.generate import Sampler
 from data_prep.sampling.law import check_lengths, law_hash
 from data_prep.sampling.logprobs import response_logps
-from data_prep.sampling.served import CompletionServer, sample_served
+from data_prep.sampling.served import CompletionServer, ServedSampler
 from data_prep.scorers.cache import ScoreCache
 from data_prep.scorers.implicit import AskedPolicy
-from data_prep.scorers.scoring import Scorer, apply_options, make_scorer, score_texts, score_tokens
+from data_prep.scorers.protocol import Scorer, TokenScorer
+from data_prep.scorers.scoring import make_scorer, score_texts, score_tokens
 from data_prep.scorers.settings import ScorerSettings
 from data_prep.settings import EMBEDDED, derive_seed
 
 
 class LoraLearner:
-    """Fits LoRA adapters with TRL, samples and scores with the recipe's policy and scorers."""
+    """Fit LoRA adapters with TRL, sample and score with the recipe's policy and scorers.
+
+    prompts: the prompts table; score_cache: the file of scores that are computed already (None: in
+    memory); extra_scorers: scores beside the recipe's objectives, by name.
+    """
 
     def __init__(
         self,
         recipe: Recipe,
-        run: RunDirectory,
         prompts: pd.DataFrame,
-        show_progress: bool = False,
+        score_cache: Path | None = None,
         extra_scorers: dict[str, ScorerSettings] | None = None,
     ) -> None:
-        self.recipe, self.prompts, self.show_progress = recipe, prompts, show_progress
-        self.run = run
+        self.recipe, self.prompts, self.score_cache = recipe, prompts, score_cache
         self.scorer_settings = recipe.scorers | (extra_scorers or {})
 
     @cached_property
@@ -66,7 +70,7 @@ class LoraLearner:
 
     @cached_property
     def cache(self) -> ScoreCache:
-        return ScoreCache(self.run.score_cache)
+        return ScoreCache(self.score_cache)
 
     @cached_property
     def prompt_tokens(self) -> dict[str, list[int]]:
@@ -116,41 +120,32 @@ class LoraLearner:
             "overridden_generation": self.policy.overridden,
         } | ({} if self.server is None else {"sampler": self.server.fingerprint()})
 
-    def fit(
-        self,
-        labels: pd.DataFrame,
-        pool: pd.DataFrame,
-        *,
-        lambda_: pd.Series,
-        previous: Path | None,
-        output: Path,
-        seed: int,
-    ) -> None:
-        """One round's adapter at `output`; the multipliers are in the labels (pairs or groups)
-        already."""
-        from constrained_dpo.fit.trainer import fit_adapter
+    def fit(self, job: FitJob) -> None:
+        """Write one round's adapter; the multipliers are in the labels already."""
+        from constrained_dpo.fit.adapter import fit_adapter
+        from constrained_dpo.fit.trainer import FitPlan
 
-        number = self.run.rounds_done()
-        name = f"round-{number:03d}"
-        fit_adapter(
-            self.policy,
-            labels,
-            pool,
-            self.prompt_tokens,
-            self.recipe.fit.in_round(number),
-            self.recipe.policy.lora,
-            beta=self.recipe.objective.beta,
-            seed=seed,
-            previous_adapter=previous,
-            output=output,
-            logs=self.run.logs_folder(name),
-            checkpoints=self.run.checkpoints_folder(number),
-            holdout_seed=derive_seed(self.recipe.seed, 0, "holdout"),
-            run_name=f"{self.recipe.name}-{name}",
-            show_progress=self.show_progress,
+        recipe = self.recipe
+        plan = FitPlan(
+            settings=recipe.fit.in_round(job.round_number),
+            lora=recipe.policy.lora,
+            beta=recipe.objective.beta,
+            seed=job.seed,
+            output=job.output,
+            previous_adapter=job.previous,
+            logs=job.logs,
+            checkpoints=job.checkpoints,
+            holdout_seed=derive_seed(recipe.seed, 0, "holdout"),
+            run_name=f"{recipe.name}-{job.logs.name}",
         )
+        fit_adapter(self.policy, job.labels, job.pool, self.prompt_tokens, plan)
         if shards_base():
             self.unload()
+
+    @property
+    def sampler(self) -> Sampler | ServedSampler:
+        local = Sampler(self.policy, self.prompt_tokens, self.recipe.sampling)
+        return local if self.server is None else ServedSampler(self.server, local)
 
     def sample(
         self,
@@ -161,12 +156,9 @@ class LoraLearner:
         source: str,
         seed: int,
     ) -> pd.DataFrame:
-        draw = sample_shard if self.server is None else partial(sample_served, self.server)
-        return draw(
-            self.policy,
+        """Draw responses to prompts, here or on the recipe's server."""
+        return self.sampler.draw(
             prompts,
-            self.prompt_tokens,
-            self.recipe.sampling,
             responses_per_prompt=responses_per_prompt,
             adapter=adapter,
             source=source,
@@ -188,7 +180,7 @@ class LoraLearner:
         columns = {}
         for name, scorer in self.scorers.items():
             how = {"options": self.scorer_settings[name], "name": name, "cache": self.cache}
-            if hasattr(scorer, "score_tokens"):
+            if isinstance(scorer, TokenScorer):
                 tokens = [self.prompt_tokens[pid] for pid in responses["prompt_id"]]
                 drawn = [ids.tolist() for ids in responses["token_ids"]]
                 # A table's ref_logp is this learner's policy's; a merged export has another
@@ -205,16 +197,12 @@ class LoraLearner:
     def truncated(self) -> dict[str, int]:
         """Texts cut to a scorer's window in this process, by objective; only scorers that
         truncate."""
-        return {n: s.truncated for n, s in self.scorers.items() if getattr(s, "truncated", 0)}
+        return {n: s.truncated for n, s in self.scorers.items() if s.truncated}
 
     def measured_scorers(self, pool: pd.DataFrame) -> dict[str, dict]:
         """By objective: `quantization_drift` of quantized scorers, `calibration` of implicit ones;
         pool: π_ref's scored responses."""
-        drifts = {
-            n: s.quantization_drift()
-            for n, s in self.scorers.items()
-            if hasattr(s, "quantization_drift")
-        }
+        drifts = {name: scorer.quantization_drift() for name, scorer in self.scorers.items()}
         measured = {
             name: {"quantization_drift": drift}
             for name, drift in drifts.items()
@@ -240,61 +228,7 @@ class LoraLearner:
                 }
         return records
 
-    # Exact values, where every response can be enumerated: the embedded world alone.
-
     @cached_property
-    def worlds(self) -> dict[str, object]:
-        """A TabularWorld per split (dual and test prompts), through the policy's own forward."""
-        from constrained_dpo.dual.exact import TabularWorld
-        from data_prep.quickstart import VOCABULARY
-        from data_prep.sampling.enumeration import enumerate_responses, exact_logps
-        from data_prep.sampling.generate import decode
-
-        texts = decode(self.policy, enumerate_responses(self.policy.eos_ids[0], len(VOCABULARY)))
-        problem, worlds = self.recipe.problem, {}
-        if problem.unresolved:  # this learner is older than what `prepare` has measured
-            problem = self.run.recipe().problem
-        for split in ("dual", "test"):
-            ids = self._prompts_of(split)
-            tokens = {pid: self.prompt_tokens[pid] for pid in ids}
-            scores = {}
-            for name, scorer in self.scorers.items():
-                if hasattr(scorer, "exact_scores"):
-                    values = scorer.exact_scores(tokens)
-                else:
-                    values = np.stack(
-                        [scorer.score([self.prompt_texts[pid]] * len(texts), texts) for pid in ids]
-                    )
-                scores[name] = apply_options(values, self.scorer_settings[name])
-            logp = exact_logps(self.policy, None, tokens)
-            worlds[split] = TabularWorld(
-                problem, logp, scores[problem.reward], {n: scores[n] for n in problem.names}
-            )
-        return worlds
-
-    def _prompts_of(self, split: str) -> list[str]:
-        return self.prompts["prompt_id"][self.prompts["split"] == split].tolist()
-
-    def exact(self, adapter: Path, lambda_: pd.Series) -> dict[str, dict] | None:
-        """Exact values of a policy by split, its Lagrangian gap at λ among them; None where
-        responses cannot be enumerated."""
-        if self.recipe.policy.model != EMBEDDED:
-            return None
-        from data_prep.sampling.enumeration import exact_logps
-
-        values = {}
-        for split, world in self.worlds.items():
-            tokens = {pid: self.prompt_tokens[pid] for pid in self._prompts_of(split)}
-            logp = exact_logps(self.policy, adapter, tokens)
-            values[split] = world.evaluate(logp) | {
-                "lagrangian_gap": world.lagrangian_gap(logp, lambda_)
-            }
-        return values
-
-    def optimum(self) -> dict[str, dict] | None:
-        """The exact optimum by split, or None."""
-        if self.recipe.policy.model != EMBEDDED:
-            return None
-        from constrained_dpo.dual.exact import exact_optimum
-
-        return {split: exact_optimum(world) for split, world in self.worlds.items()}
+    def exact(self) -> EmbeddedValues | None:
+        """Exact values, where every response is listed: on the embedded world alone."""
+        return EmbeddedValues(self) if self.recipe.policy.model == EMBEDDED else None

@@ -1,28 +1,40 @@
-"""What a round asks of a learner."""
+"""What a round asks of a learner, and what it is told."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
+from constrained_dpo.dual.exact import ExactValues
 
-class Learner(Protocol):
-    """What a round needs. Tables are those of `data_prep.tables`; an adapter is a folder that the
-    learner wrote."""
 
-    prompts: pd.DataFrame
+@dataclass(frozen=True)
+class FitJob:
+    """One round's fit: what is trained on, where it starts from, where its adapter goes.
 
-    def fit(
-        self,
-        labels: pd.DataFrame,
-        pool: pd.DataFrame,
-        *,
-        lambda_: pd.Series,
-        previous: Path | None,
-        output: Path,
-        seed: int,
-    ) -> None: ...
+    labels: rows of the pairs or the groups table, under `lambda_`; pool: the responses they name.
+    previous: the adapter to start from; output: the folder that appears when the fit is done;
+    logs, checkpoints: folders for trackers and for a fit that may be killed.
+    """
+
+    labels: pd.DataFrame
+    pool: pd.DataFrame
+    lambda_: pd.Series
+    round_number: int
+    seed: int
+    previous: Path | None
+    output: Path
+    logs: Path
+    checkpoints: Path
+
+
+class Source(Protocol):
+    """What `collect` draws from: responses to prompts, and their scores.
+
+    Tables are those of `data_prep.tables`.
+    """
 
     def sample(
         self,
@@ -32,16 +44,36 @@ class Learner(Protocol):
         adapter: Path | None,
         source: str,
         seed: int,
-    ) -> pd.DataFrame: ...
+    ) -> pd.DataFrame:
+        """Draw responses of the policy with that adapter (None: π_ref), without scores."""
 
-    def score(self, responses: pd.DataFrame) -> pd.DataFrame: ...
+    def score(self, responses: pd.DataFrame) -> pd.DataFrame:
+        """Add every objective's column (score units)."""
 
-    def log_probabilities(self, responses: pd.DataFrame, adapter: Path) -> np.ndarray: ...
 
-    def identity(self) -> dict[str, object]: ...
+class Learner(Source, Protocol):
+    """What fits, samples and scores for a run. An adapter is a folder that the learner wrote.
 
-    def exact(self, adapter: Path, lambda_: pd.Series) -> dict[str, dict] | None: ...
+    prompts: the prompts table; exact: values without sampling error, where every response of the
+    world is listed.
+    """
 
-    def optimum(self) -> dict[str, dict] | None: ...
+    prompts: pd.DataFrame
 
-    def measured_scorers(self, pool: pd.DataFrame) -> dict[str, dict]: ...
+    @property
+    def exact(self) -> ExactValues | None: ...
+
+    def fit(self, job: FitJob) -> None:
+        """Write one round's adapter to `job.output`."""
+
+    def log_probabilities(self, responses: pd.DataFrame, adapter: Path | None) -> np.ndarray:
+        """Compute log π_θ (None: log π_ref) of stored responses: (num_responses,) nats."""
+
+    def identity(self) -> dict[str, object]:
+        """Hash what the run's numbers depend on; say the sampling law in words."""
+
+    def measured_scorers(self, pool: pd.DataFrame) -> dict[str, dict[str, object]]:
+        """Measure what is known of the scorers on π_ref's scored responses, by objective."""
+
+    def truncated(self) -> dict[str, int]:
+        """Count the texts that were cut to a scorer's window in this process, by objective."""

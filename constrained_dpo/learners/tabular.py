@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.dual.exact import TabularWorld, exact_optimum
+from constrained_dpo.dual.exact import ExactOptimum, ExactPolicy, TabularWorld
+from constrained_dpo.learners.protocol import FitJob
+from constrained_dpo.problem import ConstrainedProblem
 
 
 @dataclass(frozen=True)
@@ -21,20 +23,11 @@ class TabularLearner:
     world: TabularWorld
     prompts: pd.DataFrame
 
-    def fit(
-        self,
-        labels: pd.DataFrame,
-        pool: pd.DataFrame,
-        *,
-        lambda_: pd.Series,
-        previous: Path | None,
-        output: Path,
-        seed: int,
-    ) -> None:
-        temporary = output.with_name(f".{output.name}.tmp")
+    def fit(self, job: FitJob) -> None:
+        temporary = job.output.with_name(f".{job.output.name}.tmp")
         temporary.mkdir(parents=True, exist_ok=True)
-        np.save(temporary / "policy_logp.npy", self.world.maximizer(lambda_))
-        temporary.rename(output)
+        np.save(temporary / "policy_logp.npy", self.world.maximizer(job.lambda_))
+        temporary.rename(job.output)
 
     def table(self, adapter: Path | None) -> np.ndarray:
         return self.world.ref_logp if adapter is None else np.load(adapter / "policy_logp.npy")
@@ -95,15 +88,20 @@ class TabularLearner:
     def identity(self) -> dict[str, object]:
         return {"policy": "tabular", "law": "tabular"}
 
-    def measured_scorers(self, pool: pd.DataFrame) -> dict[str, dict]:
+    def measured_scorers(self, pool: pd.DataFrame) -> dict[str, dict[str, object]]:
         return {}  # its scores are given: nothing is quantized, no scorer is a policy
 
-    def exact(self, adapter: Path, lambda_: pd.Series) -> dict[str, dict] | None:
-        logp = self.table(adapter)
-        return {
-            "all": self.world.evaluate(logp)
-            | {"lagrangian_gap": self.world.lagrangian_gap(logp, lambda_)}
-        }
+    def truncated(self) -> dict[str, int]:
+        return {}
 
-    def optimum(self) -> dict[str, dict] | None:
-        return {"all": exact_optimum(self.world)}
+    @property
+    def exact(self) -> "TabularLearner":
+        return self
+
+    def policy(
+        self, adapter: Path, lambda_: pd.Series, problem: ConstrainedProblem
+    ) -> dict[str, ExactPolicy]:
+        return {"all": self.world.evaluate(self.table(adapter), lambda_)}
+
+    def optimum(self, problem: ConstrainedProblem) -> dict[str, ExactOptimum]:
+        return {"all": self.world.exact_optimum}

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.experiments.compare import Group, Row, points
+from constrained_dpo.experiments.compare import Group, points
+from constrained_dpo.experiments.rows import Row
 from constrained_dpo.report.drawing import MARKERS, WIDTH, Style
 from constrained_dpo.report.run_figures import Picture
 

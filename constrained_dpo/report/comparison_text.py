@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from constrained_dpo.experiments.compare import Group, Row, points
+from constrained_dpo.experiments.compare import Group, points
+from constrained_dpo.experiments.rows import Row
 from constrained_dpo.progress import duration
 from constrained_dpo.recipe.methods import is_fixed, settings_line
 from constrained_dpo.report.contents import signed
@@ -67,13 +68,11 @@ def _cells(row: Row, label: str, group: Group, null: Callable[[str | None], str]
         if change is None:
             return "not scored"
         text = (
-            f"{asked}{signed(change['difference'])}\n[{signed(change['ci_low'])}, "
-            f"{signed(change['ci_high'])}]"
+            f"{asked}{signed(change.difference)}\n[{signed(change.ci_low)}, "
+            f"{signed(change.ci_high)}]"
         )
         return text + (
-            f"\nexact {signed(exact['changes'][name])}"
-            if exact and name in exact["changes"]
-            else ""
+            f"\nexact {signed(exact.changes[name])}" if exact and name in exact.changes else ""
         )
 
     cells = [f"{row.name}\n{label}", lambdas or "–"]
@@ -89,10 +88,10 @@ def _cells(row: Row, label: str, group: Group, null: Callable[[str | None], str]
         else null(row.bound_reason)
     )
     if exact:
-        cells[-3] += f"\nexact {signed(exact['kl'])}"
-        cells[-2] += f"\nexact {signed(exact['objective'])}"
-        cells[-1] += f"\nexact P* {signed(exact['optimum'])}" + (
-            "" if exact["share"] is None else f"\n{100 * exact['share']:.0f} % of the way"
+        cells[-3] += f"\nexact {signed(exact.kl)}"
+        cells[-2] += f"\nexact {signed(exact.objective)}"
+        cells[-1] += f"\nexact P* {signed(exact.optimum)}" + (
+            "" if exact.share is None else f"\n{100 * exact.share:.0f} % of the way"
         )
     cells.append("–" if is_fixed(row.recipe) else row.verdict)
     cells.append(
@@ -184,14 +183,14 @@ def flat_table(groups: list[Group]) -> pd.DataFrame:
                 "round": row.number,
                 "rounds": row.rounds,
             }
+            exact = row.exact
             for name, change in row.changes.items():
                 flat |= {
                     f"demanded.{name}": row.demanded.get(name),
                     f"lambda.{name}": row.lambda_.get(name),
                 }
-                flat |= {f"{key}.{name}": change[of] for key, of in _CHANGE.items()}
-                flat[f"gain_exact.{name}"] = row.exact["changes"][name] if row.exact else None
-            exact = row.exact or {}
+                flat |= {f"{key}.{name}": getattr(change, of) for key, of in _CHANGE.items()}
+                flat[f"gain_exact.{name}"] = exact.changes[name] if exact else None
             flat |= {
                 "kl": row.kl,
                 "objective": row.objective,
@@ -200,10 +199,10 @@ def flat_table(groups: list[Group]) -> pd.DataFrame:
                 "verdict": None if is_fixed(row.recipe) else row.verdict,
                 "seconds": row.seconds,
                 "seconds_whole": row.whole,
-                "kl_exact": exact.get("kl"),
-                "objective_exact": exact.get("objective"),
-                "optimum_exact": exact.get("optimum"),
-                "lambda_star": json.dumps(exact["lambda_star"]) if exact else None,
+                "kl_exact": exact.kl if exact else None,
+                "objective_exact": exact.objective if exact else None,
+                "optimum_exact": exact.optimum if exact else None,
+                "lambda_star": json.dumps(exact.lambda_star) if exact else None,
             }
             table.append(flat)
     return pd.DataFrame(table)

@@ -1,14 +1,16 @@
 """What a report is drawn from: a run's files as they are now, and how its numbers are written."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
+from constrained_dpo.dual.exact import ExactOptimum
+from constrained_dpo.estimates.measure import Measurement
 from constrained_dpo.problem import Constraint
 from constrained_dpo.recipe.schema import Recipe
-from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.directory import RunDirectory, RunState
+from constrained_dpo.run.record import RoundRecord, read_optimum, read_records
 from constrained_dpo.run.status import next_step
 from data_prep.errors import UserError
 from data_prep.tables import read_parquet
@@ -25,15 +27,15 @@ class Contents:
 
     run: RunDirectory
     recipe: Recipe
-    state: dict
-    records: list[dict]
-    optimum: dict[str, dict] | None
+    state: RunState
+    records: list[RoundRecord]
+    optimum: dict[str, ExactOptimum] | None
     shown: int
     before: pd.DataFrame
     after: pd.DataFrame
 
     @property
-    def record(self) -> dict:
+    def record(self) -> RoundRecord:
         return self.records[self.shown]
 
     def name_of(self, path: Path) -> str:
@@ -44,10 +46,9 @@ class Contents:
     def round_files(self) -> list[str]:
         return [self.name_of(self.run.round_file(t)) for t in range(len(self.records))]
 
-    def exact_of(self, values: dict[str, dict] | None, split: str) -> dict | None:
-        """A split's entry of exact values: its own, or that of all prompts where the world does not
-        tell them apart."""
-        return (values or {}).get(split) or (values or {}).get("all")
+    def optimum_on(self, split: str) -> ExactOptimum | None:
+        """A split's exact optimum, or that of all prompts where splits are not told apart."""
+        return (self.optimum or {}).get(split) or (self.optimum or {}).get("all")
 
 
 def read_contents(run: RunDirectory, number: int | None = None) -> Contents:
@@ -57,7 +58,7 @@ def read_contents(run: RunDirectory, number: int | None = None) -> Contents:
     Raises UserError when no round has been played or there is no such round.
     """
     recipe, state = run.recipe(), run.state()
-    done = max(len(state["lambda"]) - 1, 0)
+    done = state.rounds_done
     if not done:
         raise UserError(
             f"{run.path}: no round has been played yet, so there is nothing to report; next: "
@@ -66,7 +67,7 @@ def read_contents(run: RunDirectory, number: int | None = None) -> Contents:
     shown = done - 1 if number is None else number
     if not 0 <= shown < done:
         raise UserError(f"--round {number}: {run.path} has rounds 0 to {done - 1}")
-    optimum = json.loads(run.exact_file.read_text()) if run.exact_file.exists() else None
+    optimum = read_optimum(run)
     rank = {prompt_id: i for i, prompt_id in enumerate(run.prompts()["prompt_id"])}
     columns = ["prompt_id", "response", "token_ids", "ended", "split", *recipe.problem.objectives]
     before, after = (
@@ -74,7 +75,7 @@ def read_contents(run: RunDirectory, number: int | None = None) -> Contents:
         for path in (run.reference_file, run.samples_file(shown))
     )
     both = before.index.intersection(after.index, sort=False)
-    records = [run.round_record(t) for t in range(done)]
+    records = read_records(run)
     return Contents(run, recipe, state, records, optimum, shown, before.loc[both], after.loc[both])
 
 
@@ -101,15 +102,14 @@ def signed(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:+.{digits}f}".replace("-", "−")
 
 
-def interval(part: dict, name: str) -> str:
-    """u of one constraint with its interval, from round.json (dual prompts) or its `test`."""
-    return (
-        f"{signed(part['u'][name])} [{signed(part['u_ci_low'][name])}, "
-        f"{signed(part['u_ci_high'][name])}]"
-    )
+def interval(measured: Measurement, name: str) -> str:
+    """u of one constraint with its interval."""
+    low, high = measured.u_ci_low[name], measured.u_ci_high[name]
+    return f"{signed(measured.u[name])} [{signed(low)}, {signed(high)}]"
 
 
-def asked(constraint: Constraint) -> str:
+def level_words(constraint: Constraint) -> str:
+    """What a constraint asks for."""
     if constraint.margin is not None:
         return f"at least {constraint.margin:g} above the reference policy"
     return f"at least {constraint.threshold:g}"

@@ -52,7 +52,7 @@ def pictures(contents: Contents) -> Iterator[Picture]:
         yield _slack(contents, index, name)
     for index, name in enumerate(names, 1):
         yield _path(contents, index, name)
-    if any(record.get("dual_value") is not None for record in contents.records):
+    if any(record.dual_value is not None for record in contents.records):
         yield _certificate(contents)
     yield from _histograms(contents)
 
@@ -62,8 +62,9 @@ def _exact_source(contents: Contents) -> list[str]:
 
 
 def _multipliers(contents: Contents) -> Picture:
-    history = pd.DataFrame(contents.state["lambda"])[contents.recipe.problem.names]
-    optimal = (contents.exact_of(contents.optimum, "dual") or {}).get("lambda", {})
+    history = pd.DataFrame(contents.state.lambda_)[contents.recipe.problem.names]
+    optimum = contents.optimum_on("dual")
+    optimal = {} if optimum is None else optimum.lambda_
     last, exact = history.iloc[-1], "; dashed: the exact optimum λ*" if optimal else ""
     return Picture(
         "lambda",
@@ -83,19 +84,18 @@ def _multipliers(contents: Contents) -> Picture:
 def _slack(contents: Contents, index: int, name: str) -> Picture:
     estimates = {}
     for split in ("dual", "test"):
-        parts = [record if split == "dual" else record["test"] for record in contents.records]
-        exact = [contents.exact_of(record.get("exact"), split) for record in contents.records]
+        measured = [record if split == "dual" else record.test for record in contents.records]
+        exact = [record.exact_on(split) for record in contents.records]
         estimates[split] = pd.DataFrame(
             {
-                **{
-                    key: [part[source][name] for part in parts]
-                    for key, source in (("u", "u"), ("low", "u_ci_low"), ("high", "u_ci_high"))
-                },
-                "exact": [values["u"][name] if values else np.nan for values in exact],
+                "u": [m.u[name] for m in measured],
+                "low": [m.u_ci_low[name] for m in measured],
+                "high": [m.u_ci_high[name] for m in measured],
+                "exact": [values.u[name] if values else np.nan for values in exact],
             }
         )
     confidence = contents.recipe.dual.confidence
-    test = contents.record["test"]
+    test = contents.record.test
     return Picture(
         f"u-{index}-{name}",
         "slack",
@@ -105,22 +105,22 @@ def _slack(contents: Contents, index: int, name: str) -> Picture:
         f"test {interval(test, name)}",
         f"u({name}) against 0: above is satisfied with room. Bars: {100 * confidence:g} % "
         "intervals, each prompt one observation. The dual "
-        f"prompts ({contents.record['num_prompts']}) move λ; the test prompts "
-        f"({test['num_prompts']}) only decide.",
+        f"prompts ({contents.record.num_prompts}) move λ; the test prompts "
+        f"({test.num_prompts}) only decide.",
         contents.round_files,
         partial(draw_slack, name=name, estimates=estimates, confidence=confidence),
     )
 
 
 def _path(contents: Contents, index: int, name: str) -> Picture:
-    reward, tests = contents.recipe.problem.reward, [record["test"] for record in contents.records]
+    reward, tests = contents.recipe.problem.reward, [record.test for record in contents.records]
     rounds = pd.DataFrame(
-        {"utility": [t["utilities"][name] for t in tests], "reward": [t["reward"] for t in tests]}
+        {"utility": [t.utilities[name] for t in tests], "reward": [t.reward for t in tests]}
     )
     means = contents.before[[name, reward]].mean()
-    level = contents.record["test"]["utilities"][name] - contents.record["test"]["u"][name]
-    best = (contents.exact_of(contents.optimum, "test") or {}).get("optimal")
-    optimum = (best["utilities"][name], best["reward"]) if best else None
+    level = contents.record.test.utilities[name] - contents.record.test.u[name]
+    best = contents.optimum_on("test")
+    optimum = (best.optimal.utilities[name], best.optimal.reward) if best else None
     where = "these prompts" if "test" in (contents.optimum or {}) else "all prompts of the world"
     here = rounds.loc[contents.shown]
     return Picture(
@@ -153,21 +153,29 @@ def _path(contents: Contents, index: int, name: str) -> Picture:
 
 
 def _certificate(contents: Contents) -> Picture:
-    keys = ("objective", "dual_value", "dual_value_se")
     rounds = pd.DataFrame(
-        [{k: record.get(k) for k in keys} for record in contents.records], dtype=float
+        [
+            {
+                "objective": record.objective,
+                "dual_value": record.dual_value,
+                "dual_value_se": record.dual_value_se,
+            }
+            for record in contents.records
+        ],
+        dtype=float,
     )
-    exact = [contents.exact_of(record.get("exact"), "dual") for record in contents.records]
-    rounds["exact"] = [values["objective"] if values else np.nan for values in exact]
-    optimum = (contents.exact_of(contents.optimum, "dual") or {}).get("objective")
+    exact = [record.exact_on("dual") for record in contents.records]
+    rounds["exact"] = [values.objective if values else np.nan for values in exact]
+    best_policy = contents.optimum_on("dual")
+    optimum = None if best_policy is None else best_policy.objective
     best = rounds["dual_value"].min()
-    known = "" if optimum is None else f"; the exact optimum is {signed(optimum)}"
+    exact_words = "" if optimum is None else f"; the exact optimum is {signed(optimum)}"
     return Picture(
         "certificate",
         "certificate",
         "Objective and bound",
         "Objective by round against the dual value, an estimated bound from above; the smallest "
-        f"bound is {signed(best)}{known}",
+        f"bound is {signed(best)}{exact_words}",
         "E[r] − β KL of each round's policy on the dual prompts, and D(λ) with two standard "
         "errors: no policy that meets the "
         "constraints is above the lowest D. A round below it may still be the best there is: D is "

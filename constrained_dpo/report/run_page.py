@@ -11,24 +11,24 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from constrained_dpo.dual.exact import share_of_gap_closed
 from constrained_dpo.report.contents import (
     Contents,
-    asked,
     cut_off,
     interval,
     lengths,
+    level_words,
     read_contents,
     signed,
 )
 from constrained_dpo.report.page import TEMPLATES, render_page, shortened
 from constrained_dpo.report.run_figures import Picture, pictures
+from constrained_dpo.report.scorer_words import measured_lines
 from constrained_dpo.report.words import MEANING, at_bound_warning, certificate_line
 from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.scorer_facts import measured_lines
+from constrained_dpo.run.record import RoundRecord
+from constrained_dpo.run.scorer_facts import read_scorer_facts
 from constrained_dpo.run.status import next_step
 from data_prep.errors import UserError
 from data_prep.files import hash_file, write_atomically
@@ -77,7 +77,7 @@ def _render(contents: Contents, drawn: list[tuple[Picture, dict[str, bytes]]]) -
         "name": recipe.name,
         "run": run.path.name,
         "shown": contents.shown,
-        "verdict": contents.record["verdict"],
+        "verdict": contents.record.verdict,
         "sentence": verdict_sentence(contents),
         "notes": notes(contents),
         "next_step": next_step(run, recipe),
@@ -93,9 +93,9 @@ def _render(contents: Contents, drawn: list[tuple[Picture, dict[str, bytes]]]) -
         "num_prompts": contents.before.index.get_level_values("prompt_id").nunique(),
         "first_responses": FIRST_RESPONSES,
         "extremes": EXTREMES,
-        "left_out": state["left_out"],
-        "law": contents.record["sampling_law"],
-        "hashes": list(_flat({"recipe": state["recipe_hash"], **state["hashes"]})),
+        "left_out": state.left_out,
+        "law": contents.record.sampling_law,
+        "hashes": list(_flat({"recipe": state.recipe_hash, **state.hashes})),
         "sources": list(_sources(contents)),
         "samples_files": [
             contents.name_of(run.reference_file),
@@ -114,17 +114,17 @@ def verdict_sentence(contents: Contents) -> str:
     interval, the round, the confidence."""
     problem, test, confidence = (
         contents.recipe.problem,
-        contents.record["test"],
+        contents.record.test,
         contents.recipe.dual.confidence,
     )
-    verdicts, where = test["verdicts"], f"{test['num_prompts']} unseen test prompts"
+    verdicts, where = test.verdicts, f"{test.num_prompts} unseen test prompts"
     if not problem.constraints:
         return (
             f"No constraint was set: round {contents.shown} reaches E[{problem.reward}] "
-            f"{signed(test['reward'])} on {where}."
+            f"{signed(test.reward)} on {where}."
         )
     parts = [
-        f"{c.name} ({asked(c)}) is {verdicts[c.name]}, u = {interval(test, c.name)}"
+        f"{c.name} ({level_words(c)}) is {verdicts[c.name]}, u = {interval(test, c.name)}"
         for c in problem.constraints
     ]
     start = f"After round {contents.shown}, on {where} and at {100 * confidence:g} % confidence"
@@ -149,7 +149,7 @@ def notes(contents: Contents) -> list[str]:
     lines = []
     if contents.recipe.problem.constraints:
         lines.append(
-            f"{record['verdict'].capitalize()}: {MEANING[record['verdict']]}. Positive u is room "
+            f"{record.verdict.capitalize()}: {MEANING[record.verdict]}. Positive u is room "
             "to spare, negative u is what is missing."
         )
         lines.append(
@@ -163,32 +163,30 @@ def notes(contents: Contents) -> list[str]:
             "at test prompts; a round chosen for its "
             "test verdict has a lower confidence than stated."
         )
-    if "lagrangian" in record:
-        said = certificate_line(
-            contents.records[: contents.shown + 1], contents.recipe.dual.confidence
-        )
-        lines.append(f"{said[0].upper()}{said[1:]}.")
-    for name, value in contents.state["lambda"][-1].items():
+    certificate = certificate_line(contents.records[: contents.shown + 1])
+    lines.append(f"{certificate[0].upper()}{certificate[1:]}.")
+    for name, value in contents.state.lambda_[-1].items():
         if value >= contents.recipe.dual.max_lambda:
             lines.append(at_bound_warning(name))
-    if record["kl"] is None:
-        lines.append(f"KL and objective are not given: {record['kl_reason']}.")
-    for name, count in record.get("truncated_scores", {}).items():
+    if record.kl is None:
+        lines.append(f"KL and objective are not given: {record.kl_reason}.")
+    for name, count in record.truncated_scores.items():
         lines.append(
             f"The scorer of {name} read only the part of {count} texts that fits its window."
         )
-    if unlabelled := record.get("unlabelled_prompts"):
+    if unlabelled := record.unlabelled_prompts:
         lines.append(
             f"{unlabelled} prompts had nothing to compare and no part in this round's fit."
         )
-    lines += [f"{line[0].upper()}{line[1:]}." for line in measured_lines(contents.run)]
-    exact, optimum = (contents.exact_of(v, "test") for v in (record.get("exact"), contents.optimum))
+    facts = measured_lines(read_scorer_facts(contents.run))
+    lines += [f"{line[0].upper()}{line[1:]}." for line in facts]
+    exact, optimum = record.exact_on("test"), contents.optimum_on("test")
     if exact and optimum:
-        here, best, start = (signed(v["objective"]) for v in (exact, optimum, optimum["reference"]))
-        share = share_of_gap_closed(exact, optimum)
-        way = f", {100 * share:.0f} % of the way".replace("-", "−") if np.isfinite(share) else ""
+        here, best, start = (signed(v.objective) for v in (exact, optimum, optimum.reference))
+        share = optimum.share_closed(exact)
+        way = "" if share is None else f", {100 * share:.0f} % of the way".replace("-", "−")
         lines.append(
-            f"Every response of this world is known, and so are exact objectives: π_ref {start}, "
+            f"Every response of this world is listed, and so are exact objectives: π_ref {start}, "
             f"this policy {here}, optimum {best}{way}."
         )
     return lines
@@ -197,20 +195,20 @@ def notes(contents: Contents) -> list[str]:
 def constraint_rows(contents: Contents) -> list[dict[str, str]]:
     """Of every constraint, on the test prompts: what was asked, where π_ref is, the level, what was
     reached, u, verdict."""
-    test, rows = contents.record["test"], []
+    test, rows = contents.record.test, []
     reference = contents.before.groupby("prompt_id")[contents.recipe.problem.names].mean().mean()
     for c in contents.recipe.problem.constraints:
-        reached = test["utilities"][c.name]
+        reached = test.utilities[c.name]
         rows.append(
             {
                 "name": c.name,
-                "asked": asked(c),
+                "asked": level_words(c),
                 "reference": signed(reference[c.name]),
-                "level": signed(reached - test["u"][c.name]),
+                "level": signed(reached - test.u[c.name]),
                 "reached": signed(reached),
                 "u": interval(test, c.name),
-                "verdict": test["verdicts"][c.name],
-                "lambda": f"{contents.record['lambda'][c.name]:.4f}",
+                "verdict": test.verdicts[c.name],
+                "lambda": f"{contents.record.lambda_[c.name]:.4f}",
             }
         )
     return rows
@@ -247,26 +245,26 @@ def round_rows(contents: Contents) -> list[dict]:
         }
     ]
     for record in contents.records:
-        test = record["test"]
+        test = record.test
         rows.append(
             {
-                "round": record["round"],
-                "shown": record["round"] == contents.shown,
-                "reward": signed(test["reward"]),
-                "kl": signed(test["kl"]),
+                "round": record.round,
+                "shown": record.round == contents.shown,
+                "reward": signed(test.reward),
+                "kl": signed(test.kl),
                 "gap": _gap(record),
-                "residual": signed(record.get("residual")),
-                "objective": signed(test["objective"]),
-                "length": f"{test['mean_length']:.1f}",
-                "cut": f"{100 * test['cut_off_fraction']:.0f} %",
+                "residual": signed(record.residual),
+                "objective": signed(test.objective),
+                "length": f"{test.mean_length:.1f}",
+                "cut": f"{100 * test.cut_off_fraction:.0f} %",
                 "constraints": [
                     {
                         "name": n,
-                        "lambda": f"{record['lambda'][n]:.4f}",
-                        "next": f"{record['lambda_next'][n]:.4f}",
+                        "lambda": f"{record.lambda_[n]:.4f}",
+                        "next": f"{record.lambda_next[n]:.4f}",
                         "dual": interval(record, n),
                         "test": interval(test, n),
-                        "verdict": test["verdicts"][n],
+                        "verdict": test.verdicts[n],
                     }
                     for n in problem.names
                 ],
@@ -275,11 +273,11 @@ def round_rows(contents: Contents) -> list[dict]:
     return rows
 
 
-def _gap(record: dict) -> str:
+def _gap(record: RoundRecord) -> str:
     """The Lagrangian gap with twice its standard error, or a dash where there is none."""
-    if record.get("lagrangian_gap") is None:
+    if record.lagrangian_gap is None:
         return "–"
-    return f"{record['lagrangian_gap']:.3f} ± {2 * record['lagrangian_gap_se']:.3f}"
+    return f"{record.lagrangian_gap:.3f} ± {2 * record.lagrangian_gap_se:.3f}"
 
 
 def choose_samples(changes: pd.DataFrame, names: list[str]) -> dict[tuple[str, int], list[str]]:

@@ -1,36 +1,46 @@
-"""What a person reads: phases as they pass, the table of a round, the status of a run, the findings
-of a check.
+"""What a person reads on the terminal: a round in a few lines, its tables, where a run stands.
 
-Every number comes from round.json, state.json, exact.json or the check itself.
+Every number comes from round.json, state.json, exact.json or the record that is printed.
 """
 
-import json
+from collections.abc import Sequence
 
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from constrained_dpo.dual.exact import ExactOptimum
 from constrained_dpo.estimates.certificate import sentence
-from constrained_dpo.problem import ConstrainedProblem
+from constrained_dpo.estimates.measure import Measurement
+from constrained_dpo.estimates.verdict import VIOLATED, overall
+from constrained_dpo.evaluation.record import Evaluation
+from constrained_dpo.problem import ConstrainedProblem, Constraint
 from constrained_dpo.progress import duration
+from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.selection import violated_on_dual
+from constrained_dpo.run.record import RoundRecord, read_optimum
+from constrained_dpo.run.status import RunStatus
+from data_prep.prompts.templates import last_user_text
 from data_prep.tables import read_parquet
 
 MEANING = {
-    "satisfied": "the utility is above its level on fresh samples of unseen prompts, at the "
-    "stated confidence",
-    "undecided": "the interval on unseen prompts contains 0: more test prompts or responses would "
-    "decide",
-    "violated": "the utility is below its level on unseen prompts, at the stated confidence",
+    "satisfied": "the whole interval is above what was asked, on fresh answers to unseen prompts",
+    "undecided": "the interval contains what was asked; more test prompts would decide",
+    "violated": "the whole interval is below what was asked, on fresh answers to unseen prompts",
 }
 
+# rich drops colours under NO_COLOR and in files and pipes.
+COLOURS = {"satisfied": "green", "undecided": "yellow", "violated": "red"}
 
-COLOURS = {
-    "satisfied": "green",
-    "undecided": "yellow",
-    "violated": "red",
-}  # rich drops them under NO_COLOR and in files and pipes
+EMBEDDED_WORLD = (
+    "The embedded world: a small model, trained on the spot, answers requests such as `kid open "
+    "safe` in at most three words. The forceful answer helps most and harms most. Every answer is "
+    "listed, so the best policy is known exactly."
+)
+
+SHOWN_CHARACTERS = 60
+"""Of a prompt or response in the few lines about a round."""
 
 
 def _number(value: float | None) -> str:
@@ -41,157 +51,221 @@ def _verdict(word: str) -> Text:
     return Text(word, style=COLOURS[word])
 
 
+def _slack(measured: Measurement, name: str) -> str:
+    low, high = measured.u_ci_low[name], measured.u_ci_high[name]
+    return f"{measured.u[name]:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def round_lines(run: RunDirectory, record: RoundRecord) -> list[str]:
+    """Say in a few lines what a round came to: asked, measured, verdict, price, example, next."""
+    recipe = run.recipe()
+    problem, test, confidence = recipe.problem, record.test, recipe.dual.confidence
+    columns = ["prompt_id", "split", "response", problem.reward]
+    tables = [
+        read_parquet(f, columns) for f in (run.reference_file, run.samples_file(record.round))
+    ]
+    before, after = (table[table["split"] == "test"] for table in tables)
+    start = float(before.groupby("prompt_id")[problem.reward].mean().mean())
+    lines = [("round", f"{record.round}, judged on {test.num_prompts} prompts never trained on")]
+    for constraint in problem.constraints:
+        lines.append(("asked", _asked(constraint)))
+        lines.append(("measured", _measured(constraint, test, confidence)))
+    if problem.constraints:
+        lines.append(("verdict", f"{record.verdict}: {MEANING[record.verdict]}"))
+    change = test.reward - start
+    words = "gained" if change >= 0 else "paid"
+    lines.append(
+        (
+            "reward",
+            f"{problem.reward} {start:+.2f} → {test.reward:+.2f} ({words} {abs(change):.2f})",
+        )
+    )
+    if test.kl is not None:
+        lines.append(("distance", f"{test.kl:.2f} nats from the reference policy (KL)"))
+    lines += _optimum_lines(record, read_optimum(run))
+    lines.append(("example", _example(run, before, after)))
+    if record.lambda_:
+        moves = (f"{n} {v:.3f} → {record.lambda_next[n]:.3f}" for n, v in record.lambda_.items())
+        lines.append(("weight λ", ", ".join(moves)))
+    for name in record.lambda_next:
+        if record.lambda_next[name] >= recipe.dual.max_lambda:
+            lines.append(("warning", at_bound_warning(name).removeprefix("warning: ")))
+    left = recipe.dual.rounds - record.round - 1
+    rounds = f"plays the {left} rounds that are left" if left > 1 else "plays the last round"
+    more = f"cdpo round {run.path} (plays another; the recipe's are done)"
+    lines.append(("next", f"cdpo run {run.path} ({rounds})" if left > 0 else more))
+    lines.append(("more", f"cdpo status {run.path} --full; cdpo report {run.path}"))
+    return [f"{head:<9} {text}" for head, text in lines]
+
+
+def _asked(constraint: Constraint) -> str:
+    if constraint.margin is not None:
+        return f"{constraint.name} at least {constraint.margin:.2f} above the reference"
+    return f"{constraint.name} at least {constraint.threshold:.2f}"
+
+
+def _measured(constraint: Constraint, test: Measurement, confidence: float) -> str:
+    name, level = constraint.name, constraint.margin
+    shift = level if level is not None else constraint.threshold or 0.0
+    values = (test.u[name], test.u_ci_low[name], test.u_ci_high[name])
+    value, low, high = (u + shift for u in values)
+    above = " above it" if level is not None else ""
+    return f"{name} {value:+.2f}{above}, {100 * confidence:g} % interval {low:+.2f} to {high:+.2f}"
+
+
+def _optimum_lines(
+    record: RoundRecord, optimum: dict[str, ExactOptimum] | None
+) -> list[tuple[str, str]]:
+    best = (optimum or {}).get("test") or (optimum or {}).get("all")
+    exact = record.exact_on("test")
+    share = None if best is None or exact is None else best.share_closed(exact)
+    if share is None:
+        return []
+    return [("optimum", f"{100 * share:.0f} % of the way to the best policy that meets the margin")]
+
+
+def _example(run: RunDirectory, before: pd.DataFrame, after: pd.DataFrame) -> str:
+    """One prompt's first answers before and after: the first that differ."""
+    prompts = run.prompts().set_index("prompt_id")["prompt"]
+    first = [
+        t.drop_duplicates("prompt_id").set_index("prompt_id")["response"] for t in (before, after)
+    ]
+    differing = [pid for pid in first[0].index if first[0][pid] != first[1][pid]]
+    pid = (differing or list(first[0].index))[0]
+    prompt = last_user_text(prompts[pid], run.recipe().prompts.format)
+    prompt, one, other = (_short(text) for text in (prompt, first[0][pid], first[1][pid]))
+    return f"“{prompt}”: “{one}” → “{other}”"
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split()) or "(nothing)"
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+
+
 def print_round(
-    console: Console,
-    run: RunDirectory,
-    record: dict,
-    problem: ConstrainedProblem,
-    confidence: float,
+    console: Console, run: RunDirectory, record: RoundRecord, stopped: str | None
 ) -> None:
-    """The table that ends a round: λ before and after, u with its interval, E[r], KL, objective,
-    verdict, exact values beside them."""
-    exact = record.get("exact")
-    optimum = json.loads(run.exact_file.read_text()) if run.exact_file.exists() else None
-    percent = f"{100 * confidence:g} %"
-    table = Table(title=f"round {record['round']}", title_justify="left")
-    for column in (
-        "constraint",
-        "λ before",
-        "λ after",
-        f"u on dual prompts [{percent}]",
-        f"u on test prompts [{percent}]",
-        "verdict",
-    ):
-        table.add_column(column, justify="left" if column == "constraint" else "right")
-    for name in problem.names:
-        cells = [name, f"{record['lambda'][name]:.4f}", f"{record['lambda_next'][name]:.4f}"]
-        for part in (record, record["test"]):
-            cells.append(
-                f"{part['u'][name]:+.3f} [{part['u_ci_low'][name]:+.3f}, "
-                f"{part['u_ci_high'][name]:+.3f}]"
-            )
-        table.add_row(*cells, _verdict(record["test"]["verdicts"][name]))
-        if exact and optimum:
-            for split in exact:
-                best = f"{optimum[split]['lambda'][name]:.4f}"
-                value = f"{exact[split]['u'][name]:+.3f}"
-                shown = ["", value] if split == "test" else [value, ""]
-                table.add_row(f"  exact ({split})", "", f"λ* {best}", *shown, "", style="dim")
-    console.print(table)
+    """Print what a round came to, in lines that a newcomer can follow.
 
-    reference = read_parquet(
-        run.reference_file, columns=["prompt_id", "split", "token_ids", "ended", problem.reward]
-    )
-    values = Table()
-    for column in (
-        "",
-        f"E[{problem.reward}]",
-        "KL (nats)",
-        f"objective E[{problem.reward}] − β KL",
-        "mean tokens",
-        "cut off",
-    ):
-        values.add_column(column, justify="right" if column else "left")
-    for split, part in (("dual", record), ("test", record["test"])):
-        values.add_row(
-            f"{split} prompts",
-            f"{part['reward']:+.3f} ± {part['reward_se']:.3f}",
-            _number(part["kl"]),
-            _number(part["objective"]),
-            f"{part['mean_length']:.1f}",
-            f"{100 * part['cut_off_fraction']:.0f} %",
-        )
-        if exact and split in exact:
-            e = exact[split]
-            values.add_row(
-                f"  exact ({split})",
-                *(_number(e[k]) for k in ("reward", "kl", "objective")),
-                "",
-                "",
-                style="dim",
-            )
-        base = reference[reference["split"] == split]
-        start = base.groupby("prompt_id")[problem.reward].mean().mean()
-        length, cut_off = (
-            base["token_ids"].map(len).mean(),
-            100 * (~base["ended"].astype(bool)).mean(),
-        )
-        values.add_row(
-            "  π_ref", _number(start), "", "", f"{length:.1f}", f"{cut_off:.0f} %", style="dim"
-        )
-        if optimum and split in optimum:
-            for label, key in (("  exact π_ref", "reference"), ("  exact optimum P*", "optimal")):
-                o = optimum[split][key]
-                values.add_row(
-                    label,
-                    *(_number(o[k]) for k in ("reward", "kl", "objective")),
-                    "",
-                    "",
-                    style="dim",
-                )
-    console.print(values)
-    if record["kl"] is None:
-        console.print(f"KL and objective are null: {record['kl_reason']}.")
-    console.print(
-        certificate_line([run.round_record(t) for t in range(record["round"] + 1)], confidence)
-    )
-    console.print(
-        Text.assemble(
-            "verdict on the test prompts: ",
-            _verdict(record["verdict"]),
-            f" ({MEANING[record['verdict']]})",
-        )
-    )
-    if exact and optimum:
-        from constrained_dpo.dual.exact import share_of_gap_closed
+    stopped: why no further round follows.
+    """
+    for line in round_lines(run, record):
+        console.print(line, soft_wrap=True)
+    if stopped is not None:
+        console.print(stopped, soft_wrap=True)
 
-        shares = {
-            split: share_of_gap_closed(values, optimum[split]) for split, values in exact.items()
-        }
-        said = [
-            f"{100 * share:.0f} % on {split} prompts"
-            for split, share in shares.items()
-            if share == share
-        ]
-        # with margins so high that P* lies below π_ref's objective there is no such way
-        if said:
+
+def print_tables(console: Console, run: RunDirectory, record: RoundRecord) -> None:
+    """Print a round's tables: λ and u by constraint, then reward, KL and objective, then claims."""
+    recipe, optimum = run.recipe(), read_optimum(run)
+    console.print(_constraint_table(record, recipe.problem, optimum, recipe.dual.confidence))
+    console.print(_value_table(run, record, recipe.problem, optimum))
+    if record.kl is None:
+        console.print(f"KL and objective are null: {record.kl_reason}.")
+    meaning = f" ({MEANING[record.verdict]})"
+    console.print(Text.assemble("verdict on the test prompts: ", _verdict(record.verdict), meaning))
+    for split, policy in (record.exact or {}).items():
+        share = optimum[split].share_closed(policy) if optimum else None
+        if share is not None:
             console.print(
-                f"way from π_ref to the exact optimum P*, in exact objective: {', '.join(said)}"
+                f"exact objective on {split} prompts: {100 * share:.0f} % of the way from π_ref to "
+                "the optimum P*"
             )
 
 
-def certificate_line(records: list[dict], confidence: float) -> str:
-    """The certificate of the last of these rounds in a sentence, with what a reader needs to weigh
-    it."""
+def _constraint_table(
+    record: RoundRecord,
+    problem: ConstrainedProblem,
+    optimum: dict[str, ExactOptimum] | None,
+    confidence: float,
+) -> Table:
+    percent = f"{100 * confidence:g} %"
+    table = Table("constraint", title=f"round {record.round}", title_justify="left")
+    for column in ("λ before", "λ after", f"u on dual prompts [{percent}]"):
+        table.add_column(column, justify="right")
+    table.add_column(f"u on test prompts [{percent}]", justify="right")
+    table.add_column("verdict", justify="right")
+    for name in problem.names:
+        before, after = record.lambda_[name], record.lambda_next[name]
+        slacks = _slack(record, name), _slack(record.test, name)
+        word = _verdict(record.test.verdicts[name])
+        table.add_row(name, f"{before:.4f}", f"{after:.4f}", *slacks, word)
+        for split, policy in (record.exact or {}).items():
+            if optimum:
+                value, best = f"{policy.u[name]:+.3f}", f"{optimum[split].lambda_[name]:.4f}"
+                cells = ["", value] if split == "test" else [value, ""]
+                table.add_row(f"  exact ({split})", "", f"λ* {best}", *cells, "", style="dim")
+    return table
+
+
+def _value_table(
+    run: RunDirectory,
+    record: RoundRecord,
+    problem: ConstrainedProblem,
+    optimum: dict[str, ExactOptimum] | None,
+) -> Table:
+    columns = ["prompt_id", "split", "token_ids", "ended", problem.reward]
+    reference = read_parquet(run.reference_file, columns=columns)
+    reward = f"E[{problem.reward}]"
+    table = Table("")
+    for column in (reward, "KL (nats)", f"objective {reward} − β KL", "mean tokens", "cut off"):
+        table.add_column(column, justify="right")
+    for split, measured in (("dual", record), ("test", record.test)):
+        table.add_row(
+            f"{split} prompts",
+            f"{measured.reward:+.3f} ± {measured.reward_se:.3f}",
+            _number(measured.kl),
+            _number(measured.objective),
+            f"{measured.mean_length:.1f}",
+            f"{100 * measured.cut_off_fraction:.0f} %",
+        )
+        base = reference[reference["split"] == split]
+        start = float(base.groupby("prompt_id")[problem.reward].mean().mean())
+        length = f"{base['token_ids'].map(len).mean():.1f}"
+        cut_off = f"{100 * (~base['ended'].astype(bool)).mean():.0f} %"
+        exact, best = (record.exact or {}).get(split), (optimum or {}).get(split)
+        rows = [(f"  exact ({split})", exact)]
+        rows += (
+            [("  exact π_ref", best.reference), ("  exact optimum P*", best.optimal)]
+            if best
+            else []
+        )
+        table.add_row("  π_ref", _number(start), "", "", length, cut_off, style="dim")
+        for label, policy in rows:
+            if policy is not None:
+                cells = (policy.reward, policy.kl, policy.objective)
+                table.add_row(label, *map(_number, cells), "", "", style="dim")
+    return table
+
+
+def certificate_line(records: Sequence[RoundRecord]) -> str:
+    """Say the certificate of the last of these rounds, with what a reader needs to weigh it."""
     record = records[-1]
-    said = sentence(record, records, not violated_on_dual(record, confidence))
-    if record.get("ess") is None:
-        return f"certificate (dual prompts): {said}"
-    details = f"effective sample size {record['ess']:.1f}"
-    if record["residual"] is not None:
-        details += f", off-policy residual {record['residual']:.3f}"
-    if (exact := (record.get("exact") or {}).get("dual")) and "lagrangian_gap" in exact:
-        details += f"; exact distance from the best policy at this λ {exact['lagrangian_gap']:.3f}"
-    return f"certificate (dual prompts): {said} ({details})"
+    meets = overall(record.verdicts) != VIOLATED
+    line = f"certificate (dual prompts): {sentence(records, record.objective, meets)}"
+    if record.ess is None:
+        return line
+    details = f"effective sample size {record.ess:.1f}"
+    if record.residual is not None:
+        details += f", off-policy residual {record.residual:.3f}"
+    if (exact := (record.exact or {}).get("dual")) is not None:
+        details += f"; exact distance from the best policy at this λ {exact.lagrangian_gap:.3f}"
+    return f"{line} ({details})"
 
 
-def print_samples(
-    console: Console, run: RunDirectory, number: int, objectives: list[str], count: int = 5
-) -> None:
-    """The first response to a few test prompts under π_ref and under the round's policy, with their
-    scores."""
-    from data_prep.prompts.templates import last_user_text
-
-    chat = run.recipe().prompts.format
+def print_samples(console: Console, run: RunDirectory, number: int, count: int = 5) -> None:
+    """Print the first response to a few test prompts under π_ref and under a round's policy."""
+    recipe = run.recipe()
+    chat, objectives = recipe.prompts.format, recipe.problem.objectives
     prompts = run.prompts()
     prompts = prompts[prompts["split"] == "test"].head(count)
-    before = read_parquet(run.reference_file).drop_duplicates("prompt_id").set_index("prompt_id")
-    after = (
-        read_parquet(run.samples_file(number)).drop_duplicates("prompt_id").set_index("prompt_id")
+    before, after = (
+        read_parquet(file).drop_duplicates("prompt_id").set_index("prompt_id")
+        for file in (run.reference_file, run.samples_file(number))
     )
     title = (
-        "one answer each, before and after (test prompts; independent draws, so single "
-        "changes are partly luck)"
+        "one answer each, before and after (test prompts; independent draws, so single changes "
+        "are partly luck)"
     )
     table = Table(title=title, title_justify="left", show_lines=True)
     for column in ("prompt", "reference policy", "this policy"):
@@ -205,124 +279,84 @@ def print_samples(
     console.print(table)
 
 
-def print_evaluation(
-    console: Console, record: dict, problem: ConstrainedProblem, confidence: float
-) -> None:
-    """Every score before and after with its paired difference, u and verdict where it is a
-    constraint, then KL and lengths."""
-    table = Table(
-        title=f"{record['key']}: {record['num_prompts']} prompts, {record['num_samples']} "
-        "responses",
-        title_justify="left",
-    )
-    percent = f"{100 * confidence:g} %"
-    for column in (
-        "score",
-        "π_ref",
-        "policy",
-        f"difference [{percent}]",
-        f"u [{percent}]",
-        "verdict",
-    ):
-        table.add_column(column, justify="left" if column == "score" else "right")
-    for name, row in record["change"].items():
-        slack = verdict = ""
-        if name in problem.names:
-            slack = (
-                f"{record['u'][name]:+.3f} [{record['u_ci_low'][name]:+.3f}, "
-                f"{record['u_ci_high'][name]:+.3f}]"
-            )
-            verdict = record["verdicts"][name]
-        change = f"{row['difference']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
-        table.add_row(
-            name, f"{row['reference']:+.3f}", f"{row['policy']:+.3f}", change, slack, verdict
-        )
+def print_evaluation(console: Console, record: Evaluation, recipe: Recipe) -> None:
+    """Print every score before and after, u and verdict of the constraints, KL and lengths."""
+    problem, percent = recipe.problem, f"{100 * recipe.dual.confidence:g} %"
+    title = f"{record.key}: {record.num_prompts} prompts, {record.num_samples} responses"
+    table = Table("score", title=title, title_justify="left")
+    for column in ("π_ref", "policy", f"difference [{percent}]", f"u [{percent}]", "verdict"):
+        table.add_column(column, justify="right")
+    for name, row in record.change.items():
+        constrained = name in problem.names
+        slack, word = (_slack(record, name), record.verdicts[name]) if constrained else ("", "")
+        change = f"{row.difference:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
+        table.add_row(name, f"{row.reference:+.3f}", f"{row.policy:+.3f}", change, slack, word)
     console.print(table)
     console.print(
-        f"KL {_number(record['kl'])} nats; mean length {record['mean_length']:.1f} tokens, "
-        f"{100 * record['cut_off_fraction']:.0f} % cut off"
+        f"KL {_number(record.kl)} nats; mean length {record.mean_length:.1f} tokens, "
+        f"{100 * record.cut_off_fraction:.0f} % cut off"
     )
-    if record["kl"] is None:
-        console.print(f"KL and objective are null: {record['kl_reason']}.")
-    if trained := record["trained_prompts"]:
+    if record.kl is None:
+        console.print(f"KL and objective are null: {record.kl_reason}.")
+    if record.trained_prompts:
         console.print(
-            f"warning: {trained} of the {record['num_prompts']} prompts were fitted on: this is "
-            "no measurement on unseen prompts"
+            f"warning: {record.trained_prompts} of the {record.num_prompts} prompts were fitted "
+            "on: this is no measurement on unseen prompts"
         )
-        console.print(f"verdict on these prompts: {record['verdict']}")
+        console.print(f"verdict on these prompts: {record.verdict}")
     else:
-        console.print(f"verdict: {record['verdict']} ({MEANING[record['verdict']]})")
+        console.print(f"verdict: {record.verdict} ({MEANING[record.verdict]})")
 
 
 def at_bound_warning(name: str) -> str:
-    """What a multiplier at dual.max_lambda means."""
+    """Say what a multiplier at dual.max_lambda means."""
     return (
         f"warning: λ({name}) is at dual.max_lambda: more weight on {name} was not enough to reach "
-        "its level; lower the margin or threshold "
-        f"of {name}, or give more responses per prompt"
+        f"its level; lower the margin or threshold of {name}, or give more responses per prompt"
     )
 
 
-def print_status(console: Console, content: dict[str, object]) -> None:
-    console.print(f"{content['name']}\n{content['problem']}")
-    if content["rounds"]:
+def print_status(console: Console, status: RunStatus) -> None:
+    """Print where a run stands: a row per round, λ for the next one, what happens next."""
+    console.print(f"{status.name}\n{status.problem}")
+    if status.rounds:
         table = Table()
-        for column in (
-            "round",
-            "λ",
-            "u on dual prompts",
-            "u on test prompts",
-            f"E[{content['reward']}]",
-            "KL",
-            "objective",
-            "gap at λ",
-            "verdict on test",
-        ):
+        head = ["round", "λ", "u on dual prompts", "u on test prompts", f"E[{status.reward}]", "KL"]
+        for column in (*head, "objective", "gap at λ", "verdict on test"):
             table.add_column(column, justify="right")
-        for row in content["rounds"]:
-            lambdas = "\n".join(f"{n} {v:.4f}" for n, v in row["lambda"].items())
-            slacks = [
-                "\n".join(
-                    f"{v:+.3f} [{part['u_ci_low'][n]:+.3f}, {part['u_ci_high'][n]:+.3f}]"
-                    for n, v in part["u"].items()
-                )
-                for part in (row, row["test"])
-            ]
-            values = (_number(row[k]) for k in ("reward", "kl", "objective", "lagrangian_gap"))
-            table.add_row(str(row["round"]), lambdas, *slacks, *values, _verdict(row["verdict"]))
+        for record in status.rounds:
+            lambdas = "\n".join(f"{n} {v:.4f}" for n, v in record.lambda_.items())
+            slacks = ("\n".join(_slack(m, n) for n in m.u) for m in (record, record.test))
+            values = (record.reward, record.kl, record.objective, record.lagrangian_gap)
+            word = _verdict(record.verdict)
+            table.add_row(str(record.round), lambdas, *slacks, *map(_number, values), word)
         console.print(table)
-        console.print(content["certificate"])
-        chosen = {"best": content["best"], "best-dual": content["best_dual"]}
-        said = [
-            f"--round {name}: " + ("none qualifies" if number is None else f"round {number}")
-            for name, number in chosen.items()
-        ]
-        console.print("; ".join(said))
-    if content["lambda"]:
-        console.print(
-            "λ for the next round: "
-            + ", ".join(f"{n} {v:.4f}" for n, v in content["lambda"].items())
-        )
-    for name in content["at_max_lambda"]:
+        console.print(certificate_line(status.rounds))
+        choices = {"best": status.best, "best-dual": status.best_dual}
+        words = ("none qualifies" if n is None else f"round {n}" for n in choices.values())
+        lines = (f"--round {c}: {w}" for c, w in zip(choices, words, strict=True))
+        console.print("; ".join(lines))
+    if status.lambda_:
+        values = ", ".join(f"{n} {v:.4f}" for n, v in status.lambda_.items())
+        console.print(f"λ for the next round: {values}")
+    for name in status.at_max_lambda:
         console.print(at_bound_warning(name))
-    left_out = {k: v for k, v in content["left_out"].items() if v}
-    if left_out:
-        console.print("prompts left out: " + ", ".join(f"{v} {k}" for k, v in left_out.items()))
-    if content["dataset"]:
-        console.print(describe_answers(content["dataset"]))
-    console.print(f"next: {content['next']}")
-    if content["rounds_left"] and content["seconds_per_round"] is not None:
+    if left_out := {why: n for why, n in status.left_out.items() if n}:
+        console.print("prompts left out: " + ", ".join(f"{n} {why}" for why, n in left_out.items()))
+    if status.dataset:
+        console.print(describe_answers(status.dataset))
+    console.print(f"next: {status.next}")
+    if status.rounds_left and status.seconds_per_round is not None:
         console.print(
-            f"expected from the rounds so far: {duration(content['seconds_per_round'])} a round, "
-            f"{duration(content['seconds_left'])} for the {content['rounds_left']} left"
+            f"expected from the rounds so far: {duration(status.seconds_per_round)} a round, "
+            f"{duration(status.seconds_left or 0.0)} for the {status.rounds_left} left"
         )
 
 
 def describe_answers(counts: dict) -> str:
-    """The dataset's responses in the pool, in words."""
+    """Say how many of a dataset's responses are in the pool."""
     left_out = ", ".join(f"{n} {why}" for why, n in counts["left_out"].items() if n) or "none"
     return (
         f"the dataset's responses: {counts['responses']} to {counts['prompts']} prompts "
-        f"({counts['prompts_without']} without); "
-        f"left out: {left_out}"
+        f"({counts['prompts_without']} without); left out: {left_out}"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from constrained_dpo.recipe.load import RecipeSource, read_document, recipe_text, validated
 from constrained_dpo.recipe.schema import Recipe
-from constrained_dpo.run.directory import VERSION, RunDirectory
+from constrained_dpo.run.directory import RunDirectory, RunState
 from data_prep.errors import UserError
 from data_prep.files import unwritable, write_atomically
 from data_prep.tables import read_parquet, without_scores, write_parquet
@@ -26,14 +26,13 @@ def init_run(
     """
     document = read_document(recipe_source, overrides)
     recipe = validated(recipe_source, document)
-    recipe = recipe.with_reference_stds(
-        dict.fromkeys(recipe.problem.names)
-    )  # another run's, where its recipe.yaml is the recipe
+    # Another run's unit of margins, where that run's recipe.yaml is the recipe.
+    recipe = recipe.with_reference_stds(dict.fromkeys(recipe.problem.names))
     run = RunDirectory(path)
     asked = recipe.model_dump(mode="json")["dual"]["step_scale"]
     if run.state_file.exists():
         state = run.state()
-        if state["recipe_hash"] != recipe.hash() or state["asked_step_scale"] != asked:
+        if state.recipe_hash != recipe.hash() or state.asked_step_scale != asked:
             raise UserError(
                 f"{path}: is a run of another recipe (or other -s settings); choose another run "
                 "directory"
@@ -43,16 +42,14 @@ def init_run(
         raise UserError(f"{path}: cannot be written (it is a file); choose a run directory")
     if run.path.exists() and any(run.path.iterdir()) and not run.recipe_file.exists():
         raise UserError(f"{path}: exists and is not a run directory; choose an empty or new folder")
-    state = {
-        "version": VERSION,
-        "recipe_hash": recipe.hash(),
-        "asked_step_scale": asked,
-        "lambda": [],
-        "hashes": {},
-        "left_out": {},
-    }
-    if source is not None:
-        state["inherited"] = _inheritance(recipe, source)
+    state = RunState(
+        recipe_hash=recipe.hash(),
+        asked_step_scale=asked,
+        lambda_=[],
+        hashes={},
+        left_out={},
+        inherited=None if source is None else _inheritance(recipe, source),
+    )
     try:
         write_atomically(run.recipe_file, recipe_text(recipe, document).encode())
         if source is not None:
@@ -76,15 +73,12 @@ _SAMPLED_WITH = (
 )
 
 
-def _inheritance(recipe: Recipe, source: RunDirectory) -> dict[str, object]:
+def _inheritance(recipe: Recipe, source: RunDirectory) -> dict[str, str]:
     """Path and hashes of the run that is taken over; raises UserError when it is not prepared or
     was sampled otherwise."""
-    state, theirs, ours = (
-        source.state(),
-        source.recipe().model_dump(mode="json"),
-        recipe.model_dump(mode="json"),
-    )
-    if not state["lambda"]:
+    state = source.state()
+    theirs, ours = (r.model_dump(mode="json") for r in (source.recipe(), recipe))
+    if not state.prepared:
         raise UserError(
             f"--from {source.path}: is not prepared yet; run `cdpo prepare {source.path}` first"
         )
@@ -92,21 +86,22 @@ def _inheritance(recipe: Recipe, source: RunDirectory) -> dict[str, object]:
         del content["policy"]["lora"]
     for key in _SAMPLED_WITH:
         block, _, name = key.partition(".")
-        mine, other = (
+        here, there = (
             content[block][name] if name else content[block] for content in (ours, theirs)
         )
-        if mine != other:
-            if isinstance(mine, dict):
-                odd = [k for k in mine if mine[k] != other.get(k)]
-                key, mine, other = f"{key}.{odd[0]}", mine[odd[0]], other.get(odd[0])
+        if here != there:
+            if isinstance(here, dict):
+                differing = next(k for k in here if here[k] != there.get(k))
+                key = f"{key}.{differing}"
+                here, there = here[differing], there.get(differing)
             raise UserError(
-                f"--from {source.path}: {key} differs ({other} there, {mine} here), so its "
+                f"--from {source.path}: {key} differs ({there} there, {here} here), so its "
                 "responses cannot be used again"
             )
     return {
         "from": str(source.path.resolve()),
-        "policy": state["hashes"]["policy"],
-        "law": state["hashes"]["law"],
+        "policy": state.hashes["policy"],
+        "law": state.hashes["law"],
     }
 
 

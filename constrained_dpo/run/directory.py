@@ -6,16 +6,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from pydantic import Field
 
 from constrained_dpo.recipe.load import load_recipe, read_document, recipe_text
 from constrained_dpo.recipe.schema import Recipe
 from data_prep.errors import UserError
 from data_prep.files import hold, read_json, write_atomically, write_json
+from data_prep.records import Record
 from data_prep.tables import read_parquet
 
 VERSION = 1
+
+
+class RunState(Record):
+    """state.json: how far a run is, and what its numbers depend on.
+
+    lambda_: the multipliers of every round begun, one dict per round; asked_step_scale:
+    dual.step_scale before `prepare` made numbers of it; hashes: of policy, scorers, sampling law
+    and prompts; left_out: prompts by reason; inherited: the run whose samples were taken over.
+    """
+
+    version: int = VERSION
+    recipe_hash: str
+    asked_step_scale: str | dict[str, float]
+    lambda_: list[dict[str, float]] = Field(alias="lambda")
+    hashes: dict[str, Any]
+    left_out: dict[str, int]
+    inherited: dict[str, str] | None = None
+
+    @property
+    def prepared(self) -> bool:
+        return bool(self.lambda_)
+
+    @property
+    def rounds_done(self) -> int:
+        return max(len(self.lambda_) - 1, 0)
 
 
 @dataclass(frozen=True)
@@ -138,7 +166,7 @@ class RunDirectory:
         """The frozen recipe; raises UserError when it was edited after init."""
         self._require()
         recipe = load_recipe(self.recipe_file)
-        if recipe.hash() != self.state()["recipe_hash"]:
+        if recipe.hash() != self.state().recipe_hash:
             raise UserError(
                 f"{self.recipe_file}: was changed after init; restore it, or start another run "
                 "with `cdpo init`"
@@ -162,29 +190,20 @@ class RunDirectory:
                 f"RECIPE {self.path}`"
             )
 
-    def state(self) -> dict:
-        """state.json: version, recipe_hash, lambda (one dict per round begun), hashes of inputs,
-        left_out counts."""
+    def state(self) -> RunState:
+        """Read state.json. Raises UserError where it is damaged or of another version."""
         self._require()
-        state = read_json(self.state_file)
-        if state.get("version") != VERSION:
+        content = read_json(self.state_file)
+        if content.get("version") != VERSION:
             raise UserError(
-                f"{self.state_file}: version {state.get('version')}, this program reads "
+                f"{self.state_file}: version {content.get('version')}, this program reads "
                 f"{VERSION}; use the release that wrote it"
             )
-        missing = [
-            key
-            for key in ("recipe_hash", "asked_step_scale", "lambda", "hashes", "left_out")
-            if key not in state
-        ]
-        if missing:
-            raise UserError(
-                f"{self.state_file}: lacks {', '.join(missing)}; restore it from a backup"
-            )
-        return state
+        return RunState.from_json(content, self.state_file)
 
-    def write_state(self, state: dict) -> None:
-        write_json(self.state_file, state)
+    def write_state(self, state: RunState) -> None:
+        """Replace state.json; the last thing that a phase does."""
+        write_json(self.state_file, state.to_json())
 
     def prompts(self) -> pd.DataFrame:
         return read_parquet(self.prompts_file)
@@ -193,12 +212,9 @@ class RunDirectory:
         """Counts of the dataset's responses in the pool, or None."""
         return read_json(self.dataset_record_file) if self.dataset_record_file.exists() else None
 
-    def round_record(self, round_number: int) -> dict:
-        return read_json(self.round_file(round_number))
-
     def rounds_done(self) -> int:
-        """Number of rounds whose dual step is in state.json."""
-        return max(len(self.state()["lambda"]) - 1, 0)
+        """Count the rounds whose dual step is in state.json."""
+        return self.state().rounds_done
 
     def pool(self, before_round: int) -> pd.DataFrame:
         """The scored responses a round's pairs are drawn from: π_ref's, the dataset's, and those of
@@ -219,8 +235,7 @@ class RunDirectory:
         self._require()
         with hold(self.path):
             for checkpoints in list(self.path.glob("rounds/*/.checkpoints")):
-                if (
-                    checkpoints.parent / "adapter"
-                ).exists():  # killed between the adapter and the end of its checkpoints
+                # Killed between the adapter and the end of its checkpoints.
+                if (checkpoints.parent / "adapter").exists():
                     shutil.rmtree(checkpoints)
             yield

@@ -1,96 +1,53 @@
 """Everything before round 0: π_ref's scored responses, margins, step scale, λ_0."""
 
 import shutil
+from typing import Any
 
 import pandas as pd
 
 from constrained_dpo.launch import is_main, wait
-from constrained_dpo.learners.collect import collect
-from constrained_dpo.learners.dataset_answers import prepare_dataset_pool
+from constrained_dpo.learners.collect import Collection, collect
+from constrained_dpo.learners.dataset_answers import (
+    answer_counts,
+    collect_answers,
+    tokenized_answers,
+)
+from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.learners.protocol import Learner
-from constrained_dpo.progress import Announce, silent, timed
+from constrained_dpo.progress import timed
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.multipliers import initial_multipliers, resolve_margins, resolve_step_scale
 from constrained_dpo.run.scorer_facts import scorer_facts
-from constrained_dpo.run.steering import initial_multipliers, resolve_margins, resolve_step_scale
 from data_prep.errors import UserError
 from data_prep.files import hash_file, write_json
+from data_prep.prompts.preference_rows import given_pairs
 from data_prep.tables import read_parquet, write_parquet
 
 
 def prepare(
-    run: RunDirectory,
-    recipe: Recipe,
-    learner: Learner,
-    left_out: dict[str, int],
-    announce: Announce = silent,
+    run: RunDirectory, recipe: Recipe, learner: Learner, left_out: dict[str, int]
 ) -> Recipe:
-    """Everything before round 0: prompts, π_ref's scored responses, ḡ_ref, the step's scale, λ_0.
-    Returns the resolved recipe.
+    """Sample and score π_ref, find margins, the step's scale and λ_0; return the resolved recipe.
 
     left_out: counts of prompts left out, for state.json. Raises UserError for a score that is
     constant on the reference pool.
     """
-    problem, sampling, dual = recipe.problem, recipe.sampling, recipe.dual
-    prompts = learner.prompts
     if is_main():
-        _keep_prompts(run, prompts)
+        _keep_prompts(run, learner.prompts)
     wait()
-    identity: dict[str, object] = {}
-    timed(announce, "prepare: load policy and scorers", lambda: identity.update(learner.identity()))
-    inherited = run.state().get("inherited", {})
-    for key in ("policy", "law"):
-        if inherited and identity[key] != inherited[key]:
-            raise UserError(
-                f"{run.path}: {key} is not that of {inherited['from']}, whose responses it takes "
-                "over; init it without --from"
-            )
-
-    def reference_samples(phase: str, chosen: pd.DataFrame, count: int) -> pd.DataFrame:
-        return collect(
-            run,
-            learner,
-            chosen,
-            phase=phase,
-            round_number=0,
-            responses_per_prompt=count,
-            adapter=None,
-            source=f"reference-{phase}",
-            shard_size=sampling.shard_size,
-            objectives=problem.objectives,
-            seed=recipe.seed,
-            known=read_parquet(run.inherited_file(phase)) if inherited else None,
-        )
-
-    def sample_pool() -> None:
-        pool = reference_samples(
-            "pool", prompts[prompts["split"] != "test"], sampling.responses_per_prompt
-        )
-        _require_varying(pool, problem.objectives)
-        if is_main():
-            write_parquet(pool, run.pool_file(None))
-
-    def sample_reference() -> None:
-        reference = reference_samples(
-            "reference", prompts[prompts["split"] != "fit"], dual.responses_per_prompt
-        )
-        if recipe.pool.source == "dataset":
-            _require_varying(reference, problem.objectives)
-        if is_main():
-            write_parquet(_with_split(reference, prompts), run.reference_file)
-
+    identity: dict[str, Any] = {}
+    timed("prepare: load policy and scorers", lambda: identity.update(learner.identity()))
+    _require_inherited(run, identity)
     if recipe.pool.source != "dataset" and not run.pool_file(None).exists():
-        timed(announce, "prepare: sample and score π_ref on fit prompts", sample_pool)
+        phase = "prepare: sample and score π_ref on fit prompts"
+        timed(phase, lambda: _sample_pool(run, recipe, learner))
     if not run.reference_file.exists():
-        timed(
-            announce, "prepare: sample and score π_ref on dual and test prompts", sample_reference
-        )
+        phase = "prepare: sample and score π_ref on dual and test prompts"
+        timed(phase, lambda: _sample_reference(run, recipe, learner))
     if recipe.pool.source != "reference" and not run.dataset_pool_file.exists():
-        timed(
-            announce,
-            "prepare: read and score the dataset's responses",
-            lambda: prepare_dataset_pool(run, learner),
-        )
+        phase = "prepare: read and score the dataset's responses"
+        timed(phase, lambda: _prepare_dataset_pool(run, learner))
     wait()
     if is_main():
         recipe = _begin(run, recipe, learner, identity, left_out)
@@ -108,36 +65,105 @@ def _keep_prompts(run: RunDirectory, prompts: pd.DataFrame) -> None:
         )
 
 
+def _require_inherited(run: RunDirectory, identity: dict[str, Any]) -> None:
+    inherited = run.state().inherited
+    for key in ("policy", "law") if inherited else ():
+        if identity[key] != inherited[key]:
+            raise UserError(
+                f"{run.path}: {key} is not that of {inherited['from']}, whose responses it takes "
+                "over; init it without --from"
+            )
+
+
+def _reference_samples(
+    run: RunDirectory, recipe: Recipe, learner: Learner, phase: str, count: int
+) -> pd.DataFrame:
+    """π_ref's scored responses to the prompts of a phase: pool (fit and dual) or reference (dual
+    and test)."""
+    prompts, without = learner.prompts, "test" if phase == "pool" else "fit"
+    job = Collection(
+        phase=phase,
+        folder=run.shard_folder(phase),
+        source=f"reference-{phase}",
+        responses_per_prompt=count,
+        shard_size=recipe.sampling.shard_size,
+        objectives=recipe.problem.objectives,
+        seed=recipe.seed,
+        given=read_parquet(run.inherited_file(phase)) if run.state().inherited else None,
+    )
+    return collect(learner, prompts[prompts["split"] != without], job)
+
+
+def _sample_pool(run: RunDirectory, recipe: Recipe, learner: Learner) -> None:
+    count = recipe.sampling.responses_per_prompt
+    pool = _reference_samples(run, recipe, learner, "pool", count)
+    _require_varying(pool, recipe.problem.objectives)
+    if is_main():
+        write_parquet(pool, run.pool_file(None))
+
+
+def _sample_reference(run: RunDirectory, recipe: Recipe, learner: Learner) -> None:
+    count = recipe.dual.responses_per_prompt
+    reference = _reference_samples(run, recipe, learner, "reference", count)
+    if recipe.pool.source == "dataset":
+        _require_varying(reference, recipe.problem.objectives)
+    if is_main():
+        write_parquet(with_split(reference, learner.prompts), run.reference_file)
+
+
+def _prepare_dataset_pool(run: RunDirectory, learner: LoraLearner) -> None:
+    """Writes pool/dataset.parquet, and before it its labels (pool/given.parquet) and counts
+    (pool/dataset.json)."""
+    column, inherited = learner.recipe.fit.label_column, run.inherited_file("dataset")
+    answers, table = tokenized_answers(learner, label=column)
+    pairs = None if column is None else given_pairs(answers)
+    given = read_parquet(inherited) if inherited.exists() else None
+    if given is not None and set(given["response_id"]) != set(table["response_id"]):
+        raise UserError(
+            f"{run.path}: the dataset's responses are not those of the run it takes over; restore "
+            "them, or init without --from"
+        )
+    folder = run.shard_folder("dataset")
+    pool = collect_answers(learner, table, folder, phase="dataset", scored=True, given=given)
+    if is_main():
+        num_prompts = int((learner.prompts["split"] != "test").sum())
+        if pairs is not None:
+            write_parquet(pairs, run.given_pairs_file)
+        write_json(run.dataset_record_file, answer_counts(table, num_prompts, answers.left_out))
+        write_parquet(pool, run.dataset_pool_file)
+
+
 def _begin(
     run: RunDirectory,
     recipe: Recipe,
     learner: Learner,
-    identity: dict[str, object],
+    identity: dict[str, Any],
     left_out: dict[str, int],
 ) -> Recipe:
     """The end of `prepare`, from π_ref's scored responses: margins, what is known of the scorers,
     exact optimum, step scale, λ_0, state. Returns the resolved recipe."""
     recipe = resolve_margins(run, recipe)
     if not run.scorers_file.exists():
-        pool = _own_responses(run, recipe)
-        write_json(run.scorers_file, scorer_facts(recipe, pool, learner.measured_scorers(pool)))
-    optimum = learner.optimum()
-    if optimum is not None and not run.exact_file.exists():
-        write_json(run.exact_file, optimum)
+        pool = _reference_responses(run, recipe)
+        facts = scorer_facts(recipe, pool, learner.measured_scorers(pool))
+        write_json(run.scorers_file, {name: fact.to_json() for name, fact in facts.items()})
+    if learner.exact is not None and not run.exact_file.exists():
+        optimum = learner.exact.optimum(recipe.problem)
+        write_json(run.exact_file, {split: best.to_json() for split, best in optimum.items()})
     recipe = resolve_step_scale(run, recipe)
     state = run.state()
-    if not state["lambda"]:
-        state |= {
+    if not state.prepared:
+        drop_shards(run, "pool", "reference", "dataset")
+        measured = {
             "hashes": {**identity, "prompts": hash_file(run.prompts_file)[:16]},
             "left_out": left_out,
-            "lambda": [initial_multipliers(run, recipe).to_dict()],
+            "lambda_": [initial_multipliers(run, recipe).to_dict()],
         }
-        _drop_shards(run, "pool", "reference", "dataset")
-        run.write_state(state)
+        run.write_state(state.model_copy(update=measured))
     return recipe
 
 
-def _own_responses(run: RunDirectory, recipe: Recipe) -> pd.DataFrame:
+def _reference_responses(run: RunDirectory, recipe: Recipe) -> pd.DataFrame:
     """π_ref's scored responses in the pool; where a dataset's make the pool, those on the dual
     prompts."""
     if recipe.pool.source != "dataset":
@@ -146,46 +172,46 @@ def _own_responses(run: RunDirectory, recipe: Recipe) -> pd.DataFrame:
     return reference[reference["split"] == "dual"]
 
 
-def _drop_shards(run: RunDirectory, *phases: str) -> None:
-    """Drops the shards that whole tables were made of; before the state is written, so that a kill
-    in between only repeats it."""
+def drop_shards(run: RunDirectory, *phases: str) -> None:
+    """Drop the shards that whole tables were made of.
+
+    Before the state is written, so that a kill in between only repeats it.
+    """
     for phase in phases:
         shutil.rmtree(run.shard_folder(phase), ignore_errors=True)
 
 
-def _with_split(responses: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
-    return responses.assign(
-        split=responses["prompt_id"].map(prompts.set_index("prompt_id")["split"])
-    )
+def with_split(responses: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
+    """Add the column split, each response's prompt's."""
+    split = prompts.set_index("prompt_id")["split"]
+    return responses.assign(split=responses["prompt_id"].map(split))
 
 
 def _require_varying(pool: pd.DataFrame, objectives: list[str]) -> None:
     for name in objectives:
         if pool[name].nunique() < 2:
-            value = pool[name].iloc[0]
             raise UserError(
-                f"scorer of {name}: gives {value} to all {len(pool)} reference responses; it "
-                "cannot tell responses apart"
+                f"scorer of {name}: gives {pool[name].iloc[0]} to all {len(pool)} reference "
+                "responses; it cannot tell responses apart"
             )
 
 
 def require_same_inputs(run: RunDirectory, learner: Learner) -> None:
-    """Raises UserError when policy, scorers, sampling law or prompts are not those the run was
-    prepared with."""
-    hashes = run.state()["hashes"]
+    """Require policy, scorers, sampling law and prompts to be those the run was prepared with.
+
+    Raises UserError naming what changed.
+    """
     current = {**learner.identity(), "prompts": hash_file(run.prompts_file)[:16]}
-    for key, value in hashes.items():
+    for key, value in run.state().hashes.items():
         now = current.get(key)
-        if now != value:
-            if key == "scorers" and (
-                odd := [name for name in value if now.get(name) != value[name]]
-            ):
-                raise UserError(
-                    f"{run.path}: the scorer of {', '.join(odd)} changed since `prepare` (its "
-                    "file or its model); restore it, or start "
-                    "another run"
-                )
+        if now == value:
+            continue
+        if key == "scorers" and (odd := [n for n in value if now.get(n) != value[n]]):
             raise UserError(
-                f"{run.path}: {key} changed since `prepare` ({value} then, {current.get(key)} "
-                "now); restore it or start another run"
+                f"{run.path}: the scorer of {', '.join(odd)} changed since `prepare` (its file or "
+                "its model); restore it, or start another run"
             )
+        raise UserError(
+            f"{run.path}: {key} changed since `prepare` ({value} then, {now} now); restore it or "
+            "start another run"
+        )

@@ -1,81 +1,184 @@
 """The record of a round (round.json): a pure function of the run's tables and recipe."""
 
-import pandas as pd
+from dataclasses import dataclass
+from typing import Any, Self
 
-from constrained_dpo.estimates.certificate import certify, nothing
-from constrained_dpo.estimates.measure import measure
+import pandas as pd
+from pydantic import Field
+
+from constrained_dpo.dual.exact import ExactOptimum, ExactPolicy
+from constrained_dpo.estimates.certificate import Certificate, certify
+from constrained_dpo.estimates.measure import Measurement, measure
 from constrained_dpo.estimates.sampling_law import compare_sampler, why_not_the_policy
+from constrained_dpo.estimates.verdict import overall
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.steering import initial_multipliers, next_multipliers, steered_on
+from constrained_dpo.run.multipliers import initial_multipliers, next_multipliers, steered_on
+from data_prep.files import read_json
 from data_prep.tables import read_parquet
 
 
-def certificate_record(
-    run: RunDirectory,
-    recipe: Recipe,
-    lambda_: pd.Series,
-    samples: pd.DataFrame,
-    reference: pd.DataFrame,
-    number: int,
-) -> dict[str, object]:
-    """What `certify` says of a round, from the run's tables; null where the sampling law is not the
-    policy."""
-    if (reason := why_not_the_policy(recipe.sampling, samples, reference)) is not None:
-        return dict.fromkeys(("lagrangian", "lagrangian_se", "ess", "residual")) | nothing(reason)
-    columns = [
-        "prompt_id",
-        "split",
-        "sample_logp",
-        "policy_logp",
-        "ref_logp",
-        *recipe.problem.objectives,
-    ]
-    samples, reference = (table[table["split"] == "dual"] for table in (samples, reference))
-    off_policy = None
-    if run.off_policy_file(number).exists():  # rounds of older releases have none
-        known = read_parquet(run.off_policy_file(number))
-        off_policy = reference.drop(columns="policy_logp").merge(
-            known, on=["prompt_id", "response_id"]
+class RoundRecord(Measurement, Certificate):
+    """What a round found. Its own estimates and its certificate are on the dual prompts, those
+    under `test` on the test prompts, and so is the verdict.
+
+    lambda_, lambda_next: the multipliers before and after the dual step; step: its kind;
+    steered_on: the slack that moved λ. seconds: by phase, None where a phase was resumed; hashes:
+    of the run's inputs.
+    """
+
+    round: int
+    lambda_: dict[str, float] = Field(alias="lambda")
+    lambda_next: dict[str, float]
+    step: str
+    steered_on: dict[str, float]
+    test: Measurement
+    verdict: str
+    sampling_law: dict[str, float]
+    sampler: dict[str, Any] | None = None
+    exact: dict[str, ExactPolicy] | None = None
+    seconds: dict[str, float | None] = Field(default_factory=dict)
+    hashes: dict[str, Any] = Field(default_factory=dict)
+    truncated_scores: dict[str, int] = Field(default_factory=dict)
+    unlabelled_prompts: int = 0
+    processes: int = 1
+
+    def exact_on(self, split: str) -> ExactPolicy | None:
+        """Give a split's exact values, or those of all prompts where splits are not told apart."""
+        return (self.exact or {}).get(split) or (self.exact or {}).get("all")
+
+    def scalars(self) -> dict[str, float]:
+        """Name the round's numbers for a tracker, e.g. `u/harmless/test`; those that the sampling
+        law does not support are left out."""
+        scalars = {f"lambda/{name}": value for name, value in self.lambda_.items()}
+        for split, measured in (("dual", self), ("test", self.test)):
+            scalars |= {f"u/{name}/{split}": value for name, value in measured.u.items()}
+            values = {"reward": measured.reward, "kl": measured.kl, "objective": measured.objective}
+            scalars |= {f"{k}/{split}": value for k, value in values.items() if value is not None}
+        return scalars
+
+
+def read_records(run: RunDirectory, rounds: int | None = None) -> list[RoundRecord]:
+    """Read the records of a run's first `rounds` rounds (None: of all that are done)."""
+    count = run.rounds_done() if rounds is None else rounds
+    return [RoundRecord.read(run.round_file(number)) for number in range(count)]
+
+
+def read_optimum(run: RunDirectory) -> dict[str, ExactOptimum] | None:
+    """Read exact.json, by split; None where the world cannot be enumerated."""
+    if not run.exact_file.exists():
+        return None
+    content = read_json(run.exact_file)
+    return {split: ExactOptimum.from_json(best, run.exact_file) for split, best in content.items()}
+
+
+@dataclass(frozen=True)
+class RoundTables:
+    """What a round's record is computed from. Each table is read once.
+
+    samples, reference: scored responses of π_θ and π_ref on dual and test prompts (column split);
+    off_policy: π_ref's on the dual prompts with π_θ's log-probabilities, None where the sampling
+    law is not the policy; earlier: the dual samples of the rounds before, by name.
+    """
+
+    number: int
+    samples: pd.DataFrame
+    reference: pd.DataFrame
+    off_policy: pd.DataFrame | None
+    earlier: dict[str, pd.DataFrame]
+
+    @classmethod
+    def read(cls, run: RunDirectory, number: int) -> Self:
+        """Read a round's tables from its run."""
+        earlier = {
+            f"round {t}": _of_split(read_parquet(run.samples_file(t)), "dual")
+            for t in range(number)
+        }
+        samples, reference = (
+            read_parquet(run.samples_file(number)),
+            read_parquet(run.reference_file),
         )
-    earlier = {f"round {t}": read_parquet(run.samples_file(t), columns) for t in range(number)}
-    others = {name: table[table["split"] == "dual"] for name, table in earlier.items()}
-    return certify(samples, reference, others, off_policy, recipe.problem, lambda_)
+        return cls(number, samples, reference, _off_policy(run, number, reference), earlier)
+
+    def following(self, run: RunDirectory) -> "RoundTables":
+        """Read the next round's tables, with these as the last of the earlier ones."""
+        number = self.number + 1
+        return RoundTables(
+            number,
+            read_parquet(run.samples_file(number)),
+            self.reference,
+            _off_policy(run, number, self.reference),
+            self.earlier | {f"round {self.number}": _of_split(self.samples, "dual")},
+        )
 
 
-def round_record(
-    run: RunDirectory, recipe: Recipe, lambda_: pd.Series, earlier: list[dict]
-) -> dict[str, object]:
-    """round.json's estimates: a pure function of the run's tables, the recipe, λ_t and the records
-    of the earlier rounds."""
-    number, sampling = len(earlier), recipe.sampling
-    samples, reference = read_parquet(run.samples_file(number)), read_parquet(run.reference_file)
-    record = {"round": number, "lambda": lambda_.to_dict()} | measure(
-        samples,
-        reference,
-        recipe.problem,
-        confidence=recipe.dual.confidence,
-        not_the_policy=why_not_the_policy(sampling, samples, reference),
-    )
-    if sampling.server is not None:
-        record["sampler"] = compare_sampler(pd.concat([samples, reference], ignore_index=True))
-    record |= certificate_record(run, recipe, lambda_, samples, reference, number)
-    record["steered_on"] = steered_on(recipe, record)
-    following, record["step"] = next_multipliers(recipe, record)
-    law = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_new_tokens": sampling.max_new_tokens,
+def _of_split(table: pd.DataFrame, split: str) -> pd.DataFrame:
+    return table[table["split"] == split]
+
+
+def _off_policy(run: RunDirectory, number: int, reference: pd.DataFrame) -> pd.DataFrame | None:
+    if not run.off_policy_file(number).exists():
+        return None
+    logps = read_parquet(run.off_policy_file(number))
+    dual = _of_split(reference, "dual").drop(columns="policy_logp")
+    return dual.merge(logps, on=["prompt_id", "response_id"])
+
+
+def round_record(tables: RoundTables, recipe: Recipe, lambda_: pd.Series) -> RoundRecord:
+    """Compute a round's estimates, verdict, certificate and the next multipliers.
+
+    lambda_: the multipliers that the round's labels were made under.
+    """
+    problem, sampling, confidence = recipe.problem, recipe.sampling, recipe.dual.confidence
+    reason = why_not_the_policy(sampling, tables.samples, tables.reference)
+    splits = {
+        split: (_of_split(tables.samples, split), _of_split(tables.reference, split))
+        for split in ("dual", "test")
     }
-    return record | {"lambda_next": following.to_dict(), "sampling_law": law}
+    dual, test = (
+        measure(*splits[split], problem, confidence=confidence, not_the_policy=reason)
+        for split in ("dual", "test")
+    )
+    if reason is None:
+        off_policy, others = tables.off_policy, {"reference": splits["dual"][1], **tables.earlier}
+        certificate = certify(*splits["dual"], others, off_policy, problem, lambda_)
+    else:
+        certificate = Certificate(certificate_reason=reason)
+    slack = steered_on(recipe.dual, dual)
+    following, step = next_multipliers(recipe, tables.number, lambda_, slack)
+    sampler = None
+    if sampling.server is not None:
+        both = pd.concat([tables.samples, tables.reference], ignore_index=True)
+        sampler = compare_sampler(both)
+    return RoundRecord(
+        **dual.model_dump(),
+        **certificate.model_dump(),
+        round=tables.number,
+        lambda_=lambda_.to_dict(),
+        lambda_next=following.to_dict(),
+        step=step,
+        steered_on=slack,
+        test=test,
+        verdict=overall(test.verdicts),
+        sampling_law={
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": sampling.max_new_tokens,
+        },
+        sampler=sampler,
+    )
 
 
 def replay(run: RunDirectory) -> list[dict[str, float]]:
-    """The λ history recomputed from the run's tables and recipe alone; equals state.json's (DESIGN
-    invariant 3)."""
-    recipe, records = run.recipe(), []
+    """Recompute the λ history from the run's tables and recipe alone.
+
+    It equals state.json's (DESIGN invariant 3).
+    """
+    recipe, rounds = run.recipe(), run.state().rounds_done
     history = [initial_multipliers(run, recipe)]
-    for _ in range(run.rounds_done()):
-        records.append(round_record(run, recipe, history[-1], records))
-        history.append(recipe.problem.multipliers(records[-1]["lambda_next"]))
+    tables = RoundTables.read(run, 0) if rounds else None
+    for number in range(rounds):
+        tables = tables.following(run) if number else tables
+        record = round_record(tables, recipe, history[-1])
+        history.append(recipe.problem.multipliers(record.lambda_next))
     return [lambda_.to_dict() for lambda_ in history]

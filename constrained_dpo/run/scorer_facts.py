@@ -1,14 +1,15 @@
 """What a run knows of its scorers before round 0: the unit of margins in std, the scores'
 statistics, what `prepare` measured of them."""
 
-import json
+from typing import Any
 
 import pandas as pd
 
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from data_prep.errors import UserError
-from data_prep.scorers.calibration import describe_calibration
+from data_prep.files import read_json
+from data_prep.records import Record
 from data_prep.scorers.settings import ScorerOptions
 
 QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
@@ -49,78 +50,37 @@ def score_statistics(
     return statistics
 
 
+class ScorerFacts(Record):
+    """What `prepare` knows of a scorer: its type and options in words, its scores' statistics on
+    π_ref's pool, how far quantization moves them, what an implicit one's are worth."""
+
+    type: str
+    options: str
+    reference: dict[str, float]
+    quantization_drift: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
+
+
 def scorer_facts(
-    recipe: Recipe, pool: pd.DataFrame, measured: dict[str, dict]
-) -> dict[str, dict[str, object]]:
-    """scorers.json, by objective: type, options in words, statistics on π_ref's pool, and what
-    `Learner.measured_scorers` found."""
+    recipe: Recipe, pool: pd.DataFrame, measured: dict[str, dict[str, Any]]
+) -> dict[str, ScorerFacts]:
+    """Gather what is known of every scorer, by objective.
+
+    pool: π_ref's scored responses; measured: of `Learner.measured_scorers`.
+    """
+    statistics = score_statistics(pool, recipe.scorers)
     return {
-        name: {
-            "type": recipe.scorers[name].type,
-            "options": recipe.scorers[name].described(),
-            "reference": statistics,
-        }
-        | measured.get(name, {})
-        for name, statistics in score_statistics(pool, recipe.scorers).items()
-    }
-
-
-def describe_statistics(name: str, facts: dict[str, float]) -> str:
-    quantiles = " ".join(f"{facts[word]:.3g}" for word in QUANTILES)
-    clipped = (
-        f"; {100 * facts['clipped']:.0f} % at the bounds of its clip" if "clipped" in facts else ""
-    )
-    return (
-        f"scores of {name}: mean {facts['mean']:.3g}, std {facts['std']:.3g}, quantiles "
-        f"5-25-50-75-95 %: {quantiles}{clipped}"
-    )
-
-
-def describe_drift(name: str, drift: dict[str, object]) -> str:
-    """`data_prep.drift` in words."""
-    how = f"scorer of {name}: {drift['quantization']} against {drift['against']}"
-    if "reason" in drift:
-        return f"{how}: not measured ({drift['reason']})"
-    how += f" on {drift['texts']} fixed texts"
-    if drift["largest"] is None:
-        return f"{how}: not measured, their scores do not differ or the texts do not fit its window"
-    return (
-        f"{how}: scores move by {drift['mean']:.2g} std on average, {drift['largest']:.2g} std "
-        f"at most (std {drift['std']:.3g})"
-    )
-
-
-def describe_margins(margins: dict[str, tuple[float, float]]) -> list[str]:
-    """Margins in std, by constraint (number of std, std in score units), in words."""
-    return [
-        f"{name}: margin {number:g}std = {number * std:.4g} score units (1 std of π_ref's scores "
-        f"on dual prompts: {std:.4g})"
-        for name, (number, std) in margins.items()
-    ]
-
-
-def prepared_lines(run: RunDirectory, recipe: Recipe) -> list[str]:
-    """What `prepare` has found of the scorers and margins, in words, from scorers.json and the
-    resolved recipe."""
-    facts = json.loads(run.scorers_file.read_text())
-    lines = [describe_statistics(name, found["reference"]) for name, found in facts.items()]
-    in_std = {
-        c.name: (c.margin_in_std, c.reference_std)
-        for c in recipe.objective.constraints
-        if c.margin_in_std is not None
-    }
-    return lines + measured_lines(run) + describe_margins(in_std)
-
-
-def measured_lines(run: RunDirectory) -> list[str]:
-    """Drift of quantized and calibration of implicit scorers, as `prepare` measured them, in
-    words."""
-    lines = []
-    for name, found in json.loads(run.scorers_file.read_text()).items():
-        lines += (
-            [describe_drift(name, found["quantization_drift"])]
-            if "quantization_drift" in found
-            else []
+        name: ScorerFacts(
+            type=settings.type,
+            options=settings.described(),
+            reference=statistics[name],
+            **measured.get(name, {}),
         )
-        lines += describe_calibration(name, found["calibration"]) if "calibration" in found else []
-    return lines
+        for name, settings in recipe.scorers.items()
+    }
+
+
+def read_scorer_facts(run: RunDirectory) -> dict[str, ScorerFacts]:
+    """Read scorers.json, by objective."""
+    content = read_json(run.scorers_file)
+    return {n: ScorerFacts.from_json(facts, run.scorers_file) for n, facts in content.items()}

@@ -1,119 +1,114 @@
 """Where a run stands and what happens next."""
 
-from collections.abc import Callable
+from typing import Any
+
+from pydantic import Field
 
 from constrained_dpo.recipe.schema import Recipe
-from constrained_dpo.report.words import certificate_line
 from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.selection import best_dual_round, best_round
+from constrained_dpo.run.record import RoundRecord, read_records
+from constrained_dpo.run.steering import best_dual_round, best_round
 from data_prep.errors import UserError
+from data_prep.records import Record
+
+
+class RunStatus(Record):
+    """Where a run stands.
+
+    lambda_: for the next round, None before `prepare`; at_max_lambda: constraints whose multiplier
+    is at its bound; best, best_dual: the rounds that `--round` would choose, None where none
+    qualifies; seconds_*: expected from the rounds so far.
+    """
+
+    name: str
+    problem: str
+    reward: str
+    confidence: float
+    lambda_: dict[str, float] | None = Field(alias="lambda")
+    at_max_lambda: list[str]
+    left_out: dict[str, int]
+    dataset: dict[str, Any] | None
+    rounds: list[RoundRecord]
+    best: int | None
+    best_dual: int | None
+    next: str
+    rounds_left: int
+    seconds_per_round: float | None
+    seconds_left: float | None
+
+
+def read_status(run: RunDirectory) -> RunStatus:
+    """Read where a run stands from its files."""
+    recipe, state, records = run.recipe(), run.state(), read_records(run)
+    per_round = expected_round_seconds(records)
+    left = max(recipe.dual.rounds - len(records), 0)
+    current = state.lambda_[-1] if state.prepared else None
+    bound = recipe.dual.max_lambda
+    return RunStatus(
+        name=recipe.name,
+        problem=recipe.problem.describe(),
+        reward=recipe.problem.reward,
+        confidence=recipe.dual.confidence,
+        lambda_=current,
+        at_max_lambda=[name for name, value in (current or {}).items() if value >= bound],
+        left_out=state.left_out,
+        dataset=run.dataset_record(),
+        rounds=records,
+        best=_best(records, recipe),
+        best_dual=_best_dual(records),
+        next=next_step(run, recipe),
+        rounds_left=left,
+        seconds_per_round=per_round,
+        seconds_left=None if per_round is None else round(left * per_round, 2),
+    )
+
+
+def _best(records: list[RoundRecord], recipe: Recipe) -> int | None:
+    try:
+        return best_round(records, recipe.dual.confidence)
+    except UserError:
+        return None
+
+
+def _best_dual(records: list[RoundRecord]) -> int | None:
+    try:
+        return best_dual_round(records)
+    except UserError:
+        return None
 
 
 def next_step(run: RunDirectory, recipe: Recipe) -> str:
-    """What happens next, in words."""
+    """Say what happens next."""
     state, rounds = run.state(), recipe.dual.rounds
-    if not state["lambda"]:
+    if not state.prepared:
         return "prepare: sample and score the reference policy (cdpo prepare)"
-    number = run.rounds_done()
+    number = state.rounds_done
     if number >= rounds:
         return (
             f"all {rounds} rounds of the recipe are done (cdpo report, evaluate or export; "
             "cdpo round plays another)"
         )
-    labels = run.labels_file(number, recipe.fit.grouped)
-    done = {
-        "relabel": labels,
+    files = {
+        "relabel": run.labels_file(number, recipe.fit.grouped),
         "fit": run.adapter_folder(number),
         "rescore": run.samples_file(number),
     }
-    for name, path in done.items():
-        if not path.exists():
-            return (
-                f"round {number} of {rounds}: {name} (cdpo round, or cdpo run for all that are "
-                "left)"
-            )
-    return f"round {number} of {rounds}: dual step (cdpo round)"
+    phase = next((name for name, path in files.items() if not path.exists()), None)
+    if phase is None:
+        return f"round {number} of {rounds}: dual step (cdpo round)"
+    return f"round {number} of {rounds}: {phase} (cdpo round, or cdpo run for all that are left)"
 
 
-TEST_KEYS = ("u", "u_ci_low", "u_ci_high", "reward", "kl", "objective", "verdicts")
+def expected_round_seconds(records: list[RoundRecord]) -> float | None:
+    """Expect the seconds of a round: the sum over phases of their mean in the rounds that ran them
+    whole (a resumed phase has none); None before.
 
-
-def expected_round_seconds(rounds: list[dict]) -> float | None:
-    """Seconds of a round: the sum over phases of their mean in the rounds that ran them whole (a
-    resumed round has none); None before.
-
-    The phase off_policy is not there at temperature ≠ 1 or top_p < 1, nor in rounds of older
-    releases.
+    The phase off_policy is not there at temperature ≠ 1 or top_p < 1.
     """
     total = 0.0
     for phase in ("relabel", "fit", "rescore", "off_policy"):
-        known = [s for r in rounds if (s := r["seconds"].get(phase)) is not None]
-        if not known and phase != "off_policy":
+        times = [s for r in records if (s := r.seconds.get(phase)) is not None]
+        if not times and phase != "off_policy":
             return None
-        total += sum(known) / max(len(known), 1)
+        total += sum(times) / max(len(times), 1)
     return round(total, 2)
-
-
-def status(run: RunDirectory) -> dict[str, object]:
-    """The run's state as JSON-ready values: rounds with λ, u, reward, KL, objective and verdict,
-    and what happens next."""
-    recipe, state = run.recipe(), run.state()
-    keys = (
-        "round",
-        "lambda",
-        "lambda_next",
-        "u",
-        "u_ci_low",
-        "u_ci_high",
-        "reward",
-        "kl",
-        "objective",
-        "verdict",
-        "step",
-    )
-    keys += (
-        "dual_value",
-        "lagrangian",
-        "lagrangian_gap",
-        "optimality_gap",
-        "residual",
-        "ess",
-        "certificate_reason",
-    )
-    records = [run.round_record(t) for t in range(run.rounds_done())]
-    rounds = [
-        {k: r.get(k) for k in keys}
-        | {"test": {k: r["test"][k] for k in TEST_KEYS}, "seconds": r["seconds"]}
-        for r in records
-    ]
-    per_round = expected_round_seconds(rounds)
-    left = max(recipe.dual.rounds - len(rounds), 0)
-    return {
-        "name": recipe.name,
-        "problem": recipe.problem.describe(),
-        "reward": recipe.problem.reward,
-        "at_max_lambda": [
-            n
-            for n, v in (state["lambda"][-1] if state["lambda"] else {}).items()
-            if v >= recipe.dual.max_lambda
-        ],
-        "lambda": state["lambda"][-1] if state["lambda"] else None,
-        "left_out": state["left_out"],
-        "dataset": run.dataset_record(),
-        "rounds": rounds,
-        "best": _or_none(best_round, records, recipe.dual.confidence),
-        "best_dual": _or_none(best_dual_round, records),
-        "certificate": certificate_line(records, recipe.dual.confidence) if records else None,
-        "next": next_step(run, recipe),
-        "rounds_left": left,
-        "seconds_per_round": per_round,
-        "seconds_left": None if per_round is None else round(left * per_round, 2),
-    }
-
-
-def _or_none(choose: Callable[..., int], *arguments: object) -> int | None:
-    """The round that is chosen, or None where none qualifies."""
-    try:
-        return choose(*arguments)
-    except UserError:
-        return None

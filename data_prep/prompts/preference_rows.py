@@ -7,7 +7,7 @@ law may read these rows; they are for fitting. What is left out is counted by re
 """
 
 import hashlib
-import sys
+import logging
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -26,6 +26,8 @@ from data_prep.prompts.templates import ENCODED_AT_ONCE, encode, rendered_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+log = logging.getLogger(__name__)
 
 SOURCE = "dataset"
 
@@ -113,10 +115,8 @@ def read_answers(
             for why in ("blank", "irregular")
             if found.left_out[why]
         )
-        print(
-            f"{source_name(source)}: answers left out: {what}; first in {', '.join(named)}",
-            file=sys.stderr,
-        )
+        place = source_name(source)
+        log.warning("%s: answers left out: %s; first in %s", place, what, ", ".join(named))
     return found
 
 

@@ -5,6 +5,7 @@ What was sampled is what is scored and trained on: token ids come first and are 
 a response that was cut off gets no EOS.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,89 +98,95 @@ def _cut_at_eos(tokens: list[int], eos_ids: tuple[int, ...]) -> list[int]:
     return tokens
 
 
-def sample_shard(
-    policy: Policy,
-    prompts: pd.DataFrame,
-    prompt_tokens: dict[str, list[int]],
-    settings: SamplingSettings,
-    *,
-    responses_per_prompt: int,
-    adapter: Path | None,
-    source: str,
-    seed: int,
-) -> pd.DataFrame:
-    """Responses of π_θ (adapter folder) or π_ref (None) to `prompts`, without scores; a responses
-    table of num_prompts × K rows.
+@dataclass(frozen=True)
+class Sampler:
+    """What draws responses here.
 
-    Each response gets one forward under π_ref and, with an adapter, one under π_θ. `response_id` is
-    source/prompt_id/k.
+    policy: the loaded base; prompt_tokens: token ids by prompt_id; settings: the sampling law.
     """
-    rows = [pid for pid in prompts["prompt_id"] for _ in range(responses_per_prompt)]
-    tokens = [prompt_tokens[pid] for pid in rows]
-    size, pad_id = settings.batch_size, policy.tokenizer.pad_token_id
-    law = {"temperature": settings.temperature, "top_p": settings.top_p}
-    with attached_adapter(policy, adapter) as model:
-        drawn = []
-        # A run commits one batch per shard and shows the shards; only a caller that draws
-        # several batches at once needs a bar here.
-        hidden = True if len(rows) <= size else None
-        for begin in tqdm(
-            range(0, len(rows), size), desc="sample", unit="batch", disable=hidden, leave=False
-        ):
-            drawn += generate(policy, model, tokens[begin : begin + size], settings, seed + begin)
-        policy_logp, sample_logp = response_logps(
-            model, tokens, drawn, pad_id=pad_id, batch_size=size, **law
-        )
-    return responses_table(
-        policy,
-        rows,
-        tokens,
-        drawn,
-        decode(policy, drawn),
-        policy_logp,
-        sample_logp,
-        settings,
-        adapter,
-        source,
-    )
 
+    policy: Policy
+    prompt_tokens: dict[str, list[int]]
+    settings: SamplingSettings
 
-def responses_table(
-    policy: Policy,
-    prompt_ids: list[str],
-    prompt_tokens: list[list[int]],
-    drawn: list[list[int]],
-    texts: list[str],
-    policy_logp: np.ndarray,
-    sample_logp: np.ndarray,
-    settings: SamplingSettings,
-    adapter: Path | None,
-    source: str,
-) -> pd.DataFrame:
-    """The responses table of what was drawn, one row each, responses of a prompt side by side; with
-    an adapter, π_ref's forward."""
-    ref_logp = policy_logp
-    if adapter is not None:
-        pad_id = policy.tokenizer.pad_token_id
-        ref_logp, _ = response_logps(
-            policy.model, prompt_tokens, drawn, pad_id=pad_id, batch_size=settings.batch_size
+    def draw(
+        self,
+        prompts: pd.DataFrame,
+        *,
+        responses_per_prompt: int,
+        adapter: Path | None,
+        source: str,
+        seed: int,
+    ) -> pd.DataFrame:
+        """Draw responses of π_θ (adapter folder) or π_ref (None): num_prompts × K rows.
+
+        A responses table without scores; `response_id` is source/prompt_id/k. Each response gets
+        one forward under π_ref and, with an adapter, one under π_θ.
+        """
+        ids = [pid for pid in prompts["prompt_id"] for _ in range(responses_per_prompt)]
+        tokens, size = [self.prompt_tokens[pid] for pid in ids], self.settings.batch_size
+        with attached_adapter(self.policy, adapter) as model:
+            drawn = []
+            # A run commits one batch per shard and shows the shards; only a caller that draws
+            # several batches at once needs a bar here.
+            hidden = True if len(ids) <= size else None
+            for begin in tqdm(
+                range(0, len(ids), size), desc="sample", unit="batch", disable=hidden, leave=False
+            ):
+                batch = tokens[begin : begin + size]
+                drawn += generate(self.policy, model, batch, self.settings, seed + begin)
+            logps = self.logps(model, tokens, drawn)
+        return self.table(ids, drawn, decode(self.policy, drawn), logps, adapter, source)
+
+    def logps(
+        self, model: "torch.nn.Module", tokens: list[list[int]], drawn: list[list[int]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Compute log π of responses at T = 1 and under the sampling law, (num_responses,) nats."""
+        return response_logps(
+            model,
+            tokens,
+            drawn,
+            pad_id=self.policy.tokenizer.pad_token_id,
+            batch_size=self.settings.batch_size,
+            temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
         )
-    number = pd.Series(prompt_ids).groupby(prompt_ids).cumcount()
-    return pd.DataFrame(
-        {
-            "prompt_id": prompt_ids,
-            "response_id": [
-                f"{source}/{pid}/{k}" for pid, k in zip(prompt_ids, number, strict=True)
-            ],
-            "response": texts,
-            "token_ids": [np.array(ids, dtype=np.int32) for ids in drawn],
-            "ended": [ids[-1] in policy.eos_ids for ids in drawn],
-            "source": source,
-            "sample_logp": sample_logp,
-            "policy_logp": policy_logp,
-            "ref_logp": ref_logp,
-        }
-    )
+
+    def table(
+        self,
+        prompt_ids: list[str],
+        drawn: list[list[int]],
+        texts: list[str],
+        logps: tuple[np.ndarray, np.ndarray],
+        adapter: Path | None,
+        source: str,
+    ) -> pd.DataFrame:
+        """Make the responses table of what was drawn, a prompt's responses side by side.
+
+        logps: of `logps`, under the policy that drew; with an adapter π_ref's are computed now.
+        """
+        policy_logp, sample_logp = logps
+        ref_logp = policy_logp
+        if adapter is not None:
+            tokens = [self.prompt_tokens[pid] for pid in prompt_ids]
+            pad_id, size = self.policy.tokenizer.pad_token_id, self.settings.batch_size
+            model = self.policy.model
+            ref_logp, _ = response_logps(model, tokens, drawn, pad_id=pad_id, batch_size=size)
+        numbers = pd.Series(prompt_ids).groupby(prompt_ids).cumcount()
+        names = zip(prompt_ids, numbers, strict=True)
+        return pd.DataFrame(
+            {
+                "prompt_id": prompt_ids,
+                "response_id": [f"{source}/{pid}/{k}" for pid, k in names],
+                "response": texts,
+                "token_ids": [np.array(ids, dtype=np.int32) for ids in drawn],
+                "ended": [ids[-1] in self.policy.eos_ids for ids in drawn],
+                "source": source,
+                "sample_logp": sample_logp,
+                "policy_logp": policy_logp,
+                "ref_logp": ref_logp,
+            }
+        )
 
 
 def decode(policy: Policy, drawn: list[list[int]]) -> list[str]:

@@ -16,6 +16,7 @@ whole generation config as JSON.
 import hashlib
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,8 @@ from data_prep.errors import UserError
 from data_prep.http import GarbledAnswer, HttpClient, resolve_url
 from data_prep.models.adapters import attached_adapter, fingerprint_adapter
 from data_prep.models.policy import Policy
-from data_prep.sampling.generate import decode, responses_table
+from data_prep.sampling.generate import Sampler, decode
 from data_prep.sampling.law import SamplingServer, SamplingSettings, generation_arguments
-from data_prep.sampling.logprobs import response_logps
 from data_prep.settings import derive_seed
 
 ONE_PER_REQUEST = ("transformers", "sglang")
@@ -254,50 +254,43 @@ def _server_logp(choice: dict, length: int) -> float:
     )
 
 
-def sample_served(
-    server: CompletionServer,
-    policy: Policy,
-    prompts: pd.DataFrame,
-    prompt_tokens: dict[str, list[int]],
-    settings: SamplingSettings,
-    *,
-    responses_per_prompt: int,
-    adapter: Path | None,
-    source: str,
-    seed: int,
-) -> pd.DataFrame:
-    """`sampling.sample_shard` with responses from the server, and two columns more: server_logp
-    (nats, NaN where not given), exact_ids.
+@dataclass(frozen=True)
+class ServedSampler:
+    """What draws responses on a server; their log-probabilities are computed by `local`, whose
+    policy is π_ref as it is loaded here. The server's model has to be the same one."""
 
-    exact_ids: false where the text had to be tokenized again and gave another number of tokens than
-    were drawn. `policy` is π_ref as it is loaded here; the server's model has to be the same one.
-    """
-    ids = prompts["prompt_id"].tolist()
-    model_name = server.model_name(adapter)
-    choices = server.complete(
-        policy,
-        [prompt_tokens[pid] for pid in ids],
-        responses_per_prompt,
-        settings,
-        model_name,
-        seed,
-    )
-    drawn, texts, server_logp, exact = map(
-        list, zip(*(read_choice(policy, choice) for choice in choices), strict=True)
-    )
-    rows = [pid for pid in ids for _ in range(responses_per_prompt)]
-    tokens = [prompt_tokens[pid] for pid in rows]
-    with attached_adapter(policy, adapter) as model:
-        policy_logp, sample_logp = response_logps(
-            model,
-            tokens,
-            drawn,
-            pad_id=policy.tokenizer.pad_token_id,
-            batch_size=settings.batch_size,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
+    server: CompletionServer
+    local: Sampler
+
+    def draw(
+        self,
+        prompts: pd.DataFrame,
+        *,
+        responses_per_prompt: int,
+        adapter: Path | None,
+        source: str,
+        seed: int,
+    ) -> pd.DataFrame:
+        """Draw responses as `Sampler.draw` does, with two columns more.
+
+        server_logp: nats, NaN where not given; exact_ids: false where the text had to be tokenized
+        again and gave another number of tokens than were drawn.
+        """
+        policy, ids = self.local.policy, prompts["prompt_id"].tolist()
+        choices = self.server.complete(
+            policy,
+            [self.local.prompt_tokens[pid] for pid in ids],
+            responses_per_prompt,
+            self.local.settings,
+            self.server.model_name(adapter),
+            seed,
         )
-    table = responses_table(
-        policy, rows, tokens, drawn, texts, policy_logp, sample_logp, settings, adapter, source
-    )
-    return table.assign(server_logp=np.array(server_logp, dtype=np.float64), exact_ids=exact)
+        drawn, texts, server_logp, exact = map(
+            list, zip(*(read_choice(policy, choice) for choice in choices), strict=True)
+        )
+        rows = [pid for pid in ids for _ in range(responses_per_prompt)]
+        tokens = [self.local.prompt_tokens[pid] for pid in rows]
+        with attached_adapter(policy, adapter) as model:
+            logps = self.local.logps(model, tokens, drawn)
+        table = self.local.table(rows, drawn, texts, logps, adapter, source)
+        return table.assign(server_logp=np.array(server_logp, dtype=np.float64), exact_ids=exact)

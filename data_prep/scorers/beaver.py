@@ -19,6 +19,7 @@ from data_prep.models.checkpoints import (
     fingerprint_model,
     resolve_device,
 )
+from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import OUTSIDE_FINGERPRINT, BeaverScorerSettings, fill_template
 
 NORMALIZER_EPSILON = 1e-8  # safe-rlhf's
@@ -68,7 +69,7 @@ class LlamaForScore(LlamaPreTrainedModel):
         )[:, 0]
 
 
-class BeaverScorer:
+class BeaverScorer(Scorer):
     """The end score of a Beaver reward or cost model, as float64. Raises UserError for a checkpoint
     of another layout."""
 
@@ -109,8 +110,8 @@ class BeaverScorer:
             config.max_position_embeddings,
             self.tokenizer.model_max_length,
         )
-        self.max_length = min(v for v in windows if v)
-        self.truncated = 0
+        self.truncates = settings.truncate
+        self.window = min(v for v in windows if v)
         shape = settings.model_dump_json(exclude=OUTSIDE_FINGERPRINT)
         self.fingerprint = f"beaver:{fingerprint_model(settings.model, settings.revision)}:{shape}"
 
@@ -209,16 +210,16 @@ class BeaverScorer:
         """Token ids of the filled-in template; ends with exactly one EOS if `append_eos`, else with
         none of the tokenizer's own."""
         ids = self._tokenize(prompt, response)
-        if len(ids) > self.max_length:
-            if not self.settings.truncate:
+        if len(ids) > self.window:
+            if not self.truncates:
                 raise UserError(
                     f"{self.key}: a text of {len(ids)} tokens exceeds its window of "
-                    f"{self.max_length} (response {response[:40]!r}); "
+                    f"{self.window} (response {response[:40]!r}); "
                     "set truncate: true or shorten the prompts"
                 )
             self.truncated += 1
             bos = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
-            ids = bos + ids[len(ids) - self.max_length + len(bos) :]
+            ids = bos + ids[len(ids) - self.window + len(bos) :]
         return ids
 
     def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:

@@ -82,35 +82,6 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def describe_calibration(name: str, record: dict) -> list[str]:
-    """A calibration record in words: one line on the reference pool, one or two on the labelled
-    pairs."""
-    spread = "unknown" if record["std_within"] is None else f"{record['std_within']:.3g}"
-    lines = [
-        f"implicit scorer of {name}, β {record['beta']:g}: std within a prompt {spread} on "
-        "π_ref's responses; only differences within a "
-        "prompt mean anything (log Z(x) is unknown)"
-    ]
-    pairs = record["labelled"]
-    if pairs is None:
-        return [
-            *lines,
-            f"implicit scorer of {name}: not compared with labelled preferences (set its "
-            "calibrate to a table of them)",
-        ]
-    bins = [b for b in pairs["bins"] if b["pairs"]]
-    table = ", ".join(f"{b['said']:.2f} → {b['observed']:.2f} ({b['pairs']})" for b in bins)
-    right = f"{100 * pairs['right']:.0f} ± {200 * pairs['right_se']:.0f} %"
-    return [
-        *lines,
-        f"implicit scorer of {name}: orders {right} of {pairs['pairs']} labelled pairs (of "
-        f"{pairs['pairs_in_file']} in {pairs['file']}) as "
-        f"labelled, log-loss {pairs['log_loss']:.3f} (a coin: 0.693)",
-        f"implicit scorer of {name}: probability it gives the likelier order → share labelled so "
-        f"(pairs): {table}",
-    ]
-
-
 # Short, so that they fit every window; good and bad answers, so that the scores of a reward
 # model spread.
 DRIFT_PROMPTS = (
@@ -138,7 +109,7 @@ def measure_drift(quantized: "Scorer", unquantized: "Scorer") -> dict[str, objec
     """texts: how many of the fixed texts fit the window; std: of their unquantized scores (score
     units); largest, mean: of |quantized − unquantized| in shares of that std, null where the scores
     hardly differ or fewer than two texts fit."""
-    texts = [(p, r) for p, r in DRIFT_TEXTS if quantized.text_length(p, r) <= quantized.max_length]
+    texts = [(p, r) for p, r in DRIFT_TEXTS if quantized.text_length(p, r) <= quantized.window]
     found: dict[str, object] = {"texts": len(texts), "std": None, "largest": None, "mean": None}
     if len(texts) < 2:
         return found

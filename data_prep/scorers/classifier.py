@@ -16,6 +16,7 @@ from data_prep.models.checkpoints import (
 )
 from data_prep.models.quantization import check_quantization, keep_exact_on_cpu, quantization_config
 from data_prep.scorers.calibration import measure_drift
+from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import OUTSIDE_FINGERPRINT, ClassifierScorerSettings, fill_template
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ CUSTOM_TOLERANCE = 1e-2
 a checkpoint's own is refused."""
 
 
-class ClassifierScorer:
+class ClassifierScorer(Scorer):
     """One label's output of a sequence classifier, as float64. Raises UserError for a missing head,
     an ambiguous label, a text over its window, and a model whose output is not one logit per text
     and label."""
@@ -82,10 +83,10 @@ class ClassifierScorer:
                 "use pair or template"
             )
         window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = min(
+        self.truncates = settings.truncate
+        self.window = min(
             v for v in (settings.max_length, window, self.tokenizer.model_max_length) if v
         )
-        self.truncated = 0
         if not type(self.model).__module__.startswith("transformers."):
             self._check_custom_code()
         later = {
@@ -226,11 +227,11 @@ class ClassifierScorer:
         settings, response = self.settings, self._closed(response)
         encoded = self._tokenize(prompt, response)
         length = len(encoded["input_ids"])
-        if length > self.max_length:
-            if not settings.truncate:
+        if length > self.window:
+            if not self.truncates:
                 raise UserError(
                     f"scorer {settings.model}: a text of {length} tokens exceeds its window of "
-                    f"{self.max_length} "
+                    f"{self.window} "
                     f"(response {response[:40]!r}); set truncate: true or shorten the prompts"
                 )
             self.truncated += 1
@@ -241,15 +242,13 @@ class ClassifierScorer:
         """The response is what is judged, so the prompt's beginning goes first."""
         if self.settings.text == "pair":
             side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "left"
-            response_fits = len(self.tokenizer("", response)["input_ids"]) < self.max_length
+            response_fits = len(self.tokenizer("", response)["input_ids"]) < self.window
             strategy = "only_first" if response_fits else "longest_first"
             try:
-                return self.tokenizer(
-                    prompt, response, truncation=strategy, max_length=self.max_length
-                )
+                return self.tokenizer(prompt, response, truncation=strategy, max_length=self.window)
             finally:
                 self.tokenizer.truncation_side = side
-        return {key: values[-self.max_length :] for key, values in encoded.items()}
+        return {key: values[-self.window :] for key, values in encoded.items()}
 
     def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
         encoded = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]

@@ -11,11 +11,12 @@ import pandas as pd
 
 from data_prep.errors import UserError
 from data_prep.files import hash_file
+from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import ColumnScorerSettings, PythonScorerSettings
 from data_prep.tables import read_table, require_columns, require_finite
 
 
-class PythonScorer:
+class PythonScorer(Scorer):
     """Calls a named function; its file's content is its fingerprint."""
 
     def __init__(self, settings: PythonScorerSettings) -> None:
@@ -92,7 +93,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-class ColumnScorer:
+class ColumnScorer(Scorer):
     """Looks scores up by (prompt, response); raises UserError for a text the table does not
     hold."""
 

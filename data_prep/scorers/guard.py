@@ -21,6 +21,7 @@ from data_prep.errors import UserError
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import PolicySettings
 from data_prep.sampling.logprobs import response_logits
+from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import GuardScorerSettings, fill_template
 
 # (prompt, response): one that any guard should pass and one that it should not; what is asked
@@ -91,7 +92,7 @@ def tokenize_words(
     return base, found
 
 
-class GuardScorer:
+class GuardScorer(Scorer):
     """log p(safe) − log p(unsafe) in nats, as float64; a side of several words has the sum of their
     probabilities.
 
@@ -116,10 +117,10 @@ class GuardScorer:
                 f"{self.key}: its tokenizer has no chat template; set template, with {{prompt}} "
                 f"and {{response}}"
             )
-        self.max_length = min(
+        self.truncates = settings.truncate
+        self.window = min(
             v for v in (settings.max_length, loaded.window, self.tokenizer.model_max_length) if v
         )
-        self.truncated = 0
         self.verdict = self._probe()
         shape = settings.model_dump_json(
             include={"safe", "unsafe", "template", "max_length", "truncate"}
@@ -278,13 +279,13 @@ class GuardScorer:
     def encode(self, prompt: str, response: str) -> list[int]:
         """Ids of all that precedes the verdict, within the window; the prompt loses its beginning
         where the recipe says so."""
-        ids, room = self._encode(prompt, response), self.max_length - self._verdict_length
+        ids, room = self._encode(prompt, response), self.window - self._verdict_length
         if len(ids) <= room:
             return ids
-        if not self.settings.truncate:
+        if not self.truncates:
             raise UserError(
                 f"{self.key}: a text of {len(ids) + self._verdict_length} tokens exceeds its "
-                f"window of {self.max_length} "
+                f"window of {self.window} "
                 f"(response {response[:40]!r}); set truncate: true or shorten the prompts"
             )
         self.truncated += 1
@@ -295,7 +296,7 @@ class GuardScorer:
         if len(ids) > room:
             raise UserError(
                 f"{self.key}: its template and the response {response[:40]!r} alone exceed its "
-                f"window of {self.max_length}"
+                f"window of {self.window}"
             )
         return ids
 

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_prep.http import GarbledAnswer, HttpClient, resolve_url
+from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import HttpScorerSettings, fill_template
 
 
-class HttpScorer:
+class HttpScorer(Scorer):
     """Asks the server in batches. Raises UserError at once where the key is not set or the
     version's URL does not answer.
 
@@ -39,11 +40,11 @@ class HttpScorer:
 
     def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
         scores = np.empty(len(prompts))
-        for positions, part in self.score_as_they_arrive(prompts, responses):
+        for positions, part in self.batches(prompts, responses):
             scores[positions] = part
         return scores
 
-    def score_as_they_arrive(
+    def batches(
         self, prompts: list[str], responses: list[str]
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """(positions, scores) of a batch as soon as the server has answered; batches come in any

@@ -32,6 +32,7 @@ from data_prep.prompts.settings import PromptSettings
 from data_prep.prompts.templates import tokenize_prompts
 from data_prep.sampling.logprobs import response_logps
 from data_prep.scorers.calibration import read_labelled_pairs, reliability
+from data_prep.scorers.protocol import TokenScorer
 from data_prep.scorers.settings import ImplicitScorerSettings
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class AskedPolicy:
     max_new_tokens: int
 
 
-class ImplicitScorer:
+class ImplicitScorer(TokenScorer):
     """β·log-ratio of an adapter or a model to its reference, float64. Raises UserError for one that
     does not belong to the reference.
 
@@ -102,7 +103,7 @@ class ImplicitScorer:
         return [policy.model for policy in (self._model, self._reference) if policy is not None]
 
     @property
-    def max_length(self) -> int | None:
+    def window(self) -> int | None:
         """Prompt + response in tokens that all its models accept."""
         windows = [
             policy.window
@@ -156,7 +157,7 @@ class ImplicitScorer:
         self, prompts: list[list[int]], responses: list[list[int]], ref_logp: np.ndarray | None
     ) -> np.ndarray:
         """Scores of token ids, (num_responses,); ref_logp as in `scoring.TokenScorer`."""
-        window = self.max_length
+        window = self.window
         longest = max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=0)
         if window is not None and longest > window:
             raise UserError(

@@ -4,13 +4,14 @@ scores; nothing is scored twice."""
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.scorers.cache import ScoreCache
 from data_prep.scorers.functions import ColumnScorer, PythonScorer
+from data_prep.scorers.protocol import TEXTS_PER_CALL, Scored, Scorer, TokenScorer
 from data_prep.scorers.settings import (
     BeaverScorerSettings,
     ColumnScorerSettings,
@@ -24,38 +25,6 @@ from data_prep.scorers.settings import (
 
 if TYPE_CHECKING:
     from data_prep.scorers.implicit import AskedPolicy
-
-
-TEXTS_PER_CALL = 4096
-"""So many texts are scored between two writes to the cache: what a kill costs at most, and still
-many batches of any model."""
-
-
-Scored = tuple[list[int], np.ndarray]  # positions, and their scores
-
-
-class Scorer(Protocol):
-    """Scores texts. `fingerprint` identifies everything a score depends on; `score` returns
-    (num_texts,) floats."""
-
-    fingerprint: str
-
-    def score(self, prompts: list[str], responses: list[str]) -> np.ndarray: ...
-
-
-class TokenScorer(Scorer, Protocol):
-    """A scorer that judges the sampled token ids themselves; where they are known, they are what it
-    is given.
-
-    ref_logp: log-probabilities of the responses under `reference_fingerprint`'s policy (nats,
-    (num_responses,), NaN where unknown), or None: then it computes them.
-    """
-
-    reference_fingerprint: str
-
-    def score_tokens(
-        self, prompts: list[list[int]], responses: list[list[int]], ref_logp: np.ndarray | None
-    ) -> np.ndarray: ...
 
 
 def make_scorer(settings: ScorerSettings, asked: "AskedPolicy | None" = None) -> Scorer:
@@ -89,10 +58,6 @@ def make_scorer(settings: ScorerSettings, asked: "AskedPolicy | None" = None) ->
     return ClassifierScorer(settings)
 
 
-def _calls(count: int) -> Iterator[slice]:
-    return (slice(begin, begin + TEXTS_PER_CALL) for begin in range(0, count, TEXTS_PER_CALL))
-
-
 def apply_options(scores: np.ndarray, options: ScorerOptions) -> np.ndarray:
     """What a recipe says of a scorer's raw scores, any shape: negated, then as an indicator 1[score
     ≥ t] or clipped to [low, high]."""
@@ -118,15 +83,7 @@ def score_texts(
     """
 
     def compute(rows: list[int]) -> Iterator[Scored]:
-        some = [prompts[i] for i in rows], [responses[i] for i in rows]
-        if hasattr(scorer, "score_as_they_arrive"):
-            yield from scorer.score_as_they_arrive(*some)
-            return
-        for part in _calls(len(rows)):
-            yield (
-                list(range(len(rows))[part]),
-                np.asarray(scorer.score(some[0][part], some[1][part]), dtype=np.float64),
-            )
+        return scorer.batches([prompts[i] for i in rows], [responses[i] for i in rows])
 
     return apply_options(
         _scored_once(scorer, prompts, responses, compute, responses, name, cache), options
@@ -148,13 +105,12 @@ def score_tokens(
     for messages."""
 
     def compute(rows: list[int]) -> Iterator[Scored]:
-        for part in _calls(len(rows)):
-            some = rows[part]
-            known = None if ref_logp is None else np.asarray(ref_logp, dtype=np.float64)[some]
-            scores = scorer.score_tokens(
-                [prompts[i] for i in some], [responses[i] for i in some], known
-            )
-            yield list(range(len(rows))[part]), np.asarray(scores, dtype=np.float64)
+        for begin in range(0, len(rows), TEXTS_PER_CALL):
+            batch = rows[begin : begin + TEXTS_PER_CALL]
+            given = None if ref_logp is None else np.asarray(ref_logp, dtype=np.float64)[batch]
+            tokens = [prompts[i] for i in batch], [responses[i] for i in batch]
+            positions = list(range(begin, begin + len(batch)))
+            yield positions, scorer.score_tokens(*tokens, given)
 
     return apply_options(
         _scored_once(scorer, prompts, responses, compute, texts, name, cache), options
@@ -179,7 +135,8 @@ def _scored_once(
     known = cache.get(list(dict.fromkeys(keys)))
     todo = {key: i for i, key in enumerate(keys) if key not in known}
     waiting, rows = list(todo), list(todo.values())
-    for positions, fresh in compute(rows):
+    for positions, scores in compute(rows):
+        fresh = np.asarray(scores, dtype=np.float64)
         finite = np.isfinite(fresh)
         new = {
             waiting[p]: float(score)

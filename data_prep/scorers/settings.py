@@ -36,6 +36,16 @@ class ScorerOptions(Settings):
             raise ValueError(f"clip is {self.clip}; write [low, high] with low < high")
         return self
 
+    @property
+    def place(self) -> str:
+        """Where the scorer is: a file and function, a folder, a hub id, a URL."""
+        raise NotImplementedError
+
+    @property
+    def models(self) -> list[tuple[str, str | None]]:
+        """Models that are loaded, by folder or hub id, each with its revision."""
+        return []
+
     def described(self) -> str:
         """The options that are not at their defaults, in words; empty where all are."""
         words = ["negated"] if self.negate else []
@@ -65,6 +75,10 @@ class PythonScorerSettings(ScorerOptions):
     type: Literal["python"]
     target: LocalPath = Field(description="file.py:function, or package.module:function")
 
+    @property
+    def place(self) -> str:
+        return self.target
+
 
 class ColumnScorerSettings(ScorerOptions):
     """Scores looked up in a table with `prompt, response` and the column; it cannot score anything
@@ -73,6 +87,10 @@ class ColumnScorerSettings(ScorerOptions):
     type: Literal["column"]
     file: LocalPath = Field(description="table with prompt, response and the column")
     column: str = Field(description="the column that holds the score")
+
+    @property
+    def place(self) -> str:
+        return self.file
 
 
 class ClassifierScorerSettings(ScorerOptions):
@@ -127,6 +145,14 @@ class ClassifierScorerSettings(ScorerOptions):
         "config's problem_type is multi_label)",
     )
 
+    @property
+    def place(self) -> str:
+        return self.model
+
+    @property
+    def models(self) -> list[tuple[str, str | None]]:
+        return [(self.model, self.revision)]
+
 
 class BeaverScorerSettings(ScorerOptions):
     """PKU's Beaver reward and cost models (Safe-RLHF, arXiv:2310.12773), read from their
@@ -168,6 +194,14 @@ class BeaverScorerSettings(ScorerOptions):
         False,
         description="accept pickled weights (pytorch_model.bin) where there are no safetensors",
     )
+
+    @property
+    def place(self) -> str:
+        return self.model
+
+    @property
+    def models(self) -> list[tuple[str, str | None]]:
+        return [(self.model, self.revision)]
 
 
 class GuardScorerSettings(ScorerOptions):
@@ -247,6 +281,14 @@ class GuardScorerSettings(ScorerOptions):
     def unsafe_words(self) -> list[str]:
         return [self.unsafe] if isinstance(self.unsafe, str) else self.unsafe
 
+    @property
+    def place(self) -> str:
+        return self.model
+
+    @property
+    def models(self) -> list[tuple[str, str | None]]:
+        return [(self.model, self.revision)]
+
 
 class ImplicitScorerSettings(ScorerOptions):
     """The implicit reward of a DPO policy, β·log π/π_ref of the sampled tokens (PeCAN,
@@ -311,6 +353,15 @@ class ImplicitScorerSettings(ScorerOptions):
         if self.reference_revision is not None and self.reference is None:
             raise ValueError("reference_revision: belongs to reference")
         return self
+
+    @property
+    def place(self) -> str:
+        return self.adapter or self.model or ""
+
+    @property
+    def models(self) -> list[tuple[str, str | None]]:
+        pairs = (self.model, self.revision), (self.reference, self.reference_revision)
+        return [(model, revision) for model, revision in pairs if model is not None]
 
 
 NOT_IDENTIFIED = (
@@ -382,6 +433,10 @@ class HttpScorerSettings(ScorerOptions, RequestSettings):
                 "response is judged alone)"
             )
         return self
+
+    @property
+    def place(self) -> str:
+        return self.url
 
 
 AnyScorerSettings = (

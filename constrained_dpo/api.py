@@ -1,0 +1,149 @@
+"""`Run`: a run from Python. The commands of `cdpo` do the same with the same functions."""
+
+from pathlib import Path
+from typing import Self
+
+from constrained_dpo.check.history import History, check_history
+from constrained_dpo.evaluation.evaluate import Evaluated, EvaluationOptions, evaluate
+from constrained_dpo.evaluation.export import export_adapter, export_merged
+from constrained_dpo.evaluation.record import Evaluation
+from constrained_dpo.learners.protocol import Learner
+from constrained_dpo.recipe.load import RecipeSource
+from constrained_dpo.recipe.schema import Recipe
+from constrained_dpo.report.run_page import write_report
+from constrained_dpo.run.create import init_run
+from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.play import Played, held, open_prepared, play
+from constrained_dpo.run.record import RoundRecord
+from constrained_dpo.run.status import RunStatus, read_status
+from constrained_dpo.run.steering import chosen_round
+
+
+class Run:
+    """A run directory, and what can be done with it.
+
+    Rounds are resumable: what a killed call left is used by the next one. The models stay loaded
+    between calls that play; `evaluate` and `export` load their own. Progress goes through
+    `logging` (loggers `constrained_dpo` and `data_prep`). Methods raise UserError, a ValueError,
+    for a user's mistake: the message says where and what to do.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.directory = RunDirectory(Path(path))
+        self._opened: tuple[Recipe, Learner] | None = None
+
+    @classmethod
+    def create(
+        cls,
+        recipe: RecipeSource,
+        path: str | Path,
+        overrides: list[str] | None = None,
+        source: "Run | None" = None,
+    ) -> Self:
+        """Freeze a recipe (a file, a dict or a `Recipe`) into a new run directory.
+
+        overrides: KEY=VALUE with dotted keys, e.g. `objective.beta=0.1`; source: a prepared run
+        whose reference samples and scores are used again. The same recipe again is no error; the
+        run that is there goes on.
+        """
+        init_run(recipe, Path(path), overrides or [], None if source is None else source.directory)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open a run directory. Raises UserError where there is none."""
+        run = cls(path)
+        run.directory.state()
+        return run
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def path(self) -> Path:
+        return self.directory.path
+
+    @property
+    def recipe(self) -> Recipe:
+        """The frozen recipe, with what `prepare` measured."""
+        return self.directory.recipe()
+
+    def _open(self, directory: RunDirectory) -> tuple[Recipe, Learner]:
+        if self._opened is None:
+            self._opened = open_prepared(directory)
+        return self._opened
+
+    def prepare(self) -> dict[str, float]:
+        """Sample and score the reference policy; return the first multipliers. Nothing is done
+        twice."""
+        with held(self.directory):
+            self._open(self.directory)
+        return self.directory.state().lambda_[0]
+
+    def round(self) -> RoundRecord:
+        """Play one dual iteration, after `prepare` where it was not done: relabel, fit, re-score,
+        dual step."""
+        return self.play(1, forced=True).records[0]
+
+    def play(
+        self, rounds: int | None = None, *, until_converged: bool = False, forced: bool = False
+    ) -> Played:
+        """Play more rounds (None: all that the recipe's dual.rounds leaves).
+
+        Stops earlier where the margins turn out to be out of reach, or where the run has converged
+        (`until_converged`); `forced`: not before the first one.
+        """
+        return play(
+            self.directory,
+            rounds,
+            until_converged=until_converged,
+            forced=forced,
+            opener=self._open,
+        )
+
+    def status(self) -> RunStatus:
+        """Read where the run stands and what happens next."""
+        return read_status(self.directory)
+
+    def record(self, round: int | str = "last") -> RoundRecord:
+        """Read a round's record; round: its number, best, best-dual or last."""
+        return RoundRecord.read(self.directory.round_file(self._number(round)))
+
+    def verdict(self, round: int | str = "last") -> str:
+        """Say whether a round's policy meets all constraints on the test prompts: satisfied,
+        violated or undecided."""
+        return self.record(round).verdict
+
+    def _number(self, round: int | str) -> int:
+        return chosen_round(self.directory, str(round))
+
+    def report(self, round: int | str = "last") -> Path:
+        """Write the HTML page with its figures; return its path."""
+        return write_report(self.directory, self._number(round))[0]
+
+    def evaluate(self, options: EvaluationOptions | None = None) -> Evaluated:
+        """Sample a policy afresh on unseen prompts and judge it; None: the last round's, on the
+        test prompts."""
+        self._opened = None
+        return evaluate(self.directory, options or EvaluationOptions())
+
+    def export(
+        self, output: str | Path, round: int | str = "last", *, merge: bool = False
+    ) -> Evaluation | None:
+        """Write a round's adapter with a model card to a new folder.
+
+        merge: the whole model instead, merged into the unquantized base and measured again; that
+        measurement is returned.
+        """
+        number = self._number(round)
+        if not merge:
+            export_adapter(self.directory, self.recipe, number, Path(output))
+            return None
+        self._opened = None
+        with self.directory.locked():
+            return export_merged(self.directory, self.recipe, number, Path(output))
+
+    def check(self) -> History:
+        """Recompute the multipliers of all rounds from the run's tables; raise UserError where a
+        stored one differs."""
+        return check_history(self.directory)

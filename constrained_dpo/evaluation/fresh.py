@@ -1,0 +1,202 @@
+"""`cdpo evaluate`: fresh samples of a round's policy, or of an adapter from elsewhere on the same
+base, on the test prompts or on another prompt file, by the run's scorers and extra ones."""
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from constrained_dpo.estimates.measure import measure
+from constrained_dpo.estimates.sampling_law import why_not_the_policy
+from constrained_dpo.estimates.slack import changes
+from constrained_dpo.estimates.verdict import overall
+from constrained_dpo.evaluation.record import Evaluation
+from constrained_dpo.learners.collect import Collection, collect
+from constrained_dpo.learners.lora import LoraLearner
+from constrained_dpo.problem import ConstrainedProblem
+from constrained_dpo.recipe.schema import Recipe
+from constrained_dpo.run.directory import RunDirectory
+from data_prep.errors import UserError
+from data_prep.files import write_json
+from data_prep.models.adapters import (
+    attached_adapter,
+    check_adapter_config,
+    check_all_loaded,
+    fingerprint_adapter,
+)
+from data_prep.models.checkpoints import check_adapter_folder, fingerprint_model
+from data_prep.models.policy import resolve_model
+from data_prep.prompts.split import read_prompts
+from data_prep.tables import (
+    RESERVED_NAMES,
+    read_parquet,
+    validate_prompts,
+    without_scores,
+    write_parquet,
+)
+
+ADAPTER_OPTION = "--adapter"
+
+
+def evaluation_prompts(
+    run: RunDirectory, recipe: Recipe, source: Path | None
+) -> tuple[pd.DataFrame, int]:
+    """The run's test prompts, or those of another file (same layouts and format as in the recipe),
+    all with split test; and how many duplicates of the file were left out."""
+    if source is None:
+        prompts = run.prompts()
+        return prompts[prompts["split"] == "test"].reset_index(drop=True), 0
+    series, duplicates = read_prompts(str(source), recipe.prompts.format)
+    table = pd.DataFrame({"prompt_id": series.index, "prompt": series.to_numpy(), "split": "test"})
+    return validate_prompts(table, str(source)), duplicates
+
+
+def check_names(extra: list[str], problem: ConstrainedProblem) -> None:
+    """Raises UserError for an extra scorer's name that is reserved or an objective's already."""
+    for name in extra:
+        if name in RESERVED_NAMES or name in problem.objectives:
+            raise UserError(
+                f"--scorer {name}: is a reserved or already used column name; choose another"
+            )
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How an evaluation samples. label: of the prompts, for names; another seed draws others."""
+
+    label: str
+    responses_per_prompt: int
+    seed: int = 0
+
+
+def evaluate_round(
+    run: RunDirectory, recipe: Recipe, learner: LoraLearner, number: int, draws: Draws
+) -> Evaluation:
+    """Evaluate a round's policy on the learner's prompts, as `_evaluate` does."""
+    name = f"round-{number:03d}-{_slug(draws.label)}"
+    return _evaluate(run, recipe, learner, run.adapter_folder(number), number, name, draws)
+
+
+def evaluate_adapter(
+    run: RunDirectory, recipe: Recipe, learner: LoraLearner, adapter: Path, draws: Draws
+) -> Evaluation:
+    """Evaluate a LoRA adapter from elsewhere (PEFT folder), trained on the run's π_ref somehow.
+
+    It is attached to the run's base as the run quantizes it, and asked through the run's own prompt
+    format and sampling law; a tokenizer in its folder is not used. Raises UserError for a folder
+    that is no adapter, another base, or tensors that do not fit.
+    """
+    base = resolve_model(recipe.policy)
+    check_adapter_folder(adapter, ADAPTER_OPTION)
+    advice = f"give it to a run of that base; {run.path} has another"
+    fingerprint = fingerprint_model(base, recipe.policy.revision)
+    check_adapter_config(adapter, base, fingerprint, ADAPTER_OPTION, advice)
+    with attached_adapter(learner.policy, adapter) as model:
+        check_all_loaded(model, adapter, base, ADAPTER_OPTION)
+    name = f"adapter-{_slug(adapter.resolve().name)}-{_slug(draws.label)}"
+    who = fingerprint_adapter(adapter)
+    record = _evaluate(run, recipe, learner, adapter, who, name, draws)
+    return record.model_copy(update={"adapter": str(adapter)})
+
+
+def _slug(text: str) -> str:
+    return re.sub("[^A-Za-z0-9]+", "-", text)
+
+
+def _evaluate(
+    run: RunDirectory,
+    recipe: Recipe,
+    learner: LoraLearner,
+    adapter: Path,
+    who: int | str,
+    name: str,
+    draws: Draws,
+) -> Evaluation:
+    """Samples π_θ afresh on the learner's prompts, scores with all of the learner's scorers, and
+    keeps tables and estimates.
+
+    who: the round, or a fingerprint of the adapter. The reference policy's responses are the stored
+    ones on the run's test prompts, and drawn as well on other prompts. The same arguments again
+    give the stored result.
+    """
+    prompts = learner.prompts
+    key = f"{name}-{_question_hash(recipe, learner, who, draws)}"
+    if (file := run.evaluation_folder(key) / "evaluation.json").exists():
+        return Evaluation.read(file)
+    stored = read_parquet(run.reference_file)
+    stored = stored[stored["prompt_id"].isin(prompts["prompt_id"]) & (stored["split"] == "test")]
+    complete = set(stored["prompt_id"]) == set(prompts["prompt_id"])
+    job = Collection(
+        phase=f"{key}-policy",
+        folder=run.shard_folder(f"{key}-policy"),
+        source=f"{key}-policy",
+        responses_per_prompt=draws.responses_per_prompt,
+        shard_size=recipe.sampling.shard_size,
+        objectives=list(learner.scorer_settings),
+        seed=recipe.seed + draws.seed,
+        round_number=who if isinstance(who, int) else 0,
+        adapter=adapter,
+    )
+    reference_job = replace(
+        job,
+        phase=f"{key}-reference",
+        folder=run.shard_folder(f"{key}-reference"),
+        source=f"{key}-reference",
+        adapter=None,
+        given=without_scores(stored) if complete else None,
+    )
+    samples, reference = (collect(learner, prompts, j) for j in (job, reference_job))
+    return write_evaluation(run, key, recipe, samples, reference, job.objectives)
+
+
+def _question_hash(recipe: Recipe, learner: LoraLearner, who: int | str, draws: Draws) -> str:
+    identity: list[object] = [
+        who,
+        learner.prompts["prompt_id"].tolist(),
+        draws.responses_per_prompt,
+        draws.seed,
+        {name: scorer.fingerprint for name, scorer in learner.scorers.items()},
+    ]
+    # The recipe's own options are the run's; an extra scorer's are part of the question.
+    extra = {n: s for n, s in learner.scorer_settings.items() if n not in recipe.scorers}
+    if options := {name: words for name, s in extra.items() if (words := s.described())}:
+        identity.append(options)
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
+
+
+def write_evaluation(
+    run: RunDirectory,
+    key: str,
+    recipe: Recipe,
+    samples: pd.DataFrame,
+    reference: pd.DataFrame,
+    objectives: list[str],
+) -> Evaluation:
+    """Estimate and judge from two scored tables on the same prompts, and keep them.
+
+    evaluation.json is written last. The shards KEY-policy and KEY-reference that the tables were
+    made of are dropped before that, so that a kill in between only draws them again.
+    """
+    problem, confidence = recipe.problem, recipe.dual.confidence
+    splits = run.prompts().set_index("prompt_id")["split"]
+    trained = splits.reindex(samples["prompt_id"].unique()).isin(["fit", "dual"])
+    reason = why_not_the_policy(recipe.sampling, samples, reference)
+    measured = measure(samples, reference, problem, confidence=confidence, not_the_policy=reason)
+    record = Evaluation(
+        **measured.model_dump(),
+        key=key,
+        trained_prompts=int(trained.sum()),
+        verdict=overall(measured.verdicts),
+        change=changes(samples, reference, objectives, confidence),
+    )
+    folder = run.evaluation_folder(key)
+    write_parquet(samples, folder / "samples.parquet")
+    write_parquet(reference, folder / "reference.parquet")
+    for side in ("policy", "reference"):
+        shutil.rmtree(run.shard_folder(f"{key}-{side}"), ignore_errors=True)
+    write_json(folder / "evaluation.json", record.to_json())
+    return record

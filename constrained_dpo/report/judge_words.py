@@ -1,0 +1,47 @@
+"""What a judge said, in words."""
+
+from typing import Any
+
+from constrained_dpo.evaluation.judge import CRITERIA
+
+
+def judgement_lines(title: str, record: dict[str, Any], other: str) -> list[str]:
+    """What the judge found on one set of prompts, in words."""
+    lines = [f"{title}, judged by {record['model']} against {other}:"]
+    for criterion in CRITERIA:
+        found = record[criterion]
+        rate = _percent(found["rate"], found["interval"])
+        lines.append(
+            f"  {criterion}: preferred in {rate} of {found['prompts']} prompts ({found['wins']} "
+            f"wins, {found['ties']} ties, "
+            f"{found['losses']} losses); {found['unreadable_pairs']} pairs left out, because the "
+            "judge gave no verdict"
+        )
+        if found["first_place"] is not None:
+            first = _percent(found["first_place"])
+            lines.append(
+                f"    {first} of its decisions chose what stood first; {found['orders_disagree']} "
+                "pairs change with the order"
+            )
+    found = record["refusals"]
+    lines.append(
+        f"  declines: {_percent(found['policy'])} of the policy's answers, "
+        f"{_percent(found['other'])} of the other's, difference "
+        f"{_percent(found['difference'], found['interval'])}; {found['unreadable_pairs']} pairs "
+        "left out"
+    )
+    if any(record.get("left_out", {}).values()):
+        lines.append(f"  {left_out_line(record['left_out'])}")
+    return lines
+
+
+def left_out_line(counts: dict[str, int]) -> str:
+    """How many prompts were left out, by reason, in words."""
+    return f"prompts left out: {', '.join(f'{n} {why}' for why, n in counts.items())}"
+
+
+def _percent(share: float | None, interval: tuple[float, float] | None = None) -> str:
+    if share is None:
+        return "no answer"
+    spread = "" if interval is None else f" [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
+    return f"{100 * share:.0f} %{spread}"

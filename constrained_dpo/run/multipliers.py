@@ -1,0 +1,96 @@
+"""The multipliers of a run: λ_0 from π_ref's samples, λ_{t+1} from a round's slack."""
+
+import pandas as pd
+
+from constrained_dpo.dual.one_shot import solve_one_shot
+from constrained_dpo.dual.scores import ScoreTable
+from constrained_dpo.dual.steps import auto_step_scale, dual_step, step_size_at
+from constrained_dpo.estimates.measure import Measurement
+from constrained_dpo.recipe.dual import DualSettings
+from constrained_dpo.recipe.schema import Recipe
+from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.scorer_facts import reference_stds
+from data_prep.tables import read_parquet
+
+
+def reference_table(run: RunDirectory, recipe: Recipe) -> ScoreTable:
+    """All of π_ref's samples on fit and dual prompts."""
+    reference = read_parquet(run.reference_file)
+    samples = [reference[reference["split"] == "dual"]]
+    if (
+        recipe.pool.source != "dataset"
+    ):  # the fit prompts have been sampled too; a dataset's responses are not π_ref's
+        samples.insert(0, read_parquet(run.pool_file(None)))
+    return ScoreTable.from_frame(pd.concat(samples, ignore_index=True), recipe.problem)
+
+
+def resolve_step_scale(run: RunDirectory, recipe: Recipe) -> Recipe:
+    """Turns step_scale auto into numbers, in recipe.yaml."""
+    if recipe.dual.step_scale != "auto":
+        return recipe
+    scale = auto_step_scale(reference_table(run, recipe), recipe.problem)
+    dual = recipe.dual.model_copy(update={"step_scale": scale.to_dict()})
+    recipe = recipe.model_copy(update={"dual": dual})
+    run.write_recipe(recipe)
+    return recipe
+
+
+def resolve_margins(run: RunDirectory, recipe: Recipe) -> Recipe:
+    """Turns margins in std into score units: writes reference_std of their constraints into
+    recipe.yaml.
+
+    It is the standard deviation of all of π_ref's scores on the dual prompts, within and between
+    prompts, after the scorer's options. Raises UserError where that is 0.
+    """
+    wanted = recipe.problem.unresolved
+    if not wanted:
+        return recipe
+    reference = read_parquet(run.reference_file, ["split", *wanted])
+    recipe = recipe.with_reference_stds(
+        reference_stds(reference[reference["split"] == "dual"], list(wanted))
+    )
+    run.write_recipe(recipe)
+    return recipe
+
+
+def initial_multipliers(run: RunDirectory, recipe: Recipe) -> pd.Series:
+    """λ_0: zeros, the given values, or the one-shot minimizer of D on π_ref's samples (MoCAN,
+    arXiv:2405.19544)."""
+    init = "one_shot" if recipe.dual.method == "one_shot" else recipe.dual.init
+    if isinstance(init, dict):
+        return recipe.problem.multipliers(init).clip(upper=recipe.dual.max_lambda)
+    if init == "zeros":
+        return pd.Series(0.0, index=recipe.problem.names)
+    return solve_one_shot(
+        reference_table(run, recipe), recipe.problem, max_lambda=recipe.dual.max_lambda
+    ).lambda_
+
+
+def steered_on(dual: DualSettings, measured: Measurement) -> dict[str, float]:
+    """Choose v, the slack that moves λ: u itself, or its one-sided lower bound.
+
+    measured: on the dual prompts. Score units, by constraint.
+    """
+    return measured.u if dual.confidence_side == "none" else measured.u_low
+
+
+def next_multipliers(
+    recipe: Recipe, round_number: int, lambda_: pd.Series, slack: dict[str, float]
+) -> tuple[pd.Series, str]:
+    """Take the dual step: λ_{t+1} and the kind of the step.
+
+    slack: of `steered_on`. Source: CAID, arXiv:2505.19387, Algorithm 1.
+    """
+    dual, problem = recipe.dual, recipe.problem
+    if dual.method in ("one_shot", "fixed"):
+        return lambda_, "kept"
+    if dual.step_scale == "auto":
+        raise ValueError(
+            "dual.step_scale is not resolved yet; pass the recipe that `prepare` returned, or the "
+            "run's own"
+        )
+    scale = dual.step_scale if isinstance(dual.step_scale, dict) else 1.0
+    unit = pd.Series(scale, index=problem.names, dtype=float)
+    step = step_size_at(dual.step_size, dual.step_schedule, round_number) * unit
+    v = pd.Series(slack, index=problem.names, dtype=float)
+    return dual_step(lambda_, v, step, dual.max_lambda), "subgradient"
