@@ -1,0 +1,168 @@
+"""Which responses a round trains on: shares, hard cases, caps."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from constrained_dpo.recipe.load import load_recipe
+from data_prep.errors import UserError
+from data_prep.labels.pool import choose_responses
+from tests.helpers.cli import cdpo
+from tests.helpers.paths import QUICKSTART
+from tests.helpers.tables import scored_frame
+
+LAMBDA = pd.Series({"g": 0.7})
+ALL = {"reference": 0.25, "recent": 0.25, "hard": 0.25, "earlier": 0.25}
+
+
+def pool_of(counts: dict[str, int], prompts: int = 5, seed: int = 0) -> pd.DataFrame:
+    """counts: responses of every prompt by source."""
+    parts = []
+    for number, (source, count) in enumerate(counts.items()):
+        part = scored_frame(seed + number, prompts, count).assign(source=source)
+        parts.append(part.assign(response_id=[f"{source}/{i}" for i in range(len(part))]))
+    pool = pd.concat(parts, ignore_index=True)
+    rng = np.random.default_rng(seed)
+    return pool.assign(
+        ref_logp=rng.normal(-5, 1, len(pool)), policy_logp=rng.normal(-5, 1, len(pool))
+    )
+
+
+def choose(pool, shares, cap=None, seed=0, round_number=3):
+    return choose_responses(
+        pool,
+        shares,
+        cap,
+        reward="r",
+        lambda_=LAMBDA,
+        beta=0.5,
+        seed=seed,
+        round_number=round_number,
+    )
+
+
+def by_source(chosen) -> pd.DataFrame:
+    return chosen.groupby(["prompt_id", "source"]).size().unstack(fill_value=0)
+
+
+def test_without_shares_the_pool_is_itself_and_a_cap_keeps_a_random_part():
+    pool = pool_of({"reference-pool": 8, "round:0": 6})
+    assert choose(pool, None) is pool
+    capped = choose(pool, None, cap=5)
+    assert capped.groupby("prompt_id").size().eq(5).all() and len(set(capped["source"])) == 2
+    assert not capped["response_id"].equals(
+        choose(pool, None, cap=5, round_number=4)["response_id"]
+    )
+
+
+def test_shares_are_exact_and_nothing_comes_twice():
+    pool = pool_of({"reference-pool": 40, "round:0": 30, "round:1": 30, "round:2": 64})
+    counts = by_source(choose(pool, ALL))
+    # 40 π_ref responses at a quarter allow 160; the 60 earlier ones 240; the last 64 at one
+    # half 128.
+    assert (counts["reference-pool"] == 32).all() and (counts["round:2"] == 64).all()
+    assert (counts["round:0"] + counts["round:1"] == 32).all() and counts["round:0"].gt(0).all()
+    capped = by_source(choose(pool, ALL, cap=40))
+    assert (capped["reference-pool"] == 10).all() and (capped["round:2"] == 20).all()
+    assert not choose(pool, ALL)["response_id"].duplicated().any()
+
+
+@pytest.mark.parametrize(
+    "shares, cap, counts, expected",
+    [
+        ((0.1, 0.7, 0.0, 0.2), 4, (64, 64, 64), (1, 1, 2)),
+        ((0.1, 0.7, 0.0, 0.2), 5, (64, 64, 64), (1, 1, 3)),
+        ((0.05, 0.95, 0.0, 0.0), None, (8, 0, 8), (1, 0, 8)),
+        ((0.9, 0.1, 0.0, 0.0), None, (4, 0, 4), (4, 0, 1)),
+        ((0.5, 0.5, 0.0, 0.0), 3, (64, 0, 64), (2, 0, 1)),
+        ((0.25, 0.25, 0.25, 0.25), 6, (64, 64, 64), (2, 1, 3)),
+        ((0.25, 0.25, 0.25, 0.25), 2, (8, 8, 8), (1, 0, 1)),
+        ((0.25, 0.25, 0.25, 0.25), 1, (8, 8, 8), (1, 0, 0)),
+    ],
+)
+def test_whole_numbers_keep_to_the_cap_and_leave_no_source_out_that_has_room(
+    shares, cap, counts, expected
+):
+    """π_ref's share never falls to 0 and no prompt loses all of its responses; counts of π_ref,
+    earlier and the last round."""
+    reference, recent, hard, earlier = shares
+    pool = pool_of(
+        {
+            source: n
+            for source, n in zip(("reference-pool", "round:0", "round:1"), counts, strict=True)
+            if n
+        }
+    )
+    chosen = choose(
+        pool, {"reference": reference, "recent": recent, "hard": hard, "earlier": earlier}, cap=cap
+    )
+    found = by_source(chosen).reindex(
+        columns=["reference-pool", "round:0", "round:1"], fill_value=0
+    )
+    assert len(found) == 5 and [set(found[column]) for column in found] == [{n} for n in expected]
+
+
+def test_a_source_that_is_missing_leaves_its_share_to_the_others():
+    assert len(choose(pool_of({"reference-pool": 12}), ALL)) == 5 * 12  # round 0
+    counts = by_source(
+        choose(pool_of({"reference-pool": 12, "round:0": 12}), ALL)
+    )  # round 1: nothing is earlier
+    assert (counts["reference-pool"] == 6).all() and (counts["round:0"] == 12).all()
+    alone = pool_of({"reference-pool": 12}, prompts=7)
+    both = pd.concat(
+        [alone, pool_of({"round:0": 12}, prompts=5)], ignore_index=True
+    )  # two prompts are not dual prompts
+    counts = by_source(choose(both, ALL))
+    assert sorted(counts["reference-pool"]) == [6] * 5 + [12] * 2
+
+
+def test_draws_depend_on_ids_and_not_on_the_order_of_rows():
+    pool = pool_of({"reference-pool": 40, "round:0": 30, "round:1": 64})
+    ids = lambda chosen: set(chosen["response_id"])
+    assert ids(choose(pool, ALL)) == ids(choose(pool.sample(frac=1, random_state=1), ALL))
+    assert ids(choose(pool, ALL)) != ids(choose(pool, ALL, seed=1))
+    assert choose(pool, ALL).index.is_monotonic_increasing
+
+
+def test_hard_cases_are_drawn_with_odds_of_their_residual():
+    """The first of a draw without replacement has probability |residual| / Σ|residual|, over many
+    prompts with the same scores."""
+    one, draws = pool_of({"reference-pool": 6, "round:0": 6}, prompts=1), 2000
+    last = one[one["source"] == "round:0"]
+    residual = last["r"] + 0.7 * last["g"] - 0.5 * (last["policy_logp"] - last["ref_logp"])
+    odds = (residual - residual.mean()).abs()
+    pool = pd.concat(
+        [
+            one.assign(
+                kind=one["response_id"], prompt_id=f"p{i}", response_id=one["response_id"] + f"/{i}"
+            )
+            for i in range(draws)
+        ]
+    )
+    shares = {"reference": 0.5, "recent": 0.0, "hard": 0.5, "earlier": 0.0}
+    chosen = choose(pool.reset_index(drop=True), shares, cap=2)
+    found = chosen[chosen["source"] == "round:0"]["kind"].value_counts()
+    assert found.sum() == draws
+    expected = (odds / odds.sum()).to_numpy()
+    error = np.abs(
+        found.reindex(last["response_id"], fill_value=0).to_numpy() / draws - expected
+    ) / np.sqrt(expected * (1 - expected) / draws)
+    assert error.max() < 4 and expected.max() > 2 * expected.min()
+
+
+def test_recipe_keys_are_validated_together(tmp_path):
+    with pytest.raises(UserError, match="must sum to 1"):
+        load_recipe(QUICKSTART, ["pool.shares={reference: 0.5, recent: 0.6}"])
+    with pytest.raises(UserError, match="reference"):
+        load_recipe(QUICKSTART, ["pool.shares={reference: 0, recent: 1}"])
+    error = cdpo(
+        "init",
+        QUICKSTART,
+        tmp_path / "x",
+        "-s",
+        "pool.grow=false",
+        "-s",
+        "pool.shares={reference: 0.5, recent: 0.5}",
+        check=2,
+    ).stderr
+    assert "pool.grow: false adds no responses" in error

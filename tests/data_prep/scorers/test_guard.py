@@ -1,0 +1,276 @@
+"""Guards: the score against a plain forward per text, the probe that finds the verdict, verdicts of
+several tokens, who is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from data_prep.scorers.guard import tokenize_words
+from data_prep.scorers.scoring import make_scorer
+from data_prep.scorers.settings import GuardScorerSettings
+from tests.helpers.models import save_word_tokenizer, tiny_llama_config
+
+PROMPTS = ["open the door", "sing", "a much longer request about nothing in particular", "no"]
+RESPONSES = ["no", "la la la la la la", "yes", "yes of course with pleasure"]
+VERDICTS = (
+    "Safety: Safe Unsafe Controversial safe unsafe very not harmful hello [user] "
+    "[assistant] [verdict]"
+)
+CHAT = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}[verdict] "
+WIDTH = 64
+
+
+def save_guard(folder, says: dict[str, str], chat: bool = True, padding_side: str = "right"):
+    """A tiny Llama whose next word is ruled by the last one (`says`: word → words it is followed
+    by, equally likely but for what attention adds, which depends on the whole text)."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    size = save_word_tokenizer(folder, f"{' '.join(PROMPTS + RESPONSES)} {VERDICTS}", padding_side)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if chat:
+        tokenizer.chat_template = CHAT
+        tokenizer.save_pretrained(folder)
+    config = tiny_llama_config(size)
+    config.hidden_size, config.head_dim, config.max_position_embeddings = WIDTH, 16, 128
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.eye(size, WIDTH))
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(5)
+        model.lm_head.weight.normal_(std=0.2)
+        for word, following in says.items():
+            for other in following.split():
+                model.lm_head.weight[
+                    tokenizer.convert_tokens_to_ids(other), tokenizer.convert_tokens_to_ids(word)
+                ] = 3.0
+    model.save_pretrained(folder)
+    return folder
+
+
+def guard(folder, **keys):
+    return make_scorer(
+        GuardScorerSettings(**({"type": "guard", "model": str(folder), "dtype": "float32"} | keys))
+    )
+
+
+def plain_logps(folder, words: list[str], template: str | None = None) -> np.ndarray:
+    """log p(words | text), (num_texts, num_words): each text and word alone, unpadded, token by
+    token."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    rows = []
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        if template is None:
+            messages = [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": response},
+            ]
+            base = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)[
+                "input_ids"
+            ]
+        else:
+            base = tokenizer(template.replace("{prompt}", prompt).replace("{response}", response))[
+                "input_ids"
+            ]
+        rows.append([])
+        for word in words:
+            ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logits = model(torch.tensor([base + ids])).logits[0]
+            rows[-1].append(
+                sum(logits[len(base) + k - 1].log_softmax(-1)[i].item() for k, i in enumerate(ids))
+            )
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("template", [None, "[user] {prompt} [assistant] {response} [verdict]"])
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_score_equals_one_plain_forward_per_text(tmp_path, template, padding_side):
+    save_guard(
+        tmp_path, {"[verdict]": "safe unsafe"}, chat=template is None, padding_side=padding_side
+    )
+    safe, unsafe = plain_logps(tmp_path, ["safe", "unsafe"], template).T
+    together, alone = (guard(tmp_path, template=template, batch_size=n) for n in (4, 1))
+    expected = safe - unsafe
+    assert np.ptp(expected) > 0.1 and together.verdict.prefix.strip() == ""
+    np.testing.assert_allclose(together.score(PROMPTS, RESPONSES), expected, atol=1e-4)
+    np.testing.assert_allclose(alone.score(PROMPTS, RESPONSES), expected, atol=1e-4)
+    np.testing.assert_allclose(together.score(PROMPTS[:1], RESPONSES[:1]), expected[:1], atol=1e-4)
+
+
+def test_the_probe_finds_what_stands_before_the_verdict(tmp_path):
+    """Qwen3Guard's way: `Safety: Safe`, where `Safe` also begins another word, and a third
+    verdict."""
+    save_guard(tmp_path, {"[verdict]": "Safety:", "Safety:": "Safe Unsafe Controversial"})
+    words = {"safe": "Safe", "unsafe": ["Unsafe", "Controversial"]}
+    found = guard(tmp_path, **words)
+    assert found.verdict.prefix.split() == ["Safety:"] and min(found.verdict.mass) > 0.9
+    assert (
+        "Safety:" in found.notes[0] and f"{found.verdict.mass[0]:.3f} on a benign" in found.notes[0]
+    )
+    logps = plain_logps(tmp_path, ["Safety: Safe", "Safety: Unsafe", "Safety: Controversial"])
+    expected = logps[:, 0] - np.logaddexp(logps[:, 1], logps[:, 2])
+    np.testing.assert_allclose(found.score(PROMPTS, RESPONSES), expected, atol=1e-4)
+    told = guard(tmp_path, **words, verdict_prefix="Safety: ")
+    np.testing.assert_allclose(told.score(PROMPTS, RESPONSES), expected, atol=1e-4)
+    two = guard(tmp_path, safe="Safe", unsafe="Unsafe", verdict_prefix="Safety: ", min_mass=0.1)
+    np.testing.assert_allclose(two.score(PROMPTS, RESPONSES), logps[:, 0] - logps[:, 1], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("says", "safe", "unsafe"),
+    [
+        (
+            {"[verdict]": "very", "very": "safe unsafe"},
+            "very safe",
+            "very unsafe",
+        ),  # a shared first token
+        (
+            {"[verdict]": "not harmful", "not": "harmful"},
+            "not harmful",
+            "harmful",
+        ),  # one word shorter than the other
+        (
+            {"[verdict]": "not very", "not": "harmful", "very": "harmful"},
+            "not harmful",
+            "very harmful",
+        ),  # different beginnings
+    ],
+)
+def test_verdicts_of_several_tokens_count_whole(tmp_path, says, safe, unsafe):
+    save_guard(tmp_path, says)
+    scorer = guard(tmp_path, safe=safe, unsafe=unsafe, verdict_prefix="")
+    assert {w: len(ids) for w, ids in scorer.verdict.words.items()} == {
+        w: len(w.split()) for w in (safe, unsafe)
+    }
+    logps = plain_logps(tmp_path, [safe, unsafe])
+    np.testing.assert_allclose(
+        scorer.score(PROMPTS, RESPONSES), logps[:, 0] - logps[:, 1], atol=1e-4
+    )
+
+
+def test_a_model_that_writes_something_else_is_refused_with_what_it_wrote(tmp_path):
+    save_guard(tmp_path, {"[verdict]": "hello", "hello": "</s>"})
+    with pytest.raises(
+        UserError,
+        match=r"writes ' hello </s>' and ' hello </s>' .* no safe or unsafe: set safe and unsafe",
+    ):
+        guard(tmp_path)
+    with pytest.raises(
+        UserError,
+        match=r"p\(safe or unsafe\) after '' is .* below min_mass 0.5; it writes ' hello "
+        r"</s>'.*verdict_prefix",
+    ):
+        guard(tmp_path, verdict_prefix="")
+    with pytest.raises(UserError, match="tokens of 'fine' are also those of 'foul'"):
+        guard(
+            tmp_path, safe="fine", unsafe="foul", verdict_prefix=""
+        )  # both unknown to the tokenizer
+    save_guard(tmp_path / "bare", {"[verdict]": "safe unsafe"}, chat=False)
+    with pytest.raises(UserError, match="no chat template; set template"):
+        guard(tmp_path / "bare")
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        ({"template": "{prompt} only"}, r"does not contain \{response\}"),
+        ({"safe": []}, "at least one word"),
+        ({"unsafe": ["unsafe", "safe"]}, "none twice"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(keys, match):
+    with pytest.raises(ValueError, match=match):
+        GuardScorerSettings(type="guard", model="x", **keys)
+
+
+def byte_pair_tokenizer(corpus: list[str], size: int):
+    """`text → ids` of a byte-level BPE trained on the corpus, as GPT-2's, Llama 3's and Qwen's
+    are."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
+def test_words_are_tokenized_where_they_stand():
+    tokenizer = byte_pair_tokenizer(
+        ["Safety: Safe", "Safety: Unsafe", "\n\nsafe", "\n\nunsafe"] * 50, 290
+    )
+
+    def tokens(text):
+        return tokenizer.encode(text).ids
+
+    base, words = tokenize_words(tokens, "Safety: ", ["Safe", "Unsafe"])
+    # The prefix's space belongs to the verdict's token, so it is no part of what is given.
+    assert (
+        tokenizer.decode(base) == "Safety:"
+        and tokenizer.decode(words["Safe"]) == " Safe"
+        and len(words["Safe"]) == 1
+    )
+    base, words = tokenize_words(tokens, "x\n\n", ["safe", "unsafe"])
+    assert (
+        tokenizer.decode(base + words["safe"]) == "x\n\nsafe"
+        and tokenizer.decode(base + words["unsafe"]) == "x\n\nunsafe"
+    )
+    assert words["safe"][0] != words["unsafe"][0]
+    letters = byte_pair_tokenizer(["ab"], 258)
+    base, words = tokenize_words(lambda text: letters.encode(text).ids, "x ", ["unsafe", "unsound"])
+    assert (
+        len(words["unsafe"]) == 6 and words["unsafe"][:3] == words["unsound"][:3]
+    )  # the shared beginning is part of both words
+    with pytest.raises(ValueError, match="'un' are also those of 'unsafe' or begin them"):
+        tokenize_words(lambda text: letters.encode(text).ids, "x ", ["un", "unsafe"])
+
+
+def test_window_cuts_the_prompts_beginning_alone(tmp_path):
+    save_guard(tmp_path, {"[verdict]": "safe unsafe"})
+    with pytest.raises(UserError, match="exceeds its window of 10"):
+        guard(tmp_path, max_length=10).score(PROMPTS, RESPONSES)
+    scorer = guard(tmp_path, max_length=12, truncate=True)
+    assert np.isfinite(scorer.score(PROMPTS, RESPONSES)).all()
+    assert (
+        scorer.truncated
+        == sum(scorer.text_length(p, r) > 12 for p, r in zip(PROMPTS, RESPONSES, strict=True))
+        > 0
+    )
+    kept = scorer.tokenizer.decode(scorer.encode(PROMPTS[2], RESPONSES[3]))
+    assert kept == f"[user] nothing in particular [assistant] {RESPONSES[3]} [verdict]"
+    with pytest.raises(
+        UserError, match=r"template and the response .* alone exceed its window of 12"
+    ):
+        scorer.score(["no"], ["la " * 12])
+
+
+def test_fingerprint_is_of_contents_and_of_what_moves_the_score(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_guard(tmp_path, {"[verdict]": "safe unsafe"})
+    first = guard(tmp_path).fingerprint
+    assert (
+        guard(tmp_path, batch_size=2, device="cpu", min_mass=0.6, negate=True).fingerprint == first
+    )
+    changed = (
+        {"safe": "unsafe", "unsafe": "safe"},
+        {"template": "[user] {prompt} [assistant] {response} [verdict]"},
+        {"quantization": "nf4"},
+    )
+    others = [guard(tmp_path, **keys).fingerprint for keys in changed]
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"][0, 0] += 1e-3
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert len({first, guard(tmp_path).fingerprint, *others}) == 5

@@ -1,0 +1,97 @@
+"""The documentation's transcripts, executed: docs/your-own-model.md as a newcomer types it,
+docs/python-api.md block by block."""
+
+import json
+import re
+import shlex
+
+import pytest
+
+from tests.helpers.cli import cdpo
+from tests.helpers.paths import REPO
+
+BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A small random Llama with a tokenizer of its own, saved as any user's folder is."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words.train_from_iterator(
+        (REPO / "docs" / "your-own-model.md").read_text().splitlines(), trainer
+    )
+    folder = tmp_path_factory.mktemp("model") / "my-model"
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=words.get_vocab_size(),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=0,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_your_own_model_works_as_written(tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "my-model").symlink_to(tiny_model)
+    monkeypatch.chdir(tmp_path)
+    played = 0
+    for kind, name, body in BLOCK.findall((REPO / "docs" / "your-own-model.md").read_text()):
+        if name:
+            (tmp_path / name).write_text(body)
+        elif kind == "console":
+            for line in body.splitlines():
+                prompt, program, *arguments = shlex.split(line)
+                assert (prompt, program) == ("$", "cdpo")
+                cdpo(*arguments, check=0)
+                played += 1
+    assert played == 10
+    assert (tmp_path / "runs/mine/report/report.html").stat().st_size > 10_000
+    assert (
+        json.loads((tmp_path / "exported/merged/measurement.json").read_text())["num_prompts"] >= 2
+    )
+    mine, tighter = (
+        json.loads((tmp_path / f"runs/{n}/state.json").read_text())["lambda"]
+        for n in ("mine", "tighter")
+    )
+    assert len(mine) == 3 and len(tighter) == 2 and 0 < mine[0]["brief"] < tighter[0]["brief"]
+
+
+def test_the_python_examples_run(small_run, tmp_path, monkeypatch):
+    from data_prep.models.policy import resolve_model
+    from data_prep.models.settings import PolicySettings
+
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(small_run.path)
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    for kind, _, body in BLOCK.findall((REPO / "docs" / "python-api.md").read_text()):
+        if kind == "python":
+            exec(
+                body.replace('"BASE"', repr(resolve_model(PolicySettings(model="quickstart")))),
+                scope,
+            )
+    assert scope["u"].loc["harmless", "u"] == pytest.approx(-0.1)
+    assert scope["following"]["harmless"] == pytest.approx(
+        scope["solution"].lambda_["harmless"] + 0.1
+    )
+    assert len(scope["pairs"]) == 200 * 8 and scope["output"].shape[1] > 3
