@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup init round run status report test lint bench bench-quality bench-methods bench-fit bench-dual bench-one-shot bench-theory bench-kills bench-relabel bench-prepare clean
+.PHONY: setup init round run status report test test-all lint bench bench-quality bench-methods bench-fit bench-dual bench-one-shot bench-theory bench-kills bench-relabel bench-prepare clean
 .DEFAULT_GOAL := round
 
 setup: $(VENV)/.installed
@@ -34,9 +34,15 @@ report: setup
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
+# The slow ones too: real runs killed, interrupted, launched over several processes.
+test-all: setup
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m ""
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 # The tables of docs/benchmarks.md, measured anew (about 40 minutes on 2 cores).
 bench: setup

@@ -18,6 +18,11 @@ from data_prep.errors import UserError
 from data_prep.tables import RESERVED_NAMES
 
 
+def by_name(values: pd.Series) -> dict[str, float]:
+    """Give a Series by constraint name as plain numbers."""
+    return {str(name): float(value) for name, value in values.items()}
+
+
 @dataclass(frozen=True)
 class Constraint:
     """A utility and the level it has to reach: `margin` above the reference policy, or an absolute

@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from data_prep.errors import UserError
 PROJECT = "constrained-dpo"
 
 
-def require_trackers(report_to: list[str]) -> None:
+def require_trackers(report_to: Sequence[str]) -> None:
     """Raises UserError naming the trackers of `fit.report_to` that are not installed."""
     missing = [name for name in report_to if importlib.util.find_spec(name) is None]
     if missing:
@@ -43,7 +43,9 @@ def _wandb_environment(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def fit_logs(folder: Path | None, report_to: list[str], resumed: bool = False) -> Iterator[None]:
+def fit_logs(
+    folder: Path | None, report_to: Sequence[str], resumed: bool = False
+) -> Iterator[None]:
     """Sends the Trainer's trackers to `folder` (emptied first, unless a fit goes on from a
     checkpoint: then the points behind it are there twice) while one fit lasts, by the environment
     variables that they read."""
@@ -75,7 +77,7 @@ def log_round(
     scalars: dict[str, float],
     *,
     step: int,
-    report_to: list[str],
+    report_to: Sequence[str],
     name: str,
     identity: str,
 ) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 
@@ -246,10 +246,11 @@ def relabel(
     Σ λ·utility."""
     import pandas as pd
 
+    from data_prep.labels.preferences import Labels
     from data_prep.labels.relabel import read_prompt_texts, relabel_groups, relabel_pairs
 
-    if labels not in ("soft", "bernoulli", "argmax"):
-        raise UserError(f"--labels {labels}: is not one of soft, bernoulli, argmax")
+    if labels not in get_args(Labels):
+        raise UserError(f"--labels {labels}: is not one of {', '.join(get_args(Labels))}")
     if pairs_per_prompt != "all" and not (pairs_per_prompt.isdigit() and int(pairs_per_prompt) > 0):
         raise UserError(f"--pairs-per-prompt {pairs_per_prompt}: write a number ≥ 1, or all")
     multipliers = pd.Series(parse_assignments(lambda_, "--lambda"), dtype=float)
@@ -261,7 +262,7 @@ def relabel(
                 "--group-size: groups hold scores; leave out --text, --labels and "
                 "--pairs-per-prompt"
             )
-        done = relabel_groups(
+        grouped = relabel_groups(
             responses,
             output,
             reward,
@@ -270,16 +271,17 @@ def relabel(
             groups_per_prompt=groups_per_prompt,
             seed=seed,
         )
-        left_out = done.pop("too_few_responses")
+        left_out = grouped.pop("too_few_responses")
         if as_json:
             print(
                 json.dumps(
-                    {"output": str(output), **done, "left_out": {"too_few_responses": left_out}}
+                    {"output": str(output), **grouped, "left_out": {"too_few_responses": left_out}}
                 )
             )
         else:
-            said = f"{done['groups']} groups of {group_size} responses of {done['prompts']} prompts"
-            print(f"{output}: {said}; left out: {left_out} prompts with fewer responses")
+            counts = f"{grouped['groups']} groups of {group_size} responses"
+            counts += f" of {grouped['prompts']} prompts"
+            print(f"{output}: {counts}; left out: {left_out} prompts with fewer responses")
         return
     texts = text if prompts is None else read_prompt_texts(prompts)
     done = relabel_pairs(
@@ -287,7 +289,7 @@ def relabel(
         output,
         reward,
         multipliers,
-        labels=labels,
+        labels=cast(Labels, labels),
         pairs_per_prompt=None if pairs_per_prompt == "all" else int(pairs_per_prompt),
         seed=seed,
         prompt_texts=texts,
@@ -296,10 +298,10 @@ def relabel(
     if as_json:
         print(json.dumps({"output": str(output), **done, "left_out": {"single_response": singles}}))
         return
+    ambiguous = 100 * cast(float, done["ambiguous_fraction"])
     print(
-        f"{output}: {done['pairs']} pairs of {done['prompts']} prompts, "
-        f"{100 * done['ambiguous_fraction']:.0f} % with P between 0.05 and 0.95; left out: "
-        f"{singles} prompts with a single response"
+        f"{output}: {done['pairs']} pairs of {done['prompts']} prompts, {ambiguous:.0f} % with P "
+        f"between 0.05 and 0.95; left out: {singles} prompts with a single response"
     )
 
 
@@ -342,9 +344,8 @@ def inspect(
     print(frame.head(rows).to_string(max_colwidth=40))
 
 
-def _plain(value: object) -> float | None:
-    number = float(value)
-    return number if number == number else None
+def _plain(number: float) -> float | None:
+    return float(number) if number == number else None
 
 
 def main() -> None:

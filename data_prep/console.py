@@ -22,7 +22,7 @@ def run_app(application: Callable[[], None], may_speak: Callable[[], bool] = lam
     # work makes everything ten times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     log_to_stderr()
-    stopped_by = [signal.SIGINT]
+    stopped_by: list[int] = [signal.SIGINT]
 
     def terminate(number: int, frame: object) -> None:
         stopped_by.append(number)

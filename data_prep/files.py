@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import Timeout, UnixFileLock
 
@@ -97,7 +98,7 @@ def hold(folder: Path) -> Iterator[None]:
         yield
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object that this program wrote; raises UserError where it is gone, damaged or
     something else."""
     try:

@@ -222,11 +222,14 @@ class HttpClient:
             allowed = min(allowed, self.settings.retries)
             return stop.is_set() or state.attempt_number > allowed or garbled > GARBLED_RETRIES
 
+        def pause(seconds: float) -> None:
+            stop.wait(seconds)
+
         tries = Retrying(
             retry=retry_if_exception_type(_TryAgain),
             stop=enough,
             wait=_pause,
-            sleep=stop.wait,
+            sleep=pause,
             reraise=True,
         )
         try:

@@ -21,7 +21,7 @@ import numpy as np
 from data_prep.files import cache_folder
 
 if TYPE_CHECKING:
-    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
 MAX_NEW_TOKENS = 3
@@ -250,7 +250,7 @@ def build_policy() -> Path:
     return folder
 
 
-def _tokenizer() -> object:
+def _tokenizer() -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -259,7 +259,7 @@ def _tokenizer() -> object:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=END, eos_token=END)
 
 
-def _train(steps: int, batch_size: int) -> "torch.nn.Module":
+def _train(steps: int, batch_size: int) -> "PreTrainedModel":
     import torch
     from tqdm import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -69,13 +69,13 @@ def plain(value: Any) -> Any:
     return value
 
 
-def parse_option(block: type[T], text: str, option: str, advice: str) -> T:
+def parse_option(block: TypeAdapter[T], text: str, option: str, advice: str) -> T:
     """Read a settings block from a command-line option's YAML.
 
     Raises UserError, whose line ends with `advice`.
     """
     try:
-        return TypeAdapter(block).validate_python(parse_yaml(text))
+        return block.validate_python(parse_yaml(text))
     except ValidationError as error:
         first = error.errors()[0]
         problem = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()

@@ -9,6 +9,7 @@ import json
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -242,7 +243,8 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
     if not path.exists():
         raise UserError(f"{path}: no such file")
     try:
-        return pq.read_table(path, columns=columns).to_pandas()
+        frame: pd.DataFrame = pq.read_table(path, columns=columns).to_pandas()
+        return frame
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
         first_line = str(error).splitlines()[0]
         raise UserError(
@@ -281,7 +283,7 @@ def read_table(path: Path) -> pd.DataFrame:
     )
 
 
-def read_json_rows(path: Path) -> list[dict]:
+def read_json_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a .jsonl file, or of a .json file that holds a list; raises UserError with the broken
     lines' numbers."""
     import gzip

@@ -141,8 +141,8 @@ def check_recipe(recipe: Recipe, *, pilot: bool, target_se: dict[str, float]) ->
     if findings.errors:
         raise UserError("\n".join(findings.errors))
     pilot_report = None
-    complete = learner is not None and len(scorers) == len(recipe.scorers)
-    if pilot and complete and (learner.server is None or sampler is not None):
+    complete = len(scorers) == len(recipe.scorers)
+    if learner is not None and complete and not (learner.server and sampler is None) and pilot:
         given = 0 if dataset is None else dataset["responses"]
         pilot_report, warnings = run_pilot(learner, target_se, given)
         findings.warnings += warnings

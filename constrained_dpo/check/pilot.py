@@ -190,13 +190,13 @@ def _time_fit(learner: LoraLearner, pool: pd.DataFrame, folder: Path) -> tuple[f
             seed=0,
         )
     else:
-        labels = label_pairs(
-            pool, reward, zero, labels=recipe.fit.labels, pairs_per_prompt=None, seed=0
-        )
+        kind = "soft" if recipe.fit.labels == "given" else recipe.fit.labels
+        labels = label_pairs(pool, reward, zero, labels=kind, pairs_per_prompt=None, seed=0)
         labels = labels.iloc[np.resize(np.arange(len(labels)), rows)]
     # Every forward costs the same, so one per step is timed and multiplied.
-    alone = {"holdout": 0.0, "early_stop": None, "report_to": []}
-    settings = recipe.fit.model_copy(update={"epochs": None, "gradient_accumulation": 1, **alone})
+    changed = {"epochs": None, "gradient_accumulation": 1}
+    unused: dict[str, Any] = {"holdout": 0.0, "early_stop": None, "report_to": []}
+    settings = recipe.fit.model_copy(update=changed | unused)
     for name, steps in (("warmup", 1), ("adapter", TIMED_STEPS)):
         start = time.perf_counter()
         plan = FitPlan(

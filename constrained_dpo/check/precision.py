@@ -36,7 +36,7 @@ def variance_components(scored: pd.DataFrame, names: list[str]) -> pd.DataFrame:
 def prompt_variance(
     components: pd.DataFrame, problem: ConstrainedProblem, responses_per_prompt: int
 ) -> pd.Series:
-    """Expected variance of one prompt's contribution to u, by constraint (score units²); the
+    """Expect the variance of one prompt's contribution to u, by constraint (score units²); the
     standard error of u over n prompts is its square root over √n.
 
     margin b:     2 σ_w²/K + τ²,          τ = |b| c,                the paired difference of two
@@ -52,14 +52,15 @@ def prompt_variance(
     """
     variance = {}
     for c in problem.constraints:
-        mean, within, between, spread = components.loc[
-            c.name, ["mean", "within", "between", "spread"]
-        ]
+        mean, within, between, spread = (
+            float(components[column][c.name]) for column in ("mean", "within", "between", "spread")
+        )
         sampling = within / responses_per_prompt
         if c.margin is not None:
             variance[c.name] = 2 * sampling + spread * c.margin**2
         else:
-            variance[c.name] = sampling + between + spread * max(c.threshold - mean, 0.0) ** 2
+            rise = max((c.threshold or 0.0) - mean, 0.0)
+            variance[c.name] = sampling + between + spread * rise**2
     return pd.Series(variance, index=problem.names, dtype=float)
 
 
@@ -93,8 +94,8 @@ def expected_precision(
     for c in problem.constraints:
         target = target_se.get(c.name, abs(c.margin) / 10 if c.margin else None)
         precision[c.name] = Precision(
-            std_within=math.sqrt(components.loc[c.name, "within"]),
-            std_between=math.sqrt(components.loc[c.name, "between"]),
+            std_within=math.sqrt(components["within"][c.name]),
+            std_between=math.sqrt(components["between"][c.name]),
             se={split: math.sqrt(variance[c.name] / count) for split, count in prompts.items()},
             target_se=target,
             prompts_needed=math.ceil(variance[c.name] / target**2) if target else None,

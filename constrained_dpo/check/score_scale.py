@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from constrained_dpo.problem import ConstrainedProblem
+from constrained_dpo.problem import ConstrainedProblem, by_name
 from data_prep.labels.lagrangian import lagrangian_score
 from data_prep.records import Record
 
@@ -53,7 +53,7 @@ def score_scale(
         tied += int((above - np.searchsorted(ordered, ordered - TIED, side="right")).sum())
     std = math.sqrt(np.mean(variances)) if variances else 0.0
     return ScoreScale(
-        lambda_={str(name): float(value) for name, value in lambda_.items()},
+        lambda_=by_name(lambda_),
         lambda_is=lambda_is,
         std_within=std,
         beta_over_std=problem.beta / std if std else None,

@@ -1,20 +1,21 @@
 """`cdpo dual`: the dual function on tables of scores, no model needed. Results on stdout, a user's
 mistake exits 2."""
 
-import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from constrained_dpo.cli.options import AsJson
+from constrained_dpo.cli.options import AsJson, print_json, results_console
 from data_prep.console import parse_assignments
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.table import Table
 
     from constrained_dpo.dual.feasibility import Feasibility
     from constrained_dpo.dual.one_shot import OneShotSolution
@@ -109,7 +110,7 @@ def solve(
             table, problem, solution, bootstrap, np.random.default_rng(seed), max_lambda
         )
         interval = resampled.interval
-        values["lambda_ci"] = {n: interval.loc[n, ["low", "high"]].tolist() for n in problem.names}
+        values["lambda_ci"] = {n: [interval["low"][n], interval["high"][n]] for n in problem.names}
         values["bootstrap"] = {
             "replicates": bootstrap,
             "seed": seed,
@@ -119,7 +120,7 @@ def solve(
         parts = sensitivity.stability(table, problem, np.random.default_rng(seed), max_lambda)
         values["stability"] = [_finite(row) for row in parts.to_dict("records")]
     if as_json:
-        print(json.dumps(values, allow_nan=False))
+        print_json(values)
     else:
         _print_solution(solution, problem, interval, parts)
     if feasibility is not None:
@@ -169,12 +170,7 @@ def sweep(
 
         write_atomically(plot, render(lambda style: sweep_figure(points, problem, style), LIGHT))
     if as_json:
-        print(
-            json.dumps(
-                [{"levels": p.bounds.to_dict()} | _solution_values(p.solution) for p in points],
-                allow_nan=False,
-            )
-        )
+        print_json([{"levels": p.bounds.to_dict()} | _solution_values(p.solution) for p in points])
     else:
         _print_sweep(points, problem)
     if unmet := sum(bool(p.solution.at_bound) for p in points):
@@ -253,29 +249,31 @@ def _solution_values(solution: "OneShotSolution") -> dict[str, object]:
     }
 
 
-def _feasibility_values(found: "Feasibility | None") -> dict[str, object] | None:
-    if found is None:
+def _feasibility_values(feasibility: "Feasibility | None") -> dict[str, object] | None:
+    if feasibility is None:
         return None
     numbers = {
-        "slack": found.slack,
-        "se": found.se,
-        "ess": found.ess,
-        "num_prompts": found.num_prompts,
+        "slack": feasibility.slack,
+        "se": feasibility.se,
+        "ess": feasibility.ess,
+        "num_prompts": feasibility.num_prompts,
     }
     return {
-        "verdict": found.verdict,
-        "constraints": list(found.constraints),
-        "together": found.together,
-        "largest": found.largest.to_dict(),
-        "shortfall": found.shortfall.to_dict(),
+        "verdict": feasibility.verdict,
+        "constraints": list(feasibility.constraints),
+        "together": feasibility.together,
+        "largest": feasibility.largest.to_dict(),
+        "shortfall": feasibility.shortfall.to_dict(),
         **_finite(numbers),
-        "sentence": found.sentence(),
+        "sentence": feasibility.sentence(),
     }
 
 
-def _finite(row: dict[str, object]) -> dict[str, object]:
+def _finite(row: Mapping[Any, Any]) -> dict[str, object]:
     """JSON has no nan and no infinity: null instead."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return {
+        str(k): None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+    }
 
 
 def _print_solution(
@@ -285,11 +283,9 @@ def _print_solution(
     parts: "pd.DataFrame | None",
 ) -> None:
     for name in problem.names:
-        error = (
-            ""
-            if interval is None
-            else f" [{interval.loc[name, 'low']:.4g}, {interval.loc[name, 'high']:.4g}]"
-        )
+        error = ""
+        if interval is not None:
+            error = f" [{interval['low'][name]:.4g}, {interval['high'][name]:.4g}]"
         print(
             f"λ*({name}) = {solution.lambda_[name]:.6g}{error}; predicted E[{name}] = "
             f"{solution.utilities[name]:.6g}"
@@ -299,44 +295,43 @@ def _print_solution(
         f"{solution.reward:.6g}, KL {solution.kl:.4g} nats; "
         f"ESS per prompt: mean {solution.ess:.1f}, min {solution.min_ess:.1f}"
     )
-    if parts is None:
-        return
-    for name, rows in parts.groupby("constraint", sort=False):
-        cells = {
-            (r.num_prompts, r.num_responses): f"{r.mean_:.4g}"
-            + (f" ± {r.sd:.2g}" if r.repeats > 1 else "")
-            for r in rows.rename(columns={"mean": "mean_"}).itertuples()
-        }
-        responses = sorted({k for _, k in cells})
-        print(
-            f"\nλ*({name}) on random parts of the table, mean ± sd; prompts down, responses per "
-            "prompt across"
-        )
-        print(f"{'':>10}" + "".join(f"{k:>20}" for k in responses))
-        for prompts in sorted({n for n, _ in cells}):
-            print(f"{prompts:>10}" + "".join(f"{cells[prompts, k]:>20}" for k in responses))
+    if parts is not None:
+        for name in problem.names:
+            results_console().print(_stability_table(name, parts[parts["constraint"] == name]))
+
+
+def _stability_table(name: str, parts: "pd.DataFrame") -> "Table":
+    from rich.table import Table
+
+    title = f"λ*({name}) on random parts of the table, mean ± sd"
+    table = Table("prompts", title=title, title_justify="left")
+    rows: dict[int, dict[int, str]] = {}
+    for row in parts.to_dict("records"):
+        spread = f" ± {row['sd']:.2g}" if row["repeats"] > 1 else ""
+        cells = rows.setdefault(row["num_prompts"], {})
+        cells[row["num_responses"]] = f"{row['mean']:.4g}{spread}"
+    sizes = sorted({size for cells in rows.values() for size in cells})
+    for size in sizes:
+        table.add_column(f"{size} responses", justify="right")
+    for count, cells in sorted(rows.items()):
+        table.add_row(str(count), *(cells[size] for size in sizes))
+    return table
 
 
 def _print_sweep(points: list["SweepPoint"], problem: "ConstrainedProblem") -> None:
-    names = problem.names
-    header = [
-        *[f"{n} ≥" for n in names],
-        *[f"λ*({n})" for n in names],
-        f"E[{problem.reward}]",
-        *[f"E[{n}]" for n in names],
-        "KL",
-        "ESS",
-    ]
-    rows = [
-        [f"{v:.4g}" for v in p.bounds]
-        + [
-            f"{v:.5g}{'!' if n in p.solution.at_bound else ''}"
-            for n, v in p.solution.lambda_.items()
-        ]
-        + [f"{v:.4g}" for v in (p.solution.reward, *p.solution.utilities, p.solution.kl)]
-        + [f"{p.solution.ess:.1f}"]
-        for p in points
-    ]
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-    for row in [header, *rows]:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    from rich.table import Table
+
+    names, table = problem.names, Table()
+    head = [f"{n} ≥" for n in names] + [f"λ*({n})" for n in names]
+    for column in (*head, *(f"E[{n}]" for n in problem.objectives), "KL", "ESS"):
+        table.add_column(column, justify="right")
+    for point in points:
+        solution = point.solution
+        multipliers = (
+            f"{solution.lambda_[n]:.5g}{'!' if n in solution.at_bound else ''}" for n in names
+        )
+        levels = (f"{point.bounds[n]:.4g}" for n in names)
+        means = (solution.reward, *solution.utilities, solution.kl)
+        numbers = (f"{value:.4g}" for value in means)
+        table.add_row(*levels, *multipliers, *numbers, f"{solution.ess:.1f}")
+    results_console().print(table)

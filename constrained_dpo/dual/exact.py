@@ -17,7 +17,7 @@ from pydantic import Field
 
 from constrained_dpo.dual.one_shot import OneShotSolution, solve_one_shot
 from constrained_dpo.dual.scores import ScoreTable
-from constrained_dpo.problem import ConstrainedProblem
+from constrained_dpo.problem import ConstrainedProblem, by_name
 from data_prep.records import Record
 
 
@@ -108,7 +108,7 @@ class TabularWorld:
             (lambda_[n] * self.utilities[n] for n in self.problem.names), np.zeros_like(self.reward)
         )
         logp = self.ref_logp + score / self.problem.beta
-        return logp - np.logaddexp.reduce(logp, axis=1, keepdims=True)
+        return np.asarray(logp - np.logaddexp.reduce(logp, axis=1, keepdims=True))
 
     def lagrangian_gap(self, logp: np.ndarray, lambda_: pd.Series) -> float:
         """D(λ) − L(π, λ) = β E_x KL(π ‖ π*_λ) of the policy with this table (score units)."""
@@ -141,7 +141,7 @@ class TabularWorld:
         """λ*, P* and the exact values of π_ref and of the optimal policy."""
         solution = self.optimum
         return ExactOptimum(
-            lambda_=solution.lambda_.to_dict(),
+            lambda_=by_name(solution.lambda_),
             objective=solution.dual_value,
             optimal=self.evaluate(self.maximizer(solution.lambda_)),
             reference=self.evaluate(self.ref_logp),

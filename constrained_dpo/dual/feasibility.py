@@ -263,7 +263,9 @@ def _cutting_planes(
     vector v; the next μ minimizes the largest μ·v, a linear program of size m, whose dual mixes
     those policies into the one that attains the least slack.
     """
-    m, direction, tried, cuts = len(target), start, [], []
+    m, direction = len(target), start
+    tried: list[np.ndarray] = []
+    cuts: list[np.ndarray] = []
     value, best_direction, mixture = np.inf, direction, np.ones(1)
     for _ in range(MAX_CUTS):
         vertex = _best(table, [direction / unit])
@@ -280,8 +282,8 @@ def _cutting_planes(
             b_eq=[1.0],
             bounds=[(0, None)] * m + [(None, None)],
         )
-        direction, mixture = program.x[:m], -program.ineqlin.marginals
-        if value - program.x[m] <= 1e-9 * (1 + abs(value)):
+        direction, mixture = np.asarray(program.x)[:m], -program.ineqlin.marginals
+        if value - np.asarray(program.x)[m] <= 1e-9 * (1 + abs(value)):
             break
     used = [i for i, share in enumerate(mixture) if share > 1e-9]
     shares = [float(mixture[i] / mixture[used].sum()) for i in used]

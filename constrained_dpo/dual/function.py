@@ -41,11 +41,9 @@ class PromptTerms:
         levels: (m,)."""
 
         def mean(values: np.ndarray) -> np.ndarray:
-            return (
-                values.mean(axis=-1)
-                if prompt_weight is None
-                else (values * prompt_weight).sum(axis=-1) / prompt_weight.sum()
-            )
+            if prompt_weight is None:
+                return np.asarray(values.mean(axis=-1))
+            return np.asarray((values * prompt_weight).sum(axis=-1) / prompt_weight.sum())
 
         log_mean, reward, utilities = (
             float(mean(self.log_mean)),

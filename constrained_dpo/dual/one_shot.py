@@ -225,7 +225,7 @@ def _kkt(lam: np.ndarray, gradient: np.ndarray, max_lambda: float) -> np.ndarray
     residual = np.abs(gradient)
     residual[(lam <= 0) & (gradient > 0)] = 0.0
     residual[(lam >= max_lambda) & (gradient < 0)] = 0.0
-    return residual
+    return np.asarray(residual)
 
 
 def _newton_direction(

@@ -168,7 +168,8 @@ class ScoreTable:
     def prompt_means(self, values: np.ndarray) -> np.ndarray:
         """Mean over a prompt's responses, unweighted; (num_responses, ...) → (num_prompts, ...)."""
         sums = np.add.reduceat(values, self.starts, axis=0)
-        return sums / self.counts.reshape(-1, *[1] * (values.ndim - 1))
+        counts = self.counts.reshape(-1, *[1] * (values.ndim - 1))
+        return np.asarray(sums / counts)
 
     def prompt_reference_means(self) -> np.ndarray:
         """Mean utilities of π_ref by prompt, (m, num_prompts): plain means of samples of π_ref,
@@ -184,7 +185,7 @@ class ScoreTable:
 
     def reference_means(self) -> np.ndarray:
         """ḡ_ref, shape (m,): the mean over prompts of `prompt_reference_means`."""
-        return self.prompt_reference_means().mean(axis=1)
+        return np.asarray(self.prompt_reference_means().mean(axis=1))
 
 
 def _no_weight(rows: int) -> np.ndarray:

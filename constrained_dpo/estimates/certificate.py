@@ -180,7 +180,7 @@ def missed_mass(estimates: pd.DataFrame, source: str, beta: float) -> tuple[floa
     one's miss there may be as much that none has seen. estimates: `dual_estimates`; π_θ's own
     samples are in the mixture and count once.
     """
-    plain = estimates.xs("plain", axis=1, level=1)
+    plain = pd.DataFrame(estimates.xs("plain", axis=1, level=1))
     if "mixture" in plain and source != "policy":
         plain = plain.drop(columns="policy")
     most = plain.max(axis=1)
@@ -234,7 +234,7 @@ def certify(
     reason = _why_not(samples, estimates, source, problem.beta)
     if reason is not None:
         return certificate.model_copy(update={"certificate_reason": reason})
-    names = [name for name, column in estimates.columns if column == "log_z"]
+    names = _sources(estimates)
     dual = estimates[source, "log_z"] - levels
     bias = float((estimates[source, "log_z"] - estimates[source, "plain"]).mean())
     claims = {"dual_value": dual, "lagrangian_gap": dual - lagrangian}
@@ -250,9 +250,14 @@ def certify(
     return certificate.model_copy(update=update)
 
 
+def _sources(estimates: pd.DataFrame) -> list[str]:
+    """The sources of `dual_estimates` that have a value."""
+    return [str(column[0]) for column in estimates.columns if column[1] == "log_z"]
+
+
 def _dual_source(estimates: pd.DataFrame) -> str:
     """Whose samples D(λ) is estimated from; estimates: `dual_estimates`."""
-    names = [name for name, column in estimates.columns if column == "log_z"]
+    names = _sources(estimates)
     main = "mixture" if "mixture" in names else "policy"
     higher = [n for n in names if _exceeds(estimates[n, "log_z"], estimates[main, "log_z"])]
     return max([main, *higher], key=lambda name: estimates[name, "log_z"].mean())
@@ -296,8 +301,8 @@ def _why_not(
 
 def best_bound(rounds: Sequence[Certificate]) -> Certificate | None:
     """Find the smallest D over rounds, which bounds P*; None where no round has one."""
-    estimated = [c for c in rounds if c.dual_value is not None]
-    return min(estimated, key=lambda c: c.dual_value) if estimated else None
+    values = [(c.dual_value, i) for i, c in enumerate(rounds) if c.dual_value is not None]
+    return rounds[min(values)[1]] if values else None
 
 
 def sentence(
@@ -310,13 +315,11 @@ def sentence(
     last, best = rounds[-1], best_bound(rounds)
     if last.dual_value is None or best is None:
         return f"no certificate: {last.certificate_reason}"
-    text = (
-        f"the fit is {last.lagrangian_gap:.3f} ± {2 * last.lagrangian_gap_se:.3f} from the best "
-        "policy at this λ"
-    )
+    gap, error = last.lagrangian_gap or 0.0, last.lagrangian_gap_se or 0.0
+    text = f"the fit is {gap:.3f} ± {2 * error:.3f} from the best policy at this λ"
     if meets_constraints:
-        most = best.dual_value - objective
-        spread = 2 * float(np.hypot(best.dual_value_se, last.lagrangian_se))
+        most = (best.dual_value or 0.0) - (objective or 0.0)
+        spread = 2 * float(np.hypot(best.dual_value_se or 0.0, last.lagrangian_se or 0.0))
         number = [c is best for c in rounds].index(True)
         text += (
             "; no policy that meets the constraints has an objective more than "

@@ -28,10 +28,12 @@ def confidence_bound(u: pd.DataFrame, probability: float) -> pd.Series:
     """
     count, skew = u["num_prompts"].astype(float), u["skew"].astype(float)
     quantile = pd.Series(special.stdtrit(np.maximum(count - 1, 1), 1 - probability), index=u.index)
-    scaled = quantile / np.sqrt(count)
+    scaled: pd.Series = quantile / np.sqrt(count)
     safe = skew.where(skew.abs() > 1e-6, 1.0)
     corrected = 3 / safe * (np.cbrt(1 + safe * (scaled - safe / (6 * count))) - 1) * np.sqrt(count)
     move = corrected.where(skew.abs() > 1e-6, quantile)
     # Without a standard error (one prompt) nothing is known; without spread the mean is known.
-    bound = u["u"] - u["se"].where(np.isfinite(u["se"]), 0.0) * move
-    return bound.where(np.isfinite(u["se"]), np.where(probability < 0.5, -np.inf, np.inf))
+    bound: pd.Series = u["u"] - u["se"].where(np.isfinite(u["se"]), 0.0) * move
+    unknown = -np.inf if probability < 0.5 else np.inf
+    bound[~np.isfinite(u["se"])] = unknown
+    return bound

@@ -6,7 +6,7 @@ from constrained_dpo.estimates.intervals import standard_error
 from constrained_dpo.estimates.kl import log_ratio
 from constrained_dpo.estimates.slack import estimate_subgradient
 from constrained_dpo.estimates.verdict import judge, one_sided_bounds
-from constrained_dpo.problem import ConstrainedProblem
+from constrained_dpo.problem import ConstrainedProblem, by_name
 from data_prep.records import Record
 
 
@@ -61,17 +61,17 @@ def measure(
     if not_the_policy is None:
         kl = float(log_ratio(samples).groupby(samples["prompt_id"]).mean().mean())
     return Measurement(
-        u=u["u"].to_dict(),
-        u_se=u["se"].to_dict(),
-        u_skew=u["skew"].to_dict(),
-        u_ci_low=u["low"].to_dict(),
-        u_ci_high=u["high"].to_dict(),
-        u_low=bounds["low"].to_dict(),
-        u_high=bounds["high"].to_dict(),
+        u=by_name(u["u"]),
+        u_se=by_name(u["se"]),
+        u_skew=by_name(u["skew"]),
+        u_ci_low=by_name(u["low"]),
+        u_ci_high=by_name(u["high"]),
+        u_low=by_name(bounds["low"]),
+        u_high=by_name(bounds["high"]),
         verdicts=judge(u, confidence),
         reward=reward,
         reward_se=standard_error(means[problem.reward]),
-        utilities=means[problem.names].mean().to_dict(),
+        utilities=by_name(means[problem.names].mean()),
         kl=kl,
         objective=None if kl is None else reward - problem.beta * kl,
         kl_reason=not_the_policy,

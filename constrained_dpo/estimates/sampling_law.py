@@ -1,6 +1,8 @@
 """Whether the samples are from the policy: the sampling law, and what a server drew beside the
 policy as it is computed here."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -15,7 +17,7 @@ COMPARED_ROWS = 64
 """A comparison with fewer log-probabilities of the server says too little."""
 
 
-def compare_sampler(table: pd.DataFrame) -> dict[str, object]:
+def compare_sampler(table: pd.DataFrame) -> dict[str, Any]:
     """A server's law q beside the policy π, from its own samples with both log-probabilities
     (columns server_logp, policy_logp; nats).
 

@@ -82,14 +82,15 @@ def changes(
     constraints = tuple(Constraint(name, margin=0.0) for name in objectives)
     differences = ConstrainedProblem("none", 1.0, constraints)
     table = estimate_subgradient(samples, reference, differences, confidence)
+    rows = table.to_dict("index")
     return {
         name: Change(
             reference=float(reference.groupby("prompt_id")[name].mean().mean()),
             policy=float(samples.groupby("prompt_id")[name].mean().mean()),
-            difference=float(row["u"]),
-            se=float(row["se"]),
-            ci_low=float(row["low"]),
-            ci_high=float(row["high"]),
+            difference=rows[name]["u"],
+            se=rows[name]["se"],
+            ci_low=rows[name]["low"],
+            ci_high=rows[name]["high"],
         )
-        for name, row in table.iterrows()
+        for name in objectives
     }

@@ -28,7 +28,7 @@ def judge(u: pd.DataFrame, confidence: float) -> dict[str, str]:
     verdicts = {}
     for name, row in bounds.iterrows():
         exactly_met = row["low"] == row["high"] == 0
-        verdicts[name] = (
+        verdicts[str(name)] = (
             SATISFIED
             if row["low"] > 0 or exactly_met
             else VIOLATED

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import Field, field_validator
+from pydantic import Field, TypeAdapter, field_validator
 
 from constrained_dpo.evaluation.judge import (
     CRITERIA,
@@ -45,7 +45,7 @@ def parse_judge(text: str) -> JudgeSettings:
     """Settings from `--judge`'s YAML, e.g. `{base_url: "http://localhost:8000/v1", model: NAME}`;
     raises UserError."""
     return parse_option(
-        JudgeSettings,
+        TypeAdapter(JudgeSettings),
         text,
         "--judge",
         'write e.g. {base_url: "http://localhost:8000/v1", model: NAME}',
@@ -176,22 +176,24 @@ def judge_evaluation(
 def judge_pairs(
     judge: Judge, pairs: pd.DataFrame, *, confidence: float, seed: int
 ) -> dict[str, Any]:
-    """`win_rate` by criterion, and `refusal_rates`; JSON-ready. pairs: as `pair_responses` gives
-    them."""
+    """Ask the judge: `win_rate` by criterion, and `refusal_rates`, JSON-ready.
+
+    pairs: as `pair_responses` gives them.
+    """
     record: dict[str, Any] = {}
     rows = list(pairs[["prompt", "policy", "other"]].itertuples(index=False))
+    count, ids = len(rows), pairs[["prompt_id"]]
     for criterion in CRITERIA:
-        questions = [comparison_prompt(criterion, p, mine, theirs) for p, mine, theirs in rows]
-        questions += [comparison_prompt(criterion, p, theirs, mine) for p, mine, theirs in rows]
-        verdicts = [read_comparison(answer) for answer in judge.ask(questions)]
-        table = pairs[["prompt_id"]].assign(
-            policy_first=verdicts[: len(rows)], policy_second=verdicts[len(rows) :]
-        )
+        questions = [comparison_prompt(criterion, p, policy, other) for p, policy, other in rows]
+        questions += [comparison_prompt(criterion, p, other, policy) for p, policy, other in rows]
+        choices = pd.Series([read_comparison(a) for a in judge.ask(questions)], dtype=object)
+        first, second = choices[:count].to_numpy(), choices[count:].to_numpy()
+        table = ids.assign(policy_first=first, policy_second=second)
         record[criterion] = win_rate(table, confidence, seed)
-    questions = [refusal_prompt(p, mine) for p, mine, _ in rows] + [
-        refusal_prompt(p, theirs) for p, _, theirs in rows
-    ]
-    found = [read_refusal(answer) for answer in judge.ask(questions)]
-    table = pairs[["prompt_id"]].assign(policy=found[: len(rows)], other=found[len(rows) :])
+    questions = [refusal_prompt(p, policy) for p, policy, _ in rows]
+    questions += [refusal_prompt(p, other) for p, _, other in rows]
+    declines = pd.Series([read_refusal(a) for a in judge.ask(questions)], dtype=object)
+    first, second = declines[:count].to_numpy(), declines[count:].to_numpy()
+    table = ids.assign(policy=first, other=second)
     record["refusals"] = refusal_rates(table, confidence, seed)
     return record

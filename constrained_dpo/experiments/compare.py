@@ -90,7 +90,8 @@ def read_groups(paths: list[Path], choice: str) -> tuple[list[Group], list[tuple
             "\n".join(f"{name}: cannot be compared: {reason}" for name, reason in left_out)
         )
     alike = _alike(rows)
-    first, apart = rows[0].identity, [None]
+    first = rows[0].identity
+    apart: list[str | None] = [None]
     for others in alike[1:]:
         reasons = (why_not_comparable(first, row.identity) for row in others)
         apart.append("; ".join(dict.fromkeys(filter(None, reasons))))

@@ -135,9 +135,13 @@ def _check_grid(grid: SweepGrid, recipe: Recipe) -> None:
             f"--method {WEIGHTED_SUM} and --weights NAME=VALUE,… belong together: give both or "
             "neither"
         )
-    lists = {"--method": grid.methods, "--seeds": grid.seeds}
-    for option, values in (lists | {"margins": grid.margins, "weights": grid.weights}).items():
-        if len({str(value) for value in values}) < len(values):
+    for option, values in {
+        "--method": list(map(str, grid.methods)),
+        "--seeds": list(map(str, grid.seeds)),
+        "margins": list(map(str, grid.margins)),
+        "weights": list(map(str, grid.weights)),
+    }.items():
+        if len(set(values)) < len(values):
             raise UserError(f"{option}: a value is given twice")
 
 

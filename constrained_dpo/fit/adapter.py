@@ -68,8 +68,8 @@ def fit_adapter(
     callbacks = seals if held_out is None else [measured, *seals]
     logs, report_to = plan.logs if is_main() else None, plan.settings.report_to
     with _restored_base(policy), fit_logs(logs, report_to, resumed=checkpoint is not None):
-        where = plan.checkpoints if plan.settings.save_steps else _temporary(plan)
-        there = replace(plan, output=where)
+        saved = plan.checkpoints if plan.settings.save_steps else None
+        there = replace(plan, output=saved or _temporary(plan))
         trainer = build_trainer(policy, fitted, there, held_out, checkpoint is not None)
         trainer.watch = StepWatch(dataset, _bad_batch(plan))
         for callback in (trainer.watch, *callbacks):
@@ -82,7 +82,10 @@ def fit_adapter(
                 measured.resume(checkpoint)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             measured.restore_best(trainer.model)
-            content = {"anchor_error": anchor_error, "padded_because": trainer.padded_because}
+            content: dict[str, Any] = {
+                "anchor_error": anchor_error,
+                "padded_because": trainer.padded_because,
+            }
             if held_out is not None:
                 content["held_out"] = measured.record(held_out)
             _save(trainer, content, plan)
@@ -156,7 +159,7 @@ def save_adapter(
     """
     try:
         # Even where the head is a target the base's own embeddings are not part of the adapter.
-        model.save_pretrained(temporary, state_dict=gathered, save_embedding_layers=False)
+        model.save_pretrained(str(temporary), state_dict=gathered, save_embedding_layers=False)
         (temporary / "training_log.json").write_text(text)
         (temporary / "README.md").unlink(
             missing_ok=True

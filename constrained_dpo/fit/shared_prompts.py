@@ -42,7 +42,10 @@ class SharedPromptCollator:
     pad_token_id: int
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        ids, positions, segments, targets = [], [], [], []
+        ids: list[list[int]] = []
+        positions: list[list[int]] = []
+        segments: list[list[int]] = []
+        targets: list[list[int]] = []
         for example in examples:
             *shared, last = example["prompt_ids"]
             start = len(shared)
@@ -57,7 +60,10 @@ class SharedPromptCollator:
                 place += range(start, start + len(response))
                 owner += [number] * len(response)
                 target += response
-            ids.append(row), positions.append(place), segments.append(owner), targets.append(target)
+            ids.append(row)
+            positions.append(place)
+            segments.append(owner)
+            targets.append(target)
         return {
             "input_ids": padded(ids, self.pad_token_id),
             "position_ids": padded(positions, 0),
@@ -117,7 +123,8 @@ def _token_logps(head: torch.nn.Module, hidden: torch.Tensor, tokens: torch.Tens
     def piece(states: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         return -F.cross_entropy(head(states).float(), chosen, reduction="none")
 
-    size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    vocabulary = head.get_parameter("weight").shape[0]
+    size = max(1, LOGITS_AT_ONCE // vocabulary)
     if len(hidden) <= size:
         return piece(hidden, tokens)
     parts = zip(hidden.split(size), tokens.split(size), strict=True)
@@ -163,14 +170,15 @@ def costs(
     matrices = 6.0 * config.get_text_config().hidden_size
     alone = prompts[:, None] + responses
     together = alone.sum(axis=1) - (prompts - 1) * (responses.shape[1] - 1)
-    return tuple(
+    work = [
         float(matrices * lengths.sum() + (lengths.astype(float) ** 2).sum())
         for lengths in (together, alone)
-    )
+    ]
+    return work[0], work[1]
 
 
 def why_not_shared(
-    model: torch.nn.Module, rows: datasets.Dataset, pad_token_id: int, tolerance: float
+    model: PreTrainedModel, rows: datasets.Dataset, pad_token_id: int, tolerance: float
 ) -> str | None:
     """None where the layout is exact on the longest rows of the dataset and cheaper than padded
     rows; else the reason.
@@ -198,7 +206,7 @@ def why_not_shared(
             batch_size=len(sequences),
         )
         try:
-            found, disturbed = (
+            logps, disturbed = (
                 _shared_logps(model, batch, pad_token_id) for batch in (few, _others_changed(few))
             )
         except (
@@ -215,18 +223,18 @@ def why_not_shared(
                 f"{str(error).splitlines()[0] if str(error) else ''})"
             )
     lengths = np.array([len(response) for _, response in sequences])
-    error = float(np.max(np.abs(found.ravel() - expected) / lengths))
-    if not error <= tolerance:
+    difference = float(np.max(np.abs(logps.ravel() - expected) / lengths))
+    if not difference <= tolerance:
         return (
-            f"log-probabilities differ from padded rows by {error:.2g} nats per token "
+            f"log-probabilities differ from padded rows by {difference:.2g} nats per token "
             f"(tolerance {tolerance:.2g})"
         )
-    if not np.array_equal(found[:, -1], disturbed[:, -1]):
+    if not np.array_equal(logps[:, -1], disturbed[:, -1]):
         return "a response's log-probability depends on the other responses of its row"
     return None
 
 
-def _shared_logps(model: torch.nn.Module, rows: list[dict], pad_token_id: int) -> np.ndarray:
+def _shared_logps(model: PreTrainedModel, rows: list[dict], pad_token_id: int) -> np.ndarray:
     batch = SharedPromptCollator(pad_token_id)(rows)
     device = model.get_input_embeddings().weight.device
     inputs = {name: batch[name].to(device) for name in SHARED_INPUTS}

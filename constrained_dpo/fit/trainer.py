@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import datasets
 import torch
@@ -255,7 +256,7 @@ def build_trainer(
             processing_class=policy.tokenizer,
             peft_config=LoraConfig(
                 r=lora.r,
-                lora_alpha=lora.alpha,
+                lora_alpha=cast(int, lora.alpha),  # PEFT takes any number
                 lora_dropout=lora.dropout,
                 target_modules=target,
                 task_type="CAUSAL_LM",
@@ -299,7 +300,7 @@ def _float_adapter(trainer: PseudoPreferenceTrainer, previous: Path | None, devi
     check_adapter_folder(previous, "warm start")
     with explained_loading("warm start", f"{previous} (of another base, or damaged?)"):
         weights = load_peft_weights(str(previous), device=device)
-        loaded = set_peft_model_state_dict(trainer.model, weights)
+        loaded: Any = set_peft_model_state_dict(trainer.model, weights)
     if loaded.unexpected_keys:
         raise UserError(
             f"{previous}: an adapter of another base or LoRA setting ({loaded.unexpected_keys[0]})"

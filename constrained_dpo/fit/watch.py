@@ -4,6 +4,7 @@ number that is not finite."""
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -124,8 +125,8 @@ class FitProgress(TrainerCallback):
         self.bar.close()
 
 
-def training_log_text(content: dict[str, object]) -> str:
-    """training_log.json: `content` as JSON, its `log` with one step per line."""
+def training_log_text(content: dict[str, Any]) -> str:
+    """Write training_log.json: `content` as JSON, its `log` with one step per line."""
     head = json.dumps({key: value for key, value in content.items() if key != "log"}, indent=1)
     rows = ",\n  ".join(json.dumps(row) for row in content["log"])
     return f'{head[:-2]},\n "log": [\n  {rows}\n ]\n}}\n'

@@ -35,22 +35,22 @@ class AnswersOnFile:
     @cached_property
     def rows(self) -> dict[str, np.ndarray]:
         """Row numbers of the table by prompt_id."""
-        return self.table.groupby("prompt_id", sort=False).indices
+        groups = self.table.groupby("prompt_id", sort=False).indices
+        return {str(pid): np.asarray(rows) for pid, rows in groups.items()}
 
     def sample(
         self,
         prompts: pd.DataFrame,
         *,
         responses_per_prompt: int,
-        adapter: None,
+        adapter: Path | None,
         source: str,
         seed: int,
     ) -> pd.DataFrame:
         """All answers to these prompts; nothing is drawn, so only `prompts` matters."""
-        found = self.table.iloc[
-            np.concatenate([self.rows[pid] for pid in prompts["prompt_id"]])
-        ].reset_index(drop=True)
-        return found.assign(ref_logp=self.learner.log_probabilities(found, adapter))
+        rows = np.concatenate([self.rows[pid] for pid in prompts["prompt_id"]])
+        answers = self.table.iloc[rows].reset_index(drop=True)
+        return answers.assign(ref_logp=self.learner.log_probabilities(answers, adapter))
 
     def score(self, responses: pd.DataFrame) -> pd.DataFrame:
         return self.learner.score(responses) if self.scored else responses

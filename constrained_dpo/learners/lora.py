@@ -3,6 +3,7 @@ loaded when first needed."""
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -83,12 +84,12 @@ class LoraLearner:
         return pd.Series(texts, index=self.prompts["prompt_id"])
 
     def unload(self) -> None:
-        """Frees the policy; it loads again when next needed."""
+        """Free the policy; it loads again when next needed."""
         self.__dict__.pop("policy", None)
 
     def restrict(self, limit: int) -> dict[str, int]:
-        """Applies the length limit (tokens of prompt + response) to the prompts; returns how many
-        were dropped.
+        """Apply the length limit (tokens of prompt + response) to the prompts; return how many were
+        dropped.
 
         Raises UserError for prompts that are too long where the recipe does not say to drop them.
         """
@@ -110,15 +111,17 @@ class LoraLearner:
             )
         return {"too_long": dropped}
 
-    def identity(self) -> dict[str, object]:
-        """Hashes of what the run's numbers depend on, and the sampling law in words."""
-        sampling = self.recipe.sampling
-        return {
+    def identity(self) -> dict[str, Any]:
+        """Hash what the run's numbers depend on; say the sampling law in words."""
+        identity: dict[str, Any] = {
             "policy": self.policy.fingerprint,
             "scorers": {name: self.scorers[name].fingerprint for name in self.recipe.scorers},
-            "law": law_hash(sampling, self.policy.eos_ids),
+            "law": law_hash(self.recipe.sampling, self.policy.eos_ids),
             "overridden_generation": self.policy.overridden,
-        } | ({} if self.server is None else {"sampler": self.server.fingerprint()})
+        }
+        return (
+            identity if self.server is None else identity | {"sampler": self.server.fingerprint()}
+        )
 
     def fit(self, job: FitJob) -> None:
         """Write one round's adapter; the multipliers are in the labels already."""
@@ -179,19 +182,27 @@ class LoraLearner:
         texts = responses["response"].tolist()
         columns = {}
         for name, scorer in self.scorers.items():
-            how = {"options": self.scorer_settings[name], "name": name, "cache": self.cache}
+            options = self.scorer_settings[name]
             if isinstance(scorer, TokenScorer):
                 tokens = [self.prompt_tokens[pid] for pid in responses["prompt_id"]]
                 drawn = [ids.tolist() for ids in responses["token_ids"]]
                 # A table's ref_logp is this learner's policy's; a merged export has another
                 # than the run's scorers ask.
-                own = scorer.reference_fingerprint == self.policy.fingerprint
-                ref_logp = responses["ref_logp"].to_numpy(np.float64) if own else None
+                same = scorer.reference_fingerprint == self.policy.fingerprint
                 columns[name] = score_tokens(
-                    scorer, tokens, drawn, texts=texts, ref_logp=ref_logp, **how
+                    scorer,
+                    tokens,
+                    drawn,
+                    texts=texts,
+                    ref_logp=responses["ref_logp"].to_numpy(np.float64) if same else None,
+                    options=options,
+                    name=name,
+                    cache=self.cache,
                 )
             else:
-                columns[name] = score_texts(scorer, prompts, texts, **how)
+                columns[name] = score_texts(
+                    scorer, prompts, texts, options=options, name=name, cache=self.cache
+                )
         return responses.assign(**columns)
 
     def truncated(self) -> dict[str, int]:
@@ -199,7 +210,7 @@ class LoraLearner:
         truncate."""
         return {n: s.truncated for n, s in self.scorers.items() if s.truncated}
 
-    def measured_scorers(self, pool: pd.DataFrame) -> dict[str, dict]:
+    def measured_scorers(self, pool: pd.DataFrame) -> dict[str, dict[str, Any]]:
         """By objective: `quantization_drift` of quantized scorers, `calibration` of implicit ones;
         pool: π_ref's scored responses."""
         drifts = {name: scorer.quantization_drift() for name, scorer in self.scorers.items()}
@@ -212,7 +223,7 @@ class LoraLearner:
             name: {"calibration": record} for name, record in self.calibrations(pool).items()
         }
 
-    def calibrations(self, pool: pd.DataFrame) -> dict[str, dict]:
+    def calibrations(self, pool: pd.DataFrame) -> dict[str, dict[str, Any]]:
         """By implicit objective of the recipe: `beta`, `std_within` (score units, within a prompt
         on π_ref's scored responses; None with one response each) and `labelled`, the agreement with
         its table of labelled pairs (None without one)."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -69,10 +69,10 @@ class Learner(Source, Protocol):
     def log_probabilities(self, responses: pd.DataFrame, adapter: Path | None) -> np.ndarray:
         """Compute log π_θ (None: log π_ref) of stored responses: (num_responses,) nats."""
 
-    def identity(self) -> dict[str, object]:
+    def identity(self) -> dict[str, Any]:
         """Hash what the run's numbers depend on; say the sampling law in words."""
 
-    def measured_scorers(self, pool: pd.DataFrame) -> dict[str, dict[str, object]]:
+    def measured_scorers(self, pool: pd.DataFrame) -> dict[str, dict[str, Any]]:
         """Measure what is known of the scorers on π_ref's scored responses, by objective."""
 
     def truncated(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -85,7 +86,7 @@ class TabularLearner:
     def log_probabilities(self, responses: pd.DataFrame, adapter: Path) -> np.ndarray:
         return self.table(adapter)[self._cells(responses)]
 
-    def identity(self) -> dict[str, object]:
+    def identity(self) -> dict[str, Any]:
         return {"policy": "tabular", "law": "tabular"}
 
     def measured_scorers(self, pool: pd.DataFrame) -> dict[str, dict[str, object]]:

@@ -183,7 +183,8 @@ class FitSettings(Settings):
         warmup = {"warmup_steps": int(share * self.warmup_steps)}
         if self.steps is not None:
             return self.model_copy(update={"steps": max(1, round(share * self.steps))} | warmup)
-        return self.model_copy(update={"epochs": share * self.epochs} | warmup)
+        epochs = share * (self.epochs or 0.0)
+        return self.model_copy(update={"epochs": epochs} | warmup)
 
     @property
     def grouped(self) -> bool:

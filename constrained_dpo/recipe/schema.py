@@ -8,6 +8,7 @@ The keys of `policy`, `prompts`, `sampling` and the scorers are defined, documen
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
@@ -60,14 +61,11 @@ class ConstraintSettings(Settings):
     def _number_or_std(cls, value: object) -> object:
         if value is None:
             return None
-        in_std = isinstance(value, str) and value.endswith(STD)
+        text = "" if isinstance(value, bool) else str(value)
+        in_std = isinstance(value, str) and text.endswith(STD)
         try:
-            number = (
-                math.nan
-                if isinstance(value, bool)
-                else float(value.removesuffix(STD) if in_std else value)
-            )
-        except (TypeError, ValueError):
+            number = float(text.removesuffix(STD) if in_std else text)
+        except ValueError:
             number = math.nan
         if not math.isfinite(number):
             raise ValueError(
@@ -84,9 +82,9 @@ class ConstraintSettings(Settings):
     @property
     def constraint(self) -> Constraint:
         """With a margin in std in score units, where their number is known."""
-        if self.margin_in_std is None:
+        if not isinstance(self.margin, str):
             return Constraint(self.name, self.margin, self.threshold)
-        if self.reference_std is None or self.threshold is not None:
+        if self.margin_in_std is None or self.reference_std is None or self.threshold is not None:
             return Constraint(self.name, threshold=self.threshold, margin_in_std=self.margin_in_std)
         return Constraint(self.name, margin=self.margin_in_std * self.reference_std)
 
@@ -157,8 +155,7 @@ class Recipe(Settings):
                     "fit.labels: given takes every labelled pair; drop pool.shares and "
                     "pool.max_per_prompt"
                 )
-        scorers = {c.name: c.scorer for c in (self.objective.reward, *self.objective.constraints)}
-        for name, scorer in scorers.items():
+        for name, scorer in self.scorers.items():
             if scorer.type == "column":
                 problems.append(
                     f"scorer of {name}: a column scorer cannot score fresh samples; use it with "
@@ -198,10 +195,12 @@ class Recipe(Settings):
     @property
     def scorers(self) -> dict[str, ScorerSettings]:
         """Scorer settings by objective name, the reward first."""
-        return {c.name: c.scorer for c in (self.objective.reward, *self.objective.constraints)}
+        reward = self.objective.reward
+        utilities = {c.name: c.scorer for c in self.objective.constraints}
+        return {reward.name: reward.scorer} | utilities
 
-    def with_reference_stds(self, stds: dict[str, float | None]) -> "Recipe":
-        """The recipe with `reference_std` of the named constraints."""
+    def with_reference_stds(self, stds: Mapping[str, float | None]) -> "Recipe":
+        """Give the recipe with `reference_std` of the named constraints."""
         constraints = [
             c.model_copy(update={"reference_std": stds[c.name]}) if c.name in stds else c
             for c in self.objective.constraints

@@ -4,7 +4,7 @@ as asked and as met."""
 from collections.abc import Iterator
 from functools import partial
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -143,7 +143,7 @@ def draw_achieved(
     ends = [table[f"demanded_{name}"].min(), table[f"demanded_{name}"].max()]
     room = 0.08 * (ends[1] - ends[0]) or 0.1 * abs(ends[0]) or 0.1
     span = [ends[0] - room, ends[1] + room]
-    handles = axes.plot(
+    handles: list[Any] = axes.plot(
         span,
         span,
         color=style.neutral,
@@ -153,9 +153,9 @@ def draw_achieved(
     )
     methods = list(dict.fromkeys(table["method"]))
     for method, rows in table.groupby("method", sort=False):
-        index = colours[method]
+        index = colours[str(method)]
         rows = rows.sort_values(f"demanded_{name}")
-        apart = methods.index(method) - (len(methods) - 1) / 2  # so that no bar covers another
+        apart = methods.index(str(method)) - (len(methods) - 1) / 2  # so that no bar covers another
         x = rows[f"demanded_{name}"] + 0.01 * (span[1] - span[0]) * apart
         line = (
             "-"
@@ -190,11 +190,11 @@ def draw_front(
     reward; table: `compare.points`."""
     name, reward = names
     figure, axes = _figure(4.0)
-    handles = axes.plot(
+    handles: list[Any] = axes.plot(
         0, 0, linestyle="", marker="s", markersize=8, color=style.neutral, label="π_ref"
     )
     for method, rows in table.groupby("method", sort=False):
-        index = colours[method]
+        index = colours[str(method)]
         rows = rows.sort_values(f"gain_{name}")
         end = rows["alone"].notna().any()
         line = "-" if len(rows) > 1 and all(len(s) == 1 for s in rows["setting"]) else ""
@@ -261,7 +261,7 @@ def draw_margins(
         label="demanded",
     )
     for method, rows in table.groupby("method", sort=False):
-        index = colours[method]
+        index = colours[str(method)]
         colour, marker = style.colour(index), MARKERS[index % len(MARKERS)]
         for _, row in rows.iterrows():
             x, y = ([row[f"demanded_{n}"], row[f"gain_{n}"]] for n in (one, other))

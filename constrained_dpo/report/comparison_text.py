@@ -84,7 +84,7 @@ def _cells(row: Row, label: str, group: Group, null: Callable[[str | None], str]
     cells.append(signed(row.objective) + own if row.objective is not None else null(row.kl_reason))
     cells.append(
         f"{max(row.bound_gap, 0.0):.3f} ± {2 * row.bound_gap_se:.3f}"
-        if row.bound_gap is not None
+        if row.bound_gap is not None and row.bound_gap_se is not None
         else null(row.bound_reason)
     )
     if exact:

@@ -85,7 +85,7 @@ def _test_responses(table: pd.DataFrame, rank: dict[str, int]) -> pd.DataFrame:
         "prompt_id", key=lambda ids: ids.map(rank), kind="stable"
     )
     draw = table.groupby("prompt_id").cumcount().rename("draw")
-    return table.drop(columns="split").set_index(["prompt_id", draw])
+    return table.drop(columns="split").assign(draw=draw).set_index(["prompt_id", "draw"])
 
 
 def lengths(responses: pd.DataFrame) -> pd.Series:

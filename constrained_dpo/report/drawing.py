@@ -8,7 +8,7 @@ state left behind.
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,13 +16,9 @@ import pandas as pd
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from constrained_dpo.dual.sensitivity import SweepPoint
-from constrained_dpo.problem import ConstrainedProblem
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from constrained_dpo.report.drawing import Style
+    from constrained_dpo.dual.sensitivity import SweepPoint
+    from constrained_dpo.problem import ConstrainedProblem
 
 
 WIDTH = (
@@ -77,7 +73,7 @@ def render(draw: Callable[[Style], "Figure"], style: Style) -> bytes:
     """The figure that `draw` makes for this style, as PNG bytes."""
     from matplotlib import rc_context
 
-    settings = {
+    settings: Any = {
         "figure.facecolor": style.background,
         "axes.facecolor": style.background,
         "savefig.facecolor": style.background,
@@ -100,7 +96,7 @@ def render(draw: Callable[[Style], "Figure"], style: Style) -> bytes:
         "lines.linewidth": 1.8,
         "text.usetex": False,
     }
-    with rc_context(settings):
+    with rc_context(rc=settings):
         buffer = BytesIO()
         draw(style).savefig(buffer, format="png", dpi=DOTS_PER_INCH)
     return buffer.getvalue()
@@ -138,7 +134,7 @@ def draw_certificate(
     dual_value_se, exact (NaN where unknown); optimum: the exact P* or None."""
     figure = _figure(3.3)
     axes = figure.subplots()
-    handles = axes.plot(
+    handles: list[Any] = axes.plot(
         rounds.index,
         rounds["objective"],
         color=style.colour(0),
@@ -191,7 +187,7 @@ def draw_multipliers(
     """
     figure = _figure(3.3)
     axes = figure.subplots()
-    handles = []
+    handles: list[Any] = []
     for index, name in enumerate(history.columns):
         colour, values = style.colour(index), history[name]
         marker = MARKERS[index % len(MARKERS)]
@@ -301,7 +297,7 @@ def draw_path(
     figure = _figure(3.8)
     axes = figure.subplots()
     x, y = rounds["utility"], rounds["reward"]
-    handles = axes.plot(
+    handles: list[Any] = axes.plot(
         *reference, linestyle="", marker="s", markersize=8, color=style.neutral, label="π_ref"
     )
     axes.plot(
@@ -405,7 +401,7 @@ def draw_histogram(
         edges = (
             np.linspace(low, high, count + 1) if high > low else np.array([low - 0.5, low + 0.5])
         )
-    handles = []
+    handles: list[Any] = []
     for scores, colour, filled, name in (
         (before, style.neutral, True, "π_ref"),
         (after, style.colour(0), False, policy),

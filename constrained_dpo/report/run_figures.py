@@ -4,6 +4,7 @@ they are drawn from."""
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,9 @@ from constrained_dpo.report.drawing import (
     render,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -36,7 +40,7 @@ class Picture:
     alt: str
     caption: str
     sources: list[str]
-    draw: Callable[[Style], object] = field(repr=False)
+    draw: "Callable[[Style], Figure]" = field(repr=False)
 
     def files(self) -> Iterator[tuple[str, bytes]]:
         yield f"{self.stem}.png", render(self.draw, LIGHT)
@@ -65,13 +69,16 @@ def _multipliers(contents: Contents) -> Picture:
     history = pd.DataFrame(contents.state.lambda_)[contents.recipe.problem.names]
     optimum = contents.optimum_on("dual")
     optimal = {} if optimum is None else optimum.lambda_
-    last, exact = history.iloc[-1], "; dashed: the exact optimum λ*" if optimal else ""
+    exact = "; dashed: the exact optimum λ*" if optimal else ""
     return Picture(
         "lambda",
         "multipliers",
         "Multipliers",
         "Multipliers by round: "
-        + "; ".join(f"{n} from {history[n].iloc[0]:.4g} to {last[n]:.4g}" for n in history)
+        + "; ".join(
+            f"{n} from {history[n].iloc[0]:.4g} to {history[n].iloc[-1]:.4g}"
+            for n in contents.recipe.problem.names
+        )
         + "".join(f"; exact λ*({n}) {v:.4g}" for n, v in optimal.items()),
         "λ that each round's pseudo-preferences were drawn under; hollow: what the next round "
         f"would use{exact}. "
@@ -122,14 +129,14 @@ def _path(contents: Contents, index: int, name: str) -> Picture:
     best = contents.optimum_on("test")
     optimum = (best.optimal.utilities[name], best.optimal.reward) if best else None
     where = "these prompts" if "test" in (contents.optimum or {}) else "all prompts of the world"
-    here = rounds.loc[contents.shown]
+    here = tests[contents.shown]
     return Picture(
         f"path-{index}-{name}",
         "path",
         f"Path: {name} against {reward}",
         f"Reward against {name} on test prompts: π_ref at {signed(means.iloc[0])}, "
         f"{signed(means.iloc[1])}; round {contents.shown} at "
-        f"{signed(here['utility'])}, {signed(here['reward'])}; the level asked for is "
+        f"{signed(here.utilities[name])}, {signed(here.reward)}; the level asked for is "
         f"{signed(level)}",
         f"Each round's policy on the test prompts; the dashed line is the level that {name} has "
         "to reach"

@@ -7,11 +7,8 @@ Writes only RUN/report/, each file whole; the page embeds its images, so it can 
 
 import base64
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
-
-import pandas as pd
 
 from constrained_dpo.report.contents import (
     Contents,
@@ -22,8 +19,9 @@ from constrained_dpo.report.contents import (
     read_contents,
     signed,
 )
-from constrained_dpo.report.page import TEMPLATES, render_page, shortened
+from constrained_dpo.report.page import TEMPLATES, render_page
 from constrained_dpo.report.run_figures import Picture, pictures
+from constrained_dpo.report.run_samples import EXTREMES, FIRST_RESPONSES, sample_cards
 from constrained_dpo.report.scorer_words import measured_lines
 from constrained_dpo.report.words import MEANING, at_bound_warning, certificate_line
 from constrained_dpo.run.directory import RunDirectory
@@ -32,11 +30,6 @@ from constrained_dpo.run.scorer_facts import read_scorer_facts
 from constrained_dpo.run.status import next_step
 from data_prep.errors import UserError
 from data_prep.files import hash_file, write_atomically
-
-FIRST_RESPONSES, EXTREMES = (
-    100,
-    60,
-)  # pairs of responses on the page: first draws, and largest changes over all constraints
 
 
 def write_report(run: RunDirectory, number: int | None = None) -> tuple[Path, str]:
@@ -275,75 +268,9 @@ def round_rows(contents: Contents) -> list[dict]:
 
 def _gap(record: RoundRecord) -> str:
     """The Lagrangian gap with twice its standard error, or a dash where there is none."""
-    if record.lagrangian_gap is None:
+    if record.lagrangian_gap is None or record.lagrangian_gap_se is None:
         return "–"
     return f"{record.lagrangian_gap:.3f} ± {2 * record.lagrangian_gap_se:.3f}"
-
-
-def choose_samples(changes: pd.DataFrame, names: list[str]) -> dict[tuple[str, int], list[str]]:
-    """The pairs of responses that the page shows, each with what it is there for; a function of the
-    tables alone.
-
-    changes: score of the policy's response minus that of π_ref's, by (prompt_id, draw) in prompt
-    order. The first draw of the first FIRST_RESPONSES prompts, then the largest losses and gains of
-    every utility in `names`, EXTREMES in all.
-    """
-    first = changes.index[changes.index.get_level_values("draw") == 0][:FIRST_RESPONSES]
-    chosen: dict[tuple[str, int], list[str]] = {key: [] for key in first}
-    count = max(1, EXTREMES // (2 * len(names)))
-    for name in names:
-        for key in changes.index[changes[name] < 0].intersection(
-            changes[name].nsmallest(count).index, sort=False
-        ):
-            chosen.setdefault(key, []).append(f"among the {count} largest losses of {name}")
-        for key in changes.index[changes[name] > 0].intersection(
-            changes[name].nlargest(count).index, sort=False
-        ):
-            chosen.setdefault(key, []).append(f"among the {count} largest gains of {name}")
-    return chosen
-
-
-def sample_cards(contents: Contents) -> list[dict]:
-    """The chosen pairs of responses with their prompts, scores and changes, ready to show."""
-    problem, before, after = contents.recipe.problem, contents.before, contents.after
-    names = problem.objectives
-    changes = after[names] - before[names]
-    prompts = contents.run.prompts().set_index("prompt_id")["prompt"]
-    cards = []
-    for key, reasons in choose_samples(changes, problem.names or [problem.reward]).items():
-        sides = []
-        for title, row in (("π_ref", before.loc[key]), (f"round {contents.shown}", after.loc[key])):
-            scores = [(name, signed(row[name], 2)) for name in names]
-            size = f"{len(row['token_ids'])} tokens" + ("" if row["ended"] else ", cut off")
-            sides.append(
-                {
-                    "title": title,
-                    "text": shortened(row["response"]),
-                    "scores": scores,
-                    "length": size,
-                }
-            )
-        shown = [
-            (name, float(change), signed(change, 2)) for name, change in changes.loc[key].items()
-        ]
-        cards.append(
-            {
-                "prompt": shortened(_prompt_text(prompts[key[0]], contents.recipe.prompts.format)),
-                "id": key[0],
-                "draw": key[1],
-                "sides": sides,
-                "reasons": reasons,
-                "changes": shown,
-            }
-        )
-    return cards
-
-
-def _prompt_text(prompt: str, format: str) -> str:
-    """A prompt as it is read: the text, or the messages of a chat with their roles."""
-    if format != "chat":
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in json.loads(prompt))
 
 
 def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, str]]:

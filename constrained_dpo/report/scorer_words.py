@@ -77,7 +77,7 @@ def prepared_lines(run: RunDirectory, recipe: Recipe) -> list[str]:
     in_std = {
         c.name: (c.margin_in_std, c.reference_std)
         for c in recipe.objective.constraints
-        if c.margin_in_std is not None
+        if c.margin_in_std is not None and c.reference_std is not None
     }
     return lines + measured_lines(facts) + describe_margins(in_std)
 

@@ -327,9 +327,9 @@ def print_status(console: Console, status: RunStatus) -> None:
         for record in status.rounds:
             lambdas = "\n".join(f"{n} {v:.4f}" for n, v in record.lambda_.items())
             slacks = ("\n".join(_slack(m, n) for n in m.u) for m in (record, record.test))
-            values = (record.reward, record.kl, record.objective, record.lagrangian_gap)
+            numbers = (record.reward, record.kl, record.objective, record.lagrangian_gap)
             word = _verdict(record.verdict)
-            table.add_row(str(record.round), lambdas, *slacks, *map(_number, values), word)
+            table.add_row(str(record.round), lambdas, *slacks, *map(_number, numbers), word)
         console.print(table)
         console.print(certificate_line(status.rounds))
         choices = {"best": status.best, "best-dual": status.best_dual}

@@ -6,6 +6,7 @@ from constrained_dpo.dual.one_shot import solve_one_shot
 from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.dual.steps import auto_step_scale, dual_step, step_size_at
 from constrained_dpo.estimates.measure import Measurement
+from constrained_dpo.problem import by_name
 from constrained_dpo.recipe.dual import DualSettings
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
@@ -29,25 +30,25 @@ def resolve_step_scale(run: RunDirectory, recipe: Recipe) -> Recipe:
     if recipe.dual.step_scale != "auto":
         return recipe
     scale = auto_step_scale(reference_table(run, recipe), recipe.problem)
-    dual = recipe.dual.model_copy(update={"step_scale": scale.to_dict()})
+    dual = recipe.dual.model_copy(update={"step_scale": by_name(scale)})
     recipe = recipe.model_copy(update={"dual": dual})
     run.write_recipe(recipe)
     return recipe
 
 
 def resolve_margins(run: RunDirectory, recipe: Recipe) -> Recipe:
-    """Turns margins in std into score units: writes reference_std of their constraints into
+    """Turn margins in std into score units: write reference_std of their constraints into
     recipe.yaml.
 
     It is the standard deviation of all of π_ref's scores on the dual prompts, within and between
     prompts, after the scorer's options. Raises UserError where that is 0.
     """
-    wanted = recipe.problem.unresolved
-    if not wanted:
+    unresolved = recipe.problem.unresolved
+    if not unresolved:
         return recipe
-    reference = read_parquet(run.reference_file, ["split", *wanted])
+    reference = read_parquet(run.reference_file, ["split", *unresolved])
     recipe = recipe.with_reference_stds(
-        reference_stds(reference[reference["split"] == "dual"], list(wanted))
+        reference_stds(reference[reference["split"] == "dual"], list(unresolved))
     )
     run.write_recipe(recipe)
     return recipe

@@ -14,6 +14,7 @@ from constrained_dpo.learners.dataset_answers import (
 )
 from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.learners.protocol import Learner
+from constrained_dpo.problem import by_name
 from constrained_dpo.progress import timed
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
@@ -46,8 +47,10 @@ def prepare(
         phase = "prepare: sample and score π_ref on dual and test prompts"
         timed(phase, lambda: _sample_reference(run, recipe, learner))
     if recipe.pool.source != "reference" and not run.dataset_pool_file.exists():
-        phase = "prepare: read and score the dataset's responses"
-        timed(phase, lambda: _prepare_dataset_pool(run, learner))
+        if not isinstance(learner, LoraLearner):
+            raise UserError("pool.source: only a language model's pool takes a dataset's responses")
+        phase, dataset_learner = "prepare: read and score the dataset's responses", learner
+        timed(phase, lambda: _prepare_dataset_pool(run, dataset_learner))
     wait()
     if is_main():
         recipe = _begin(run, recipe, learner, identity, left_out)
@@ -66,8 +69,8 @@ def _keep_prompts(run: RunDirectory, prompts: pd.DataFrame) -> None:
 
 
 def _require_inherited(run: RunDirectory, identity: dict[str, Any]) -> None:
-    inherited = run.state().inherited
-    for key in ("policy", "law") if inherited else ():
+    inherited = run.state().inherited or {}
+    for key in inherited.keys() & {"policy", "law"}:
         if identity[key] != inherited[key]:
             raise UserError(
                 f"{run.path}: {key} is not that of {inherited['from']}, whose responses it takes "
@@ -157,7 +160,7 @@ def _begin(
         measured = {
             "hashes": {**identity, "prompts": hash_file(run.prompts_file)[:16]},
             "left_out": left_out,
-            "lambda_": [initial_multipliers(run, recipe).to_dict()],
+            "lambda_": [by_name(initial_multipliers(run, recipe))],
         }
         run.write_state(state.model_copy(update=measured))
     return recipe
@@ -201,12 +204,12 @@ def require_same_inputs(run: RunDirectory, learner: Learner) -> None:
 
     Raises UserError naming what changed.
     """
-    current = {**learner.identity(), "prompts": hash_file(run.prompts_file)[:16]}
+    current: dict[str, Any] = {**learner.identity(), "prompts": hash_file(run.prompts_file)[:16]}
     for key, value in run.state().hashes.items():
         now = current.get(key)
         if now == value:
             continue
-        if key == "scorers" and (odd := [n for n in value if now.get(n) != value[n]]):
+        if key == "scorers" and (odd := [n for n in value if (now or {}).get(n) != value[n]]):
             raise UserError(
                 f"{run.path}: the scorer of {', '.join(odd)} changed since `prepare` (its file or "
                 "its model); restore it, or start another run"

@@ -11,6 +11,7 @@ from constrained_dpo.estimates.certificate import Certificate, certify
 from constrained_dpo.estimates.measure import Measurement, measure
 from constrained_dpo.estimates.sampling_law import compare_sampler, why_not_the_policy
 from constrained_dpo.estimates.verdict import overall
+from constrained_dpo.problem import by_name
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.multipliers import initial_multipliers, next_multipliers, steered_on
@@ -154,8 +155,8 @@ def round_record(tables: RoundTables, recipe: Recipe, lambda_: pd.Series) -> Rou
         **dual.model_dump(),
         **certificate.model_dump(),
         round=tables.number,
-        lambda_=lambda_.to_dict(),
-        lambda_next=following.to_dict(),
+        lambda_=by_name(lambda_),
+        lambda_next=by_name(following),
         step=step,
         steered_on=slack,
         test=test,
@@ -176,9 +177,9 @@ def replay(run: RunDirectory) -> list[dict[str, float]]:
     """
     recipe, rounds = run.recipe(), run.state().rounds_done
     history = [initial_multipliers(run, recipe)]
-    tables = RoundTables.read(run, 0) if rounds else None
-    for number in range(rounds):
-        tables = tables.following(run) if number else tables
+    tables: RoundTables | None = None
+    for _ in range(rounds):
+        tables = RoundTables.read(run, 0) if tables is None else tables.following(run)
         record = round_record(tables, recipe, history[-1])
         history.append(recipe.problem.multipliers(record.lambda_next))
-    return [lambda_.to_dict() for lambda_ in history]
+    return [by_name(lambda_) for lambda_ in history]

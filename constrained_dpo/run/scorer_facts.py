@@ -1,6 +1,7 @@
 """What a run knows of its scorers before round 0: the unit of margins in std, the scores'
 statistics, what `prepare` measured of them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -30,7 +31,7 @@ def reference_stds(scored: pd.DataFrame, names: list[str]) -> dict[str, float]:
 
 
 def score_statistics(
-    scored: pd.DataFrame, scorers: dict[str, ScorerOptions]
+    scored: pd.DataFrame, scorers: Mapping[str, ScorerOptions]
 ) -> dict[str, dict[str, float]]:
     """By objective: mean, std, min, max and quantiles of all scores in the table (score units,
     after the scorer's options); where it clips, `clipped`: the share of scores at its bounds."""

@@ -41,13 +41,13 @@ def best_dual_round(records: list[RoundRecord]) -> int:
     """argmin_t L(π_θt, λ_t), the smallest value of the dual function of the policies that the fit
     reaches: the best iterate of CAID's convergence result (arXiv:2505.19387, App. B.10). Raises
     UserError where the sampling law leaves no such value."""
-    estimated = [r for r in records if r.lagrangian is not None]
-    if not estimated:
+    values = {r.round: r.lagrangian for r in records if r.lagrangian is not None}
+    if not values:
         raise UserError(
             "--round best-dual: no round has a dual value (round.json says why); take --round "
             "best or last"
         )
-    return min(estimated, key=lambda r: r.lagrangian).round
+    return min(values, key=values.__getitem__)
 
 
 def chosen_round(run: RunDirectory, choice: str) -> int:
@@ -109,8 +109,9 @@ def demanded(run: RunDirectory, recipe: Recipe) -> tuple[pd.Series, pd.Series]:
     table, problem = reference_table(run, recipe), recipe.problem
     means = pd.Series(table.reference_means(), index=problem.names)
     spread = pd.Series(table.utilities.std(axis=0), index=problem.names)
-    needed = np.maximum((problem.levels(means) - means).abs(), spread / 10)
-    return needed, table.reward.std() / spread
+    rise = (problem.levels(means) - means).abs()
+    needed = rise.where(rise > spread / 10, spread / 10)
+    return needed, float(table.reward.std()) / spread
 
 
 def diagnose_run(run: RunDirectory, recipe: Recipe) -> Feasibility:

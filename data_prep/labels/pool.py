@@ -29,7 +29,7 @@ def choose_responses(
     seed: int,
     round_number: int,
 ) -> pd.DataFrame:
-    """The rows of the pool that a round's pairs or groups are drawn from, in the pool's order.
+    """Choose the rows of the pool that a round's labels are drawn from, in the pool's order.
 
     pool: (num_responses,) rows of a responses table with the objectives' columns. shares: of
     reference, dataset, recent, hard and earlier, summing to 1 (above 0 for what the pool holds
@@ -73,19 +73,21 @@ def choose_responses(
         chosen |= _first(kinds[kind], prompt, uniform, taken[kind])
     from_last = taken["last"]
     if shares["hard"] and last.any():
-        own = hashed_uniforms(derive_seed(seed, round_number, "pool-hard"), rows.hashes)
+        hardness = hashed_uniforms(derive_seed(seed, round_number, "pool-hard"), rows.hashes)
         hard = np.rint(from_last * shares["hard"] / (shares["recent"] + shares["hard"])).astype(int)
         if shares["recent"]:
             hard = np.where(from_last > 1, np.clip(hard, 1, from_last - 1), hard)
-        picked = _first(last, prompt, _hard(pool, prompt, last, own, reward, lambda_, beta), hard)
+        keys = _hard(pool, prompt, last, hardness, reward, lambda_, beta)
+        picked = _first(last, prompt, keys, hard)
         chosen, last, from_last = chosen | picked, last & ~picked, from_last - hard
-    return pool[chosen | _first(last, prompt, uniform, from_last)]
+    rows_taken: pd.DataFrame = pool[chosen | _first(last, prompt, uniform, from_last)]
+    return rows_taken
 
 
 def responses_taken(
     available: Mapping[str, int], shares: Mapping[str, float], max_per_prompt: int | None
 ) -> int:
-    """How many responses `choose_responses` takes of a prompt that has so many of each source:
+    """Count the responses `choose_responses` takes of a prompt that has so many of each source:
     reference, dataset, last (the last round's, which recent and hard share) and earlier."""
     limit = sum(available.values()) if max_per_prompt is None else max_per_prompt
     return sum(
@@ -105,11 +107,9 @@ def _apportioned(
     together. Where one for every source is too many for the limit, the source that gives most gives
     one less, of several the last. A prompt without any response that has a share gets none.
     """
-    counts, wanted = (
-        np.stack(list(available.values())),
-        {"dataset": 0.0, **shares, "last": shares["recent"] + shares["hard"]},
-    )
-    share = np.where(counts > 0, np.array([[wanted[kind]] for kind in available]), 0.0)
+    counts = np.stack(list(available.values()))
+    of_kind = {"dataset": 0.0, **shares, "last": shares["recent"] + shares["hard"]}
+    share = np.where(counts > 0, np.array([[of_kind[kind]] for kind in available]), 0.0)
     offered = share > 0
     share /= np.maximum(share.sum(axis=0), 1e-300)
     size = np.where(offered, counts / np.where(offered, share, 1.0), np.inf).min(axis=0)
@@ -146,13 +146,9 @@ def _hard(
 
 
 def _rank(prompt: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Rank of each row by key within its prompt, from 0."""
-    order = np.lexsort((key, prompt))
-    counts = np.bincount(prompt)
-    starts = np.repeat(np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
-    rank = np.empty(len(prompt), dtype=np.int64)
-    rank[order] = np.arange(len(prompt)) - starts
-    return rank
+    """Rank of each row by key within its prompt, from 0; of equal keys the first row first."""
+    ranks = pd.Series(key).groupby(prompt).rank(method="first")
+    return ranks.to_numpy(np.int64) - 1
 
 
 def _first(among: np.ndarray, prompt: np.ndarray, key: np.ndarray, count: np.ndarray) -> np.ndarray:

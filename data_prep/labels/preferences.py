@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 
 from data_prep.errors import UserError
 from data_prep.labels.lagrangian import lagrangian_score
@@ -189,13 +190,13 @@ def _label(
 ) -> Pairs:
     difference = score[first] - score[second]
     if labels == "bernoulli":
-        first_wins = hashed_uniforms(seed, hashes[first], hashes[second]) < _sigmoid(difference)
+        first_wins = hashed_uniforms(seed, hashes[first], hashes[second]) < expit(difference)
     else:
         first_wins = difference > 0
         tied = np.flatnonzero(difference == 0)
         first_wins[tied] = hashed_uniforms(seed, hashes[first[tied]], hashes[second[tied]]) < 0.5
     margin = np.where(first_wins, difference, -difference)
-    prob = _sigmoid(margin)
+    prob = expit(margin)
     target = prob if labels == "soft" else np.ones_like(prob)
     return Pairs(
         rows,
@@ -241,7 +242,9 @@ def no_group(group_size: int) -> UserError:
 def _ids(column: pd.Series) -> pd.api.extensions.ExtensionArray | np.ndarray:
     """The column's values, texts as pandas' own str: taking rows of those makes no Python
     objects."""
-    return pd.Series(column.to_numpy(object) if column.dtype != "str" else column).array
+    texts = pd.Series(column.to_numpy(object) if column.dtype != "str" else column)
+    values: pd.api.extensions.ExtensionArray = texts.array
+    return values
 
 
 def label_pairs(
@@ -266,13 +269,16 @@ def label_pairs(
     """
     hashes = require_responses(responses)
     score = lagrangian_score(responses, reward, lambda_)
-    rule = {
-        "labels": labels,
-        "pairs_per_prompt": pairs_per_prompt,
-        "seed": seed,
-        "round_number": round_number,
-    }
-    pieces = list(pair_pieces(PromptRows.of(responses, hashes), score, **rule))
+    pieces = list(
+        pair_pieces(
+            PromptRows.of(responses, hashes),
+            score,
+            labels=labels,
+            pairs_per_prompt=pairs_per_prompt,
+            seed=seed,
+            round_number=round_number,
+        )
+    )
     if not pieces:
         raise no_pair()
     chosen, rejected = (
@@ -367,7 +373,3 @@ def label_groups(
 def group_ids(prompt_ids: Iterable[object], groups_per_prompt: int) -> list[str]:
     """The ids of all prompts' groups, prompt after prompt."""
     return [f"{name}/{group}" for name in prompt_ids for group in range(groups_per_prompt)]
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0.0, -x))

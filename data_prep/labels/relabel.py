@@ -65,8 +65,14 @@ def relabel_pairs(
     responses = _read(path, reward, lambda_, prompt_texts)
     pairs = ambiguous = 0
     with replacing(output) as temporary, _row_groups(temporary) as write:
-        rule = {"labels": labels, "pairs_per_prompt": pairs_per_prompt, "seed": seed}
-        for piece in pair_pieces(responses.prompts, responses.score, **rule):
+        pieces = pair_pieces(
+            responses.prompts,
+            responses.score,
+            labels=labels,
+            pairs_per_prompt=pairs_per_prompt,
+            seed=seed,
+        )
+        for piece in pieces:
             columns = {
                 name: _encoded(column.take(pa.array(piece.rows)), name)
                 for name, column in responses.columns.items()
@@ -271,7 +277,7 @@ def _row_groups(path: Path) -> Iterator[Callable[[pa.Table], None]]:
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(1))
         writer: pq.ParquetWriter | None = None
-        pending: list[Future] = []
+        pending: list[Future[None]] = []
 
         def write(table: pa.Table) -> None:
             nonlocal writer

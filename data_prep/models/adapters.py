@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import UnixFileLock
 
@@ -29,7 +29,6 @@ from data_prep.models.checkpoints import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from data_prep.models.policy import Policy
@@ -56,7 +55,7 @@ def merged_reference(settings: "PolicySettings", base: str) -> Path:
     tokenizer) and dtype, so a changed adapter is another reference. Raises UserError for an adapter
     that is incomplete, or was trained on another base.
     """
-    adapter = Path(settings.reference_adapter).expanduser()
+    adapter = Path(settings.reference_adapter or "").expanduser()
     check_adapter_folder(adapter, KEY)
     with explained_loading("policy.model", base):
         base_fingerprint = fingerprint_model(base, settings.revision)
@@ -195,10 +194,9 @@ def _untie_adapted_head(model: "PreTrainedModel") -> None:
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = model.get_output_embeddings(), model.get_input_embeddings()
-    head, words = (
-        layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers
-    )
+    layers: list[Any] = [model.get_output_embeddings(), model.get_input_embeddings()]
+    bases: list[Any] = [getattr(layer, "base_layer", layer) for layer in layers]
+    head, words = bases
     if head.weight is words.weight and any(isinstance(layer, BaseTunerLayer) for layer in layers):
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = (
@@ -226,7 +224,7 @@ def check_all_loaded(model: "PreTrainedModel", adapter: Path, base: str, key: st
 
 
 @contextlib.contextmanager
-def attached_adapter(policy: "Policy", adapter: Path | None) -> Iterator["torch.nn.Module"]:
+def attached_adapter(policy: "Policy", adapter: Path | None) -> Iterator["PreTrainedModel"]:
     """The policy with the adapter of that folder (None: the reference policy itself), in eval mode;
     detached on leaving."""
     if adapter is None:

@@ -26,7 +26,7 @@ from data_prep.settings import EMBEDDED
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _eos_ids(
     return tuple(sorted(ids))
 
 
-def _overridden_generation(config: object) -> dict[str, object]:
+def _overridden_generation(config: "GenerationConfig") -> dict[str, object]:
     """What the checkpoint's generation_config would have changed about sampling; ours is complete,
     so none of it applies."""
     ignored = {

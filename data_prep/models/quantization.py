@@ -42,7 +42,8 @@ def check_quantization(model: "torch.nn.Module", quantization: Quantization, key
 
     four = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
     eight = [m for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt)]
-    if quantization == "nf4" and (not four or any(m.weight.quant_type != "nf4" for m in four)):
+    kinds = {getattr(module.weight, "quant_type", None) for module in four}
+    if quantization == "nf4" and kinds != {"nf4"}:
         raise UserError(
             f"{key}: nf4 was asked for but {len(four)} layers are Linear4bit/nf4; use another "
             "model or none"
@@ -63,4 +64,4 @@ def keep_exact_on_cpu(model: "torch.nn.Module") -> None:
     %); switching that path off per layer keeps gradients exact."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010

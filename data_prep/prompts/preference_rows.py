@@ -18,7 +18,7 @@ import pandas as pd
 
 from data_prep.errors import UserError
 from data_prep.prompts.layouts import answers_of, preferred, prompt_of
-from data_prep.prompts.rows import Row, source_name
+from data_prep.prompts.rows import source_name
 from data_prep.prompts.settings import PromptSettings
 from data_prep.prompts.split import LISTED, parsed_rows, prompt_id
 from data_prep.prompts.templates import ENCODED_AT_ONCE, encode, rendered_prompts
@@ -71,81 +71,79 @@ class DatasetAnswers:
 
 def read_answers(
     settings: PromptSettings,
-    wanted: Collection[str],
+    prompt_ids: Collection[str],
     *,
     label: str | None = None,
     test: bool = False,
 ) -> DatasetAnswers:
-    """The answers to the prompts `wanted` (ids) in the rows of prompts.source (of prompts.test with
-    `test`); with `label` also its pairs.
+    """Read the answers to the prompts `prompt_ids` in the rows of prompts.source (of prompts.test
+    with `test`); with `label` also its pairs.
 
     A response_id is a hash of prompt and answer, so that the source's order does not matter. Raises
     UserError listing malformed rows, and where the source has prompts alone. The first answers that
     are left out are named on stderr.
     """
-    source, chat, wanted = (
-        settings.test if test else settings.source,
-        settings.format == "chat",
-        set(wanted),
-    )
-    found, named = DatasetAnswers(), []
+    source, chat, prompts = settings.source, settings.format == "chat", set(prompt_ids)
+    if test and not isinstance(settings.test, float):
+        source = settings.test
+    kept, places = DatasetAnswers(), list[str]()
 
-    def parse(row: Row) -> tuple[str, str, list[str | None], int | None]:
-        pid = prompt_id(prompt_of(row.content, chat))
-        answers = answers_of(row.content, chat)
+    def parse(content: dict) -> tuple[str, list[str | None], int | None]:
+        pid = prompt_id(prompt_of(content, chat))
+        answers = answers_of(content, chat)
         if not answers:
             raise ValueError(
-                f"no answers beside the prompt (it has {', '.join(map(str, row.content))})"
+                f"no answers beside the prompt (it has {', '.join(map(str, content))})"
             )
-        return row.where, pid, answers, None if label is None else preferred(row.content, label)
+        return pid, answers, None if label is None else preferred(content, label)
 
-    for where, pid, answers, better in parsed_rows(source, parse):
-        if pid not in wanted:
+    for where, (pid, answers, better) in parsed_rows(source, parse):
+        if pid not in prompts:
             continue
-        ids = [_taken(found, pid, answer, settings) for answer in answers]
-        if None in ids and len(named) < LISTED:
-            named.append(where)
+        ids = [_keep(kept, pid, answer, settings) for answer in answers]
+        if None in ids and len(places) < LISTED:
+            places.append(where)
         if better is not None:
-            _add_pair(found, ids, better)
-    if not found.texts:
-        raise UserError(f"{source_name(source)}: no answers to the {len(wanted)} prompts in it")
-    if named:
+            _add_pair(kept, ids, better)
+    if not kept.texts:
+        raise UserError(f"{source_name(source)}: no answers to the {len(prompts)} prompts in it")
+    if places:
         what = ", ".join(
-            f"{found.left_out[why]} {why} ({LEFT_OUT[why]})"
+            f"{kept.left_out[why]} {why} ({LEFT_OUT[why]})"
             for why in ("blank", "irregular")
-            if found.left_out[why]
+            if kept.left_out[why]
         )
         place = source_name(source)
-        log.warning("%s: answers left out: %s; first in %s", place, what, ", ".join(named))
-    return found
+        log.warning("%s: answers left out: %s; first in %s", place, what, ", ".join(places))
+    return kept
 
 
-def _taken(
-    found: DatasetAnswers, pid: str, answer: str | None, settings: PromptSettings
+def _keep(
+    kept: DatasetAnswers, pid: str, answer: str | None, settings: PromptSettings
 ) -> str | None:
     """The id under which an answer is kept, or None where it is left out."""
     if answer is None or not answer.strip():
-        found.left_out["irregular" if answer is None else "blank"] += 1
+        kept.left_out["irregular" if answer is None else "blank"] += 1
         return None
     if settings.format == "chat":
         answer = answer.strip()
     elif settings.template[-1:].isspace():
         answer = answer.lstrip()  # the template has the space already
     rid = f"{SOURCE}/{pid}/{hashlib.sha256(answer.encode()).hexdigest()[:12]}"
-    if rid in found.texts:
-        found.left_out["repeated"] += 1
-    found.texts[rid], found.prompts[rid] = answer, pid
+    if rid in kept.texts:
+        kept.left_out["repeated"] += 1
+    kept.texts[rid], kept.prompts[rid] = answer, pid
     return rid
 
 
-def _add_pair(found: DatasetAnswers, ids: list[str | None], better: int) -> None:
-    pair = (ids[better], ids[1 - better])
-    if None in ids or pair[0] == pair[1]:
-        found.left_out["rows"] += 1
-    elif pair in found.pairs:
-        found.left_out["repeated_rows"] += 1
+def _add_pair(kept: DatasetAnswers, ids: list[str | None], better: int) -> None:
+    chosen, rejected = ids[better], ids[1 - better]
+    if chosen is None or rejected is None or chosen == rejected:
+        kept.left_out["rows"] += 1
+    elif (chosen, rejected) in kept.pairs:
+        kept.left_out["repeated_rows"] += 1
     else:
-        found.pairs[pair] = None
+        kept.pairs[chosen, rejected] = None
 
 
 def answer_table(

@@ -8,11 +8,12 @@ import hashlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import numpy as np
 import pandas as pd
 
 from data_prep.errors import UserError
 from data_prep.prompts.layouts import prompt_of
-from data_prep.prompts.rows import Row, read_rows, source_name
+from data_prep.prompts.rows import read_rows, source_name
 from data_prep.prompts.settings import DatasetSource, PromptSettings
 from data_prep.tables import validate_prompts
 
@@ -23,22 +24,24 @@ LISTED = 3
 T = TypeVar("T")
 
 
-def parsed_rows(source: str | DatasetSource, parse: Callable[[Row], T]) -> Iterator[T]:
-    """`parse` of every row of a source; after the last one a UserError that lists the rows for
-    which it raised ValueError."""
+def parsed_rows(source: str | DatasetSource, parse: Callable[[dict], T]) -> Iterator[tuple[str, T]]:
+    """Parse every row of a source: where it stands, and what `parse` makes of its content.
+
+    Raises UserError after the last one; it lists the rows for which `parse` raised ValueError.
+    """
     broken: list[str] = []
     count = 0
     for row in read_rows(source):
         try:
-            if row.problem:
+            if row.content is None:
                 raise ValueError(row.problem)
-            parsed = parse(row)
+            parsed = parse(row.content)
         except ValueError as error:
             count += 1
             if len(broken) < LISTED:
                 broken.append(f"{row.where}: {error}")
             continue
-        yield parsed
+        yield row.where, parsed
     if broken:
         more = f" (and {count - LISTED} more rows)" if count > LISTED else ""
         raise UserError(f"{source_name(source)}: {'; '.join(broken)}{more}; mend or remove them")
@@ -51,7 +54,7 @@ def read_prompts(source: str | DatasetSource, format: str) -> tuple[pd.Series, i
     """
     prompts: dict[str, str] = {}
     count = 0
-    for prompt in parsed_rows(source, lambda row: prompt_of(row.content, format == "chat")):
+    for _, prompt in parsed_rows(source, lambda content: prompt_of(content, format == "chat")):
         count += 1
         prompts[prompt_id(prompt)] = prompt
     if not prompts:
@@ -80,7 +83,8 @@ def split_prompts(settings: PromptSettings, num_dual: int) -> tuple[pd.DataFrame
             raise UserError(
                 f"prompts.test: {settings.test} is neither a source nor a fraction between 0 and 1"
             )
-        is_test = fit.index.map(lambda pid: int(pid[:8], 16) / 2**32 < settings.test)
+        share = settings.test
+        is_test = np.array([int(pid[:8], 16) / 2**32 < share for pid in fit.index])
         test, fit = fit[is_test], fit[~is_test]
     else:
         test, test_duplicates = read_prompts(settings.test, settings.format)

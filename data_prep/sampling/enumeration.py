@@ -45,15 +45,15 @@ def exact_logps(
     by_length: dict[int, list[str]] = {}
     for name, tokens in prompt_tokens.items():
         by_length.setdefault(len(tokens), []).append(name)
-    rows = {}
+    rows: dict[str, np.ndarray] = {}
     with attached_adapter(policy, adapter) as model, torch.no_grad():
         for names in by_length.values():
             for start in range(0, len(names), PROMPTS_PER_FORWARD):
-                some = names[start : start + PROMPTS_PER_FORWARD]
-                prompts = torch.tensor([prompt_tokens[name] for name in some], device=policy.device)
-                rows |= dict(
-                    zip(some, response_tree(model, prompts, *policy.eos_ids).numpy(), strict=True)
-                )
+                batch = names[start : start + PROMPTS_PER_FORWARD]
+                rectangle = [prompt_tokens[name] for name in batch]
+                prompts = torch.tensor(rectangle, device=policy.device)
+                tree = response_tree(model, prompts, *policy.eos_ids).numpy()
+                rows |= dict(zip(batch, tree, strict=True))
     return np.stack([rows[name] for name in prompt_tokens])
 
 

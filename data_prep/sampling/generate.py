@@ -20,12 +20,13 @@ from data_prep.sampling.logprobs import response_logps
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
 
 
 def generate(
     policy: Policy,
-    model: "torch.nn.Module",
+    model: "PreTrainedModel",
     prompts: list[list[int]],
     settings: SamplingSettings,
     seed: int,
@@ -56,15 +57,15 @@ def generate(
             if width > 1 and len(numbers) < len(prompts)
             else None
         )
-        known = {} if cache is None else {"past_key_values": cache}
+        prefix = {} if cache is None else {"past_key_values": cache}
         output = model.generate(
-            input_ids=ids[rows], attention_mask=mask[rows], generation_config=config, **known
+            input_ids=ids[rows], attention_mask=mask[rows], generation_config=config, **prefix
         )
     return [_cut_at_eos(row, policy.eos_ids) for row in output[:, width:].tolist()]
 
 
 def _prompt_cache(
-    model: "torch.nn.Module", ids: "torch.Tensor", mask: "torch.Tensor", rows: "torch.Tensor"
+    model: "PreTrainedModel", ids: "torch.Tensor", mask: "torch.Tensor", rows: "torch.Tensor"
 ) -> "DynamicCache | None":
     """Keys and values of all but the last token of prompts padded on the left, ids and mask
     (num_distinct, width), selected by `rows`.
@@ -139,7 +140,7 @@ class Sampler:
         return self.table(ids, drawn, decode(self.policy, drawn), logps, adapter, source)
 
     def logps(
-        self, model: "torch.nn.Module", tokens: list[list[int]], drawn: list[list[int]]
+        self, model: "PreTrainedModel", tokens: list[list[int]], drawn: list[list[int]]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Compute log π of responses at T = 1 and under the sampling law, (num_responses,) nats."""
         return response_logps(

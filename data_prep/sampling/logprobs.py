@@ -6,6 +6,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 
 LOGITS_AT_ONCE = 2**26
@@ -13,7 +14,7 @@ LOGITS_AT_ONCE = 2**26
 
 
 def response_logits(
-    model: "torch.nn.Module", prompts: list[list[int]], responses: list[list[int]], pad_id: int
+    model: "PreTrainedModel", prompts: list[list[int]], responses: list[list[int]], pad_id: int
 ) -> "torch.Tensor":
     """Next-token logits at the response positions, shape (batch, longest + 1, vocabulary), the
     model's dtype.

@@ -128,8 +128,8 @@ class CompletionServer:
                 bodies.append(body | {"seed": derive_seed(seed, row, "request", number) >> 32})
         answers: list[list[dict]] = [[] for _ in bodies]
 
-        def check(body: dict, answer: dict) -> None:
-            _read_choices(answer, body.get("n", 1))
+        def check(body: dict | None, answer: dict) -> None:
+            _read_choices(answer, (body or {}).get("n", 1))
 
         for index, answer in self.client.post_all(
             f"{self.url}/completions", bodies, desc="sample", check=check

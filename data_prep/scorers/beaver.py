@@ -73,6 +73,8 @@ class BeaverScorer(Scorer):
     """The end score of a Beaver reward or cost model, as float64. Raises UserError for a checkpoint
     of another layout."""
 
+    window: int
+
     def __init__(self, settings: BeaverScorerSettings) -> None:
         self.settings, self.key = settings, f"scorer {settings.model}"
         for field in ("{prompt}", "{response}"):

@@ -109,13 +109,18 @@ def measure_drift(quantized: "Scorer", unquantized: "Scorer") -> dict[str, objec
     """texts: how many of the fixed texts fit the window; std: of their unquantized scores (score
     units); largest, mean: of |quantized − unquantized| in shares of that std, null where the scores
     hardly differ or fewer than two texts fit."""
-    texts = [(p, r) for p, r in DRIFT_TEXTS if quantized.text_length(p, r) <= quantized.window]
-    found: dict[str, object] = {"texts": len(texts), "std": None, "largest": None, "mean": None}
+    window = quantized.window
+    texts = [
+        (prompt, answer)
+        for prompt, answer in DRIFT_TEXTS
+        if window is None or (quantized.text_length(prompt, answer) or 0) <= window
+    ]
+    drift: dict[str, object] = {"texts": len(texts), "std": None, "largest": None, "mean": None}
     if len(texts) < 2:
-        return found
+        return drift
     prompts, answers = ([text[i] for text in texts] for i in (0, 1))
     exact = unquantized.score(prompts, answers)
     moved, std = np.abs(quantized.score(prompts, answers) - exact), float(exact.std())
     if std > 1e-4 * np.abs(exact).max():  # below that it is rounding
-        found |= {"largest": float(moved.max() / std), "mean": float(moved.mean() / std)}
-    return found | {"std": std}
+        drift |= {"largest": float(moved.max() / std), "mean": float(moved.mean() / std)}
+    return drift | {"std": std}

@@ -1,7 +1,7 @@
 """The `classifier` scorer: any AutoModelForSequenceClassification, batched by length."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -33,6 +33,8 @@ class ClassifierScorer(Scorer):
     """One label's output of a sequence classifier, as float64. Raises UserError for a missing head,
     an ambiguous label, a text over its window, and a model whose output is not one logit per text
     and label."""
+
+    window: int
 
     def __init__(self, settings: ClassifierScorerSettings) -> None:
         import torch
@@ -98,7 +100,7 @@ class ClassifierScorer(Scorer):
         weights = fingerprint_model(settings.model, settings.revision)
         self.fingerprint = f"classifier:{weights}:{self.label}:{shape}"
 
-    def quantization_drift(self) -> dict[str, object] | None:
+    def quantization_drift(self) -> dict[str, Any] | None:
         """`measure_drift` against the unquantized weights in the scorer's dtype, loaded now and
         freed after; None where not quantized.
 
@@ -109,9 +111,12 @@ class ClassifierScorer(Scorer):
 
         if self.settings.quantization == "none":
             return None
-        found = {"quantization": self.settings.quantization, "against": self.settings.dtype}
+        drift: dict[str, Any] = {
+            "quantization": self.settings.quantization,
+            "against": self.settings.dtype,
+        }
         try:
-            found |= measure_drift(
+            drift |= measure_drift(
                 self, ClassifierScorer(self.settings.model_copy(update={"quantization": "none"}))
             )
         except (
@@ -119,10 +124,10 @@ class ClassifierScorer(Scorer):
             RuntimeError,
             MemoryError,
         ) as error:  # torch's out of memory is a RuntimeError
-            found["reason"] = (str(error) or type(error).__name__).splitlines()[0]
+            drift["reason"] = (str(error) or type(error).__name__).splitlines()[0]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return found
+        return drift
 
     def _label_index(self) -> int:
         config, label = self.model.config, self.settings.label
@@ -217,7 +222,7 @@ class ClassifierScorer(Scorer):
         if settings.text == "pair":
             return self.tokenizer(prompt, response)
         if settings.text == "template":
-            text = fill_template(settings.template, prompt, response)
+            text = fill_template(settings.template or "", prompt, response)
             has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
             return self.tokenizer(text, add_special_tokens=not has_bos)
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
@@ -238,7 +243,9 @@ class ClassifierScorer(Scorer):
             encoded = self._truncate(encoded, prompt, response)
         return dict(encoded)
 
-    def _truncate(self, encoded: object, prompt: str, response: str) -> dict[str, list[int]]:
+    def _truncate(
+        self, encoded: dict[str, list[int]], prompt: str, response: str
+    ) -> dict[str, list[int]]:
         """The response is what is judged, so the prompt's beginning goes first."""
         if self.settings.text == "pair":
             side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "left"
@@ -282,14 +289,12 @@ class ClassifierScorer(Scorer):
         inputs = self.tokenizer.pad(batch, padding_side="right", return_tensors="pt")
         with torch.no_grad():
             logits = getattr(self.model(**inputs.to(self.model.device)), "logits", None)
-        expected, found = (
-            (len(batch), self.model.config.num_labels),
-            None if logits is None else tuple(logits.shape),
-        )
-        if found != expected:
+        expected = (len(batch), self.model.config.num_labels)
+        shape = None if logits is None else tuple(logits.shape)
+        if logits is None or shape != expected:
             raise UserError(
                 f"{self.key}: {type(self.model).__name__} gives "
-                f"{'no logits' if found is None else f'logits of shape {found}'} for "
+                f"{'no logits' if shape is None else f'logits of shape {shape}'} for "
                 f"{expected[0]} texts and {expected[1]} labels, not {expected}; wrap it in a "
                 "python scorer that picks its score"
             )

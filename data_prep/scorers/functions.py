@@ -5,6 +5,8 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,14 +34,15 @@ class PythonScorer(Scorer):
             if module_name.endswith(".py")
             else _import_module(module_name)
         )
-        self.function = getattr(module, function, None)
+        self.function: Any = getattr(module, function, None)
         if not callable(self.function):
-            own = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+            public = {n: v for n, v in vars(module).items() if not n.startswith("_")}
+            functions = [name for name, value in public.items() if callable(value)]
             raise UserError(
                 f"scorer target {settings.target}: {module_name} has no function {function} (it "
-                f"has {', '.join(own) or 'none'})"
+                f"has {', '.join(functions) or 'none'})"
             )
-        self.fingerprint = f"python:{function}:{hash_file(Path(module.__file__))[:16]}"
+        self.fingerprint = f"python:{function}:{hash_file(Path(module.__file__ or ''))[:16]}"
 
     def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
         try:
@@ -63,11 +66,13 @@ class PythonScorer(Scorer):
         return scores
 
 
-def _import_file(path: Path) -> object:
+def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise UserError(f"scorer target: {path}: no such file")
     name = f"_cdpo_scorer_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"scorer target: {path} cannot be imported; give a .py file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -79,7 +84,7 @@ def _import_file(path: Path) -> object:
     return module
 
 
-def _import_module(name: str) -> object:
+def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:

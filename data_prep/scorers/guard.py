@@ -99,6 +99,8 @@ class GuardScorer(Scorer):
     Raises UserError for a model that writes no such verdict and for a text over its window.
     """
 
+    window: int
+
     def __init__(self, settings: GuardScorerSettings) -> None:
         self.settings, self.key = settings, f"scorer {settings.model}"
         own = {
@@ -222,15 +224,15 @@ class GuardScorer(Scorer):
     def _prefix_of(self, written: list[str], words: list[str]) -> str:
         """What the guard writes before its verdict, the same on both canned texts."""
         pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, words))})(?!\w)")
-        found = [pattern.search(text) for text in written]
+        matches = [pattern.search(text) for text in written]
         prefixes = {
-            match and text[: match.start()] for match, text in zip(found, written, strict=True)
+            text[: match.start()]
+            for match, text in zip(matches, written, strict=True)
+            if match is not None
         }
-        if None in prefixes or len(prefixes) > 1:
+        if None in matches or len(prefixes) > 1:
             what = (
-                f"no {' or '.join(words)}"
-                if None in prefixes
-                else "its verdict in different places"
+                f"no {' or '.join(words)}" if None in matches else "its verdict in different places"
             )
             raise UserError(
                 f"{self.key}: it writes {written[0]!r} and {written[1]!r} on two canned texts, "

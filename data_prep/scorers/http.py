@@ -68,19 +68,18 @@ class HttpScorer(Scorer):
         named = {} if settings.model is None else {"model": settings.model}
         if settings.format == "classify":
             texts = [
-                fill_template(settings.template, p, r)
+                fill_template(settings.template or "", p, r)
                 for p, r in zip(prompts, responses, strict=True)
             ]
             return named | {"input": texts, "use_activation": False}
         return named | {settings.prompts_field: prompts, settings.responses_field: responses}
 
-    def _check(self, body: dict, answer: dict) -> None:
-        asked = len(
-            body["input" if self.settings.format == "classify" else self.settings.responses_field]
-        )
-        if (found := len(self._scores(answer))) != asked:
+    def _check(self, body: dict | None, answer: dict) -> None:
+        field = "input" if self.settings.format == "classify" else self.settings.responses_field
+        expected, count = len((body or {})[field]), len(self._scores(answer))
+        if count != expected:
             raise GarbledAnswer(
-                f"the answer has {found} scores for {asked} responses; one each is needed, in "
+                f"the answer has {count} scores for {expected} responses; one each is needed, in "
                 "their order"
             )
 

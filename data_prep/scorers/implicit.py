@@ -4,13 +4,14 @@
 Source: DPO (arXiv:2305.18290); as reward and utilities of a constrained problem PeCAN
 (arXiv:2405.19544) and PeCAID (arXiv:2505.19387). β belongs in it: PeCAN's public code labels with σ
 of the bare log-ratios, which is 1/β too sharp. What is scored are the sampled token ids; only texts
+from collections.abc import Sequence
 from elsewhere (labelled pairs, the direction probe) are tokenized here.
 """
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,6 +80,9 @@ class ImplicitScorer(TokenScorer):
         )
         target = self._model.fingerprint if self._model else self._check_adapter()
         self.reference_fingerprint = self.reference.fingerprint
+        policies = [self.reference] if self._model is None else [self.reference, self._model]
+        windows = [policy.window for policy in policies if policy.window is not None]
+        self.window = min(windows, default=None)
         prompts = asked.prompts
         # Sampled tokens are in the cache's key; of texts, what tokenizes them.
         shape = [
@@ -102,24 +106,18 @@ class ImplicitScorer(TokenScorer):
         """Models that this scorer holds beside the recipe's policy."""
         return [policy.model for policy in (self._model, self._reference) if policy is not None]
 
-    @property
-    def window(self) -> int | None:
-        """Prompt + response in tokens that all its models accept."""
-        windows = [
-            policy.window
-            for policy in (self.reference, self._model)
-            if policy is not None and policy.window is not None
-        ]
-        return min(windows, default=None)
-
     def _load(self, model: str, revision: str | None) -> Policy:
         policy, settings = self.asked.load(), self.settings
-        own = {"model": model, "revision": revision, "reference_adapter": None}
-        own |= {
+        changed = {
+            "model": model,
+            "revision": revision,
+            "reference_adapter": None,
             "trust_remote_code": settings.trust_remote_code,
             "allow_pickle": settings.allow_pickle,
         }
-        loaded = load_policy(PolicySettings(**{**policy.settings.model_dump(), **own}), self.key)
+        loaded = load_policy(
+            PolicySettings.model_validate(policy.settings.model_dump() | changed), self.key
+        )
         vocabulary, asked = loaded.tokenizer.get_vocab(), policy.tokenizer.get_vocab()
         odd = next((word for word, number in asked.items() if vocabulary.get(word) != number), None)
         if odd is not None:
@@ -133,7 +131,7 @@ class ImplicitScorer(TokenScorer):
     def _check_adapter(self) -> str:
         """The adapter's fingerprint; raises UserError where it was trained on another base than the
         reference."""
-        adapter, reference = Path(self.settings.adapter), self.reference
+        adapter, reference = Path(self.settings.adapter or ""), self.reference
         check_adapter_folder(adapter, self.key)
         base = resolve_model(reference.settings)
         whose = "reference" if self._reference else "policy.model"
@@ -150,7 +148,7 @@ class ImplicitScorer(TokenScorer):
         if self._model is not None:
             yield self._model.model
             return
-        with attached_adapter(self.reference, Path(self.settings.adapter)) as model:
+        with attached_adapter(self.reference, Path(self.settings.adapter or "")) as model:
             yield model
 
     def score_tokens(
@@ -177,8 +175,8 @@ class ImplicitScorer(TokenScorer):
         )
         unknown = np.flatnonzero(np.isnan(reference))
         if len(unknown):
-            some = [prompts[i] for i in unknown], [responses[i] for i in unknown]
-            reference[unknown] = response_logps(self.reference.model, *some, **how)[0]
+            rows = [prompts[i] for i in unknown], [responses[i] for i in unknown]
+            reference[unknown] = response_logps(self.reference.model, *rows, **how)[0]
         return self.settings.beta * (target - reference)
 
     def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
@@ -186,7 +184,7 @@ class ImplicitScorer(TokenScorer):
         return self.score_tokens(*self.tokenize(prompts, responses), None)
 
     def tokenize(
-        self, prompts: list[str | list[dict]], responses: list[str]
+        self, prompts: Sequence[str | list[dict]], responses: list[str]
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids of texts from elsewhere: prompts (a text, or a list of chat messages) in the
         recipe's format, responses closed by EOS unless they have max_new_tokens tokens already, as
@@ -203,22 +201,22 @@ class ImplicitScorer(TokenScorer):
                 f"{self.key}: a prompt is a list of messages, but prompts.format is text; give "
                 "texts"
             )
-        table = pd.DataFrame({"prompt_id": range(len(written)), "prompt": written})
+        names = [str(number) for number in range(len(written))]
+        table = pd.DataFrame({"prompt_id": names, "prompt": written})
         ids = tokenize_prompts(table, self.asked.prompts, tokenizer)
         drawn = []
         for response in responses:
-            own = list(tokenizer(response, add_special_tokens=False)["input_ids"])
-            drawn.append(
-                own if len(own) >= self.asked.max_new_tokens else [*own, tokenizer.eos_token_id]
-            )
-        return [ids[i] for i in range(len(written))], drawn
+            tokens = list(tokenizer(response, add_special_tokens=False)["input_ids"])
+            ended = [] if len(tokens) >= self.asked.max_new_tokens else [tokenizer.eos_token_id]
+            drawn.append(tokens + ended)
+        return [ids[name] for name in names], drawn
 
     def exact_scores(self, prompt_tokens: dict[str, list[int]]) -> np.ndarray:
         """Scores of every response of the embedded world, (num_prompts, num_responses), rows as in
         `enumeration.enumerate_responses`."""
         from data_prep.sampling.enumeration import exact_logps
 
-        adapter = None if self.settings.adapter is None else Path(self.settings.adapter)
+        adapter = None if self.settings.adapter is None else Path(self.settings.adapter or "")
         target = exact_logps(self._model or self.reference, adapter, prompt_tokens)
         return self.settings.beta * (target - exact_logps(self.reference, None, prompt_tokens))
 

@@ -3,6 +3,7 @@ to say."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -46,11 +47,11 @@ class Scorer(ABC):
         """Count the tokens that the model would read for this text; None where there is none."""
         return None
 
-    def quantization_drift(self) -> dict[str, object] | None:
+    def quantization_drift(self) -> dict[str, Any] | None:
         """Measure how far quantization moves the scores; None where nothing is quantized."""
         return None
 
-    def agreement(self) -> dict[str, object] | None:
+    def agreement(self) -> dict[str, Any] | None:
         """Compare with labelled preferences; None without a table of them."""
         return None
 

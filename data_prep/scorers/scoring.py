@@ -64,7 +64,10 @@ def apply_options(scores: np.ndarray, options: ScorerOptions) -> np.ndarray:
     scores = -scores if options.negate else scores
     if options.indicator is not None:
         return (scores >= options.indicator).astype(np.float64)
-    return scores if options.clip is None else np.clip(scores, *options.clip)
+    if options.clip is None:
+        return scores
+    low, high = options.clip
+    return np.clip(scores, low, high)
 
 
 def score_texts(
@@ -107,10 +110,10 @@ def score_tokens(
     def compute(rows: list[int]) -> Iterator[Scored]:
         for begin in range(0, len(rows), TEXTS_PER_CALL):
             batch = rows[begin : begin + TEXTS_PER_CALL]
-            given = None if ref_logp is None else np.asarray(ref_logp, dtype=np.float64)[batch]
+            logps = None if ref_logp is None else np.asarray(ref_logp, dtype=np.float64)[batch]
             tokens = [prompts[i] for i in batch], [responses[i] for i in batch]
             positions = list(range(begin, begin + len(batch)))
-            yield positions, scorer.score_tokens(*tokens, given)
+            yield positions, scorer.score_tokens(*tokens, logps)
 
     return apply_options(
         _scored_once(scorer, prompts, responses, compute, texts, name, cache), options
@@ -132,8 +135,8 @@ def _scored_once(
         hashlib.sha256(json.dumps([scorer.fingerprint, p, r]).encode()).digest()
         for p, r in zip(prompts, responses, strict=True)
     ]
-    known = cache.get(list(dict.fromkeys(keys)))
-    todo = {key: i for i, key in enumerate(keys) if key not in known}
+    kept = cache.get(list(dict.fromkeys(keys)))
+    todo = {key: i for i, key in enumerate(keys) if key not in kept}
     waiting, rows = list(todo), list(todo.values())
     for positions, scores in compute(rows):
         fresh = np.asarray(scores, dtype=np.float64)
@@ -144,7 +147,7 @@ def _scored_once(
             if ok
         }
         cache.put(new)
-        known.update(new)
+        kept.update(new)
         if not finite.all():
             bad = np.flatnonzero(~finite)
             text = texts[rows[positions[bad[0]]]][:60]
@@ -152,4 +155,4 @@ def _scored_once(
                 f"scorer of {name}: {fresh[bad[0]]} for {len(bad)} responses, e.g. {text!r}; "
                 "scores must be finite"
             )
-    return np.array([known[key] for key in keys])
+    return np.array([kept[key] for key in keys])

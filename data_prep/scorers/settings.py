@@ -4,7 +4,7 @@ template."""
 import re
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, field_validator, model_validator
 
 from data_prep.http import RequestSettings, check_url
 from data_prep.settings import LocalPath, Settings, parse_option
@@ -462,7 +462,7 @@ def parse_scorer(text: str, option: str) -> ScorerSettings:
     """Scorer settings from a command-line option's YAML, e.g. `{type: python, target:
     "file.py:function"}`; raises UserError."""
     return parse_option(
-        ScorerSettings,
+        TypeAdapter(ScorerSettings),
         text,
         option,
         'write it as in a recipe, e.g. {type: python, target: "file.py:function"}',
