@@ -79,10 +79,11 @@ def summed(counts: dict[str, int]) -> dict[str, int]:
         return counts
     import torch
 
-    parts: list = [None] * num_processes()
+    all_counts: list = [None] * num_processes()
     _state()
-    torch.distributed.all_gather_object(parts, counts)
-    return {name: sum(part.get(name, 0) for part in parts) for name in sorted(set().union(*parts))}
+    torch.distributed.all_gather_object(all_counts, counts)
+    names = sorted(set().union(*all_counts))
+    return {name: sum(counted.get(name, 0) for counted in all_counts) for name in names}
 
 
 def shards_base() -> bool:

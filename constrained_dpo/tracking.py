@@ -31,13 +31,13 @@ def require_trackers(report_to: Sequence[str]) -> None:
 def _wandb_environment(folder: Path) -> dict[str, str]:
     """What wandb reads from the environment; the user's own values win. Offline: `wandb sync`
     uploads what the user wants to."""
-    asked = {
+    defaults = {
         "WANDB_MODE": "offline",
         "WANDB_PROJECT": PROJECT,
         "WANDB_SILENT": "true",
         "WANDB_CONSOLE": "off",
     }
-    return {key: os.environ.get(key, value) for key, value in asked.items()} | {
+    return {key: os.environ.get(key, value) for key, value in defaults.items()} | {
         "WANDB_DIR": str(folder)
     }
 

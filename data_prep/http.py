@@ -106,8 +106,8 @@ def _pause(state: RetryCallState) -> float:
     """Seconds until the next try: doubled each time and spread, at least what the server asks."""
     backoff = wait_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)(state)
     error = state.outcome.exception() if state.outcome else None
-    asked = error.pause if isinstance(error, _TryAgain) else 0.0
-    return max(backoff * random.SystemRandom().uniform(0.5, 1.0), asked)
+    pause_asked = error.pause if isinstance(error, _TryAgain) else 0.0
+    return max(backoff * random.SystemRandom().uniform(0.5, 1.0), pause_asked)
 
 
 Check = Callable[[dict | None, dict], None]

@@ -198,12 +198,12 @@ def _answer(prompt: str, rng: np.random.Generator) -> list[str]:
     that fit the request, with slips."""
     _, verb, thing = prompt.split()
     pronoun = "him" if thing in _LIVING else "it"
-    said: list[str] = []
+    answer: list[str] = []
 
     def say(*words: str) -> None:
-        fresh = [w for w in words if w not in said or w == END]
+        fresh = [w for w in words if w not in answer or w == END]
         weight = np.exp([_FIT.get((verb, w), 0.0) + _FIT.get((thing, w), 0.0) for w in fresh])
-        said.append(str(rng.choice(fresh, p=weight / weight.sum())))
+        answer.append(str(rng.choice(fresh, p=weight / weight.sum())))
 
     kind = rng.choice(4, p=[0.42, 0.32, 0.13, 0.13])
     if kind == 0:
@@ -221,7 +221,7 @@ def _answer(prompt: str, rng: np.random.Generator) -> list[str]:
     for words in steps:
         say(*words)
     return [
-        str(rng.choice(VOCABULARY[1:])) if w != END and rng.random() < 0.08 else w for w in said
+        str(rng.choice(VOCABULARY[1:])) if w != END and rng.random() < 0.08 else w for w in answer
     ]
 
 

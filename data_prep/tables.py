@@ -220,10 +220,10 @@ def validate_groups(frame: pd.DataFrame, where: str) -> pd.DataFrame:
 def write_parquet(frame: pd.DataFrame, path: Path) -> None:
     """Writes a table atomically (parquet, zstd). Token ids are int32 lists; log-probabilities
     float64, null where unknown."""
-    known = {**PROMPTS, **RESPONSES, **PAIRS, **GROUPS}
+    schema = {**PROMPTS, **RESPONSES, **PAIRS, **GROUPS}
     fields = []
     for column in frame.columns:
-        kind = known.get(column)
+        kind = schema.get(column)
         if kind in _ARROW:
             fields.append(pa.field(column, _ARROW[kind]))
         elif kind is not None:

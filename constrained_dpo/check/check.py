@@ -39,7 +39,7 @@ from data_prep.models.policy import Policy, load_policy
 from data_prep.prompts.rows import DatasetSource
 from data_prep.prompts.split import read_prompts, split_prompts
 from data_prep.records import Record
-from data_prep.scorers.implicit import AskedPolicy
+from data_prep.scorers.implicit import PolicyHandle
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.scoring import make_scorer
 from data_prep.settings import derive_seed
@@ -221,19 +221,19 @@ def _check_policy(recipe: Recipe, findings: _Findings) -> Policy | None:
 def _check_scorers(recipe: Recipe, policy: Policy | None, findings: _Findings) -> dict[str, Scorer]:
     """The scorers that are here, loaded."""
     scorers: dict[str, Scorer] = {}
-    asked = None
+    handle = None
     if policy is not None:
-        asked = AskedPolicy(lambda: policy, recipe.prompts, recipe.sampling.max_new_tokens)
+        handle = PolicyHandle(lambda: policy, recipe.prompts, recipe.sampling.max_new_tokens)
     for name, settings in recipe.scorers.items():
         absent = [model for model, revision in settings.models if needs_download(model, revision)]
         findings.unchecked += [download_line(f"scorer of {name}", model) for model in absent]
-        if settings.type == "implicit" and asked is None:
+        if settings.type == "implicit" and handle is None:
             findings.unchecked.append(
                 f"scorer of {name}: it asks the policy, which could not be loaded"
             )
         elif not absent:
             with findings.collected(servers=True):
-                scorers[name] = make_scorer(settings, asked)
+                scorers[name] = make_scorer(settings, handle)
     return scorers
 
 

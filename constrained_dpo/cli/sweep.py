@@ -101,7 +101,7 @@ def _combinations(options: list[str], option: str) -> list[dict[str, float]]:
 
 
 def _seeds(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() for word in words):
         raise UserError(f"--seeds {text}: write integers ≥ 0 separated by commas, e.g. 0,1,2")
-    return [int(part) for part in parts]
+    return [int(word) for word in words]

@@ -20,6 +20,7 @@ import pandas as pd
 from scipy import optimize
 
 from constrained_dpo.dual.scores import ScoreTable
+from constrained_dpo.monte_carlo import MIN_ESS, standard_error
 from constrained_dpo.problem import ConstrainedProblem
 
 FEASIBLE, NEARLY, INFEASIBLE, NO_EVIDENCE = (
@@ -28,9 +29,6 @@ FEASIBLE, NEARLY, INFEASIBLE, NO_EVIDENCE = (
     "infeasible",
     "not enough evidence",
 )
-
-
-MIN_ESS = 4.0  # below it the best responses seen are so few that better ones may exist
 
 
 MAX_CUTS = 200
@@ -42,7 +40,7 @@ class Feasibility:
 
     verdict: feasible, "nearly infeasible, undecided" (the slack is within 2 se of 0), infeasible,
     or "not enough evidence". constraints: those the verdict is about; together: each alone can be
-    met, but not all of them at once. asked: the margin (or threshold) by constraint; largest: the
+    met, but not all of them at once. demanded: the margin or threshold by constraint; largest: the
     largest one that the samples support, for that constraint alone. shortfall: by how much to lower
     each of `constraints` (score units; 0 where feasible). slack, se: the largest least slack over
     those constraints, in stds of the utilities, and its prompt-clustered standard error (inf for
@@ -53,7 +51,7 @@ class Feasibility:
     verdict: str
     constraints: tuple[str, ...]
     together: bool
-    asked: pd.Series
+    demanded: pd.Series
     largest: pd.Series
     shortfall: pd.Series
     slack: float
@@ -65,14 +63,14 @@ class Feasibility:
         """The verdict, what it rests on and what to do, in one line."""
         names, plural = " and ".join(self.constraints), "s" * (len(self.constraints) > 1)
         limits = " and ".join(
-            f"{self.largest[n]:.4g} of {self.asked[n]:.4g} asked" for n in self.constraints
+            f"{self.largest[n]:.4g} of {self.demanded[n]:.4g} asked" for n in self.constraints
         )
         cuts = " and ".join(f"{self.shortfall[n]:.4g}" for n in self.constraints)
-        found = (
+        words = (
             f"slack {self.slack:+.3g} ± {self.se:.2g} std at best, ESS {self.ess:.1f}, "
             f"{self.num_prompts} prompts"
         )
-        reach = f"these samples reach {limits}{', each alone' * self.together} ({found})"
+        reach = f"these samples reach {limits}{', each alone' * self.together} ({words})"
         lower = f"lower the level{plural} by at least {cuts}"
         head = f"{names}: {self.verdict}{' together' * self.together}"
         if self.verdict == FEASIBLE:
@@ -171,7 +169,7 @@ def _together(firm: list[Feasibility]) -> Feasibility:
 
 def _judge(
     names: list[str],
-    asked: pd.Series,
+    demanded: pd.Series,
     largest: pd.Series,
     values: np.ndarray,
     unit: pd.Series,
@@ -181,7 +179,7 @@ def _judge(
     constraint), and the effective sample size."""
     slack, count = float(values.mean()), len(values)
     slack = 0.0 if abs(slack) < 1e-10 else slack  # rounding
-    se = float(values.std(ddof=1) / np.sqrt(count)) if count > 1 else np.inf
+    se = standard_error(values)
     if slack >= 2 * se or (slack >= 0 and count == 1):
         verdict = FEASIBLE
     elif slack > -2 * se and count > 1:
@@ -192,7 +190,7 @@ def _judge(
         verdict,
         tuple(names),
         len(names) > 1,
-        asked,
+        demanded,
         largest,
         max(-slack, 0.0) * unit,
         slack,
@@ -245,12 +243,12 @@ def _least_slack(
     if not involved.all():
         # Among the policies that attain the slack of these, the one that spreads most: the
         # others' scores choose no response.
-        part = ScoreTable(
+        faces = ScoreTable(
             table.reward, table.utilities[:, involved], table.log_weight, table.starts, table.counts
         )
         start = direction[involved] / direction[involved].sum()
         direction = np.zeros_like(direction)
-        direction[involved], ess = _cutting_planes(part, target[involved], unit[involved], start)
+        direction[involved], ess = _cutting_planes(faces, target[involved], unit[involved], start)
     return direction, ess
 
 

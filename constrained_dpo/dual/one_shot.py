@@ -75,11 +75,11 @@ def solve_one_shot(
     if start is not None:
         lam = np.clip(start.reindex(names).to_numpy(np.float64), 0.0, max_lambda)
     elif names and len(table.counts) >= 4 * START_PROMPTS:
-        some = table.take(np.linspace(0, len(table.counts) - 1, START_PROMPTS).astype(int))
-        first = minimize_dual(some, problem.beta, target, max_lambda, lam, tolerance=1e-4)
-        lam, share = first.lambda_, first.passes * len(some.reward) / len(table.reward)
-    found = minimize_dual(table, problem.beta, target, max_lambda, lam)
-    lam, point = found.lambda_, found.point
+        sample = table.take(np.linspace(0, len(table.counts) - 1, START_PROMPTS).astype(int))
+        first = minimize_dual(sample, problem.beta, target, max_lambda, lam, tolerance=1e-4)
+        lam, share = first.lambda_, first.passes * len(sample.reward) / len(table.reward)
+    solution = minimize_dual(table, problem.beta, target, max_lambda, lam)
+    lam, point = solution.lambda_, solution.point
     return OneShotSolution(
         lambda_=pd.Series(lam, index=names, dtype=float),
         dual_value=point.value,
@@ -88,7 +88,7 @@ def solve_one_shot(
         kl=point.kl,
         ess=float(point.ess.mean()),
         kkt_residual=float(np.max(_kkt(lam, point.gradient, max_lambda), initial=0.0)),
-        passes=int(np.ceil(found.passes + share)),
+        passes=int(np.ceil(solution.passes + share)),
         at_bound=tuple(
             n
             for n, v, g in zip(names, lam, point.gradient, strict=True)
@@ -133,12 +133,12 @@ def minimize_dual(
 
         return _newton(evaluate, lam, point, scale, max_lambda, to)
 
-    found = search(beta, start, tolerance, start_point)
-    if found.residual <= max(tolerance, 1e-9):
-        return found
-    lam, passes = _continuation(search, beta, start, found.passes)
+    solution = search(beta, start, tolerance, start_point)
+    if solution.residual <= max(tolerance, 1e-9):
+        return solution
+    lam, passes = _continuation(search, beta, start, solution.passes)
     again = search(beta, lam, tolerance)
-    best = min(found, again, key=lambda m: (m.residual > 1e-9, m.point.value, m.residual))
+    best = min(solution, again, key=lambda m: (m.residual > 1e-9, m.point.value, m.residual))
     return Minimum(best.lambda_, best.point, best.residual, passes + again.passes)
 
 
@@ -150,20 +150,20 @@ def _continuation(
     lam, at, rough = start, beta, 1e-5
     for _ in range(MAX_STAGES):
         at *= 8.0
-        found = search(at, start, rough)
-        passes += found.passes
-        if found.residual <= rough:
-            lam = found.lambda_
+        solution = search(at, start, rough)
+        passes += solution.passes
+        if solution.residual <= rough:
+            lam = solution.lambda_
             break
     factor = 4.0
     for _ in range(MAX_STAGES):
         if at <= beta:
             break
         lower = max(beta, at / factor)
-        found = search(lower, lam, rough)
-        passes += found.passes
-        if found.residual <= rough:
-            lam, at, factor = found.lambda_, lower, min(factor**1.5, 16.0)
+        solution = search(lower, lam, rough)
+        passes += solution.passes
+        if solution.residual <= rough:
+            lam, at, factor = solution.lambda_, lower, min(factor**1.5, 16.0)
         else:
             factor = max(factor**0.5, 1.01)
     return lam, passes

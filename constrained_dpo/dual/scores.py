@@ -34,8 +34,8 @@ class Block:
 
     def of(self, values: np.ndarray) -> np.ndarray:
         """The block's part of a (num_responses,) array, contiguous."""
-        part = np.ascontiguousarray(values[self.rows])
-        return part.reshape(-1, self.width) if self.width else part
+        chosen = np.ascontiguousarray(values[self.rows])
+        return chosen.reshape(-1, self.width) if self.width else chosen
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         return values.sum(axis=1) if self.width else np.add.reduceat(values, self.starts)

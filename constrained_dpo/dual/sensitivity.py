@@ -104,18 +104,20 @@ def stability(
     prompt_numbers = sorted({max(1, most_prompts // s) for s in STABILITY_SHARES})
     response_numbers = sorted({max(1, most_responses // s) for s in STABILITY_SHARES})
     whole = solve_one_shot(table, problem, max_lambda=max_lambda)
-    found: dict[tuple[int, int], list[pd.Series]] = {
+    estimates: dict[tuple[int, int], list[pd.Series]] = {
         (most_prompts, most_responses): [whole.lambda_]
     }
     for _ in range(repeats):
         prompts, ranks = rng.permutation(most_prompts), _response_ranks(table, rng)
         for number, responses in product(prompt_numbers, response_numbers):
             if (number, responses) != (most_prompts, most_responses):
-                part = table.take(np.sort(prompts[:number]), ranks < responses)
-                solution = solve_one_shot(part, problem, max_lambda=max_lambda, start=whole.lambda_)
-                found.setdefault((number, responses), []).append(solution.lambda_)
+                subset = table.take(np.sort(prompts[:number]), ranks < responses)
+                solution = solve_one_shot(
+                    subset, problem, max_lambda=max_lambda, start=whole.lambda_
+                )
+                estimates.setdefault((number, responses), []).append(solution.lambda_)
     rows = []
-    for (number, responses), solved in sorted(found.items()):
+    for (number, responses), solved in sorted(estimates.items()):
         lambdas = pd.DataFrame(solved)
         for name in problem.names:
             rows.append(

@@ -14,8 +14,8 @@ import pandas as pd
 
 from constrained_dpo.dual.function import prompt_terms
 from constrained_dpo.dual.scores import ScoreTable
-from constrained_dpo.estimates.intervals import standard_error
 from constrained_dpo.estimates.kl import log_ratio
+from constrained_dpo.monte_carlo import MIN_ESS, standard_error
 from constrained_dpo.problem import ConstrainedProblem
 from data_prep.labels.lagrangian import lagrangian_score
 from data_prep.records import Record
@@ -23,7 +23,7 @@ from data_prep.records import Record
 MIN_RESPONSES = 4
 
 
-MIN_ESS, MIN_ESS_SHARE = 4.0, 1 / 8
+MIN_ESS_SHARE = 1 / 8
 """Below MIN_RESPONSES samples of a prompt, or a mean effective sample size under MIN_ESS or under
 this share of the samples, log mean exp is no estimate of log Z: the few heavy weights that were
 drawn say that heavier ones were not."""

@@ -4,15 +4,12 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-
-def standard_error(values: pd.Series | np.ndarray) -> float:
-    """Give the standard error of a mean over independent prompts: std/√N, inf for one prompt."""
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else np.inf
+from constrained_dpo.monte_carlo import standard_error
 
 
 def seeds_interval(values: list[float], confidence: float) -> tuple[float, float, float]:
     """Mean of at least two independent values and its two-sided t-interval at the stated level."""
-    mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
+    mean, error = float(np.mean(values)), standard_error(np.asarray(values))
     room = float(special.stdtrit(len(values) - 1, (1 + confidence) / 2)) * error
     return mean, mean - room, mean + room
 

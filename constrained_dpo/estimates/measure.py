@@ -2,10 +2,10 @@
 
 import pandas as pd
 
-from constrained_dpo.estimates.intervals import standard_error
 from constrained_dpo.estimates.kl import log_ratio
 from constrained_dpo.estimates.slack import estimate_subgradient
 from constrained_dpo.estimates.verdict import judge, one_sided_bounds
+from constrained_dpo.monte_carlo import standard_error
 from constrained_dpo.problem import ConstrainedProblem, by_name
 from data_prep.records import Record
 

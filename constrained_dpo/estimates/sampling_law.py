@@ -59,14 +59,14 @@ def why_not_the_policy(sampling: SamplingSettings, *tables: pd.DataFrame) -> str
             "its law is not known"
         )
     for table in tables:
-        found = compare_sampler(table)
-        if found["rows"] < min(COMPARED_ROWS, len(table)):
+        comparison = compare_sampler(table)
+        if comparison["rows"] < min(COMPARED_ROWS, len(table)):
             return (
-                f"sampled by a server that gave log-probabilities of {found['rows']} of "
+                f"sampled by a server that gave log-probabilities of {comparison['rows']} of "
                 f"{len(table)} responses, so its law cannot be "
                 "compared with the policy"
             )
-        distance = max(abs(found["kl"]), found["kl_quadratic"])
+        distance = max(abs(comparison["kl"]), comparison["kl_quadratic"])
         if distance > server.tolerance:
             return (
                 f"the server's samples are {distance:.2g} nats per response from the policy "

@@ -1,9 +1,9 @@
 """u, the slack of every constraint, from samples of a policy and of π_ref."""
 
-import numpy as np
 import pandas as pd
 
 from constrained_dpo.estimates.intervals import confidence_bound
+from constrained_dpo.monte_carlo import standard_error
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from data_prep.errors import UserError
 from data_prep.records import Record
@@ -50,7 +50,7 @@ def estimate_subgradient(
     names, slack = problem.names, prompt_slack(samples, reference, problem)
     count = len(slack)
     mean = slack.mean()
-    error = slack.std(ddof=1) / np.sqrt(count) if count > 1 else pd.Series(np.inf, index=names)
+    error = pd.Series({name: standard_error(slack[name]) for name in names}, dtype=float)
     u = pd.DataFrame(
         {"u": mean, "se": error, "skew": slack.skew().fillna(0.0), "num_prompts": count},
         index=names,

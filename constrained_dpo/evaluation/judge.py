@@ -105,8 +105,8 @@ def read_refusal(answer: str) -> bool | None:
 
 
 def _last_verdict(answer: str, allowed: tuple[str, ...]) -> str | None:
-    found = _VERDICT.findall(answer)
-    return found[-1].lower() if found and found[-1].lower() in allowed else None
+    verdicts = _VERDICT.findall(answer)
+    return verdicts[-1].lower() if verdicts and verdicts[-1].lower() in allowed else None
 
 
 def bootstrap_interval(

@@ -60,13 +60,13 @@ class Judge:
         self.settings, self.file = settings, answers
         self.url = f"{resolve_url(settings.base_url)}/chat/completions"
         self.client = HttpClient(settings)
-        self.known: dict[str, str] = {}
+        self.kept: dict[str, str] = {}
         for line in answers.read_text(encoding="utf-8").splitlines() if answers.exists() else []:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue  # cut off by a kill: it is asked again
-            self.known[row["question"]] = row["answer"]
+            self.kept[row["question"]] = row["answer"]
 
     def ask(self, questions: list[str]) -> list[str]:
         """The judge's answer to every question, in order; what was answered before is not asked
@@ -80,7 +80,7 @@ class Judge:
         todo = {
             key: question
             for key, question in zip(keys, questions, strict=True)
-            if key not in self.known
+            if key not in self.kept
         }
         names, bodies = list(todo), [self._body(question) for question in todo.values()]
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -88,13 +88,11 @@ class Judge:
             # ends a line that a kill cut off
             log.write("\n" if self.file.stat().st_size else "")
             for index, answer in self.client.post_all(self.url, bodies, desc="judge", check=_check):
-                self.known[names[index]] = _content(answer)
-                log.write(
-                    json.dumps({"question": names[index], "answer": self.known[names[index]]})
-                    + "\n"
-                )
+                self.kept[names[index]] = _content(answer)
+                line = {"question": names[index], "answer": self.kept[names[index]]}
+                log.write(json.dumps(line) + "\n")
                 log.flush()
-        return [self.known[key] for key in keys]
+        return [self.kept[key] for key in keys]
 
     def _body(self, question: str) -> dict:
         message = {"role": "user", "content": question}

@@ -210,15 +210,15 @@ def check_anchor(policy: Policy, model: PeftModel, rows: datasets.Dataset) -> fl
     Raises UserError above the dtype's tolerance: the pool was then scored by another base, template
     or quantization.
     """
-    some = rows.select(range(min(NUM_ANCHOR_ROWS, len(rows))))
+    first = rows.select(range(min(NUM_ANCHOR_ROWS, len(rows))))
     responses, stored = (
-        [row[0] for row in some["responses_ids"]],
-        [row[0] for row in some["ref_logps"]],
+        [row[0] for row in first["responses_ids"]],
+        [row[0] for row in first["ref_logps"]],
     )
     with evaluating(model):
         logps, _ = response_logps(
             model,
-            list(some["prompt_ids"]),
+            list(first["prompt_ids"]),
             responses,
             pad_id=policy.tokenizer.pad_token_id,
             batch_size=NUM_ANCHOR_ROWS,

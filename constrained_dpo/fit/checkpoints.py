@@ -83,13 +83,13 @@ def start_from(checkpoints: Path, identity: str) -> Path | None:
 def newest_whole(folder: Path, identity: str) -> Path | None:
     """The newest checkpoint in `folder` that is whole and of this fit, or None. Half-written ones
     and another fit's are removed."""
-    found = sorted(
+    checkpoints = sorted(
         folder.glob("checkpoint-*"),
         key=lambda path: int(path.name.rpartition("-")[2]),
         reverse=True,
     )
-    whole = [path for path in found if _is_whole(path, identity)]
-    for path in set(found) - set(whole):
+    whole = [path for path in checkpoints if _is_whole(path, identity)]
+    for path in set(checkpoints) - set(whole):
         log.warning("fit: %s is half-written or of another fit; it is not used", path.name)
         shutil.rmtree(path)
     return whole[0] if whole else None

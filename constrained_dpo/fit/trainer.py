@@ -315,7 +315,7 @@ def _share_prompts(trainer: PseudoPreferenceTrainer, policy: Policy) -> str | No
         2e-5 if policy.settings.reproducible else 0.05
     )  # nats per token; half precision rounds at the third digit of a logit
     parts = [
-        part for part in (trainer.train_dataset, trainer.eval_dataset) if part is not None
+        rows for rows in (trainer.train_dataset, trainer.eval_dataset) if rows is not None
     ]  # one layout for both
     reason = why_not_shared(
         trainer.model,

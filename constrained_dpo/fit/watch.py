@@ -28,15 +28,15 @@ def kl_estimate(
     and no estimate where kl_ess is near 1. Both are NaN where no law is known. The round's own `kl`
     is measured on fresh samples instead.
     """
-    known = ~law.isnan()
-    if not known.any():
+    with_law = ~law.isnan()
+    if not with_law.any():
         return {
             "kl": torch.full_like(policy.sum(), torch.nan),
             "kl_ess": torch.full_like(policy.sum(), torch.nan),
         }
-    weight = torch.softmax((policy - law)[known].double(), dim=0)
+    weight = torch.softmax((policy - law)[with_law].double(), dim=0)
     return {
-        "kl": (weight * (policy - reference)[known]).sum().float(),
+        "kl": (weight * (policy - reference)[with_law]).sum().float(),
         "kl_ess": (1 / (weight**2).sum()).float(),
     }
 

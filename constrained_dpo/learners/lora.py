@@ -21,7 +21,7 @@ from data_prep.sampling.law import check_lengths, law_hash
 from data_prep.sampling.logprobs import response_logps
 from data_prep.sampling.served import CompletionServer, ServedSampler
 from data_prep.scorers.cache import ScoreCache
-from data_prep.scorers.implicit import AskedPolicy
+from data_prep.scorers.implicit import PolicyHandle
 from data_prep.scorers.protocol import Scorer, TokenScorer
 from data_prep.scorers.scoring import make_scorer, score_texts, score_tokens
 from data_prep.scorers.settings import ScorerSettings
@@ -58,14 +58,14 @@ class LoraLearner:
     @cached_property
     def scorers(self) -> dict[str, Scorer]:
         return {
-            name: make_scorer(settings, self.asked)
+            name: make_scorer(settings, self.handle)
             for name, settings in self.scorer_settings.items()
         }
 
     @property
-    def asked(self) -> AskedPolicy:
+    def handle(self) -> PolicyHandle:
         """This learner's policy for scorers that ask it; still the learner's to unload."""
-        return AskedPolicy(
+        return PolicyHandle(
             lambda: self.policy, self.recipe.prompts, self.recipe.sampling.max_new_tokens
         )
 

@@ -206,4 +206,5 @@ def schema_blocks(model: type[Settings], prefix: str = "") -> dict[str, type[Set
 def _settings_in(annotation: object) -> list[type[Settings]]:
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return [annotation]
-    return [cls for part in getattr(annotation, "__args__", ()) for cls in _settings_in(part)]
+    arguments = getattr(annotation, "__args__", ())
+    return [cls for argument in arguments for cls in _settings_in(argument)]

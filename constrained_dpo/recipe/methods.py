@@ -68,10 +68,10 @@ def method_overrides(
         ]
     name = method.removeprefix(ONE_OBJECTIVE)
     if method == name or name not in problem.objectives:
-        known = [*METHODS, WEIGHTED_SUM, *(f"{ONE_OBJECTIVE}{n}" for n in problem.objectives)]
+        names = [*METHODS, WEIGHTED_SUM, *(f"{ONE_OBJECTIVE}{n}" for n in problem.objectives)]
         raise UserError(
             f"--method {method}: there is no such method for this recipe; choose among "
-            f"{', '.join(known)}"
+            f"{', '.join(names)}"
         )
     if name == problem.reward:
         return ["dual.method=fixed", "dual.init=zeros", *scored]

@@ -30,38 +30,38 @@ def pictures(group: Group, prefix: str) -> Iterator[Picture]:
     table, sources = points(group), [name for row in group.rows for name in _files(row)]
     colours = _colours(table)
     for index, name in enumerate(group.utilities, 1):
-        asked = table[
+        rows = table[
             ~table["fixed"] & table[[f"demanded_{name}", f"gain_{name}"]].notna().all(axis=1)
         ]
-        if len(asked):
+        if len(rows):
             yield Picture(
                 f"{prefix}achieved-{index}-{_slug(name)}",
                 "achieved",
                 f"Achieved against demanded: {name}",
                 f"Gain of {name} demanded and achieved: "
-                f"{_listed(asked, f'demanded_{name}', f'gain_{name}')}",
+                f"{_listed(rows, f'demanded_{name}', f'gain_{name}')}",
                 f"Gain of {name} over π_ref on the test prompts against the gain demanded, score "
                 "units; the line is what was asked "
                 "(methods drawn a little apart). "
                 f"{WHAT_POINTS_ARE}",
                 sources,
-                partial(draw_achieved, table=asked, name=name, colours=colours),
+                partial(draw_achieved, table=rows, name=name, colours=colours),
             )
     for index, name in enumerate(group.utilities, 1):
-        known = table[table[[f"gain_{name}", f"gain_{group.reward}"]].notna().all(axis=1)]
-        if len(known):
+        rows = table[table[[f"gain_{name}", f"gain_{group.reward}"]].notna().all(axis=1)]
+        if len(rows):
             yield Picture(
                 f"{prefix}front-{index}-{_slug(name)}",
                 "front",
                 f"Trade-off: {name} and {group.reward}",
                 f"Gain of {name} and change of {group.reward}: "
-                f"{_listed(known, f'gain_{name}', f'gain_{group.reward}')}",
+                f"{_listed(rows, f'gain_{name}', f'gain_{group.reward}')}",
                 f"Change of {group.reward} against gain of {name}, both over π_ref (square) on "
                 "the test prompts, score units; up and to "
                 "the right is better. Stars: one objective alone, the ends of the front. "
                 f"{WHAT_POINTS_ARE}",
                 sources,
-                partial(draw_front, table=known, names=(name, group.reward), colours=colours),
+                partial(draw_front, table=rows, names=(name, group.reward), colours=colours),
             )
     for one, other in combinations(group.utilities, 2):
         needed = [f"{kind}_{name}" for kind in ("demanded", "gain") for name in (one, other)]

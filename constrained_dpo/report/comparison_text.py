@@ -63,12 +63,12 @@ def _cells(row: Row, label: str, group: Group, null: Callable[[str | None], str]
         for name, value in row.lambda_.items()
     )
 
-    def gain(name: str, asked: str) -> str:
+    def gain(name: str, demand: str) -> str:
         change = row.changes.get(name)
         if change is None:
             return "not scored"
         text = (
-            f"{asked}{signed(change.difference)}\n[{signed(change.ci_low)}, "
+            f"{demand}{signed(change.difference)}\n[{signed(change.ci_low)}, "
             f"{signed(change.ci_high)}]"
         )
         return text + (
@@ -79,9 +79,12 @@ def _cells(row: Row, label: str, group: Group, null: Callable[[str | None], str]
     for name in group.utilities:
         cells.append(gain(name, f"{signed(row.demanded[name])} → " if name in row.demanded else ""))
     cells.append(gain(group.reward, ""))
-    own = "" if problem.reward == group.reward else f"\nof {problem.reward}"
+    reward_name = "" if problem.reward == group.reward else f"\nof {problem.reward}"
     cells.append(signed(row.kl) if row.kl is not None else null(row.kl_reason))
-    cells.append(signed(row.objective) + own if row.objective is not None else null(row.kl_reason))
+    if row.objective is None:
+        cells.append(null(row.kl_reason))
+    else:
+        cells.append(signed(row.objective) + reward_name)
     cells.append(
         f"{max(row.bound_gap, 0.0):.3f} ± {2 * row.bound_gap_se:.3f}"
         if row.bound_gap is not None and row.bound_gap_se is not None
@@ -145,11 +148,11 @@ def means_table(group: Group) -> TextTable | None:
             gain, low, high, demanded, exact = (
                 point[f"{key}_{name}"] for key in ("gain", "low", "high", "demanded", "exact")
             )
-            asked = "" if pd.isna(demanded) else f"{signed(demanded)} → "
+            demand = "" if pd.isna(demanded) else f"{signed(demanded)} → "
             text = (
                 "not scored"
                 if pd.isna(gain)
-                else f"{asked}{signed(gain)}\n[{signed(low)}, {signed(high)}]"
+                else f"{demand}{signed(gain)}\n[{signed(low)}, {signed(high)}]"
             )
             cells.append(text + ("" if pd.isna(exact) else f"\nexact {signed(exact)}"))
         rows.append(cells)

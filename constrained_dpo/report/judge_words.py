@@ -9,25 +9,25 @@ def judgement_lines(title: str, record: dict[str, Any], other: str) -> list[str]
     """What the judge found on one set of prompts, in words."""
     lines = [f"{title}, judged by {record['model']} against {other}:"]
     for criterion in CRITERIA:
-        found = record[criterion]
-        rate = _percent(found["rate"], found["interval"])
+        result = record[criterion]
+        rate = _percent(result["rate"], result["interval"])
         lines.append(
-            f"  {criterion}: preferred in {rate} of {found['prompts']} prompts ({found['wins']} "
-            f"wins, {found['ties']} ties, "
-            f"{found['losses']} losses); {found['unreadable_pairs']} pairs left out, because the "
+            f"  {criterion}: preferred in {rate} of {result['prompts']} prompts ({result['wins']} "
+            f"wins, {result['ties']} ties, "
+            f"{result['losses']} losses); {result['unreadable_pairs']} pairs left out, because the "
             "judge gave no verdict"
         )
-        if found["first_place"] is not None:
-            first = _percent(found["first_place"])
+        if result["first_place"] is not None:
+            first = _percent(result["first_place"])
             lines.append(
-                f"    {first} of its decisions chose what stood first; {found['orders_disagree']} "
+                f"    {first} of its decisions chose what stood first; {result['orders_disagree']} "
                 "pairs change with the order"
             )
-    found = record["refusals"]
+    result = record["refusals"]
     lines.append(
-        f"  declines: {_percent(found['policy'])} of the policy's answers, "
-        f"{_percent(found['other'])} of the other's, difference "
-        f"{_percent(found['difference'], found['interval'])}; {found['unreadable_pairs']} pairs "
+        f"  declines: {_percent(result['policy'])} of the policy's answers, "
+        f"{_percent(result['other'])} of the other's, difference "
+        f"{_percent(result['difference'], result['interval'])}; {result['unreadable_pairs']} pairs "
         "left out"
     )
     if any(record.get("left_out", {}).values()):

@@ -29,10 +29,10 @@ def init_run(
     # Another run's unit of margins, where that run's recipe.yaml is the recipe.
     recipe = recipe.with_reference_stds(dict.fromkeys(recipe.problem.names))
     run = RunDirectory(path)
-    asked = recipe.model_dump(mode="json")["dual"]["step_scale"]
+    step_scale = recipe.model_dump(mode="json")["dual"]["step_scale"]
     if run.state_file.exists():
         state = run.state()
-        if state.recipe_hash != recipe.hash() or state.asked_step_scale != asked:
+        if state.recipe_hash != recipe.hash() or state.asked_step_scale != step_scale:
             raise UserError(
                 f"{path}: is a run of another recipe (or other -s settings); choose another run "
                 "directory"
@@ -44,7 +44,7 @@ def init_run(
         raise UserError(f"{path}: exists and is not a run directory; choose an empty or new folder")
     state = RunState(
         recipe_hash=recipe.hash(),
-        asked_step_scale=asked,
+        asked_step_scale=step_scale,
         lambda_=[],
         hashes={},
         left_out={},
@@ -77,17 +77,18 @@ def _inheritance(recipe: Recipe, source: RunDirectory) -> dict[str, str]:
     """Path and hashes of the run that is taken over; raises UserError when it is not prepared or
     was sampled otherwise."""
     state = source.state()
-    theirs, ours = (r.model_dump(mode="json") for r in (source.recipe(), recipe))
+    there_content, here_content = (r.model_dump(mode="json") for r in (source.recipe(), recipe))
     if not state.prepared:
         raise UserError(
             f"--from {source.path}: is not prepared yet; run `cdpo prepare {source.path}` first"
         )
-    for content in (theirs, ours):
+    for content in (there_content, here_content):
         del content["policy"]["lora"]
     for key in _SAMPLED_WITH:
         block, _, name = key.partition(".")
         here, there = (
-            content[block][name] if name else content[block] for content in (ours, theirs)
+            content[block][name] if name else content[block]
+            for content in (here_content, there_content)
         )
         if here != there:
             if isinstance(here, dict):
@@ -119,7 +120,7 @@ def _take_over(run: RunDirectory, source: RunDirectory) -> None:
             write_parquet(without_scores(read_parquet(file)), run.inherited_file(phase))
     if source.score_cache.exists():
         with (
-            closing(sqlite3.connect(source.score_cache)) as theirs,
-            closing(sqlite3.connect(run.score_cache)) as ours,
+            closing(sqlite3.connect(source.score_cache)) as their_cache,
+            closing(sqlite3.connect(run.score_cache)) as our_cache,
         ):
-            theirs.backup(ours)
+            their_cache.backup(our_cache)

@@ -156,16 +156,16 @@ def pair_pieces(
     while begin < len(counts):
         before = ends[begin - 1] if begin else 0
         stop = max(int(np.searchsorted(ends, before + PIECE_PAIRS, side="right")), begin + 1)
-        part = slice(begin, stop)
+        piece = slice(begin, stop)
         first, second = np.empty((2, ends[stop - 1] - before), np.int64)
-        first_row, starts = prompts.starts[begin], prompts.starts[part] - prompts.starts[begin]
-        offsets = ends[part] - number[counts[part]] - before
+        first_row, starts = prompts.starts[begin], prompts.starts[piece] - prompts.starts[begin]
+        offsets = ends[piece] - number[counts[piece]] - before
         for size, schedule in schedules.items():
-            met = counts[part] == size
+            met = counts[piece] == size
             places = offsets[met][:, None] + np.arange(len(schedule))
             first[places] = starts[met][:, None] + schedule[:, 0]
             second[places] = starts[met][:, None] + schedule[:, 1]
-        rows = order[first_row : first_row + counts[part].sum()]
+        rows = order[first_row : first_row + counts[piece].sum()]
         begin = stop
         if len(first):
             yield _label(
@@ -317,14 +317,14 @@ def group_rows(
     drawn, number = np.zeros(len(enough), np.int64), 0
     while (drawn < groups_per_prompt).any():
         order = prompts.shuffled(derive_seed(seed, round_number, "groups", number))
-        wanted = np.minimum(whole, groups_per_prompt - drawn)
-        for count in np.unique(wanted[wanted > 0]):
-            at = np.flatnonzero(wanted == count)
+        taken = np.minimum(whole, groups_per_prompt - drawn)
+        for count in np.unique(taken[taken > 0]):
+            at = np.flatnonzero(taken == count)
             seats = starts[at][:, None] + np.arange(count * group_size)
             rows[at[:, None], drawn[at][:, None] + np.arange(count)] = order[seats].reshape(
                 len(at), count, group_size
             )
-        drawn, number = drawn + wanted, number + 1
+        drawn, number = drawn + taken, number + 1
     return rows
 
 

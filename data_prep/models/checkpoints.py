@@ -140,11 +140,11 @@ def check_tokenizer(
     saved.no_truncation()
     saved.no_padding()
     expected = saved.encode(TOKENIZER_PROBE, add_special_tokens=False).ids
-    found = tokenizer(TOKENIZER_PROBE, add_special_tokens=False)["input_ids"]
-    if list(found) != expected:
+    ids = tokenizer(TOKENIZER_PROBE, add_special_tokens=False)["input_ids"]
+    if list(ids) != expected:
         raise UserError(
             f"{key}: transformers' {type(tokenizer).__name__} reads {path} otherwise than it was "
-            f"saved (a probe has {len(found)} tokens "
+            f"saved (a probe has {len(ids)} tokens "
             f"for {len(expected)}); save the model with a tokenizer of its own architecture"
         )
 

@@ -40,8 +40,8 @@ def parse_hh(text: str) -> Messages:
         raise ValueError("not a dialogue of '\\n\\nHuman: ...\\n\\nAssistant: ...' turns")
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
-        {"role": roles[who], "content": said.strip()}
-        for who, said in zip(parts[1::2], parts[2::2], strict=True)
+        {"role": roles[who], "content": text.strip()}
+        for who, text in zip(parts[1::2], parts[2::2], strict=True)
     ]
 
 
@@ -102,9 +102,10 @@ def answers_of(row: dict, chat: bool) -> list[str | None]:
         return [_text(row, column) for column in ("response_0", "response_1")]
     if _is_hh(row):
         prompt, _ = _before_answer(parse_hh(row["chosen"]))
-        found = [_answer_to(prompt, parse_hh(_text(row, side))) for side in ("chosen", "rejected")]
+        turns = (parse_hh(_text(row, side)) for side in ("chosen", "rejected"))
+        answers = [_answer_to(prompt, messages) for messages in turns]
         return (
-            found if chat else [said and f" {said}" for said in found]
+            answers if chat else [text and f" {text}" for text in answers]
         )  # as in the dialogue: a space after "Assistant:"
     if "chosen" in row and "rejected" in row:
         if isinstance(row["chosen"], str):
@@ -152,11 +153,11 @@ def _before_answer(messages: Messages) -> tuple[Messages, Messages]:
 
 def _answer_to(prompt: Messages, messages: Messages) -> str | None:
     """What the one assistant turn behind `prompt` says, or None."""
-    before, said = _before_answer(messages)
+    before, answer = _before_answer(messages)
     same = [(m["role"], m["content"]) for m in before] == [
         (m["role"], m["content"]) for m in prompt
     ]
-    return said[0]["content"] if same and len(said) == 1 else None
+    return answer[0]["content"] if same and len(answer) == 1 else None
 
 
 def _text(row: dict, column: str) -> str:

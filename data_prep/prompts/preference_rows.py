@@ -168,9 +168,9 @@ def answer_table(
     parts = []
     ids = list(answers.texts)
     for begin in range(0, len(ids), ENCODED_AT_ONCE):
-        some = ids[begin : begin + ENCODED_AT_ONCE]
-        pids = [answers.prompts[rid] for rid in some]
-        texts = [answers.texts[rid] for rid in some]
+        batch = ids[begin : begin + ENCODED_AT_ONCE]
+        pids = [answers.prompts[rid] for rid in batch]
+        texts = [answers.texts[rid] for rid in batch]
         tokens = _encode_behind(
             [prompts[pid] for pid in pids],
             [prompt_tokens[pid] for pid in pids],
@@ -179,22 +179,21 @@ def answer_table(
             tokenizer,
         )
         kept = []
-        for row, (pid, own) in enumerate(zip(pids, tokens, strict=True)):
-            if not own or not special.isdisjoint(own):
-                answers.left_out["special" if own else "blank"] += 1
-            elif len(prompt_tokens[pid]) + len(own) + 1 > max_length:
+        for row, (pid, answer_ids) in enumerate(zip(pids, tokens, strict=True)):
+            if not answer_ids or not special.isdisjoint(answer_ids):
+                answers.left_out["special" if answer_ids else "blank"] += 1
+            elif len(prompt_tokens[pid]) + len(answer_ids) + 1 > max_length:
                 answers.left_out["too_long"] += 1
             else:
                 kept.append(row)
-        said = (
-            tokenizer.batch_decode([tokens[row] for row in kept], skip_special_tokens=True)
-            if kept
-            else []
-        )
+        decoded = []
+        if kept:
+            rows = [tokens[row] for row in kept]
+            decoded = tokenizer.batch_decode(rows, skip_special_tokens=True)
         columns = {
             "prompt_id": [pids[row] for row in kept],
-            "response_id": [some[row] for row in kept],
-            "response": said,
+            "response_id": [batch[row] for row in kept],
+            "response": decoded,
             "token_ids": [np.array([*tokens[row], closing], dtype=np.int32) for row in kept],
         }
         parts.append(pd.DataFrame(columns))
@@ -273,10 +272,10 @@ def _encode_behind(
         )
         tokens.append(whole[len(prompt) : -1] if closed else whole[len(prompt) :])
     if alone:
-        own = tokenizer(
+        answer_ids = tokenizer(
             [answers[row] for row in alone], add_special_tokens=False, return_attention_mask=False
         )["input_ids"]
-        for row, ids in zip(alone, own, strict=True):
+        for row, ids in zip(alone, answer_ids, strict=True):
             tokens[row] = ids
     return tokens
 

@@ -59,10 +59,10 @@ def encode(
     ids: list[list[int]] = [[]] * len(texts)
     for without in {*bare}:
         rows = [i for i, b in enumerate(bare) if b == without]
-        found = tokenizer(
+        encoded = tokenizer(
             [texts[i] for i in rows], add_special_tokens=not without, return_attention_mask=False
         )["input_ids"]
-        for i, row in zip(rows, found, strict=True):
+        for i, row in zip(rows, encoded, strict=True):
             ids[i] = row
     return ids
 
@@ -78,10 +78,10 @@ def tokenize_prompts(
     """
     tokens: dict[str, list[int]] = {}
     rows = zip(prompts["prompt_id"], prompts["prompt"], strict=True)
-    while some := list(islice(rows, ENCODED_AT_ONCE)):
-        texts = rendered_prompts([prompt for _, prompt in some], settings, tokenizer)
+    while batch := list(islice(rows, ENCODED_AT_ONCE)):
+        texts = rendered_prompts([prompt for _, prompt in batch], settings, tokenizer)
         for (pid, _), text, ids in zip(
-            some, texts, encode(texts, settings, tokenizer), strict=True
+            batch, texts, encode(texts, settings, tokenizer), strict=True
         ):
             tokens[pid] = _checked(pid, text, ids, settings, tokenizer)
     return tokens

@@ -92,18 +92,14 @@ def _sequence_logps(
     chosen = torch.tensor([r + [-1] * (width - len(r)) for r in responses], device=logits.device)
     size = max(1, LOGITS_AT_ONCE // max(1, width * logits.shape[2]))
     sums = []
-    for some, tokens in zip(logits[:, :width].split(size), chosen.split(size), strict=True):
-        own = tokens >= 0
-        steps, picked = some[own].float(), tokens[own][:, None]
+    for rows, tokens in zip(logits[:, :width].split(size), chosen.split(size), strict=True):
+        present = tokens >= 0
+        steps, picked = rows[present].float(), tokens[present][:, None]
         laws = [steps] if same_law else [steps, _warp(steps, temperature, top_p)]
-        found = [law.log_softmax(-1).gather(1, picked)[:, 0].double() for law in laws]
+        values = [law.log_softmax(-1).gather(1, picked)[:, 0].double() for law in laws]
         empty = torch.zeros(tokens.shape, dtype=torch.float64, device=logits.device)
-        sums.append(
-            torch.stack(
-                [empty.masked_scatter(own, values).sum(dim=1) for values in (found[0], found[-1])],
-                dim=1,
-            )
-        )
+        both = (values[0], values[-1])
+        sums.append(torch.stack([empty.masked_scatter(present, v).sum(dim=1) for v in both], dim=1))
     return torch.cat(sums).cpu().numpy()
 
 

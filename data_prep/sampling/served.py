@@ -62,14 +62,14 @@ class CompletionServer:
             self.settings.kind != "transformers"
         ):  # whose list holds what lies in the hub's cache, not what it serves
             models = self.client.get(f"{self.url}/models", _has_models).get("data", [])
-            found = [model for model in models if model.get("id") == self.settings.model]
-            if not found:
+            matches = [model for model in models if model.get("id") == self.settings.model]
+            if not matches:
                 names = ", ".join(sorted(str(model.get("id")) for model in models)) or "nothing"
                 raise UserError(
                     f"{self.url}: does not serve {self.settings.model}, but {names}; set "
                     "sampling.server.model"
                 )
-            entry = {key: found[0].get(key) for key in ("id", "root", "max_model_len")}
+            entry = {key: matches[0].get(key) for key in ("id", "root", "max_model_len")}
         if self.settings.kind == "vllm":
             entry["version"] = self.client.get(f"{self._root()}/version").get("version")
         told = json.dumps([self.settings.kind, self.settings.model, entry], sort_keys=True)
@@ -240,8 +240,8 @@ def _stop_token(policy: Policy, choice: dict) -> int:
     for key in ("stop_reason", "matched_stop"):
         if choice.get(key) in policy.eos_ids:
             return choice[key]
-    own = policy.tokenizer.eos_token_id
-    return own if own in policy.eos_ids else policy.eos_ids[0]
+    eos_id = policy.tokenizer.eos_token_id
+    return eos_id if eos_id in policy.eos_ids else policy.eos_ids[0]
 
 
 def _server_logp(choice: dict, length: int) -> float:

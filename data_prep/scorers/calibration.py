@@ -58,14 +58,14 @@ def reliability(difference: np.ndarray) -> dict[str, object]:
     probability of the likelier order, what the scores say and what the labels say.
     """
     right = np.where(difference == 0, 0.5, difference > 0)
-    said = 1 / (1 + np.exp(-np.abs(np.clip(difference, -500, 500))))
-    inner = np.digitize(said, CONFIDENCE_BINS[1:-1])
+    claimed = 1 / (1 + np.exp(-np.abs(np.clip(difference, -500, 500))))
+    inner = np.digitize(claimed, CONFIDENCE_BINS[1:-1])
     bins = [
         {
             "from": low,
             "to": high,
             "pairs": int((inner == i).sum()),
-            "said": _mean(said[inner == i]),
+            "said": _mean(claimed[inner == i]),
             "observed": _mean(right[inner == i]),
         }
         for i, (low, high) in enumerate(itertools.pairwise(CONFIDENCE_BINS))

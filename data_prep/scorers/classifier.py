@@ -176,13 +176,14 @@ class ClassifierScorer(Scorer):
             self._forward(texts),
             np.concatenate([self._forward([text]) for text in texts]),
         )
-        worst, own = np.abs(together - alone).argmax(), type(self.model).__name__
+        worst, architecture = np.abs(together - alone).argmax(), type(self.model).__name__
         if (
             abs(together - alone)[worst] > CUSTOM_TOLERANCE * np.abs(alone).max()
             and self.settings.batch_size > 1
         ):
             raise UserError(
-                f"{self.key}: its own modelling code ({own}) gives a text {together[worst]:.4g} "
+                f"{self.key}: its own modelling code ({architecture}) gives a text "
+                f"{together[worst]:.4g} "
                 "in a padded batch and "
                 f"{alone[worst]:.4g} alone; set batch_size: 1"
             )

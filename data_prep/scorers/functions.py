@@ -116,14 +116,14 @@ class ColumnScorer(Scorer):
         self.fingerprint = f"column:{settings.column}:{hash_file(Path(settings.file))[:16]}"
 
     def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
-        found = self.scores.reindex(pd.MultiIndex.from_arrays([prompts, responses])).to_numpy(
+        values = self.scores.reindex(pd.MultiIndex.from_arrays([prompts, responses])).to_numpy(
             np.float64
         )
-        missing = np.flatnonzero(np.isnan(found))
+        missing = np.flatnonzero(np.isnan(values))
         if len(missing):
             raise UserError(
-                f"{self.settings.file}: no row for {len(missing)} of {len(found)} responses, e.g. "
+                f"{self.settings.file}: no row for {len(missing)} of {len(values)} responses, e.g. "
                 f"{responses[missing[0]][:40]!r}; "
                 "a column scorer cannot score new responses"
             )
-        return found
+        return values

@@ -80,16 +80,16 @@ def tokenize_words(
     base = [
         column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)
     ]
-    found = {word: ids[len(base) :] for word, ids in joint.items()}
-    for word, ids in found.items():
+    rest = {word: ids[len(base) :] for word, ids in joint.items()}
+    for word, ids in rest.items():
         if not base or not ids:
             raise ValueError(f"{word!r} leaves no token of its own after the text")
-        for other, longer in found.items():
+        for other, longer in rest.items():
             if other != word and longer[: len(ids)] == ids:
                 raise ValueError(
                     f"the tokens of {word!r} are also those of {other!r} or begin them"
                 )
-    return base, found
+    return base, rest
 
 
 class GuardScorer(Scorer):
@@ -103,7 +103,7 @@ class GuardScorer(Scorer):
 
     def __init__(self, settings: GuardScorerSettings) -> None:
         self.settings, self.key = settings, f"scorer {settings.model}"
-        own = {
+        contents = {
             "model",
             "revision",
             "quantization",
@@ -112,7 +112,7 @@ class GuardScorer(Scorer):
             "trust_remote_code",
             "allow_pickle",
         }
-        loaded = load_policy(PolicySettings(**settings.model_dump(include=own)), self.key)
+        loaded = load_policy(PolicySettings(**settings.model_dump(include=contents)), self.key)
         self.model, self.tokenizer, self.eos_ids = loaded.model, loaded.tokenizer, loaded.eos_ids
         if settings.template is None and not self.tokenizer.chat_template:
             raise UserError(
@@ -182,14 +182,14 @@ class GuardScorer(Scorer):
                 f"{self.key}: {error}; its tokenizer cannot tell these verdicts apart: set safe, "
                 "unsafe"
             ) from error
-        (first, found), (second, again) = tokenized
-        if found != again:
+        (first, words_ids), (second, again) = tokenized
+        if words_ids != again:
             raise UserError(f"{self.key}: the verdict's tokens differ from text to text; {_ENDING}")
         if settings.verdict_prefix is not None:
             written = [self._write(base) for base in (first, second)]
-        logps = self._word_logps([first, second], found)
+        logps = self._word_logps([first, second], words_ids)
         verdict = Verdict(
-            prefix, found, np.exp(np.logaddexp.reduce(logps, axis=1)).tolist(), written
+            prefix, words_ids, np.exp(np.logaddexp.reduce(logps, axis=1)).tolist(), written
         )
         if min(verdict.mass) < settings.min_mass:
             raise UserError(
@@ -216,8 +216,8 @@ class GuardScorer(Scorer):
         # Decoded as a whole, because some tokenizers drop the space that a first token begins
         # with.
         before, after = (
-            self.tokenizer.decode(part, clean_up_tokenization_spaces=False)
-            for part in (ids, output)
+            self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+            for tokens in (ids, output)
         )
         return after[len(before) :][:SHOWN]
 

@@ -33,15 +33,15 @@ class HttpScorer(Scorer):
         if settings.version_url is not None:
             answer = self.client.get(resolve_url(settings.version_url))
             version = hashlib.sha256(json.dumps(answer, sort_keys=True).encode()).hexdigest()[:16]
-        asked = settings.model_dump_json(
+        request = settings.model_dump_json(
             include={"url", "format", "model", "template", "label"}, exclude_defaults=True
         )
-        self.fingerprint = f"http:{version}:{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+        self.fingerprint = f"http:{version}:{hashlib.sha256(request.encode()).hexdigest()[:16]}"
 
     def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
         scores = np.empty(len(prompts))
-        for positions, part in self.batches(prompts, responses):
-            scores[positions] = part
+        for positions, batch in self.batches(prompts, responses):
+            scores[positions] = batch
         return scores
 
     def batches(
@@ -95,10 +95,10 @@ class HttpScorer(Scorer):
                 values = list(answer[settings.scores_field])
             return [math.nan if value is None else float(value) for value in values]
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            wanted = (
+            expected = (
                 f"data[i].probs[{settings.label}]"
                 if settings.format == "classify"
                 else settings.scores_field
             )
             shown = json.dumps(answer)[:200]
-            raise GarbledAnswer(f"the answer has no numbers under {wanted}: {shown}") from error
+            raise GarbledAnswer(f"the answer has no numbers under {expected}: {shown}") from error

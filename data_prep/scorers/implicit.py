@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AskedPolicy:
+class PolicyHandle:
     """The recipe's policy for scorers that ask it.
 
     load: gives the loaded policy, whose owner may drop it and load it again; prompts: how texts are
@@ -62,14 +62,14 @@ class ImplicitScorer(TokenScorer):
     holds no quantization error of one side alone.
     """
 
-    def __init__(self, settings: ImplicitScorerSettings, asked: AskedPolicy | None) -> None:
+    def __init__(self, settings: ImplicitScorerSettings, handle: PolicyHandle | None) -> None:
         self.settings, self.key = settings, f"scorer {settings.adapter or settings.model}"
-        if asked is None:
+        if handle is None:
             raise UserError(
                 f"{self.key}: an implicit scorer asks the recipe's policy; use it in a recipe or "
                 "with `cdpo evaluate RUN --scorer`"
             )
-        self.asked = asked
+        self.handle = handle
         self._model = (
             None if settings.model is None else self._load(settings.model, settings.revision)
         )
@@ -83,14 +83,14 @@ class ImplicitScorer(TokenScorer):
         policies = [self.reference] if self._model is None else [self.reference, self._model]
         windows = [policy.window for policy in policies if policy.window is not None]
         self.window = min(windows, default=None)
-        prompts = asked.prompts
+        prompts = handle.prompts
         # Sampled tokens are in the cache's key; of texts, what tokenizes them.
         shape = [
             settings.beta,
             prompts.format,
             prompts.template,
-            asked.max_new_tokens,
-            asked.load().fingerprint,
+            handle.max_new_tokens,
+            handle.load().fingerprint,
         ]
         digest = hashlib.sha256(
             json.dumps([target, self.reference_fingerprint, shape]).encode()
@@ -99,7 +99,7 @@ class ImplicitScorer(TokenScorer):
 
     @property
     def reference(self) -> Policy:
-        return self._reference or self.asked.load()
+        return self._reference or self.handle.load()
 
     @property
     def loaded(self) -> list["torch.nn.Module"]:
@@ -107,7 +107,7 @@ class ImplicitScorer(TokenScorer):
         return [policy.model for policy in (self._model, self._reference) if policy is not None]
 
     def _load(self, model: str, revision: str | None) -> Policy:
-        policy, settings = self.asked.load(), self.settings
+        policy, settings = self.handle.load(), self.settings
         changed = {
             "model": model,
             "revision": revision,
@@ -118,8 +118,10 @@ class ImplicitScorer(TokenScorer):
         loaded = load_policy(
             PolicySettings.model_validate(policy.settings.model_dump() | changed), self.key
         )
-        vocabulary, asked = loaded.tokenizer.get_vocab(), policy.tokenizer.get_vocab()
-        odd = next((word for word, number in asked.items() if vocabulary.get(word) != number), None)
+        vocabulary, expected = loaded.tokenizer.get_vocab(), policy.tokenizer.get_vocab()
+        odd = next(
+            (word for word, number in expected.items() if vocabulary.get(word) != number), None
+        )
         if odd is not None:
             raise UserError(
                 f"{self.key}: {model} does not read the policy's tokens (e.g. {odd!r}), so their "
@@ -163,7 +165,7 @@ class ImplicitScorer(TokenScorer):
                 f"{window}; shorten the prompts"
             )
         how = {
-            "pad_id": self.asked.load().tokenizer.pad_token_id,
+            "pad_id": self.handle.load().tokenizer.pad_token_id,
             "batch_size": self.settings.batch_size,
         }
         with self._target() as model:
@@ -189,7 +191,7 @@ class ImplicitScorer(TokenScorer):
         """Token ids of texts from elsewhere: prompts (a text, or a list of chat messages) in the
         recipe's format, responses closed by EOS unless they have max_new_tokens tokens already, as
         a sampled one would have been cut off there."""
-        tokenizer, chat = self.asked.load().tokenizer, self.asked.prompts.format == "chat"
+        tokenizer, chat = self.handle.load().tokenizer, self.handle.prompts.format == "chat"
         written = [
             json.dumps([{"role": "user", "content": p}] if isinstance(p, str) else list(p))
             if chat
@@ -203,11 +205,11 @@ class ImplicitScorer(TokenScorer):
             )
         names = [str(number) for number in range(len(written))]
         table = pd.DataFrame({"prompt_id": names, "prompt": written})
-        ids = tokenize_prompts(table, self.asked.prompts, tokenizer)
+        ids = tokenize_prompts(table, self.handle.prompts, tokenizer)
         drawn = []
         for response in responses:
             tokens = list(tokenizer(response, add_special_tokens=False)["input_ids"])
-            ended = [] if len(tokens) >= self.asked.max_new_tokens else [tokenizer.eos_token_id]
+            ended = [] if len(tokens) >= self.handle.max_new_tokens else [tokenizer.eos_token_id]
             drawn.append(tokens + ended)
         return [ids[name] for name in names], drawn
 

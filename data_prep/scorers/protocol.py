@@ -40,8 +40,8 @@ class Scorer(ABC):
     def batches(self, prompts: list[str], responses: list[str]) -> Iterator[Scored]:
         """Score texts batch by batch, so that each can be kept as soon as it is there."""
         for begin in range(0, len(prompts), TEXTS_PER_CALL):
-            part = slice(begin, begin + TEXTS_PER_CALL)
-            yield list(range(len(prompts))[part]), self.score(prompts[part], responses[part])
+            rows = slice(begin, begin + TEXTS_PER_CALL)
+            yield list(range(len(prompts))[rows]), self.score(prompts[rows], responses[rows])
 
     def text_length(self, prompt: str, response: str) -> int | None:
         """Count the tokens that the model would read for this text; None where there is none."""

@@ -24,11 +24,11 @@ from data_prep.scorers.settings import (
 )
 
 if TYPE_CHECKING:
-    from data_prep.scorers.implicit import AskedPolicy
+    from data_prep.scorers.implicit import PolicyHandle
 
 
-def make_scorer(settings: ScorerSettings, asked: "AskedPolicy | None" = None) -> Scorer:
-    """The scorer that the settings describe (models are loaded at once); asked: the recipe's
+def make_scorer(settings: ScorerSettings, handle: "PolicyHandle | None" = None) -> Scorer:
+    """Make the scorer that the settings describe (models are loaded at once); handle: the recipe's
     policy, which implicit scorers need.
 
     Raises UserError for what cannot be used.
@@ -48,7 +48,7 @@ def make_scorer(settings: ScorerSettings, asked: "AskedPolicy | None" = None) ->
     if isinstance(settings, ImplicitScorerSettings):
         from data_prep.scorers.implicit import ImplicitScorer
 
-        return ImplicitScorer(settings, asked)
+        return ImplicitScorer(settings, handle)
     if isinstance(settings, HttpScorerSettings):
         from data_prep.scorers.http import HttpScorer
 

@@ -339,8 +339,8 @@ class ImplicitScorerSettings(ScorerOptions):
         prompt."""
         for key in ("indicator", "clip", "threshold"):
             value = values.get(key) if isinstance(values, dict) else None
-            known = cls.model_fields.get(key)
-            if value is not None and (known is None or value != known.default):
+            field = cls.model_fields.get(key)
+            if value is not None and (field is None or value != field.default):
                 raise ValueError(f"{key}: {NOT_IDENTIFIED}")
         return values
 
