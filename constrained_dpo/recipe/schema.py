@@ -122,18 +122,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
-        problems = []
-        try:
-            problem = self.problem
-            for key in ("init", "step_scale"):
-                values = getattr(self.dual, key)
-                if isinstance(values, dict):
-                    try:
-                        problem.multipliers(values)
-                    except UserError as error:
-                        problems.append(f"dual.{key}: {error}")
-        except UserError as error:
-            problems.append(f"objective: {error}")
+        problems = self._problem_mistakes()
         if self.sampling.max_new_tokens >= self.fit.max_length:
             problems.append(
                 "sampling.max_new_tokens leaves no room for a prompt within fit.max_length"
@@ -144,35 +133,7 @@ class Recipe(Settings):
             self.dual.responses_per_prompt,
             self.dual.rounds,
         )
-        if self.fit.labels == "given":
-            if self.pool.source == "reference":
-                problems.append(
-                    "fit.labels: given are labels of a dataset's responses; set pool.source: "
-                    "dataset (or both)"
-                )
-            if self.pool.shares is not None or self.pool.max_per_prompt is not None:
-                problems.append(
-                    "fit.labels: given takes every labelled pair; drop pool.shares and "
-                    "pool.max_per_prompt"
-                )
-        for name, scorer in self.scorers.items():
-            if scorer.type == "column":
-                problems.append(
-                    f"scorer of {name}: a column scorer cannot score fresh samples; use it with "
-                    "`cdpo data score`"
-                )
-        for constraint in self.objective.constraints:
-            if constraint.scorer.type == "implicit" and constraint.threshold is not None:
-                problems.append(
-                    f"objective.constraints.{constraint.name}.threshold: {NOT_IDENTIFIED}"
-                )
-            if (
-                constraint.scorer.type == "implicit" and constraint.margin_in_std is not None
-            ):  # the std between prompts is log Z's
-                problems.append(
-                    f"objective.constraints.{constraint.name}.margin: {constraint.margin}: "
-                    f"{NOT_IDENTIFIED} as a number"
-                )
+        problems += self._label_mistakes() + self._scorer_mistakes()
         if self.policy.model == EMBEDDED and self.sampling.max_new_tokens != 3:
             problems.append(
                 "the embedded world's answers have at most 3 tokens: sampling.max_new_tokens must "
@@ -181,6 +142,52 @@ class Recipe(Settings):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _problem_mistakes(self) -> list[str]:
+        try:
+            problem = self.problem
+        except UserError as error:
+            return [f"objective: {error}"]
+        mistakes = []
+        for key, values in (("init", self.dual.init), ("step_scale", self.dual.step_scale)):
+            try:
+                if isinstance(values, dict):
+                    problem.multipliers(values)
+            except UserError as error:
+                mistakes.append(f"dual.{key}: {error}")
+        return mistakes
+
+    def _label_mistakes(self) -> list[str]:
+        mistakes = []
+        if self.fit.labels == "given" and self.pool.source == "reference":
+            mistakes.append(
+                "fit.labels: given are labels of a dataset's responses; set pool.source: dataset "
+                "(or both)"
+            )
+        chosen = self.pool.shares is not None or self.pool.max_per_prompt is not None
+        if self.fit.labels == "given" and chosen:
+            mistakes.append(
+                "fit.labels: given takes every labelled pair; drop pool.shares and "
+                "pool.max_per_prompt"
+            )
+        return mistakes
+
+    def _scorer_mistakes(self) -> list[str]:
+        mistakes = [
+            f"scorer of {name}: a column scorer cannot score fresh samples; use it with `cdpo data "
+            "score`"
+            for name, scorer in self.scorers.items()
+            if scorer.type == "column"
+        ]
+        for constraint in self.objective.constraints:
+            if constraint.scorer.type != "implicit":
+                continue
+            key = f"objective.constraints.{constraint.name}"
+            if constraint.threshold is not None:
+                mistakes.append(f"{key}.threshold: {NOT_IDENTIFIED}")
+            if constraint.margin_in_std is not None:  # the std between prompts is log Z's
+                mistakes.append(f"{key}.margin: {constraint.margin}: {NOT_IDENTIFIED} as a number")
+        return mistakes
 
     @property
     def problem(self) -> ConstrainedProblem:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from constrained_dpo.dual.sensitivity import SweepPoint
+from constrained_dpo.problem import ConstrainedProblem
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from constrained_dpo.dual.sensitivity import SweepPoint
-    from constrained_dpo.problem import ConstrainedProblem
 
 
 WIDTH = (
@@ -275,6 +275,41 @@ def draw_slack(
     return figure
 
 
+def _mark(
+    axes: "Axes", point: tuple[float, float], marker: str, size: float, colour: str, label: str
+) -> list[Any]:
+    """A hollow marker around a point."""
+    return list(
+        axes.plot(
+            *point,
+            linestyle="",
+            marker=marker,
+            markersize=size,
+            markerfacecolor="none",
+            markeredgecolor=colour,
+            markeredgewidth=1.8,
+            zorder=5,
+            label=label,
+        )
+    )
+
+
+def _met_region(axes: "Axes", level: float, style: Style) -> Any:
+    """Shades what meets the level; the axes leave room for it."""
+    left, right = axes.get_xlim()
+    shaded = axes.axvspan(
+        level,
+        max(right, level),
+        color=style.colour(0),
+        alpha=0.16,
+        linewidth=0,
+        zorder=0,
+        label="meets the level",
+    )
+    axes.set_xlim(left, max(right, level + 0.06 * (right - left)))
+    return shaded
+
+
 def draw_path(
     style: Style,
     rounds: pd.DataFrame,
@@ -331,44 +366,13 @@ def draw_path(
             pad=0.02,
             aspect=30,
         )
-    handles += axes.plot(
-        x[shown],
-        y[shown],
-        linestyle="",
-        marker="o",
-        markersize=13,
-        markerfacecolor="none",
-        markeredgecolor=style.colour(1),
-        markeredgewidth=1.8,
-        label=f"round {shown}",
-    )
+    marked = (x[shown], y[shown])
+    handles += _mark(axes, marked, "o", 13, style.colour(1), f"round {shown}")
     if optimum:
-        handles += axes.plot(
-            *optimum,
-            linestyle="",
-            marker="*",
-            markersize=15,
-            markerfacecolor="none",
-            markeredgecolor=style.colour(2),
-            markeredgewidth=1.8,
-            zorder=5,
-            label="exact optimum",
-        )
+        handles += _mark(axes, optimum, "*", 15, style.colour(2), "exact optimum")
     axes.margins(0.12)
     axes.axvline(level, color=style.colour(0), linestyle="--", linewidth=1.3)
-    left, right = axes.get_xlim()
-    handles.append(
-        axes.axvspan(
-            level,
-            max(right, level),
-            color=style.colour(0),
-            alpha=0.16,
-            linewidth=0,
-            zorder=0,
-            label="meets the level",
-        )
-    )
-    axes.set_xlim(left, max(right, level + 0.06 * (right - left)))
+    handles.append(_met_region(axes, level, style))
     axes.set_xlabel(f"utility E[{names[0]}] (score units)")
     axes.set_ylabel(f"reward E[{names[1]}] (score units)")
     _legend(figure, handles, 2 if optimum else 3)

@@ -87,7 +87,7 @@ def _render(contents: Contents, drawn: list[tuple[Picture, dict[str, bytes]]]) -
         "first_responses": FIRST_RESPONSES,
         "extremes": EXTREMES,
         "left_out": state.left_out,
-        "law": contents.record.sampling_law,
+        "law": contents.record.sampling_law.to_json(),
         "hashes": list(_flat({"recipe": state.recipe_hash, **state.hashes})),
         "sources": list(_sources(contents)),
         "samples_files": [

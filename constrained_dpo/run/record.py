@@ -16,7 +16,16 @@ from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.multipliers import initial_multipliers, next_multipliers, steered_on
 from data_prep.files import read_json
+from data_prep.records import Record
 from data_prep.tables import read_parquet
+
+
+class SamplingLaw(Record):
+    """How a round's responses were drawn."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
 
 
 class RoundRecord(Measurement, Certificate):
@@ -35,7 +44,7 @@ class RoundRecord(Measurement, Certificate):
     steered_on: dict[str, float]
     test: Measurement
     verdict: str
-    sampling_law: dict[str, float]
+    sampling_law: SamplingLaw
     sampler: dict[str, Any] | None = None
     exact: dict[str, ExactPolicy] | None = None
     seconds: dict[str, float | None] = Field(default_factory=dict)
@@ -161,11 +170,11 @@ def round_record(tables: RoundTables, recipe: Recipe, lambda_: pd.Series) -> Rou
         steered_on=slack,
         test=test,
         verdict=overall(test.verdicts),
-        sampling_law={
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_new_tokens": sampling.max_new_tokens,
-        },
+        sampling_law=SamplingLaw(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_new_tokens=sampling.max_new_tokens,
+        ),
         sampler=sampler,
     )
 

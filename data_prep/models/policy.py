@@ -100,11 +100,37 @@ def load_policy(settings: PolicySettings, owner: str = POLICY) -> Policy:
 
     Raises UserError when the model cannot be loaded or is not quantized as asked.
     """
+    from transformers import GenerationConfig
+
+    source = resolve_model(settings, owner)
+    model, tokenizer = _load(settings, source, owner)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    eos_ids = _eos_ids(model, tokenizer, owner)
+    overridden = _overridden_generation(model.generation_config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=list(eos_ids),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    identity = [
+        fingerprint_model(source, settings.revision),
+        settings.quantization,
+        settings.dtype,
+        settings.trust_remote_code,
+    ]
+    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    return Policy(model, tokenizer, settings, eos_ids, fingerprint, overridden)
+
+
+def _load(
+    settings: PolicySettings, source: str, owner: str
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Model and tokenizer: whole, quantized as asked, without dropout, in eval mode."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = resolve_device(settings.device, _key(owner, "device"))
-    source = resolve_model(settings, owner)
     dtype = getattr(torch, settings.dtype)
     with explained_loading(_key(owner, "model"), source):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -124,8 +150,7 @@ def load_policy(settings: PolicySettings, owner: str = POLICY) -> Policy:
     if fresh := sorted(loading["missing_keys"]):
         raise UserError(
             f"{_key(owner, 'model')}: {source}: weights {', '.join(fresh[:3])} are not in the "
-            "checkpoint and were newly initialised; "
-            "save it whole"
+            "checkpoint and were newly initialised; save it whole"
         )
     check_quantization(model, settings.quantization, _key(owner, "quantization"))
     keep_exact_on_cpu(model)
@@ -134,31 +159,7 @@ def load_policy(settings: PolicySettings, owner: str = POLICY) -> Policy:
             module.p = 0.0  # π_ref has no dropout; the adapter's own is added later and kept
     model.requires_grad_(False)
     model.eval()
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    eos_ids = _eos_ids(model, tokenizer, owner)
-    overridden = _overridden_generation(model.generation_config)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=list(eos_ids),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    identity = json.dumps(
-        [
-            fingerprint_model(source, settings.revision),
-            settings.quantization,
-            settings.dtype,
-            settings.trust_remote_code,
-        ]
-    )
-    return Policy(
-        model,
-        tokenizer,
-        settings,
-        eos_ids,
-        hashlib.sha256(identity.encode()).hexdigest()[:16],
-        overridden,
-    )
+    return model, tokenizer
 
 
 def _eos_ids(

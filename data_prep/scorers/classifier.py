@@ -37,19 +37,33 @@ class ClassifierScorer(Scorer):
     window: int
 
     def __init__(self, settings: ClassifierScorerSettings) -> None:
+        self.settings, self.key = settings, f"scorer {settings.model}"
+        self._load()
+        self.label = self._label_index()
+        self._check_output()
+        self._set_padding()
+        self._check_layout()
+        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.truncates = settings.truncate
+        self.window = min(
+            v for v in (settings.max_length, window, self.tokenizer.model_max_length) if v
+        )
+        if not type(self.model).__module__.startswith("transformers."):
+            self._check_custom_code()
+        shape = settings.model_dump_json(exclude=OUTSIDE_FINGERPRINT)
+        weights = fingerprint_model(settings.model, settings.revision)
+        self.fingerprint = f"classifier:{weights}:{self.label}:{shape}"
+
+    def _load(self) -> None:
+        """Tokenizer and model, whole and quantized as asked, on the device."""
         import torch
         from transformers import AutoTokenizer
 
-        self.settings = settings
-        self.key = f"scorer {settings.model}"
+        settings, folder = self.settings, Path(self.settings.model)
         device = resolve_device(settings.device, f"{self.key}: device")
-        if Path(settings.model).is_dir():
-            check_model_folder(
-                Path(settings.model),
-                self.key,
-                "AutoModelForSequenceClassification",
-                settings.allow_pickle,
-            )
+        if folder.is_dir():
+            loader = "AutoModelForSequenceClassification"
+            check_model_folder(folder, self.key, loader, settings.allow_pickle)
         with explained_loading(self.key, settings.model):
             self.tokenizer = AutoTokenizer.from_pretrained(
                 settings.model,
@@ -58,47 +72,30 @@ class ClassifierScorer(Scorer):
             )
             self.model, loading = _load_model(settings, getattr(torch, settings.dtype), device)
         check_tokenizer(self.tokenizer, settings.model, settings.revision, self.key)
-        fresh = sorted(
-            set(loading["missing_keys"]) | {str(k) for k in loading.get("mismatched_keys", ())}
-        )
-        if fresh:
+        mismatched = {str(key) for key in loading.get("mismatched_keys", ())}
+        if fresh := sorted(set(loading["missing_keys"]) | mismatched):
             raise UserError(
                 f"scorer {settings.model}: weights {', '.join(fresh[:3])} are not in the "
-                "checkpoint and were newly initialised, so its "
-                "scores would be noise; use a checkpoint saved with its classification head"
+                "checkpoint and were newly initialised, so its scores would be noise; use a "
+                "checkpoint saved with its classification head"
             )
         if settings.quantization != "none":
             check_quantization(self.model, settings.quantization, f"{self.key}: quantization")
             keep_exact_on_cpu(self.model)
         self.model.eval().to(device)
-        self.label = self._label_index()
-        self._check_output()
-        self._set_padding()
+
+    def _check_layout(self) -> None:
+        settings = self.settings
         if settings.text == "template" and "{response}" not in (settings.template or ""):
             raise UserError(
                 f"scorer {settings.model}: text: template needs a template with {{response}} (and "
-                f"mostly {{prompt}})"
+                "mostly {prompt})"
             )
         if settings.text == "chat" and not self.tokenizer.chat_template:
             raise UserError(
                 f"scorer {settings.model}: text: chat, but its tokenizer has no chat template; "
                 "use pair or template"
             )
-        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.truncates = settings.truncate
-        self.window = min(
-            v for v in (settings.max_length, window, self.tokenizer.model_max_length) if v
-        )
-        if not type(self.model).__module__.startswith("transformers."):
-            self._check_custom_code()
-        later = {
-            key
-            for key in ("quantization", "output")
-            if key not in settings.model_dump(exclude_defaults=True)
-        }
-        shape = settings.model_dump_json(exclude=OUTSIDE_FINGERPRINT | later)
-        weights = fingerprint_model(settings.model, settings.revision)
-        self.fingerprint = f"classifier:{weights}:{self.label}:{shape}"
 
     def quantization_drift(self) -> dict[str, Any] | None:
         """`measure_drift` against the unquantized weights in the scorer's dtype, loaded now and
