@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from constrained_dpo.dual.feasibility import Feasibility
-    from constrained_dpo.dual.one_shot import OneShotSolution
+    from constrained_dpo.dual.one_shot import FirstMultipliers, OneShotSolution
     from constrained_dpo.dual.scores import ScoreTable
     from constrained_dpo.dual.sensitivity import SweepPoint
     from constrained_dpo.problem import ConstrainedProblem
@@ -83,7 +83,7 @@ def solve(
 
     from constrained_dpo.dual import sensitivity
     from constrained_dpo.dual.feasibility import diagnose_feasibility
-    from constrained_dpo.dual.one_shot import solve_one_shot
+    from constrained_dpo.dual.one_shot import first_multipliers
 
     if bootstrap < 0 or bootstrap == 1:
         raise UserError(f"--bootstrap {bootstrap}: give at least 2 replicates, or 0 for none")
@@ -95,19 +95,23 @@ def solve(
     }
     problem = _problem(reward, beta, levels, max_lambda)
     table = _table(scores, problem, assume_reference)
-    solution = solve_one_shot(table, problem, max_lambda=max_lambda)
+    first = first_multipliers(table, problem, max_lambda)
+    solution = first.plain
     feasibility = diagnose_feasibility(table, problem) if solution.at_bound else None
     values = _solution_values(solution) | {
+        "lambda": first.lambda_.to_dict(),
+        "lambda_sampled": solution.lambda_.to_dict(),
         "kkt_residual": solution.kkt_residual,
         "passes": solution.passes,
-        "num_prompts": len(table.counts),
+        "num_prompts": first.prompts,
+        "responses_per_prompt": first.responses,
         "num_responses": len(table.reward),
         "feasibility": _feasibility_values(feasibility),
     }
     interval = parts = None
     if bootstrap:
         resampled = sensitivity.bootstrap_multipliers(
-            table, problem, solution, bootstrap, np.random.default_rng(seed), max_lambda
+            table, problem, bootstrap, np.random.default_rng(seed), max_lambda
         )
         interval = resampled.interval
         values["lambda_ci"] = {n: [interval["low"][n], interval["high"][n]] for n in problem.names}
@@ -122,7 +126,7 @@ def solve(
     if as_json:
         print_json(values)
     else:
-        _print_solution(solution, problem, interval, parts)
+        _print_solution(first, problem, interval, parts)
     if feasibility is not None:
         at = " and ".join(solution.at_bound)
         print(
@@ -255,7 +259,6 @@ def _feasibility_values(feasibility: "Feasibility | None") -> dict[str, object] 
     numbers = {
         "slack": feasibility.slack,
         "se": feasibility.se,
-        "ess": feasibility.ess,
         "num_prompts": feasibility.num_prompts,
     }
     return {
@@ -277,17 +280,19 @@ def _finite(row: Mapping[Any, Any]) -> dict[str, object]:
 
 
 def _print_solution(
-    solution: "OneShotSolution",
+    first: "FirstMultipliers",
     problem: "ConstrainedProblem",
     interval: "pd.DataFrame | None",
     parts: "pd.DataFrame | None",
 ) -> None:
+    solution = first.plain
     for name in problem.names:
         error = ""
         if interval is not None:
             error = f" [{interval['low'][name]:.4g}, {interval['high'][name]:.4g}]"
         print(
-            f"λ*({name}) = {solution.lambda_[name]:.6g}{error}; predicted E[{name}] = "
+            f"λ*({name}) = {first.lambda_[name]:.6g}{error}, {solution.lambda_[name]:.6g} before "
+            f"the correction for {first.responses} responses per prompt; predicted E[{name}] = "
             f"{solution.utilities[name]:.6g}"
         )
     print(

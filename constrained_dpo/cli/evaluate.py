@@ -35,6 +35,12 @@ def evaluate(
         typer.Option(min=1, help="responses per prompt; default: dual.responses_per_prompt"),
     ] = None,
     seed: Annotated[int, typer.Option(help="another seed draws other responses")] = 0,
+    more: Annotated[
+        bool,
+        typer.Option(
+            "--more", help="add fresh responses to the earlier evaluation by the same command"
+        ),
+    ] = False,
     judge: Annotated[
         str | None,
         typer.Option(
@@ -73,6 +79,7 @@ def evaluate(
         },
         responses=responses,
         seed=seed,
+        more=more,
         judge=_judge_options(judge, against, unsafe),
     )
     evaluated = evaluate_run(directory, options)

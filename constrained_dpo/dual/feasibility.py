@@ -1,5 +1,5 @@
-"""Can the constraints be met at all? The largest slack that samples support, and how much
-evidence is behind it. numpy and scipy only.
+"""Can the constraints be met at all? The largest slack that samples support, and how much evidence
+is behind it. numpy and scipy only.
 
 Over policies that only reweight the samples of each prompt, LP duality gives
 
@@ -7,12 +7,16 @@ Over policies that only reweight the samples of each prompt, LP duality gives
         = min_{μ ≥ 0, Σμ = 1} E_x max_k Σ_i μ_i (g_i(x, y_k) − a_i)/s_i ,
 
 the limit of D(λ)/|λ| as λ = |λ| μ/s grows: where it is negative, D has no minimizer and λ only
-grows. The weights π_ref/q of samples of another policy q change D, but not this limit, which
-asks only which responses were seen. s_i is the std of g_i, so that "the least slack" means the
-same for every scorer. Source: Lagrangian duality of problem (P) of CAID, arXiv:2505.19387, at β
-= 0, r = 0.
+grows. The weights π_ref/q of samples of another policy q change D, but not this limit, which asks
+only which responses were seen. s_i is the std of g_i within prompts, so that "the least slack"
+means the same for every scorer.
+
+What was never sampled may still exist, so samples alone prove nothing impossible: only a level
+above the highest score that there can be does. Source: Lagrangian duality of problem (P) of CAID,
+arXiv:2505.19387, at β = 0, r = 0.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +24,7 @@ import pandas as pd
 from scipy import optimize
 
 from constrained_dpo.dual.scores import ScoreTable
-from constrained_dpo.monte_carlo import MIN_ESS, standard_error
+from constrained_dpo.monte_carlo import standard_error
 from constrained_dpo.problem import ConstrainedProblem
 
 FEASIBLE, NEARLY, INFEASIBLE, NO_EVIDENCE = (
@@ -30,7 +34,6 @@ FEASIBLE, NEARLY, INFEASIBLE, NO_EVIDENCE = (
     "not enough evidence",
 )
 
-
 MAX_CUTS = 200
 
 
@@ -38,14 +41,14 @@ MAX_CUTS = 200
 class Feasibility:
     """What samples say about the constraints.
 
-    verdict: feasible, "nearly infeasible, undecided" (the slack is within 2 se of 0), infeasible,
-    or "not enough evidence". constraints: those the verdict is about; together: each alone can be
-    met, but not all of them at once. demanded: the margin or threshold by constraint; largest: the
-    largest one that the samples support, for that constraint alone. shortfall: by how much to lower
-    each of `constraints` (score units; 0 where feasible). slack, se: the largest least slack over
-    those constraints, in stds of the utilities, and its prompt-clustered standard error (inf for
-    one prompt). ess: mean over prompts of the effective sample size of the maximizing weights, ties
-    sharing them; the smallest over the constraints named.
+    verdict: feasible, "nearly infeasible, undecided" (the slack is within 2 se of 0), infeasible
+    (the level is above the highest score that there can be), or "not enough evidence" (the samples
+    do not reach it, others might). constraints: those the verdict is about; together: each alone
+    can be met, but not all of them at once. demanded: the margin or threshold by constraint;
+    largest: the largest one that the samples support, for that constraint alone. shortfall: by how
+    much to lower each of `constraints` (score units; 0 where feasible). slack, se: the largest
+    least slack over those constraints, in stds of the utilities within prompts, and its standard
+    error over prompts (inf for one prompt).
     """
 
     verdict: str
@@ -56,21 +59,19 @@ class Feasibility:
     shortfall: pd.Series
     slack: float
     se: float
-    ess: float
     num_prompts: int
 
     def sentence(self) -> str:
-        """The verdict, what it rests on and what to do, in one line."""
+        """Say the verdict, what it rests on and what to do, in one line."""
         names, plural = " and ".join(self.constraints), "s" * (len(self.constraints) > 1)
         limits = " and ".join(
             f"{self.largest[n]:.4g} of {self.demanded[n]:.4g} asked" for n in self.constraints
         )
         cuts = " and ".join(f"{self.shortfall[n]:.4g}" for n in self.constraints)
-        words = (
-            f"slack {self.slack:+.3g} ± {self.se:.2g} std at best, ESS {self.ess:.1f}, "
-            f"{self.num_prompts} prompts"
+        evidence = (
+            f"slack {self.slack:+.3g} ± {self.se:.2g} std at best, {self.num_prompts} prompts"
         )
-        reach = f"these samples reach {limits}{', each alone' * self.together} ({words})"
+        reach = f"these samples reach {limits}{', each alone' * self.together} ({evidence})"
         lower = f"lower the level{plural} by at least {cuts}"
         head = f"{names}: {self.verdict}{' together' * self.together}"
         if self.verdict == FEASIBLE:
@@ -78,7 +79,7 @@ class Feasibility:
                 f"{head}: {reach}; the multipliers it takes are above their bound: raise the bound"
             )
         if self.verdict == INFEASIBLE:
-            return f"{head}: {reach}; {lower}"
+            return f"{head}: the level{plural} lie above the highest score; {reach}; {lower}"
         if self.verdict == NEARLY:
             return f"{head}: {reach}; sample more prompts, or lower the level{plural}"
         few = (
@@ -91,66 +92,66 @@ class Feasibility:
 
 @dataclass(frozen=True)
 class _Best:
-    """Per prompt, for one direction μ: the largest score, (num_prompts,); E[g] over the responses
-    that attain it, (m, num_prompts); their effective number, (num_prompts,)."""
+    """Per prompt, for one direction μ: the largest score, (num_prompts,), and E[g] over the
+    responses that attain it, (m, num_prompts)."""
 
     value: np.ndarray
     utilities: np.ndarray
-    ess: np.ndarray
 
 
 def diagnose_feasibility(
-    table: ScoreTable, problem: ConstrainedProblem, levels: pd.Series | None = None
+    table: ScoreTable,
+    problem: ConstrainedProblem,
+    levels: pd.Series | None = None,
+    ceilings: Mapping[str, float] | None = None,
 ) -> Feasibility:
-    """Judges whether the constraints can be met by reweighting the samples of `table` (of any
-    policy that covers π_ref).
+    """Judge whether the constraints can be met by reweighting the samples of `table` (of any policy
+    that covers π_ref).
 
     levels: a_i by constraint; None takes them from the table's own reference means, and the
     standard error is then that of the paired difference to them; with given levels it is that of
-    the samples alone. *Infeasible* is said only where the largest slack is below 0 by 2 standard
-    errors and at least MIN_ESS samples per prompt attain it, as with a bounded utility at its
-    maximum; otherwise better responses may exist that were not sampled. The problem has at least
-    one constraint.
+    the samples alone. ceilings: the highest score that there can be, by constraint, where it is
+    known; *infeasible* is said only where a level lies above it by 2 standard errors. The problem
+    has at least one constraint.
     """
     names, m = problem.names, len(problem.names)
     reference = table.prompt_reference_means() * problem.relative.to_numpy(float)[:, None]
-    if levels is None:
-        offsets = reference + problem.bounds.to_numpy()[:, None]
-    else:
-        offsets = np.repeat(
-            levels.reindex(names).to_numpy(np.float64)[:, None], len(table.counts), axis=1
-        )
+    offsets = reference + problem.bounds.to_numpy()[:, None]
+    if levels is not None:
+        given = levels.reindex(names).to_numpy(np.float64)
+        offsets = np.repeat(given[:, None], len(table.counts), axis=1)
     target = offsets.mean(axis=1)
-    spread = np.array([column.std() for column in table.utilities.T])
+    spread = np.array([table.within_std(column) for column in table.utilities.T])
     unit = np.where(spread > 1e-12 * (1 + np.abs(target)), spread, 1.0)
-    alone = [_best(table, [axis]) for axis in np.eye(m)]
+    alone = [_best(table, axis) for axis in np.eye(m)]
     largest = (
         pd.Series([float(best.value.mean()) for best in alone], index=names, dtype=float)
         + problem.bounds
         - target
     )
-    singles = [
-        _judge(
+    singles = []
+    for i, name in enumerate(names):
+        single = _judge(
             [name],
             problem.bounds,
             largest,
-            (best.value - offset) / scale,
-            pd.Series(scale, index=[name]),
-            float(best.ess.mean()),
+            (alone[i].value - offsets[i]) / unit[i],
+            pd.Series(unit[i], index=[name]),
         )
-        for name, best, offset, scale in zip(names, alone, offsets, unit, strict=True)
-    ]
+        ceiling = (ceilings or {}).get(name, np.inf)
+        if single.verdict == NO_EVIDENCE and ceiling + 2 * standard_error(offsets[i]) < target[i]:
+            single = replace(single, verdict=INFEASIBLE)
+        singles.append(single)
     # A constraint that nearly fails alone may fail firmly together with others, so only firm
     # words end the search here.
     if firm := [single for single in singles if single.verdict in (INFEASIBLE, NO_EVIDENCE)]:
         return _together(firm)
-    direction, ess = _least_slack(table, target, unit)
+    direction = _least_slack(table, target, unit)
     share = direction / unit
-    values = _best(table, [share]).value - (share[:, None] * offsets).sum(axis=0)
+    values = _best(table, share).value - (share[:, None] * offsets).sum(axis=0)
     conflict = [name for name, mu in zip(names, direction, strict=True) if mu > 0]
-    return _judge(
-        conflict, problem.bounds, largest, values, pd.Series(unit, index=names)[conflict], ess
-    )
+    units = pd.Series(unit, index=names)[conflict]
+    return _judge(conflict, problem.bounds, largest, values, units)
 
 
 def _together(firm: list[Feasibility]) -> Feasibility:
@@ -163,112 +164,77 @@ def _together(firm: list[Feasibility]) -> Feasibility:
         worst,
         constraints=tuple(single.constraints[0] for single in named),
         shortfall=pd.concat([single.shortfall for single in named]),
-        ess=min(single.ess for single in named),
     )
 
 
 def _judge(
-    names: list[str],
-    demanded: pd.Series,
-    largest: pd.Series,
-    values: np.ndarray,
-    unit: pd.Series,
-    ess: float,
+    names: list[str], demanded: pd.Series, largest: pd.Series, values: np.ndarray, unit: pd.Series
 ) -> Feasibility:
     """The verdict from the slack by prompt, values (num_prompts,) in units of `unit` (by
-    constraint), and the effective sample size."""
+    constraint)."""
     slack, count = float(values.mean()), len(values)
     slack = 0.0 if abs(slack) < 1e-10 else slack  # rounding
     se = standard_error(values)
     if slack >= 2 * se or (slack >= 0 and count == 1):
         verdict = FEASIBLE
-    elif slack > -2 * se and count > 1:
-        verdict = NEARLY
     else:
-        verdict = INFEASIBLE if ess >= MIN_ESS and count > 1 else NO_EVIDENCE
+        verdict = NEARLY if slack > -2 * se and count > 1 else NO_EVIDENCE
+    shortfall = max(-slack, 0.0) * unit
+    together = len(names) > 1
     return Feasibility(
-        verdict,
-        tuple(names),
-        len(names) > 1,
-        demanded,
-        largest,
-        max(-slack, 0.0) * unit,
-        slack,
-        se,
-        ess,
-        count,
+        verdict, tuple(names), together, demanded, largest, shortfall, slack, se, count
     )
 
 
-def _best(
-    table: ScoreTable,
-    directions: list[np.ndarray],
-    shares: list[float] | None = None,
-    tie: float = 1e-12,
-) -> _Best:
-    """The responses that maximize Σ_i μ_i g_i on each prompt, for one direction μ (m,) or a mixture
-    of several with the given shares. A score within `tie` of the largest, relative to 1 +
-    |largest|, counts as equal."""
+def _best(table: ScoreTable, direction: np.ndarray, tie: float = 1e-12) -> _Best:
+    """The responses that maximize Σ_i μ_i g_i on each prompt; direction: μ (m,). A score within
+    `tie` of the largest, relative to 1 + |largest|, counts as equal."""
     m, prompts = table.utilities.shape[1], len(table.counts)
-    best = _Best(np.zeros(prompts), np.zeros((m, prompts)), np.empty(prompts))
+    best = _Best(np.zeros(prompts), np.zeros((m, prompts)))
     for block in table.blocks():
         columns, at = [block.of(g) for g in table.utilities.T], block.prompts
         law = block.of(table.log_weight)
         law = np.exp(law - block.spread(block.max(law)))
-        mixture = np.zeros_like(law)
-        for direction, share in zip(directions, shares or [1.0], strict=True):
-            score = sum(
-                (mu * column for mu, column in zip(direction, columns, strict=True)),
-                np.zeros_like(law),
-            )
-            top = block.max(score)
-            tied = law * (
-                score >= block.spread(top - tie * (1 + np.abs(top)))
-            )  # ties share the weight as the samples' law does
-            mixture += share * tied / block.spread(block.sum(tied))
-            best.value[at] += share * top
-        best.ess[at] = 1.0 / block.dot(mixture, mixture)
+        weighted = (mu * column for mu, column in zip(direction, columns, strict=True))
+        score = sum(weighted, np.zeros_like(law))
+        top = block.max(score)
+        # ties share the weight as the samples' law does
+        tied = law * (score >= block.spread(top - tie * (1 + np.abs(top))))
+        best.value[at] = top
         for i, column in enumerate(columns):
-            best.utilities[i, at] = block.dot(mixture, column)
+            best.utilities[i, at] = block.dot(tied, column) / block.sum(tied)
     return best
 
 
-def _least_slack(
-    table: ScoreTable, target: np.ndarray, unit: np.ndarray
-) -> tuple[np.ndarray, float]:
-    """The minimizing μ on the simplex (m,), exactly 0 for constraints that do not limit the slack,
-    and the mean effective sample size of the policy that attains it."""
-    direction, ess = _cutting_planes(table, target, unit, np.full(len(target), 1.0 / len(target)))
+def _least_slack(table: ScoreTable, target: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """The minimizing μ on the simplex (m,), exactly 0 for constraints that do not limit the
+    slack."""
+    direction = _cutting_planes(table, target, unit, np.full(len(target), 1.0 / len(target)))
     involved = direction > 1e-6
     if not involved.all():
-        # Among the policies that attain the slack of these, the one that spreads most: the
-        # others' scores choose no response.
         faces = ScoreTable(
             table.reward, table.utilities[:, involved], table.log_weight, table.starts, table.counts
         )
         start = direction[involved] / direction[involved].sum()
         direction = np.zeros_like(direction)
-        direction[involved], ess = _cutting_planes(faces, target[involved], unit[involved], start)
-    return direction, ess
+        direction[involved] = _cutting_planes(faces, target[involved], unit[involved], start)
+    return direction
 
 
 def _cutting_planes(
     table: ScoreTable, target: np.ndarray, unit: np.ndarray, start: np.ndarray
-) -> tuple[np.ndarray, float]:
+) -> np.ndarray:
     """`_least_slack` from the direction `start`.
 
     Kelley's cutting planes: each μ tried gives a policy (the best responses under it) with slack
-    vector v; the next μ minimizes the largest μ·v, a linear program of size m, whose dual mixes
-    those policies into the one that attains the least slack.
+    vector v; the next μ minimizes the largest μ·v, a linear program of size m.
     """
     m, direction = len(target), start
-    tried: list[np.ndarray] = []
     cuts: list[np.ndarray] = []
-    value, best_direction, mixture = np.inf, direction, np.ones(1)
+    value, best_direction = np.inf, direction
     for _ in range(MAX_CUTS):
-        vertex = _best(table, [direction / unit])
+        vertex = _best(table, direction / unit)
         cuts.append((vertex.utilities.mean(axis=1) - target) / unit)
-        tried.append(direction)
         if (reached := float(direction @ cuts[-1])) < value:
             value, best_direction = reached, direction
         # min t  subject to  cut·μ ≤ t for every cut, Σμ = 1, μ ≥ 0
@@ -280,11 +246,8 @@ def _cutting_planes(
             b_eq=[1.0],
             bounds=[(0, None)] * m + [(None, None)],
         )
-        direction, mixture = np.asarray(program.x)[:m], -program.ineqlin.marginals
-        if value - np.asarray(program.x)[m] <= 1e-9 * (1 + abs(value)):
+        solution = np.asarray(program.x)
+        direction = solution[:m]
+        if value - solution[m] <= 1e-9 * (1 + abs(value)):
             break
-    used = [i for i, share in enumerate(mixture) if share > 1e-9]
-    shares = [float(mixture[i] / mixture[used].sum()) for i in used]
-    return best_direction, float(
-        _best(table, [tried[i] / unit for i in used], shares, tie=1e-7).ess.mean()
-    )
+    return best_direction

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy import optimize
 
 from constrained_dpo.dual.function import DualPoint, prompt_terms
 from constrained_dpo.dual.scores import ScoreTable
@@ -96,6 +97,89 @@ def solve_one_shot(
         ),
         min_ess=float(point.ess.min()),
     )
+
+
+@dataclass(frozen=True)
+class FirstMultipliers:
+    """λ_0: the one-shot multipliers corrected for the number of responses, and what they rest on.
+
+    plain: the solution on all responses; responses: per prompt, the smallest number of any prompt
+    used; prompts: how many were used; replaced: constraints whose λ is the linear response instead,
+    because the samples do not reach their level.
+    """
+
+    lambda_: pd.Series
+    plain: OneShotSolution
+    responses: int
+    prompts: int
+    replaced: tuple[str, ...]
+
+
+def first_multipliers(
+    table: ScoreTable, problem: ConstrainedProblem, max_lambda: float = 1e3
+) -> FirstMultipliers:
+    """Estimate λ* = argmin D from samples of π_ref with few responses per prompt.
+
+    log mean_K exp is biased low by a term of order 1/K, so λ_K is too large by one of that order; 2
+    λ_K − λ_{K/2} has none, λ_{K/2} being the mean over both halves of each prompt's responses
+    (Richardson's extrapolation; Quenouille 1956). Only prompts with at least half the largest
+    number of responses are used: those with few would carry their bias into it. The correction is
+    kept within half and twice λ_K. Where the samples do not reach a level, λ there is the linear
+    response β Cov(g)⁻¹ (a − ḡ_ref − Cov(g, r)/β) within prompts, at least 0.
+    """
+    table = richest(table)
+    plain = solve_one_shot(table, problem, max_lambda=max_lambda)
+    lambda_ = plain.lambda_
+    if problem.names and int(table.counts.min()) >= MIN_HALVED:
+        solved = [solve_one_shot(half, problem, max_lambda=max_lambda) for half in halves(table)]
+        lambda_ = extrapolated(lambda_, (solved[0].lambda_ + solved[1].lambda_) / 2)
+    if plain.at_bound:
+        linear = _linear_response(table, problem, max_lambda)
+        lambda_ = lambda_.where(~lambda_.index.isin(plain.at_bound), linear)
+    return FirstMultipliers(
+        lambda_=lambda_.clip(0.0, max_lambda),
+        plain=plain,
+        responses=int(table.counts.min()),
+        prompts=len(table.counts),
+        replaced=plain.at_bound,
+    )
+
+
+MIN_HALVED = 4
+"""Responses of a prompt from which halves of them are solved too."""
+
+
+def richest(table: ScoreTable) -> ScoreTable:
+    """Keep the prompts with at least half the largest number of responses."""
+    rich = np.flatnonzero(2 * table.counts >= table.counts.max())
+    return table if len(rich) == len(table.counts) else table.take(rich)
+
+
+def halves(table: ScoreTable) -> list[ScoreTable]:
+    """Split each prompt's responses in two, every other one."""
+    place = np.arange(len(table.reward)) - np.repeat(table.starts, table.counts)
+    every = np.arange(len(table.counts))
+    return [table.take(every, place % 2 == half) for half in (0, 1)]
+
+
+def extrapolated(whole: pd.Series, half: pd.Series) -> pd.Series:
+    """Extrapolate λ_K and the mean λ_{K/2} to 2 λ_K − λ_{K/2}, within half and twice λ_K."""
+    return (2 * whole - half).clip(whole / 2, 2 * whole)
+
+
+def _linear_response(
+    table: ScoreTable, problem: ConstrainedProblem, max_lambda: float
+) -> pd.Series:
+    """λ ≥ 0 at which E[g] would reach its level if it answered λ linearly, as it does near λ = 0."""
+    columns, beta = list(table.utilities.T), problem.beta
+    covariance = np.array([[table.within_covariance(a, b) for b in columns] for a in columns])
+    with_reward = np.array([table.within_covariance(a, table.reward) for a in columns])
+    means = pd.Series(table.reference_means(), index=problem.names)
+    rise = (problem.levels(means) - means).to_numpy(np.float64)
+    # min ‖Cov λ − (β rise − Cov(g, r))‖ over the box
+    bounds = (0.0, max_lambda)
+    solution = optimize.lsq_linear(covariance, beta * rise - with_reward, bounds=bounds)
+    return pd.Series(solution.x, index=problem.names)
 
 
 @dataclass(frozen=True)

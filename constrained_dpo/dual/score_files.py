@@ -15,6 +15,9 @@ from data_prep.tables import read_parquet, read_table
 
 LOG_PROBABILITIES = ("sample_logp", "ref_logp")
 
+SAME_LAW = 1e-3
+"""Nats of a response: two log-probabilities nearer than this are the same law's, computed twice."""
+
 
 @dataclass(frozen=True)
 class ScoreFile:
@@ -31,9 +34,11 @@ def read_scores(
     """Read `prompt_id` and the problem's columns; weight rows of another policy by their
     log-probabilities, or refuse them.
 
-    Rows are samples of π_ref where `source` starts with "reference", where there is no such column,
-    or with `assume_reference`. Other rows need a finite `sample_logp` and `ref_logp` (nats): they
-    get the importance weight π_ref/q. Raises UserError.
+    Rows with a finite `sample_logp` and `ref_logp` (nats) that differ get the importance weight
+    π_ref/q, also where `source` says reference: another temperature is another law. Without
+    these columns, rows are samples of π_ref where `source` starts with "reference", where there is
+    no such column, or with `assume_reference`. Raises UserError for other rows, and for a law that
+    does not cover π_ref.
     """
     path = Path(path)
     frame = _read_columns(
@@ -61,37 +66,51 @@ def _log_weight(
     frame: pd.DataFrame, path: Path, assume_reference: bool
 ) -> tuple[np.ndarray | None, str | None]:
     """log π_ref − log q of every row, None for samples of π_ref, and the line about it."""
-    drawn_by_reference = "source" in frame and bool(
-        frame["source"].astype(str).str.startswith("reference").all()
-    )
-    if drawn_by_reference or assume_reference:
-        return (
-            None,
-            None
-            if drawn_by_reference
-            else "taken as the reference policy's samples (--assume-reference)",
-        )
+    if assume_reference:
+        return None, "taken as the reference policy's samples (--assume-reference)"
     logps = [
         pd.to_numeric(frame[n], errors="coerce").to_numpy(np.float64, na_value=np.nan)
         for n in LOG_PROBABILITIES
         if n in frame
     ]
     finite = [np.isfinite(values) for values in logps]
+    by_reference = "source" in frame and bool(
+        frame["source"].astype(str).str.startswith("reference").all()
+    )
     if len(logps) == 2 and all(rows.all() for rows in finite):
-        return (
-            logps[1] - logps[0],
-            "samples weighted by exp(ref_logp − sample_logp), the reference policy's probability "
-            "over their sampler's",
+        weight = logps[1] - logps[0]
+        if by_reference and np.abs(weight).max(initial=0.0) <= SAME_LAW:
+            return None, None
+        _require_support(weight, path)
+        law = "the reference policy's at another temperature" if by_reference else "another policy"
+        return weight, (
+            f"samples of {law}, weighted by exp(ref_logp − sample_logp), the reference policy's "
+            "probability over their sampler's"
         )
-    what = (
+    if by_reference:
+        return None, None
+    need = (
         "finite sample_logp and ref_logp in every row (they are then weighted), or "
         "--assume-reference"
     )
     if "source" in frame:
         raise UserError(
             f"{path}: holds responses that are not the reference policy's (column source); keep "
-            f"only those, or give {what}"
+            f"only those, or give {need}"
         )
     if any(rows.any() for rows in finite):
-        raise UserError(f"{path}: sample_logp and ref_logp are not known in every row; give {what}")
+        raise UserError(f"{path}: sample_logp and ref_logp are not known in every row; give {need}")
     return None, "no column source: taken as the reference policy's samples"
+
+
+def _require_support(weight: np.ndarray, path: Path) -> None:
+    """Raises UserError for a truncated law (top_p, top_k): it never draws answers that π_ref gives,
+    and no weight makes up for them. Every answer that it draws is likelier than under π_ref, while
+    a law that covers π_ref draws some that are less likely."""
+    if weight.max(initial=0.0) <= SAME_LAW and weight.min(initial=0.0) < -SAME_LAW:
+        covered = 100 * float(np.exp(weight).mean())
+        raise UserError(
+            f"{path}: its responses were drawn from a truncated law (top_p or top_k), which covers "
+            f"about {covered:.0f} % of the reference policy; sample with top_p 1, or take them as "
+            "the policy's own with --assume-reference"
+        )

@@ -171,6 +171,27 @@ class ScoreTable:
         counts = self.counts.reshape(-1, *[1] * (values.ndim - 1))
         return np.asarray(sums / counts)
 
+    def within_covariance(self, left: np.ndarray, right: np.ndarray) -> float:
+        """Covariance of two scores within prompts, (num_responses,) each, pooled over prompts.
+
+        The part of their spread that a policy can move: what differs between prompts only, no
+        multiplier reaches. Σ_x Σ_k (a − ā_x)(c − c̄_x) / Σ_x (K_x − 1); 0 where no prompt has two
+        responses.
+        """
+        free = len(left) - len(self.counts)
+        product = 0.0
+        for block in self.blocks():
+            one, other = (
+                values - block.spread(block.sum(values) / block.counts)
+                for values in (block.of(left), block.of(right))
+            )
+            product += float(block.dot(one, other).sum())
+        return product / free if free else 0.0
+
+    def within_std(self, values: np.ndarray) -> float:
+        """Standard deviation within prompts of scores (num_responses,), score units."""
+        return float(np.sqrt(self.within_covariance(values, values)))
+
     def prompt_reference_means(self) -> np.ndarray:
         """Mean utilities of π_ref by prompt, (m, num_prompts): plain means of samples of π_ref,
         self-normalised importance-weighted means Σ w g / Σ w, w = π_ref/q, of weighted ones."""

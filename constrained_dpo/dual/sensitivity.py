@@ -11,10 +11,19 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.dual.function import prompt_terms
-from constrained_dpo.dual.one_shot import OneShotSolution, minimize_dual, solve_one_shot
+from constrained_dpo.dual.function import PromptTerms, prompt_terms
+from constrained_dpo.dual.one_shot import (
+    MIN_HALVED,
+    OneShotSolution,
+    extrapolated,
+    halves,
+    minimize_dual,
+    richest,
+    solve_one_shot,
+)
 from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.problem import ConstrainedProblem, Constraint
+from data_prep.errors import UserError
 
 REPLICATE_TOLERANCE = 1e-8  # of a replicate's KKT residual, far below its sampling error
 
@@ -23,6 +32,39 @@ STABILITY_REPEATS = 10
 
 
 STABILITY_SHARES = (8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """A table's minimizer, and what finds that of a resampled one: the first Newton step takes no
+    pass."""
+
+    table: ScoreTable
+    problem: ConstrainedProblem
+    max_lambda: float
+    terms: PromptTerms
+    reference: np.ndarray
+
+    @classmethod
+    def of(cls, table: ScoreTable, problem: ConstrainedProblem, max_lambda: float) -> "_Search":
+        solution = solve_one_shot(table, problem, max_lambda=max_lambda)
+        terms = prompt_terms(table, solution.lambda_.to_numpy(), problem.beta)
+        return cls(table, problem, max_lambda, terms, table.prompt_reference_means())
+
+    def minimizer(self, times: np.ndarray) -> np.ndarray:
+        """λ* where each prompt counts so many times, (num_prompts,); (m,)."""
+        relative, bounds = self.problem.relative.to_numpy(float), self.problem.bounds.to_numpy()
+        levels = bounds + relative * (self.reference * times).sum(axis=1) / times.sum()
+        return minimize_dual(
+            self.table,
+            self.problem.beta,
+            levels,
+            self.max_lambda,
+            self.terms.lambda_,
+            self.terms.point(levels, times),
+            prompt_weight=times,
+            tolerance=REPLICATE_TOLERANCE,
+        ).lambda_
 
 
 @dataclass(frozen=True)
@@ -38,40 +80,31 @@ class Bootstrap:
 def bootstrap_multipliers(
     table: ScoreTable,
     problem: ConstrainedProblem,
-    solution: OneShotSolution,
     replicates: int,
     rng: np.random.Generator,
     max_lambda: float = 1e3,
     confidence: float = 0.95,
 ) -> Bootstrap:
-    """Percentile interval of λ* over resampled prompts (Efron 1979; the prompt is the cluster),
-    levels of margins resampled with them.
+    """Bootstrap the corrected λ* of `first_multipliers` over prompts (Efron 1979; a prompt is one
+    cluster); levels of margins are resampled with them.
 
-    Each replicate starts from `solution`, whose terms by prompt are computed once: its first Newton
-    step takes no pass. The interval is about other prompts, not about other responses: the bias of
-    few responses per prompt stays in it (see `stability`).
+    Percentile interval. Each replicate solves the table and both halves of its responses from their
+    own minimizers, so that the interval carries the correction for few responses. Raises UserError
+    where the table has fewer than MIN_HALVED responses of a prompt: the bias would stay in.
     """
-    terms = prompt_terms(table, solution.lambda_.to_numpy(), problem.beta)
-    reference, relative, bounds = (
-        table.prompt_reference_means(),
-        problem.relative.to_numpy(float),
-        problem.bounds.to_numpy(),
-    )
+    table = richest(table)
+    if int(table.counts.min()) < MIN_HALVED:
+        raise UserError(
+            f"--bootstrap: {int(table.counts.min())} responses of a prompt are too few to correct "
+            f"λ* for their number (at least {MIN_HALVED}), and an interval around it would be "
+            "wrong; sample more"
+        )
+    searches = [_Search.of(part, problem, max_lambda) for part in (table, *halves(table))]
     prompts, draws = len(table.counts), np.empty((replicates, len(problem.names)))
     for draw in draws:
         times = rng.multinomial(prompts, np.full(prompts, 1.0 / prompts)).astype(float)
-        levels = bounds + relative * (reference * times).sum(axis=1) / prompts
-        start = terms.point(levels, times)
-        draw[:] = minimize_dual(
-            table,
-            problem.beta,
-            levels,
-            max_lambda,
-            terms.lambda_,
-            start,
-            prompt_weight=times,
-            tolerance=REPLICATE_TOLERANCE,
-        ).lambda_
+        whole, first, second = (search.minimizer(times) for search in searches)
+        draw[:] = extrapolated(pd.Series(whole), pd.Series((first + second) / 2)).to_numpy()
     tail = 50 * (1 - confidence)
     low, high = (
         np.percentile(draws, [tail, 100 - tail], axis=0) if problem.names else np.empty((2, 0))

@@ -13,16 +13,21 @@ from data_prep.errors import UserError
 
 
 def auto_step_scale(table: ScoreTable, problem: ConstrainedProblem) -> pd.Series:
-    """std(r)/var(g) on reference samples, by constraint: the unit (reward units per utility unit²)
-    of a step that means the same for every scorer. Raises UserError where a utility is constant."""
-    variance = table.utilities.var(axis=0)
+    """Give std(r)/var(g) within prompts on reference samples, by constraint: the unit (reward units
+    per utility unit²) of a step that means the same for every scorer.
+
+    λ moves u by Var(g)/β within prompts; what differs between prompts does not answer it. Raises
+    UserError where a utility does not vary within any prompt.
+    """
+    variance = [table.within_covariance(column, column) for column in table.utilities.T]
     for name, value in zip(problem.names, variance, strict=True):
         if value <= 0:
             raise UserError(
-                f"utility {name} is constant on the reference samples, so no step moves it; check "
-                "its scorer"
+                f"utility {name} is the same for all reference responses to a prompt, so no step "
+                "moves it; check its scorer, or sample more responses per prompt"
             )
-    return pd.Series(table.reward.std() / variance, index=problem.names, dtype=float)
+    unit = table.within_std(table.reward) / np.asarray(variance)
+    return pd.Series(unit, index=problem.names, dtype=float)
 
 
 def step_size_at(step_size: float, schedule: str, round_number: int) -> float:

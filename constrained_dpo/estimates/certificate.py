@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.dual.function import prompt_terms
-from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.estimates.kl import log_ratio
+from constrained_dpo.estimates.log_partition import log_mean_exp, upper_log_mean
 from constrained_dpo.monte_carlo import MIN_ESS, standard_error
 from constrained_dpo.problem import ConstrainedProblem
 from data_prep.labels.lagrangian import lagrangian_score
@@ -41,8 +40,12 @@ class Certificate(Record):
     lagrangian: L(π_θ, λ) with its standard error; ess: effective sample size per prompt; residual:
     `off_policy_residual`; dual_value: D(λ), dual_value_source the samples it comes from, and
     dual_values those of all sources; lagrangian_gap: D(λ) − L(π_θ, λ); optimality_gap: D(λ) − the
-    objective; disagreement: a source that sees mass which π_θ's samples miss. What is not claimed
-    is None, for certificate_reason.
+    objective; disagreement: a source that sees mass which π_θ's samples miss.
+
+    Each has an interval (*_low, *_high), two standard errors beyond an estimate that is biased low
+    and one that is biased high. The lower end holds whatever the samples miss. The upper end can
+    fail where the best answers are rarer than one in all draws. The estimate between them is None
+    where the samples cannot carry it, and the interval where there is none, for certificate_reason.
     """
 
     lagrangian: float | None = None
@@ -53,10 +56,16 @@ class Certificate(Record):
     dual_value_se: float | None = None
     dual_value_source: str | None = None
     dual_values: dict[str, float] | None = None
+    dual_value_low: float | None = None
+    dual_value_high: float | None = None
     lagrangian_gap: float | None = None
     lagrangian_gap_se: float | None = None
+    lagrangian_gap_low: float | None = None
+    lagrangian_gap_high: float | None = None
     optimality_gap: float | None = None
     optimality_gap_se: float | None = None
+    optimality_gap_low: float | None = None
+    optimality_gap_high: float | None = None
     disagreement: str | None = None
     certificate_reason: str | None = None
 
@@ -87,34 +96,6 @@ def off_policy_residual(
     return float(np.sqrt((rest**2).sum() / free)) if free > 0 else float("nan")
 
 
-def log_mean_exp(values: pd.Series, prompts: pd.Series) -> pd.DataFrame:
-    """log mean_k exp(values) by prompt: columns plain, jackknife (its bias of order 1/K removed),
-    ess, count.
-
-    A mean of logs is at most the log of the mean, so both are biased low; the jackknife less.
-    values: (num_responses,) in nats.
-    """
-    codes, index = pd.factorize(prompts, sort=True)
-    exponents = values.to_numpy(np.float64)
-    table = ScoreTable.from_columns(codes, exponents, np.zeros((0, len(exponents))))
-    terms, counts = prompt_terms(table, np.zeros(0), 1.0), table.counts
-    # With mean_k exp(values) = 1, the mean without response i is (K − exp(value_i))/(K − 1); 0
-    # where i has all the weight, and then the prompt keeps the plain estimate.
-    share = np.exp(table.reward - np.repeat(terms.log_mean, counts))
-    size = np.repeat(counts, counts)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        change = (
-            np.add.reduceat(np.log((size - share) / np.maximum(size - 1, 1)), table.starts) / counts
-        )
-        jackknife = np.where(
-            np.isfinite(change) & (counts > 1),
-            terms.log_mean - (counts - 1) * change,
-            terms.log_mean,
-        )
-    columns = {"plain": terms.log_mean, "jackknife": jackknife, "ess": terms.ess, "count": counts}
-    return pd.DataFrame(columns, index=pd.Index(index, name="prompt_id"))
-
-
 def dual_estimates(
     samples: pd.DataFrame,
     others: dict[str, pd.DataFrame],
@@ -122,8 +103,8 @@ def dual_estimates(
     problem: ConstrainedProblem,
     lambda_: pd.Series,
 ) -> pd.DataFrame:
-    """β log Z(x) by prompt from every source that its law is known of: columns (source, log_z |
-    plain | ess), rows the samples' prompts.
+    """Estimate β log Z(x) by prompt from every source whose law is known: columns (source, log_z |
+    plain | upper | ess), rows the samples' prompts.
 
     samples: y ~ π_θ. others: responses of other policies to the same prompts with the
     log-probability under their own law (`sample_logp`). off_policy: π_ref's responses with π_θ's
@@ -147,14 +128,14 @@ def dual_estimates(
     for name, (table, law) in tables.items():
         if not np.array_equal(np.sort(table["prompt_id"].unique()), prompts):
             continue
-        value = log_mean_exp(
-            _score(table, problem, lambda_) / problem.beta + table["ref_logp"] - law,
-            table["prompt_id"],
-        )
+        exponent = _score(table, problem, lambda_) / problem.beta + table["ref_logp"] - law
+        value = log_mean_exp(exponent, table["prompt_id"])
+        upper = upper_log_mean(exponent, table["prompt_id"], table["source"])
         columns[name, "log_z"] = problem.beta * value["jackknife"].where(
             value["ess"] >= DOMINATED, value["plain"]
         )
         columns[name, "plain"] = problem.beta * value["plain"]
+        columns[name, "upper"] = problem.beta * upper
         columns[name, "ess"] = value["ess"]
     return pd.DataFrame(columns)
 
@@ -231,15 +212,15 @@ def certify(
         residual=None if off_policy is None else off_policy_residual(off_policy, problem, lambda_),
     )
     source = _dual_source(estimates)
+    update = _ends(estimates, levels, lagrangian, objective)
     reason = _why_not(samples, estimates, source, problem.beta)
     if reason is not None:
-        return certificate.model_copy(update={"certificate_reason": reason})
+        return certificate.model_copy(update=update | {"certificate_reason": reason})
     names = _sources(estimates)
     dual = estimates[source, "log_z"] - levels
     bias = float((estimates[source, "log_z"] - estimates[source, "plain"]).mean())
     claims = {"dual_value": dual, "lagrangian_gap": dual - lagrangian}
     claims["optimality_gap"] = dual - objective
-    update: dict[str, object] = {}
     for name, values in claims.items():
         mean, error = _mean_se(values)
         update |= {name: mean, f"{name}_se": float(np.hypot(error, bias))}
@@ -248,6 +229,30 @@ def certify(
     if _exceeds(estimates[source, "log_z"], estimates["policy", "log_z"]):
         update["disagreement"] = source
     return certificate.model_copy(update=update)
+
+
+def _ends(
+    estimates: pd.DataFrame, levels: pd.Series, lagrangian: pd.Series, objective: pd.Series
+) -> dict[str, object]:
+    """The intervals' ends, from paired differences over prompts. The lower one is the largest that
+    any source gives, since each is valid; the upper one is that of π_θ's and π_ref's samples."""
+    main = "mixture" if "mixture" in _sources(estimates) else "policy"
+    ends: dict[str, object] = {}
+    claims: dict[str, pd.Series | float] = {
+        "dual_value": 0.0,
+        "lagrangian_gap": lagrangian,
+        "optimality_gap": objective,
+    }
+    for name, other in claims.items():
+        lows = []
+        for source in _sources(estimates):
+            mean, error = _mean_se(estimates[source, "plain"] - levels - other)
+            lows.append(mean - 2 * error)
+        mean, error = _mean_se(estimates[main, "upper"] - levels - other)
+        high = mean + 2 * error
+        finite = bool(np.isfinite(high)) and max(lows) <= high
+        ends |= {f"{name}_low": max(lows), f"{name}_high": high if finite else None}
+    return ends
 
 
 def _sources(estimates: pd.DataFrame) -> list[str]:
@@ -306,20 +311,23 @@ def best_bound(rounds: Sequence[Certificate]) -> Certificate | None:
 
 
 def sentence(
-    rounds: Sequence[Certificate], objective: float | None, meets_constraints: bool
+    rounds: Sequence[Certificate],
+    objective: float | None,
+    objective_se: float | None,
+    meets_constraints: bool,
 ) -> str:
     """Say what the last round's certificate bounds, and when the bound is loose.
 
-    rounds: all up to that one; objective: of its policy.
+    rounds: all up to that one; objective, objective_se: of its policy.
     """
     last, best = rounds[-1], best_bound(rounds)
     if last.dual_value is None or best is None:
-        return f"no certificate: {last.certificate_reason}"
+        return _interval_sentence(last)
     gap, error = last.lagrangian_gap or 0.0, last.lagrangian_gap_se or 0.0
     text = f"the fit is {gap:.3f} ± {2 * error:.3f} from the best policy at this λ"
     if meets_constraints:
         most = (best.dual_value or 0.0) - (objective or 0.0)
-        spread = 2 * float(np.hypot(best.dual_value_se or 0.0, last.lagrangian_se or 0.0))
+        spread = 2 * float(np.hypot(best.dual_value_se or 0.0, objective_se or 0.0))
         number = [c is best for c in rounds].index(True)
         text += (
             "; no policy that meets the constraints has an objective more than "
@@ -331,3 +339,15 @@ def sentence(
     if last.disagreement:
         text += f"; samples of {last.disagreement} show mass that this policy's own samples miss"
     return text
+
+
+def _interval_sentence(certificate: Certificate) -> str:
+    """What can be said where the samples carry no estimate of the gap."""
+    low, high = certificate.lagrangian_gap_low, certificate.lagrangian_gap_high
+    if low is None:
+        return f"no certificate: {certificate.certificate_reason}"
+    most = "without an upper end" if high is None else f"at most {high:.3g}"
+    return (
+        f"the fit is at least {max(low, 0.0):.3g} from the best policy at this λ, {most}; no "
+        f"estimate between them: {certificate.certificate_reason}"
+    )

@@ -1,37 +1,62 @@
 """What is estimated of a policy from its samples on one set of prompts."""
 
+from dataclasses import dataclass
+
 import pandas as pd
 
 from constrained_dpo.estimates.kl import log_ratio
-from constrained_dpo.estimates.slack import estimate_subgradient
-from constrained_dpo.estimates.verdict import judge, one_sided_bounds
+from constrained_dpo.estimates.slack import Bounds, estimate_subgradient
+from constrained_dpo.estimates.verdict import judge, overall
 from constrained_dpo.monte_carlo import standard_error
 from constrained_dpo.problem import ConstrainedProblem, by_name
 from data_prep.records import Record
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What an interval and a verdict are measured by.
+
+    confidence: of the two-sided intervals; verdict_confidence: of the verdict, after what other
+    looks at the same prompts have spent; bounds: of a prompt's slack, by constraint; bounded:
+    constraints whose bounds follow from the score's range.
+    """
+
+    confidence: float
+    verdict_confidence: float
+    bounds: Bounds
+    bounded: frozenset[str]
+
+
 class Measurement(Record):
     """Estimates of a policy on one set of prompts; dicts are by constraint, score units.
 
-    u: the slack; u_se, u_skew: its standard error, and the skewness of the prompts' slacks; u_ci_*:
-    its two-sided interval; u_low, u_high: the one-sided bounds that `verdicts` rest on. kl (nats)
-    and objective E[r] − β KL are None where the samples are not from the policy itself, for
-    `kl_reason`.
+    u: the slack; u_se: its standard error; u_ci_*: its two-sided interval. overall: the verdict on
+    all constraints, which rests on u_low, one-sided bounds at `verdict_confidence`; verdicts: on
+    each, which rest on u_each_*, one-sided bounds for all of them together. u_bounds: of a prompt's
+    slack; bounds_seen: constraints whose bounds are the lowest and highest seen, because nothing
+    else bounds their scores. kl (nats) and objective E[r] − β KL are None where the samples are not
+    from the policy itself, for `kl_reason`.
     """
 
     u: dict[str, float]
     u_se: dict[str, float]
-    u_skew: dict[str, float]
     u_ci_low: dict[str, float]
     u_ci_high: dict[str, float]
     u_low: dict[str, float]
-    u_high: dict[str, float]
+    u_each_low: dict[str, float]
+    u_each_high: dict[str, float]
+    u_bounds: dict[str, tuple[float, float]]
+    bounds_seen: list[str]
+    overall: str
     verdicts: dict[str, str]
+    verdict_confidence: float
     reward: float
     reward_se: float
     utilities: dict[str, float]
     kl: float | None
+    kl_se: float | None
     objective: float | None
+    objective_se: float | None
     kl_reason: str | None
     num_prompts: int
     num_samples: int
@@ -44,36 +69,45 @@ def measure(
     reference: pd.DataFrame,
     problem: ConstrainedProblem,
     *,
-    confidence: float,
+    rule: Rule,
     not_the_policy: str | None,
 ) -> Measurement:
     """Estimate u, reward, utilities, KL, objective and lengths of a policy.
 
     samples, reference: responses of π_θ and π_ref to the same prompts. KL is the mean of
     log π_θ/π_ref over samples of π_θ, so it needs samples of the policy itself: `not_the_policy`
-    says why they are not (`sampling_law.why_not_the_policy`).
+    says why they are not (`sampling_law.why_not_the_policy`). Standard errors are of means over
+    prompts; the objective's is of the difference r − β log π_θ/π_ref itself.
     """
-    u = estimate_subgradient(samples, reference, problem, confidence)
-    bounds = one_sided_bounds(u, confidence)
+    bounds = rule.bounds
+    u = estimate_subgradient(
+        samples, reference, problem, rule.confidence, bounds, rule.verdict_confidence
+    )
     means = samples.groupby("prompt_id", sort=True)[problem.objectives].mean()
-    reward = float(means[problem.reward].mean())
-    kl = None
+    reward, kl, objective = means[problem.reward], None, None
     if not_the_policy is None:
-        kl = float(log_ratio(samples).groupby(samples["prompt_id"]).mean().mean())
+        kl = log_ratio(samples).groupby(samples["prompt_id"]).mean()
+        objective = reward - problem.beta * kl
     return Measurement(
         u=by_name(u["u"]),
         u_se=by_name(u["se"]),
-        u_skew=by_name(u["skew"]),
         u_ci_low=by_name(u["low"]),
         u_ci_high=by_name(u["high"]),
-        u_low=by_name(bounds["low"]),
-        u_high=by_name(bounds["high"]),
-        verdicts=judge(u, confidence),
-        reward=reward,
-        reward_se=standard_error(means[problem.reward]),
+        u_low=by_name(u["one_low"]),
+        u_each_low=by_name(u["each_low"]),
+        u_each_high=by_name(u["each_high"]),
+        u_bounds={name: bounds[name] for name in problem.names},
+        bounds_seen=[n for n in problem.names if n not in rule.bounded],
+        overall=overall(u),
+        verdicts=judge(u),
+        verdict_confidence=rule.verdict_confidence,
+        reward=float(reward.mean()),
+        reward_se=standard_error(reward),
         utilities=by_name(means[problem.names].mean()),
-        kl=kl,
-        objective=None if kl is None else reward - problem.beta * kl,
+        kl=None if kl is None else float(kl.mean()),
+        kl_se=None if kl is None else standard_error(kl),
+        objective=None if objective is None else float(objective.mean()),
+        objective_se=None if objective is None else standard_error(objective),
         kl_reason=not_the_policy,
         num_prompts=len(means),
         num_samples=len(samples),

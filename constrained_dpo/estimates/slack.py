@@ -1,23 +1,29 @@
 """u, the slack of every constraint, from samples of a policy and of π_ref."""
 
+from collections.abc import Iterable, Mapping
+
+import numpy as np
 import pandas as pd
 
-from constrained_dpo.estimates.intervals import confidence_bound
+from constrained_dpo.estimates.intervals import Interval, mean_interval
 from constrained_dpo.monte_carlo import standard_error
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from data_prep.errors import UserError
 from data_prep.records import Record
 from data_prep.tables import require_columns, require_finite
 
+Bounds = Mapping[str, Interval]
+"""By constraint, or by objective: the lowest and highest value, infinite where there is none."""
+
 
 def prompt_slack(
     samples: pd.DataFrame, reference: pd.DataFrame, problem: ConstrainedProblem
 ) -> pd.DataFrame:
-    """The slack on every prompt, (num_prompts, m) by prompt_id: the policy's mean of g minus
-    π_ref's and minus b (margin), or minus c.
+    """Compute the slack on every prompt: the policy's mean of g minus π_ref's and minus b (margin),
+    or minus c.
 
     samples, reference: responses of π_θ and π_ref to the same prompts, under one sampling law.
-    Score units. Raises UserError when the prompts differ.
+    (num_prompts, m) by prompt_id, score units. Raises UserError when the prompts differ.
     """
     names = problem.names
     for frame, where in ((samples, "samples"), (reference, "reference")):
@@ -34,29 +40,96 @@ def prompt_slack(
     return policy_means - reference_means * problem.relative.astype(float) - problem.bounds
 
 
+def reference_slack(reference: pd.DataFrame, problem: ConstrainedProblem) -> pd.DataFrame:
+    """Compute the slack that π_ref has against itself: every other response of a prompt against the
+    rest.
+
+    (num_prompts, m) by prompt_id, score units; prompts with one response are left out.
+    """
+    odd = reference.groupby("prompt_id").cumcount() % 2 == 1
+    answered = reference.loc[odd, "prompt_id"].unique()
+    first = reference[~odd & reference["prompt_id"].isin(answered)]
+    return prompt_slack(first, reference[odd], problem)
+
+
+def known_bounds(problem: ConstrainedProblem, ranges: Bounds) -> dict[str, Interval]:
+    """Give the range of a prompt's slack that follows from the score's, by constraint.
+
+    ranges: of the scores, by objective. With a margin both means move, so the range is twice as
+    wide. An end that nothing bounds is infinite.
+    """
+    bounds = {}
+    for constraint, level in zip(problem.constraints, problem.bounds, strict=True):
+        low, high = ranges.get(constraint.name, (-np.inf, np.inf))
+        if constraint.threshold is None:
+            low, high = low - high, high - low
+        bounds[constraint.name] = (float(low - level), float(high - level))
+    return bounds
+
+
+def bounded_constraints(problem: ConstrainedProblem, ranges: Bounds) -> frozenset[str]:
+    """Name the constraints for which the score's range bounds a prompt's slack at both ends."""
+    bounds = known_bounds(problem, ranges)
+    return frozenset(name for name, ends in bounds.items() if np.isfinite(ends).all())
+
+
+def slack_bounds(
+    problem: ConstrainedProblem, ranges: Bounds, seen: Iterable[pd.DataFrame]
+) -> dict[str, Interval]:
+    """Bound the slack that a prompt can have: by the score's range, else by what was seen.
+
+    ranges: of the scores, by objective; seen: slacks by prompt (`prompt_slack`, `reference_slack`)
+    of all tables at hand. Raises ValueError where neither bounds a constraint.
+    """
+    table = pd.concat(list(seen), ignore_index=True)
+    bounds = {}
+    for name, (low, high) in known_bounds(problem, ranges).items():
+        lowest, highest = float(table[name].min()), float(table[name].max())
+        bounds[name] = (low if np.isfinite(low) else lowest, high if np.isfinite(high) else highest)
+    return bounds
+
+
 def estimate_subgradient(
     samples: pd.DataFrame,
     reference: pd.DataFrame,
     problem: ConstrainedProblem,
     confidence: float = 0.95,
+    bounds: Bounds | None = None,
+    verdict_confidence: float | None = None,
 ) -> pd.DataFrame:
-    """u_i = Ê_{π_θ}[g_i] − a_i with clustered standard error and interval: columns u, se, skew,
-    low, high, num_prompts by constraint.
+    """Estimate u_i = E_{π_θ}[g_i] − a_i by the mean over prompts of `prompt_slack`; a prompt is one
+    cluster.
 
-    The mean over prompts of `prompt_slack`; a prompt is one cluster. Score units; skew (of the
-    prompts' slacks) has none. Source: CAID, arXiv:2505.19387, Algorithm 1, subgradient of the dual.
-    Raises UserError when the prompts differ.
+    Columns by constraint, score units: u; se; num_prompts; low, high: the two-sided interval at
+    `confidence`; one_low: the one-sided lower bound at `verdict_confidence` (default: confidence);
+    each_low, each_high: one-sided bounds that hold for all constraints together at that level
+    (Bonferroni). bounds: of a prompt's slack, by constraint (`slack_bounds`); None: the smallest
+    and largest seen in these two tables. Source: CAID, arXiv:2505.19387, Algorithm 1, the dual's
+    subgradient; `intervals.mean_interval`. Raises UserError when the prompts differ.
     """
-    names, slack = problem.names, prompt_slack(samples, reference, problem)
-    count = len(slack)
-    mean = slack.mean()
-    error = pd.Series({name: standard_error(slack[name]) for name in names}, dtype=float)
-    u = pd.DataFrame(
-        {"u": mean, "se": error, "skew": slack.skew().fillna(0.0), "num_prompts": count},
-        index=names,
-    )
-    tail = (1 - confidence) / 2
-    return u.assign(low=confidence_bound(u, tail), high=confidence_bound(u, 1 - tail))
+    slack = prompt_slack(samples, reference, problem)
+    if bounds is None:
+        bounds = slack_bounds(problem, {}, [slack, reference_slack(reference, problem)])
+    error = 1 - (confidence if verdict_confidence is None else verdict_confidence)
+    rows = {}
+    for name in problem.names:
+        values, ends = slack[name].to_numpy(np.float64), bounds[name]
+        low, high = mean_interval(values, confidence, ends)
+        each = mean_interval(values, 1 - 2 * error / len(problem.names), ends)
+        rows[name] = {
+            "u": float(values.mean()),
+            "se": standard_error(values),
+            "num_prompts": len(values),
+            "low": low,
+            "high": high,
+            "one_low": mean_interval(values, 1 - 2 * error, ends)[0],
+            "each_low": each[0],
+            "each_high": each[1],
+        }
+    return pd.DataFrame.from_dict(rows, orient="index", columns=SLACK_COLUMNS)
+
+
+SLACK_COLUMNS = ["u", "se", "num_prompts", "low", "high", "one_low", "each_low", "each_high"]
 
 
 class Change(Record):
@@ -72,16 +145,22 @@ class Change(Record):
 
 
 def changes(
-    samples: pd.DataFrame, reference: pd.DataFrame, objectives: list[str], confidence: float
+    samples: pd.DataFrame,
+    reference: pd.DataFrame,
+    objectives: list[str],
+    confidence: float,
+    ranges: Bounds | None = None,
 ) -> dict[str, Change]:
     """Compare every objective under two policies.
 
-    samples, reference: responses to the same prompts.
+    samples, reference: responses to the same prompts; ranges: of the scores, where they are known.
     """
     # A margin of 0 over the reference makes u the paired difference itself.
     constraints = tuple(Constraint(name, margin=0.0) for name in objectives)
     differences = ConstrainedProblem("none", 1.0, constraints)
-    table = estimate_subgradient(samples, reference, differences, confidence)
+    seen = [prompt_slack(samples, reference, differences), reference_slack(reference, differences)]
+    bounds = slack_bounds(differences, ranges or {}, seen)
+    table = estimate_subgradient(samples, reference, differences, confidence, bounds)
     rows = table.to_dict("index")
     return {
         name: Change(

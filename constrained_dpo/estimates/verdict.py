@@ -1,44 +1,49 @@
-"""Satisfied, violated or undecided: what the interval of u allows to be said."""
+"""Satisfied, violated or undecided: what the bounds of u allow to be said."""
 
+import numpy as np
 import pandas as pd
 
-from constrained_dpo.estimates.intervals import confidence_bound
+from constrained_dpo.estimates.intervals import spent_confidence
 
 SATISFIED, VIOLATED, UNDECIDED = "satisfied", "violated", "undecided"
 
+PLANNED_SHARE = 1 / 2
+"""Of the error probability: kept for the round that the recipe ends with."""
 
-def one_sided_bounds(u: pd.DataFrame, confidence: float) -> pd.DataFrame:
-    """Columns low and high by constraint: one-sided bounds of u at the stated level over all
-    constraints together (Bonferroni).
 
-    u: `estimate_subgradient` (columns u, se, skew, num_prompts); score units.
+def judge(u: pd.DataFrame) -> dict[str, str]:
+    """Judge each constraint; the words hold for all of them together.
+
+    u: `estimate_subgradient`. Satisfied where `each_low` is above 0, violated where `each_high` is
+    below.
     """
-    tail = (1 - confidence) / max(len(u), 1)
-    return pd.DataFrame({"low": confidence_bound(u, tail), "high": confidence_bound(u, 1 - tail)})
+    words = np.where(
+        u["each_low"] > 0, SATISFIED, np.where(u["each_high"] < 0, VIOLATED, UNDECIDED)
+    )
+    return {str(name): str(word) for name, word in zip(u.index, words, strict=True)}
 
 
-def judge(u: pd.DataFrame, confidence: float) -> dict[str, str]:
-    """Verdict by constraint on fresh samples: satisfied, violated or undecided.
+def overall(u: pd.DataFrame) -> str:
+    """Judge all constraints in one word.
 
-    u: `estimate_subgradient` (columns u, se, skew, num_prompts). Satisfied where the one-sided
-    lower bound of u is > 0 (≥ 0 without sampling error), violated where the upper bound is < 0, at
-    the stated level over all constraints together (Bonferroni).
+    u: `estimate_subgradient`. Satisfied where every one-sided bound `one_low` is above 0: the claim
+    is wrong only where some u_i ≤ 0, and that constraint's own bound fails with at most its error
+    probability (an intersection-union test; R. Berger, Technometrics 24, 1982), so no bound pays
+    for the others. Violated where any constraint is, which does pay.
     """
-    bounds = one_sided_bounds(u, confidence)
-    verdicts = {}
-    for name, row in bounds.iterrows():
-        exactly_met = row["low"] == row["high"] == 0
-        verdicts[str(name)] = (
-            SATISFIED
-            if row["low"] > 0 or exactly_met
-            else VIOLATED
-            if row["high"] < 0
-            else UNDECIDED
-        )
-    return verdicts
+    if (u["one_low"] > 0).all():
+        return SATISFIED
+    return VIOLATED if (u["each_high"] < 0).any() else UNDECIDED
 
 
-def overall(verdicts: dict[str, str]) -> str:
-    """One word for all constraints: violated if any is, satisfied only if all are."""
-    values = set(verdicts.values())
-    return VIOLATED if VIOLATED in values else UNDECIDED if UNDECIDED in values else SATISFIED
+def look_confidence(confidence: float, look: int, planned: int) -> float:
+    """Give the confidence of the verdict at one look of a run at its test prompts.
+
+    look: 1, 2, ...; planned: the look that the recipe ends with. It keeps PLANNED_SHARE of the
+    error probability; the others share the rest by 6/(π² t²) (`intervals.spent_confidence`), so
+    that all verdicts of a run, however long, hold at once with `confidence`.
+    """
+    if look == planned:
+        return 1 - PLANNED_SHARE * (1 - confidence)
+    rest = 1 - (1 - PLANNED_SHARE) * (1 - confidence)
+    return spent_confidence(rest, look if look < planned else look - 1)

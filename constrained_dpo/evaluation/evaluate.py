@@ -47,7 +47,7 @@ class EvaluationOptions:
     round: a number, best, best-dual or last; adapter: instead of a round, a LoRA adapter from
     elsewhere on the run's base; prompts: a file instead of the run's test prompts; scorers: extra
     scores by name; responses: per prompt (None: dual.responses_per_prompt); seed: another draws
-    others.
+    others; more: add fresh responses to an earlier evaluation of the same question.
     """
 
     round: str = "last"
@@ -56,6 +56,7 @@ class EvaluationOptions:
     scorers: dict[str, ScorerSettings] = field(default_factory=dict)
     responses: int | None = None
     seed: int = 0
+    more: bool = False
     judge: JudgeOptions | None = None
 
     @property
@@ -90,7 +91,7 @@ def evaluate(run: RunDirectory, options: EvaluationOptions) -> Evaluated:
         require_same_inputs(run, learner)
         left_out = {"duplicates": duplicates} | learner.restrict(recipe.fit.max_length)
         count = options.responses or recipe.dual.responses_per_prompt
-        draws = Draws(options.label, count, options.seed)
+        draws = Draws(options.label, count, options.seed, options.more)
         if number is None:
             record = evaluate_adapter(run, recipe, learner, Path(options.adapter or ""), draws)
         else:

@@ -70,8 +70,7 @@ def export_merged(run: RunDirectory, recipe: Recipe, number: int, output: Path) 
     base.scorers = merged.scorers
     reference = _measured_again(run, recipe, base, number, f"{key}-reference")
     samples = samples.assign(ref_logp=base.log_probabilities(samples, None))
-    objectives = recipe.problem.objectives
-    record = write_evaluation(run, key, recipe, samples, reference, objectives)
+    record = write_evaluation(run, key, recipe, samples, reference, recipe.scorers)
     write_json(temporary / "measurement.json", record.to_json())
     played = RoundRecord.read(run.round_file(number))
     card = model_card(run, recipe, played, record, merged=True)

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from constrained_dpo.estimates.measure import measure
+from constrained_dpo.estimates.intervals import spent_confidence
+from constrained_dpo.estimates.measure import Rule, measure
 from constrained_dpo.estimates.sampling_law import why_not_the_policy
-from constrained_dpo.estimates.slack import changes
-from constrained_dpo.estimates.verdict import overall
+from constrained_dpo.estimates.slack import bounded_constraints, changes, prompt_slack, slack_bounds
 from constrained_dpo.evaluation.record import Evaluation
 from constrained_dpo.learners.collect import Collection, collect
 from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.record import seen_slack
 from data_prep.errors import UserError
 from data_prep.files import write_json
 from data_prep.models.adapters import (
@@ -31,6 +32,7 @@ from data_prep.models.adapters import (
 from data_prep.models.checkpoints import check_adapter_folder, fingerprint_model
 from data_prep.models.policy import resolve_model
 from data_prep.prompts.split import read_prompts
+from data_prep.scorers.settings import ScorerSettings
 from data_prep.tables import (
     RESERVED_NAMES,
     read_parquet,
@@ -66,11 +68,16 @@ def check_names(extra: list[str], problem: ConstrainedProblem) -> None:
 
 @dataclass(frozen=True)
 class Draws:
-    """How an evaluation samples. label: of the prompts, for names; another seed draws others."""
+    """How an evaluation samples.
+
+    label: of the prompts, for names; another seed draws others; more: add as many fresh responses
+    to an earlier evaluation of the same question, as one more look at it.
+    """
 
     label: str
     responses_per_prompt: int
     seed: int = 0
+    more: bool = False
 
 
 def evaluate_round(
@@ -121,19 +128,26 @@ def _evaluate(
 
     who: the round, or a fingerprint of the adapter. The reference policy's responses are the stored
     ones on the run's test prompts, and drawn as well on other prompts. The same arguments again
-    give the stored result.
+    give the stored result, unless they ask for more.
     """
-    prompts = learner.prompts
     key = f"{name}-{_question_hash(recipe, learner, who, draws)}"
-    if (file := run.evaluation_folder(key) / "evaluation.json").exists():
+    file = run.evaluation_folder(key) / "evaluation.json"
+    looks = Evaluation.read(file).looks if file.exists() else 0
+    if draws.more and not looks:
+        raise UserError(
+            "--more: there is no such evaluation yet; run the same command without it first"
+        )
+    if looks and not draws.more:
         return Evaluation.read(file)
+    prompts, look = learner.prompts, looks + 1
     stored = read_parquet(run.reference_file)
     stored = stored[stored["prompt_id"].isin(prompts["prompt_id"]) & (stored["split"] == "test")]
     complete = set(stored["prompt_id"]) == set(prompts["prompt_id"])
+    suffix = f"-{look}" if looks else ""
     job = Collection(
-        phase=f"{key}-policy",
+        phase=f"{key}-policy{suffix}",
         folder=run.shard_folder(f"{key}-policy"),
-        source=f"{key}-policy",
+        source=f"{key}-policy{suffix}",
         responses_per_prompt=draws.responses_per_prompt,
         shard_size=recipe.sampling.shard_size,
         objectives=list(learner.scorer_settings),
@@ -143,14 +157,14 @@ def _evaluate(
     )
     reference_job = replace(
         job,
-        phase=f"{key}-reference",
+        phase=f"{key}-reference{suffix}",
         folder=run.shard_folder(f"{key}-reference"),
-        source=f"{key}-reference",
+        source=f"{key}-reference{suffix}",
         adapter=None,
-        given=without_scores(stored) if complete else None,
+        given=without_scores(stored) if complete and not looks else None,
     )
     samples, reference = (collect(learner, prompts, j) for j in (job, reference_job))
-    return write_evaluation(run, key, recipe, samples, reference, job.objectives)
+    return write_evaluation(run, key, recipe, samples, reference, learner.scorer_settings, look)
 
 
 def _question_hash(recipe: Recipe, learner: LoraLearner, who: int | str, draws: Draws) -> str:
@@ -174,29 +188,50 @@ def write_evaluation(
     recipe: Recipe,
     samples: pd.DataFrame,
     reference: pd.DataFrame,
-    objectives: list[str],
+    scorers: dict[str, ScorerSettings],
+    look: int = 1,
 ) -> Evaluation:
     """Estimate and judge from two scored tables on the same prompts, and keep them.
 
-    evaluation.json is written last. The shards KEY-policy and KEY-reference that the tables were
-    made of are dropped before that, so that a kill in between only draws them again.
+    look: 1, 2, ...; the tables of a later look join those of the earlier ones, and its verdict has
+    the error probability that is left for it (`intervals.spent_confidence`). evaluation.json is
+    written last. The shards KEY-policy and KEY-reference that the tables were made of are dropped
+    before that, so that a kill in between only draws them again.
     """
-    problem, confidence = recipe.problem, recipe.dual.confidence
+    problem, confidence, folder = recipe.problem, recipe.dual.confidence, run.evaluation_folder(key)
+    if look > 1:
+        samples = _joined(folder / "samples.parquet", samples)
+        reference = _joined(folder / "reference.parquet", reference)
     splits = run.prompts().set_index("prompt_id")["split"]
     trained = splits.reindex(samples["prompt_id"].unique()).isin(["fit", "dual"])
+    ranges = {name: scorer.score_range for name, scorer in scorers.items()}
+    seen = [*seen_slack(run, problem), prompt_slack(samples, reference, problem)]
+    rule = Rule(
+        confidence,
+        spent_confidence(confidence, look),
+        slack_bounds(problem, ranges, seen),
+        bounded_constraints(problem, ranges),
+    )
     reason = why_not_the_policy(recipe.sampling, samples, reference)
-    measured = measure(samples, reference, problem, confidence=confidence, not_the_policy=reason)
+    measured = measure(samples, reference, problem, rule=rule, not_the_policy=reason)
     record = Evaluation(
         **measured.model_dump(),
         key=key,
+        looks=look,
         trained_prompts=int(trained.sum()),
-        verdict=overall(measured.verdicts),
-        change=changes(samples, reference, objectives, confidence),
+        verdict=measured.overall,
+        change=changes(samples, reference, list(scorers), confidence, ranges),
     )
-    folder = run.evaluation_folder(key)
     write_parquet(samples, folder / "samples.parquet")
     write_parquet(reference, folder / "reference.parquet")
     for side in ("policy", "reference"):
         shutil.rmtree(run.shard_folder(f"{key}-{side}"), ignore_errors=True)
     write_json(folder / "evaluation.json", record.to_json())
     return record
+
+
+def _joined(file: Path, fresh: pd.DataFrame) -> pd.DataFrame:
+    """The stored responses and the fresh ones; those that a killed call stored already count
+    once."""
+    both = pd.concat([read_parquet(file), fresh], ignore_index=True)
+    return both.drop_duplicates("response_id", ignore_index=True)

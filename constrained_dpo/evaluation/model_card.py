@@ -6,7 +6,6 @@ from typing import Any
 import jinja2
 
 from constrained_dpo.estimates.measure import Measurement
-from constrained_dpo.estimates.verdict import overall
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import RoundRecord
@@ -47,7 +46,7 @@ def model_card(
         against=against,
         reference=_reference_words(recipe),
         problem=recipe.problem.describe().splitlines(),
-        verdict=overall(measured.verdicts),
+        verdict=measured.overall,
         confidence=recipe.dual.confidence,
         constraints=_constraint_rows(recipe, record, measured),
         reward=recipe.problem.reward,

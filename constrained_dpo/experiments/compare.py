@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.estimates.intervals import seeds_interval
+from constrained_dpo.estimates.intervals import t_interval
 from constrained_dpo.experiments.rows import Row, read_row
 from constrained_dpo.recipe.methods import is_fixed, is_weighted_sum, method_labels
 from constrained_dpo.run.directory import RunDirectory
@@ -184,7 +184,8 @@ def _mean_interval(rows: list[Row], name: str) -> tuple[float, float, float]:
     if len(changes) == 1:
         return changes[0].difference, changes[0].ci_low, changes[0].ci_high
     confidence = rows[0].recipe.dual.confidence
-    return seeds_interval([change.difference for change in changes], confidence)
+    differences = [change.difference for change in changes]
+    return float(np.mean(differences)), *t_interval(differences, confidence)
 
 
 def side_by_side(group: Group, count: int) -> list[dict[str, Any]]:

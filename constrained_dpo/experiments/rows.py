@@ -14,7 +14,7 @@ import pandas as pd
 from constrained_dpo.dual.exact import ExactPolicy
 from constrained_dpo.estimates.certificate import best_bound
 from constrained_dpo.estimates.slack import Change, changes
-from constrained_dpo.estimates.verdict import VIOLATED, overall
+from constrained_dpo.estimates.verdict import VIOLATED
 from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.recipe.methods import is_fixed, is_weighted_sum, settings_line
 from constrained_dpo.recipe.schema import Recipe
@@ -128,6 +128,7 @@ def read_row(path: Path, choice: str, name: str) -> Row:
         reference[reference["split"] == "test"],
         problem.objectives,
         confidence,
+        recipe.score_ranges,
     )
     levels = problem.levels(
         pd.Series({name: moved[name].reference for name in problem.names}, dtype=float)
@@ -168,10 +169,10 @@ def _bound_gap(records: Sequence[RoundRecord]) -> tuple[float | None, float | No
     record, best = records[-1], best_bound(records)
     if best is None or best.dual_value is None or record.objective is None:
         return None, None, record.certificate_reason or record.kl_reason or "none was computed"
-    if overall(record.verdicts) == VIOLATED:
+    if record.overall == VIOLATED:
         reason = "the constraints are violated on the dual prompts, so the objective is compared "
         return None, None, f"{reason}with no bound"
-    error = float(np.hypot(best.dual_value_se or 0.0, record.lagrangian_se or 0.0))
+    error = float(np.hypot(best.dual_value_se or 0.0, record.objective_se or 0.0))
     return best.dual_value - record.objective, error, None
 
 

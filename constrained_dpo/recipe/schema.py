@@ -206,6 +206,11 @@ class Recipe(Settings):
         utilities = {c.name: c.scorer for c in self.objective.constraints}
         return {reward.name: reward.scorer} | utilities
 
+    @property
+    def score_ranges(self) -> dict[str, tuple[float, float]]:
+        """Ranges of the scores by objective, infinite where nothing bounds them."""
+        return {name: scorer.score_range for name, scorer in self.scorers.items()}
+
     def with_reference_stds(self, stds: Mapping[str, float | None]) -> "Recipe":
         """Give the recipe with `reference_std` of the named constraints."""
         constraints = [

@@ -13,7 +13,7 @@ from rich.text import Text
 from constrained_dpo.dual.exact import ExactOptimum
 from constrained_dpo.estimates.certificate import sentence
 from constrained_dpo.estimates.measure import Measurement
-from constrained_dpo.estimates.verdict import VIOLATED, overall
+from constrained_dpo.estimates.verdict import VIOLATED
 from constrained_dpo.evaluation.record import Evaluation
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from constrained_dpo.progress import duration
@@ -241,8 +241,9 @@ def _value_table(
 def certificate_line(records: Sequence[RoundRecord]) -> str:
     """Say the certificate of the last of these rounds, with what a reader needs to weigh it."""
     record = records[-1]
-    meets = overall(record.verdicts) != VIOLATED
-    line = f"certificate (dual prompts): {sentence(records, record.objective, meets)}"
+    meets = record.overall != VIOLATED
+    claim = sentence(records, record.objective, record.objective_se, meets)
+    line = f"certificate (dual prompts): {claim}"
     if record.ess is None:
         return line
     details = f"effective sample size {record.ess:.1f}"

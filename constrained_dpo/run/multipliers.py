@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from constrained_dpo.dual.one_shot import solve_one_shot
+from constrained_dpo.dual.one_shot import first_multipliers
 from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.dual.steps import auto_step_scale, dual_step, step_size_at
 from constrained_dpo.estimates.measure import Measurement
@@ -11,6 +11,7 @@ from constrained_dpo.recipe.dual import DualSettings
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.scorer_facts import reference_stds
+from data_prep.errors import UserError
 from data_prep.tables import read_parquet
 
 
@@ -55,16 +56,26 @@ def resolve_margins(run: RunDirectory, recipe: Recipe) -> Recipe:
 
 
 def initial_multipliers(run: RunDirectory, recipe: Recipe) -> pd.Series:
-    """λ_0: zeros, the given values, or the one-shot minimizer of D on π_ref's samples (MoCAN,
-    arXiv:2405.19544)."""
+    """Give λ_0: zeros, the given values, or the one-shot minimizer of D on π_ref's samples (MoCAN,
+    arXiv:2405.19544), corrected for their number (`first_multipliers`).
+
+    Raises UserError where the multipliers are one-shot for good and the samples do not reach a
+    level.
+    """
     init = "one_shot" if recipe.dual.method == "one_shot" else recipe.dual.init
     if isinstance(init, dict):
         return recipe.problem.multipliers(init).clip(upper=recipe.dual.max_lambda)
     if init == "zeros":
         return pd.Series(0.0, index=recipe.problem.names)
-    return solve_one_shot(
-        reference_table(run, recipe), recipe.problem, max_lambda=recipe.dual.max_lambda
-    ).lambda_
+    table, bound = reference_table(run, recipe), recipe.dual.max_lambda
+    first = first_multipliers(table, recipe.problem, bound)
+    if first.replaced and recipe.dual.method == "one_shot":
+        raise UserError(
+            f"dual.method one_shot: no tilt of {first.responses} responses per prompt reaches the "
+            f"level of {' and '.join(first.replaced)}, so λ* is not known; lower the margin, or "
+            "raise dual.responses_per_prompt"
+        )
+    return first.lambda_
 
 
 def steered_on(dual: DualSettings, measured: Measurement) -> dict[str, float]:

@@ -8,10 +8,16 @@ from pydantic import Field
 
 from constrained_dpo.dual.exact import ExactOptimum, ExactPolicy
 from constrained_dpo.estimates.certificate import Certificate, certify
-from constrained_dpo.estimates.measure import Measurement, measure
+from constrained_dpo.estimates.measure import Measurement, Rule, measure
 from constrained_dpo.estimates.sampling_law import compare_sampler, why_not_the_policy
-from constrained_dpo.estimates.verdict import overall
-from constrained_dpo.problem import by_name
+from constrained_dpo.estimates.slack import (
+    bounded_constraints,
+    prompt_slack,
+    reference_slack,
+    slack_bounds,
+)
+from constrained_dpo.estimates.verdict import look_confidence
+from constrained_dpo.problem import ConstrainedProblem, by_name
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.multipliers import initial_multipliers, next_multipliers, steered_on
@@ -134,6 +140,27 @@ def _off_policy(run: RunDirectory, number: int, reference: pd.DataFrame) -> pd.D
     return dual.merge(logps, on=["prompt_id", "response_id"])
 
 
+def _bounds(
+    tables: RoundTables, recipe: Recipe
+) -> tuple[dict[str, tuple[float, float]], frozenset[str]]:
+    """Bounds of a prompt's slack, and the constraints whose scores have a known range."""
+    problem, ranges = recipe.problem, recipe.score_ranges
+    dual = _of_split(tables.reference, "dual")
+    seen = [prompt_slack(tables.samples, tables.reference, problem)]
+    seen += [reference_slack(tables.reference, problem)]
+    seen += [prompt_slack(samples, dual, problem) for samples in tables.earlier.values()]
+    return slack_bounds(problem, ranges, seen), bounded_constraints(problem, ranges)
+
+
+def seen_slack(run: RunDirectory, problem: ConstrainedProblem) -> list[pd.DataFrame]:
+    """Compute the slack by prompt in every table of a run: what bounds it where no range does."""
+    reference = read_parquet(run.reference_file)
+    seen = [reference_slack(reference, problem)]
+    for number in range(run.rounds_done()):
+        seen.append(prompt_slack(read_parquet(run.samples_file(number)), reference, problem))
+    return seen
+
+
 def round_record(tables: RoundTables, recipe: Recipe, lambda_: pd.Series) -> RoundRecord:
     """Compute a round's estimates, verdict, certificate and the next multipliers.
 
@@ -145,9 +172,17 @@ def round_record(tables: RoundTables, recipe: Recipe, lambda_: pd.Series) -> Rou
         split: (_of_split(tables.samples, split), _of_split(tables.reference, split))
         for split in ("dual", "test")
     }
+    looks = look_confidence(confidence, tables.number + 1, recipe.dual.rounds)
+    bounds, bounded = _bounds(tables, recipe)
+    # λ moves by the dual prompts; only what is said of the test prompts pays for other looks.
     dual, test = (
-        measure(*splits[split], problem, confidence=confidence, not_the_policy=reason)
-        for split in ("dual", "test")
+        measure(
+            *splits[split],
+            problem,
+            rule=Rule(confidence, verdict_confidence, bounds, bounded),
+            not_the_policy=reason,
+        )
+        for split, verdict_confidence in (("dual", confidence), ("test", looks))
     )
     if reason is None:
         off_policy, others = tables.off_policy, {"reference": splits["dual"][1], **tables.earlier}
@@ -169,7 +204,7 @@ def round_record(tables: RoundTables, recipe: Recipe, lambda_: pd.Series) -> Rou
         step=step,
         steered_on=slack,
         test=test,
-        verdict=overall(test.verdicts),
+        verdict=test.overall,
         sampling_law=SamplingLaw(
             temperature=sampling.temperature,
             top_p=sampling.top_p,

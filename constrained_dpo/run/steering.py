@@ -10,7 +10,7 @@ import pandas as pd
 from constrained_dpo.dual.feasibility import INFEASIBLE, Feasibility, diagnose_feasibility
 from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.estimates.certificate import best_bound
-from constrained_dpo.estimates.verdict import SATISFIED, VIOLATED, overall
+from constrained_dpo.estimates.verdict import SATISFIED, VIOLATED
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.multipliers import reference_table
@@ -27,7 +27,7 @@ def best_round(records: list[RoundRecord], confidence: float) -> int:
     Where the sampling law leaves no objective E[r] − β KL, of the highest reward. Raises UserError
     when no round is satisfied.
     """
-    satisfied = [r for r in records if overall(r.verdicts) == SATISFIED]
+    satisfied = [r for r in records if r.overall == SATISFIED]
     if not satisfied:
         raise UserError(
             f"--round best: no round of {len(records)} is satisfied on the dual prompts at "
@@ -38,10 +38,13 @@ def best_round(records: list[RoundRecord], confidence: float) -> int:
 
 
 def best_dual_round(records: list[RoundRecord]) -> int:
-    """argmin_t L(π_θt, λ_t), the smallest value of the dual function of the policies that the fit
-    reaches: the best iterate of CAID's convergence result (arXiv:2505.19387, App. B.10). Raises
-    UserError where the sampling law leaves no such value."""
-    values = {r.round: r.lagrangian for r in records if r.lagrangian is not None}
+    """Choose argmin_t D(λ_t), the best iterate of CAID's convergence result (arXiv:2505.19387,
+    App. B.10).
+
+    D is the dual function itself, not L(π_θt, λ_t), which is smallest where the fit is worst.
+    Raises UserError where no round has an estimate of it.
+    """
+    values = {r.round: r.dual_value for r in records if r.dual_value is not None}
     if not values:
         raise UserError(
             "--round best-dual: no round has a dual value (round.json says why); take --round "
@@ -81,20 +84,21 @@ def converged(
     target_gap: float | None,
     bound: float | None,
 ) -> bool:
-    """Whether a round met the constraints with complementary slackness and left λ where it was.
+    """Tell whether a round met the constraints with complementary slackness and left λ alone.
 
-    needed: by constraint, the rise of the utility over π_ref that is asked for (score units); unit:
-    λ at which the utility weighs as much as the reward, std(r)/std(g). Met: v ≥ −tolerance · needed
-    for the slack v that was steered on, and where λ > 0 also v ≤ tolerance · needed; |Δλ| ≤
-    tolerance · max(λ, unit/10). With target_gap (score units of the reward) also bound − objective
-    ≤ target_gap, bound being the smallest D so far; without a bound that is not met.
+    needed: by constraint, the rise of the utility over π_ref that is demanded (score units); unit:
+    λ at which the utility weighs as much as the reward, std(r)/std(g). Met: v − SE ≥ −tolerance ·
+    needed for the slack v that was steered on, and where λ > 0 also v + SE ≤ tolerance · needed, so
+    that luck alone ends no run; |Δλ| ≤ tolerance · max(λ, unit/10). With target_gap (score units of
+    the reward) also bound − objective ≤ target_gap, bound being the smallest D so far; without a
+    bound that is not met.
     """
-    v, lam, after = (
+    v, error, lam, after = (
         pd.Series(values, dtype=float)
-        for values in (record.steered_on, record.lambda_, record.lambda_next)
+        for values in (record.steered_on, record.u_se, record.lambda_, record.lambda_next)
     )
     room = tolerance * needed.reindex(v.index)
-    met = (v >= -room) & ((v <= room) | (lam <= 0))
+    met = (v - error >= -room) & ((v + error <= room) | (lam <= 0))
     still = (after - lam).abs() <= tolerance * np.maximum(lam, unit.reindex(v.index) / 10)
     if target_gap is not None:
         gap = None if bound is None or record.objective is None else bound - record.objective
@@ -104,14 +108,14 @@ def converged(
 
 
 def demanded(run: RunDirectory, recipe: Recipe) -> tuple[pd.Series, pd.Series]:
-    """By constraint: the rise over π_ref that is asked for, |a − ḡ_ref|, at least a tenth of std(g)
-    (score units); std(r)/std(g)."""
+    """Give by constraint the rise over π_ref that is demanded, |a − ḡ_ref|, at least a tenth of
+    std(g) (score units), and std(r)/std(g); stds within prompts."""
     table, problem = reference_table(run, recipe), recipe.problem
     means = pd.Series(table.reference_means(), index=problem.names)
-    spread = pd.Series(table.utilities.std(axis=0), index=problem.names)
+    spread = pd.Series([table.within_std(g) for g in table.utilities.T], index=problem.names)
     rise = (problem.levels(means) - means).abs()
     needed = rise.where(rise > spread / 10, spread / 10)
-    return needed, float(table.reward.std()) / spread
+    return needed, table.within_std(table.reward) / spread
 
 
 def diagnose_run(run: RunDirectory, recipe: Recipe) -> Feasibility:
@@ -127,7 +131,8 @@ def diagnose_run(run: RunDirectory, recipe: Recipe) -> Feasibility:
     dual = [table[table["split"] == "dual"] for table in tables]
     levels = problem.levels(dual[0].groupby("prompt_id")[problem.names].mean().mean())
     seen = pd.concat(dual, ignore_index=True).drop_duplicates(["prompt_id", "response"])
-    return diagnose_feasibility(ScoreTable.from_frame(seen, problem), problem, levels)
+    ceilings = {name: high for name, (_, high) in recipe.score_ranges.items()}
+    return diagnose_feasibility(ScoreTable.from_frame(seen, problem), problem, levels, ceilings)
 
 
 def reason_to_stop(run: RunDirectory, recipe: Recipe, until_converged: bool) -> str | None:
@@ -138,7 +143,7 @@ def reason_to_stop(run: RunDirectory, recipe: Recipe, until_converged: bool) -> 
     """
     records, dual = read_records(run), recipe.dual
     last, bound = records[-1], dual.max_lambda
-    if dual.method not in ("one_shot", "fixed") and overall(last.verdicts) == VIOLATED:
+    if dual.method not in ("one_shot", "fixed") and last.overall == VIOLATED:
         feasibility = diagnose_run(run, recipe)
         stuck = [n for n, u in last.u.items() if u < 0 and last.lambda_[n] >= bound]
         if feasibility.verdict == INFEASIBLE or stuck:

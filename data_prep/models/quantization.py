@@ -1,6 +1,7 @@
 """Weights stored in 4 or 8 bits by bitsandbytes, for policy and scorers: how they are asked for,
 and that they are what was asked for."""
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Literal
 
 from data_prep.errors import UserError
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 
 Quantization = Literal["nf4", "int8", "none"]
+
+MOST_OUTSIDE = 0.05
+"""Share of the weights that may stay unquantized: norms, biases and routers are far below."""
 
 
 def quantization_config(
@@ -35,9 +39,18 @@ def quantization_config(
     )
 
 
-def check_quantization(model: "torch.nn.Module", quantization: Quantization, key: str) -> None:
-    """A run that says nf4 must be nf4: several public 'QLoRA' runs were not quantized at all, or
-    ran as fp4. Else a UserError of `key`."""
+def check_quantization(
+    model: "torch.nn.Module",
+    quantization: Quantization,
+    key: str,
+    keep: Collection[str] | None = None,
+) -> None:
+    """Require that a model is stored as asked: several public 'QLoRA' runs were not quantized at
+    all, ran as fp4, or left fused experts in 16 bits.
+
+    keep: names of modules that are left alone on purpose, as for `quantization_config`. Embeddings
+    and the output head do not count. Raises a UserError of `key` otherwise.
+    """
     import bitsandbytes as bnb
 
     four = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
@@ -55,6 +68,34 @@ def check_quantization(model: "torch.nn.Module", quantization: Quantization, key
     if quantization == "none" and (four or eight):
         raise UserError(
             f"{key}: none was asked for but the checkpoint is quantized; use its unquantized base"
+        )
+    if quantization != "none":
+        _require_mostly_quantized(model, quantization, key, frozenset(keep or ()))
+
+
+def _require_mostly_quantized(
+    model: "torch.nn.Module", quantization: Quantization, key: str, keep: frozenset[str]
+) -> None:
+    import bitsandbytes as bnb
+    import torch
+
+    quantized, outside = 0, dict[str, int]()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+            quantized += module.in_features * module.out_features
+        elif isinstance(module, torch.nn.Embedding) or module is head:
+            continue
+        elif not keep.intersection((name, *name.split("."))):
+            size = sum(p.numel() for p in module.parameters(recurse=False))
+            outside[name] = size
+    left = sum(outside.values())
+    if left > MOST_OUTSIDE * (quantized + left):
+        largest = max(outside, key=outside.__getitem__)
+        raise UserError(
+            f"{key}: {quantization} was asked for but {100 * left / (quantized + left):.0f} % of "
+            f"the weights stay in 16 bits or more (the most in {largest}; bitsandbytes quantizes "
+            "Linear layers alone, not fused experts); use another model or none"
         )
 
 

@@ -80,7 +80,9 @@ class ClassifierScorer(Scorer):
                 "checkpoint saved with its classification head"
             )
         if settings.quantization != "none":
-            check_quantization(self.model, settings.quantization, f"{self.key}: quantization")
+            head = _head_modules(self.model)
+            key = f"{self.key}: quantization"
+            check_quantization(self.model, settings.quantization, key, head)
             keep_exact_on_cpu(self.model)
         self.model.eval().to(device)
 
@@ -307,6 +309,11 @@ class ClassifierScorer(Scorer):
         return np.exp(chosen) if self.settings.output == "probability" else chosen
 
 
+def _head_modules(model: "PreTrainedModel") -> list[str]:
+    """What stands beside the base: the classification head, which is never quantized."""
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
+
+
 def _load_model(
     settings: ClassifierScorerSettings, dtype: "torch.dtype", device: str
 ) -> "tuple[PreTrainedModel, dict]":
@@ -323,9 +330,9 @@ def _load_model(
                 AutoConfig.from_pretrained(settings.model, **how),
                 trust_remote_code=settings.trust_remote_code,
             )
-        head = [name for name, _ in empty.named_children() if name != empty.base_model_prefix]
+        left = _head_modules(empty)
         quantized = {
-            "quantization_config": quantization_config(settings.quantization, dtype, head),
+            "quantization_config": quantization_config(settings.quantization, dtype, left),
             "device_map": {"": device},
         }
     return AutoModelForSequenceClassification.from_pretrained(

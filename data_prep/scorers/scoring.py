@@ -70,6 +70,19 @@ def apply_options(scores: np.ndarray, options: ScorerOptions) -> np.ndarray:
     return np.clip(scores, low, high)
 
 
+def _checked(scores: np.ndarray, options: ScorerOptions, name: str, texts: list[str]) -> np.ndarray:
+    """The scores; raises UserError for one outside the range that the recipe states."""
+    low, high = options.range or (-np.inf, np.inf)
+    outside = np.flatnonzero((scores < low) | (scores > high))
+    if options.indicator is None and options.clip is None and len(outside):
+        raise UserError(
+            f"scorer of {name}: {scores[outside[0]]:g} for {len(outside)} responses, e.g. "
+            f"{texts[outside[0]][:60]!r}, is outside its range [{low:g}, {high:g}]; state the "
+            "range that its scores have"
+        )
+    return scores
+
+
 def score_texts(
     scorer: Scorer,
     prompts: list[str],
@@ -88,9 +101,8 @@ def score_texts(
     def compute(rows: list[int]) -> Iterator[Scored]:
         return scorer.batches([prompts[i] for i in rows], [responses[i] for i in rows])
 
-    return apply_options(
-        _scored_once(scorer, prompts, responses, compute, responses, name, cache), options
-    )
+    raw = _scored_once(scorer, prompts, responses, compute, responses, name, cache)
+    return _checked(apply_options(raw, options), options, name, responses)
 
 
 def score_tokens(
@@ -115,9 +127,8 @@ def score_tokens(
             positions = list(range(begin, begin + len(batch)))
             yield positions, scorer.score_tokens(*tokens, logps)
 
-    return apply_options(
-        _scored_once(scorer, prompts, responses, compute, texts, name, cache), options
-    )
+    raw = _scored_once(scorer, prompts, responses, compute, texts, name, cache)
+    return _checked(apply_options(raw, options), options, name, texts)
 
 
 def _scored_once(

@@ -1,6 +1,7 @@
 """The `scorer` blocks of a recipe: which scorers there are, what each can be told, and its texts'
 template."""
 
+import math
 import re
 from typing import Annotated, Literal, get_args
 
@@ -26,8 +27,17 @@ class ScorerOptions(Settings):
         "`check` and `prepare` say how many",
     )
 
+    range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+        None,
+        description="[low, high]: between these all its scores lie (after `negate`), where you "
+        "know it; verdicts then hold without assuming anything of unseen prompts. A score outside "
+        "is an error",
+    )
+
     @model_validator(mode="after")
     def _one_shape(self) -> "ScorerOptions":
+        if self.range is not None and not self.range[0] < self.range[1]:
+            raise ValueError(f"range is {self.range}; write [low, high] with low < high")
         if self.indicator is not None and self.clip is not None:
             raise ValueError(
                 "indicator and clip: give one of them; an indicator's scores are 0 and 1 already"
@@ -46,6 +56,24 @@ class ScorerOptions(Settings):
         """Models that are loaded, by folder or hub id, each with its revision."""
         return []
 
+    @property
+    def raw_range(self) -> tuple[float, float]:
+        """What the scorer itself can give, before `negate`; infinite where nothing bounds it."""
+        return -math.inf, math.inf
+
+    @property
+    def score_range(self) -> tuple[float, float]:
+        """Give the range of the scores after all options; infinite where it is not known."""
+        if self.indicator is not None:
+            return 0.0, 1.0
+        low, high = self.raw_range
+        if self.negate:
+            low, high = -high, -low
+        for bounds in (self.range, self.clip):
+            if bounds is not None:
+                low, high = max(low, bounds[0]), min(high, bounds[1])
+        return low, high
+
     def described(self) -> str:
         """The options that are not at their defaults, in words; empty where all are."""
         words = ["negated"] if self.negate else []
@@ -53,6 +81,8 @@ class ScorerOptions(Settings):
             words.append(f"1 where at least {self.indicator:g}, else 0")
         if self.clip is not None:
             words.append(f"clipped to [{self.clip[0]:g}, {self.clip[1]:g}]")
+        if self.range is not None:
+            words.append(f"within [{self.range[0]:g}, {self.range[1]:g}]")
         return ", ".join(words)
 
 
@@ -152,6 +182,12 @@ class ClassifierScorerSettings(ScorerOptions):
     @property
     def models(self) -> list[tuple[str, str | None]]:
         return [(self.model, self.revision)]
+
+    @property
+    def raw_range(self) -> tuple[float, float]:
+        if self.output == "logit":
+            return -math.inf, math.inf
+        return (0.0, 1.0) if self.output == "probability" else (-math.inf, 0.0)
 
 
 class BeaverScorerSettings(ScorerOptions):
