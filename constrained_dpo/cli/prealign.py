@@ -51,8 +51,8 @@ def prealign(
     print(describe_answers(facts["answers"]))
     for split, agreement in facts["agreement"].items():
         if agreement is not None:
-            share, error = 100 * agreement["share"], 100 * agreement["se"]
+            share, low, high = (100 * agreement[key] for key in ("share", "low", "high"))
             print(
-                f"{split}: β·log π/π_ref prefers the labelled answer in {share:.1f} ± {error:.1f} "
-                f"% of {agreement['pairs']} pairs"
+                f"{split}: β·log π/π_ref prefers the labelled answer in {share:.1f} % "
+                f"[{low:.1f}, {high:.1f}] of {agreement['pairs']} pairs"
             )

@@ -170,7 +170,7 @@ def extrapolated(whole: pd.Series, half: pd.Series) -> pd.Series:
 def _linear_response(
     table: ScoreTable, problem: ConstrainedProblem, max_lambda: float
 ) -> pd.Series:
-    """λ ≥ 0 at which E[g] would reach its level if it answered λ linearly, as it does near λ = 0."""
+    """λ ≥ 0 at which E[g] would reach its level if it answered linearly, as it does near 0."""
     columns, beta = list(table.utilities.T), problem.beta
     covariance = np.array([[table.within_covariance(a, b) for b in columns] for a in columns])
     with_reward = np.array([table.within_covariance(a, table.reward) for a in columns])

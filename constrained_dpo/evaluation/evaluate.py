@@ -23,7 +23,6 @@ from constrained_dpo.run.prepare import require_same_inputs
 from constrained_dpo.run.steering import chosen_round
 from data_prep.errors import UserError
 from data_prep.scorers.settings import ScorerSettings
-from data_prep.settings import derive_seed
 from data_prep.tables import read_parquet
 
 
@@ -139,10 +138,10 @@ def _judged(
     judge = options.judge
     if judge is None:
         return {}
-    confidence, seed = recipe.dual.confidence, derive_seed(recipe.seed, 0, "judge")
+    confidence = recipe.dual.confidence
     other = None if judge.against is None else _last_responses(RunDirectory(judge.against))
     folder, texts = run.evaluation_folder(record.key), learner.prompt_texts
-    judged = {"asked": judge_evaluation(folder, judge.settings, texts, other, confidence, seed)}
+    judged = {"asked": judge_evaluation(folder, judge.settings, texts, other, confidence)}
     if judge.unsafe is not None:
         prompts, duplicates = evaluation_prompts(run, recipe, judge.unsafe)
         more = LoraLearner(recipe, prompts, run.score_cache, options.scorers)
@@ -152,7 +151,7 @@ def _judged(
         number = chosen_round(run, options.round)
         folder = run.evaluation_folder(evaluate_round(run, recipe, more, number, own_draws).key)
         texts = more.prompt_texts
-        answers = judge_evaluation(folder, judge.settings, texts, None, confidence, seed)
+        answers = judge_evaluation(folder, judge.settings, texts, None, confidence)
         judged["unsafe"] = answers | {"left_out": left_out}
     return judged
 

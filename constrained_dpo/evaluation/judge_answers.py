@@ -150,7 +150,6 @@ def judge_evaluation(
     prompt_texts: pd.Series,
     other: pd.DataFrame | None,
     confidence: float,
-    seed: int,
 ) -> dict[str, Any]:
     """Judge the stored responses of an evaluation against π_ref's (`other` None) or another
     table's, and keep the record beside them.
@@ -162,7 +161,7 @@ def judge_evaluation(
     samples = read_parquet(folder / "samples.parquet")
     pairs = pair_responses(samples, against, prompt_texts, settings.responses)
     judge = Judge(settings, folder / "judge_answers.jsonl")
-    judged = judge_pairs(judge, pairs, confidence=confidence, seed=seed)
+    judged = judge_pairs(judge, pairs, confidence)
     record = {"model": settings.model, **judged}
     compared = pairs[["prompt_id", "policy", "other"]].to_json(orient="values")
     identity = json.dumps([settings.model, settings.max_tokens, compared])
@@ -171,9 +170,7 @@ def judge_evaluation(
     return record
 
 
-def judge_pairs(
-    judge: Judge, pairs: pd.DataFrame, *, confidence: float, seed: int
-) -> dict[str, Any]:
+def judge_pairs(judge: Judge, pairs: pd.DataFrame, confidence: float) -> dict[str, Any]:
     """Ask the judge: `win_rate` by criterion, and `refusal_rates`, JSON-ready.
 
     pairs: as `pair_responses` gives them.
@@ -187,11 +184,11 @@ def judge_pairs(
         choices = pd.Series([read_comparison(a) for a in judge.ask(questions)], dtype=object)
         first, second = choices[:count].to_numpy(), choices[count:].to_numpy()
         table = ids.assign(policy_first=first, policy_second=second)
-        record[criterion] = win_rate(table, confidence, seed)
+        record[criterion] = win_rate(table, confidence)
     questions = [refusal_prompt(p, policy) for p, policy, _ in rows]
     questions += [refusal_prompt(p, other) for p, _, other in rows]
     declines = pd.Series([read_refusal(a) for a in judge.ask(questions)], dtype=object)
     first, second = declines[:count].to_numpy(), declines[count:].to_numpy()
     table = ids.assign(policy=first, other=second)
-    record["refusals"] = refusal_rates(table, confidence, seed)
+    record["refusals"] = refusal_rates(table, confidence)
     return record

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from constrained_dpo.estimates.intervals import mean_interval
 from constrained_dpo.fit.adapter import fit_adapter
 from constrained_dpo.fit.trainer import FitPlan
 from constrained_dpo.learners.dataset_answers import (
@@ -177,8 +178,8 @@ def _fit(work: _Workshop, pairs: pd.DataFrame, pool: pd.DataFrame) -> None:
 
 
 def _agreement(work: _Workshop, pairs: pd.DataFrame, pool: pd.DataFrame) -> dict[str, float]:
-    """Share of pairs whose labelled answer has the larger log π/π_ref (ties count half), its
-    standard error clustered by prompt, and the mean of β·(log-ratio of the labelled − of the other
+    """Share of pairs whose labelled answer has the larger log π/π_ref (ties count half), a mean
+    over prompts with its 95 % interval, and the mean of β·(log-ratio of the labelled − of the other
     answer), reward units; of MAX_PAIRS pairs at most."""
     rows = np.linspace(0, len(pairs) - 1, min(len(pairs), MAX_PAIRS)).round().astype(int)
     pairs = pairs.iloc[rows]
@@ -187,12 +188,13 @@ def _agreement(work: _Workshop, pairs: pd.DataFrame, pool: pd.DataFrame) -> dict
     ratio = pd.Series(policy_logp - answers["ref_logp"].to_numpy(), index=answers["response_id"])
     margin = ratio.loc[pairs["chosen_id"]].to_numpy() - ratio.loc[pairs["rejected_id"]].to_numpy()
     right = pd.Series((margin > 0) + 0.5 * (margin == 0))
-    share = float(right.mean())
-    by_prompt = (right - share).groupby(pairs["prompt_id"].to_numpy()).sum()
+    by_prompt = right.groupby(pairs["prompt_id"].to_numpy()).mean()
+    low, high = mean_interval(by_prompt, 0.95, (0.0, 1.0))
     return {
         "pairs": len(pairs),
-        "share": share,
-        "se": float(np.sqrt((by_prompt**2).sum())) / len(pairs),
+        "share": float(by_prompt.mean()),
+        "low": low,
+        "high": high,
         "margin": work.learner.recipe.objective.beta * float(margin.mean()),
     }
 

@@ -22,10 +22,10 @@ def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
 
 
 def labels_of(examples: list[dict]) -> dict[str, torch.Tensor]:
-    """`ref_logps` (num_rows, K), and `target` (num_rows,) of pairs or `scores` (num_rows, K) of
-    groups; beside them what no loss reads: the numbers of the rows, a pair's `margin` (num_rows,),
-    and `sample_logps` (num_rows, K)."""
-    keys = ("ref_logps", "target", "scores", "row", "margin", "sample_logps")
+    """Give `ref_logps` (num_rows, K), and `target` and `weight` (num_rows,) of pairs or `scores`
+    (num_rows, K) of groups; beside them what no loss reads: the numbers of the rows, a pair's
+    `margin` (num_rows,), and `sample_logps` (num_rows, K)."""
+    keys = ("ref_logps", "target", "weight", "scores", "row", "margin", "sample_logps")
     return {
         key: torch.tensor([example[key] for example in examples])
         for key in keys
@@ -94,17 +94,22 @@ class LengthBuckets(torch.utils.data.Sampler[int]):
 def pair_dataset(
     pairs: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[str, list[int]], max_length: int
 ) -> datasets.Dataset:
-    """Rows `prompt_ids, responses_ids, ref_logps, target`, chosen before rejected; num_pairs rows.
+    """Make rows `prompt_ids, responses_ids, ref_logps, target, weight`, chosen before rejected;
+    num_pairs rows.
 
-    Beside them what `fit_watch` follows: `row`, `prompt_id, chosen_id, rejected_id`, `margin`
-    (score units) and `sample_logps` (2, nats). Raises UserError when a pair names a response that
-    is not in the pool, has no ref_logp, or does not fit in max_length.
+    weight: of the row in the loss, 1 on average; all prompts together weigh the same, however many
+    pairs each has, as the expectation over prompts in the Lagrangian does. Beside them what
+    `fit_watch` follows: `row`, `prompt_id, chosen_id, rejected_id`, `margin` (score units) and
+    `sample_logps` (2, nats). Raises UserError when a pair names a response that is not in the pool,
+    has no ref_logp, or does not fit in max_length.
     """
     sides = [
         _named(pool, pairs, "pairs", column, prompt_tokens, max_length)
         for column in ("chosen_id", "rejected_id")
     ]
     chosen, rejected = (side["token_ids"] for side in sides)
+    count = pairs.groupby("prompt_id")["prompt_id"].transform("size")
+    weight = len(pairs) / pairs["prompt_id"].nunique() / count
     return datasets.Dataset.from_dict(
         {
             "prompt_ids": [prompt_tokens[pid] for pid in pairs["prompt_id"]],
@@ -115,6 +120,7 @@ def pair_dataset(
                 [side["ref_logp"].to_numpy(np.float32) for side in sides], axis=1
             ),
             "target": pairs["target"].to_numpy(np.float32),
+            "weight": weight.to_numpy(np.float32),
             "row": np.arange(len(pairs)),
             **{name: pairs[name].tolist() for name in ("prompt_id", "chosen_id", "rejected_id")},
             "margin": pairs["margin"].to_numpy(np.float32),

@@ -153,7 +153,8 @@ class PseudoPreferenceTrainer(DPOTrainer):
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
         }
-        loss = pair_loss(self.beta * (chosen - rejected), inputs["target"]).mean()
+        losses = pair_loss(self.beta * (chosen - rejected), inputs["target"])
+        loss = (inputs["weight"] * losses).mean()
         return loss, {name: self.beta * value for name, value in scaled.items()}
 
     def _group_loss(

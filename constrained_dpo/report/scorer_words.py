@@ -1,7 +1,9 @@
 """What is known of the scorers, in words."""
 
+import math
 from typing import Any
 
+from constrained_dpo.estimates.intervals import proportion_interval
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.scorer_facts import QUANTILES, ScorerFacts, read_scorer_facts
@@ -13,7 +15,8 @@ def describe_statistics(name: str, facts: dict[str, float]) -> str:
         f"; {100 * facts['clipped']:.0f} % at the bounds of its clip" if "clipped" in facts else ""
     )
     return (
-        f"scores of {name}: mean {facts['mean']:.3g}, std {facts['std']:.3g}, quantiles "
+        f"scores of {name}: mean {facts['mean']:.3g}, std {facts['std']:.3g} (within prompts "
+        f"{facts['std_within']:.3g}), quantiles "
         f"5-25-50-75-95 %: {quantiles}{clipped}"
     )
 
@@ -35,8 +38,8 @@ def describe_drift(name: str, drift: dict[str, Any]) -> str:
 def describe_margins(margins: dict[str, tuple[float, float]]) -> list[str]:
     """Margins in std, by constraint (number of std, std in score units), in words."""
     return [
-        f"{name}: margin {number:g}std = {number * std:.4g} score units (1 std of π_ref's scores "
-        f"on dual prompts: {std:.4g})"
+        f"{name}: margin {number:g}std = {number * std:.4g} score units (1 std of all of π_ref's "
+        f"scores, within and between the dual prompts: {std:.4g})"
         for name, (number, std) in margins.items()
     ]
 
@@ -59,7 +62,10 @@ def describe_calibration(name: str, record: dict) -> list[str]:
         ]
     bins = [b for b in pairs["bins"] if b["pairs"]]
     table = ", ".join(f"{b['said']:.2f} → {b['observed']:.2f} ({b['pairs']})" for b in bins)
-    right = f"{100 * pairs['right']:.0f} ± {200 * pairs['right_se']:.0f} %"
+    count = pairs["right"] * pairs["pairs"]  # a tie counts half
+    low = proportion_interval(math.floor(count), pairs["pairs"])[0]
+    high = proportion_interval(math.ceil(count), pairs["pairs"])[1]
+    right = f"{100 * pairs['right']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
     return [
         *lines,
         f"implicit scorer of {name}: orders {right} of {pairs['pairs']} labelled pairs (of "

@@ -4,6 +4,7 @@ statistics, what `prepare` measured of them."""
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from constrained_dpo.recipe.schema import Recipe
@@ -30,17 +31,27 @@ def reference_stds(scored: pd.DataFrame, names: list[str]) -> dict[str, float]:
     return stds
 
 
+def within_std(scored: pd.DataFrame, name: str) -> float:
+    """Standard deviation within prompts of a column (score units), the part of its spread that a
+    policy can move; 0 where no prompt has two responses."""
+    deviations = scored[name] - scored.groupby("prompt_id")[name].transform("mean")
+    free = len(scored) - scored["prompt_id"].nunique()
+    return float(np.sqrt((deviations**2).sum() / free)) if free else 0.0
+
+
 def score_statistics(
     scored: pd.DataFrame, scorers: Mapping[str, ScorerOptions]
 ) -> dict[str, dict[str, float]]:
-    """By objective: mean, std, min, max and quantiles of all scores in the table (score units,
-    after the scorer's options); where it clips, `clipped`: the share of scores at its bounds."""
+    """Give by objective mean, std, std within prompts, min, max and quantiles of all scores in the
+    table (score units, after the scorer's options); where it clips, `clipped`: the share of scores
+    at its bounds."""
     statistics = {}
     for name, options in scorers.items():
         scores = scored[name]
         facts = {
             "mean": scores.mean(),
             "std": scores.std(ddof=0),
+            "std_within": within_std(scored, name),
             "min": scores.min(),
             "max": scores.max(),
         }

@@ -53,9 +53,9 @@ def reliability(difference: np.ndarray) -> dict[str, object]:
     """Agreement of score differences s(chosen) − s(rejected), (num_pairs,), with the labels under
     P(y1 ≻ y2) = σ(s(y1) − s(y2)) (Bradley-Terry, the model behind DPO).
 
-    right: share of pairs ordered as labelled, a tie counting half, with its standard error;
-    log_loss: mean −log P(chosen ≻ rejected), nats (log 2 = 0.693 is a coin's); bins: by the
-    probability of the likelier order, what the scores say and what the labels say.
+    right: share of pairs ordered as labelled, a tie counting half; log_loss: mean −log P(chosen ≻
+    rejected), nats (log 2 = 0.693 is a coin's); bins: by the probability of the likelier order,
+    what the scores say and what the labels say.
     """
     right = np.where(difference == 0, 0.5, difference > 0)
     claimed = 1 / (1 + np.exp(-np.abs(np.clip(difference, -500, 500))))
@@ -72,7 +72,6 @@ def reliability(difference: np.ndarray) -> dict[str, object]:
     ]
     return {
         "right": float(right.mean()),
-        "right_se": float(right.std() / np.sqrt(len(right))),
         "log_loss": float(np.logaddexp(0, -difference).mean()),
         "bins": bins,
     }

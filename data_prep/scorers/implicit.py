@@ -29,6 +29,7 @@ from data_prep.models.adapters import (
 from data_prep.models.checkpoints import check_adapter_folder, fingerprint_model
 from data_prep.models.policy import Policy, load_policy, resolve_model
 from data_prep.models.settings import PolicySettings
+from data_prep.prompts.preference_rows import turn_end
 from data_prep.prompts.settings import PromptSettings
 from data_prep.prompts.templates import tokenize_prompts
 from data_prep.sampling.logprobs import response_logps
@@ -188,10 +189,12 @@ class ImplicitScorer(TokenScorer):
     def tokenize(
         self, prompts: Sequence[str | list[dict]], responses: list[str]
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids of texts from elsewhere: prompts (a text, or a list of chat messages) in the
-        recipe's format, responses closed by EOS unless they have max_new_tokens tokens already, as
-        a sampled one would have been cut off there."""
-        tokenizer, chat = self.handle.load().tokenizer, self.handle.prompts.format == "chat"
+        """Turn texts from elsewhere into token ids: prompts (a text, or a list of chat messages) in
+        the recipe's format, responses closed by the token that ends a turn there, unless they have
+        max_new_tokens tokens already, as a sampled one would have been cut off there."""
+        policy, chat = self.handle.load(), self.handle.prompts.format == "chat"
+        tokenizer = policy.tokenizer
+        closing = turn_end(self.handle.prompts, tokenizer, policy.eos_ids)
         written = [
             json.dumps([{"role": "user", "content": p}] if isinstance(p, str) else list(p))
             if chat
@@ -209,7 +212,7 @@ class ImplicitScorer(TokenScorer):
         drawn = []
         for response in responses:
             tokens = list(tokenizer(response, add_special_tokens=False)["input_ids"])
-            ended = [] if len(tokens) >= self.handle.max_new_tokens else [tokenizer.eos_token_id]
+            ended = [] if len(tokens) >= self.handle.max_new_tokens else [closing]
             drawn.append(tokens + ended)
         return [ids[name] for name in names], drawn
 
