@@ -42,6 +42,8 @@ RESPONSES = {
     "sample_logp": "logp",
     "policy_logp": "logp",  # log π_θ at T = 1
     "ref_logp": "logp",  # log π_ref at T = 1
+    # Σ_t KL(π_θ ‖ π_ref) over the vocabulary at each prefix, T = 1; null for dataset rows
+    "path_kl": "logp",
 }
 
 

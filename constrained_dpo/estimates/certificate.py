@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.estimates.kl import log_ratio
+from constrained_dpo.estimates.kl import controlled, kl_values, log_ratio, path_noise
 from constrained_dpo.estimates.log_partition import log_mean_exp, upper_log_mean
 from constrained_dpo.monte_carlo import MIN_ESS, standard_error
 from constrained_dpo.problem import ConstrainedProblem
@@ -200,10 +200,13 @@ def certify(
     lam = lambda_.reindex(problem.names)
     base = reference.groupby("prompt_id")[problem.names].mean()
     levels = (base * problem.relative.astype(float) + problem.bounds).mul(lam).sum(axis=1)
-    penalty = problem.beta * log_ratio(samples)
-    by_prompt = samples["prompt_id"]
-    lagrangian = (_score(samples, problem, lambda_) - penalty).groupby(by_prompt).mean() - levels
-    objective = (samples[problem.reward] - penalty).groupby(by_prompt).mean()
+    penalty, noise = problem.beta * kl_values(samples), path_noise(samples)
+    prompts = samples["prompt_id"]
+    lagrangian, objective = (
+        controlled(values - penalty, noise, prompts).groupby(prompts).mean()
+        for values in (_score(samples, problem, lambda_), samples[problem.reward])
+    )
+    lagrangian = lagrangian - levels
     value, error = _mean_se(lagrangian)
     certificate = Certificate(
         lagrangian=value,

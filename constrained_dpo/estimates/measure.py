@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from constrained_dpo.estimates.kl import log_ratio
+from constrained_dpo.estimates.kl import controlled, kl_values, path_noise
 from constrained_dpo.estimates.slack import Bounds, estimate_subgradient
 from constrained_dpo.estimates.verdict import judge, overall
 from constrained_dpo.monte_carlo import standard_error
@@ -71,23 +71,29 @@ def measure(
     *,
     rule: Rule,
     not_the_policy: str | None,
+    off_policy: pd.DataFrame | None = None,
 ) -> Measurement:
     """Estimate u, reward, utilities, KL, objective and lengths of a policy.
 
-    samples, reference: responses of π_θ and π_ref to the same prompts. KL is the mean of
-    log π_θ/π_ref over samples of π_θ, so it needs samples of the policy itself: `not_the_policy`
-    says why they are not (`sampling_law.why_not_the_policy`). Standard errors are of means over
-    prompts; the objective's is of the difference r − β log π_θ/π_ref itself.
+    samples, reference: responses of π_θ and π_ref to the same prompts; off_policy: π_ref's with
+    π_θ's log-probabilities, for u. KL needs samples of the policy itself: `not_the_policy` says why
+    they are not (`sampling_law.why_not_the_policy`). The noise of KL, objective and reward that
+    log π_θ/π_ref explains is taken out (`kl.controlled`). Standard errors are of means over
+    prompts; the objective's is of the difference r − β KL itself.
     """
     bounds = rule.bounds
     u = estimate_subgradient(
-        samples, reference, problem, rule.confidence, bounds, rule.verdict_confidence
+        samples, reference, problem, rule.confidence, bounds, rule.verdict_confidence, off_policy
     )
     means = samples.groupby("prompt_id", sort=True)[problem.objectives].mean()
     reward, kl, objective = means[problem.reward], None, None
     if not_the_policy is None:
-        kl = log_ratio(samples).groupby(samples["prompt_id"]).mean()
-        objective = reward - problem.beta * kl
+        prompts, noise, kls = samples["prompt_id"], path_noise(samples), kl_values(samples)
+        rewards = samples[problem.reward]
+        reward, kl, objective = (
+            controlled(values, noise, prompts).groupby(prompts).mean()
+            for values in (rewards, kls, rewards - problem.beta * kls)
+        )
     return Measurement(
         u=by_name(u["u"]),
         u_se=by_name(u["se"]),

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from constrained_dpo.estimates.intervals import Interval, mean_interval
+from constrained_dpo.estimates.mixed_means import mixed_means
 from constrained_dpo.monte_carlo import standard_error
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from data_prep.errors import UserError
@@ -17,19 +18,27 @@ Bounds = Mapping[str, Interval]
 
 
 def prompt_slack(
-    samples: pd.DataFrame, reference: pd.DataFrame, problem: ConstrainedProblem
+    samples: pd.DataFrame,
+    reference: pd.DataFrame,
+    problem: ConstrainedProblem,
+    off_policy: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Compute the slack on every prompt: the policy's mean of g minus π_ref's and minus b (margin),
     or minus c.
 
-    samples, reference: responses of π_θ and π_ref to the same prompts, under one sampling law.
-    (num_prompts, m) by prompt_id, score units. Raises UserError when the prompts differ.
+    samples, reference: responses of π_θ and π_ref to the same prompts, under one sampling law;
+    off_policy: some of π_ref's with π_θ's log-probabilities, which then sharpen the policy's mean
+    (`mixed_means`). (num_prompts, m) by prompt_id, score units. Raises UserError when the prompts
+    differ.
     """
     names = problem.names
     for frame, where in ((samples, "samples"), (reference, "reference")):
         require_columns(frame, ["prompt_id", *names], where)
         require_finite(frame, names, where)
-    policy_means = samples.groupby("prompt_id", sort=True)[names].mean()
+    if off_policy is None:
+        policy_means = samples.groupby("prompt_id", sort=True)[names].mean()
+    else:
+        policy_means = mixed_means(samples, off_policy, names)
     reference_means = reference.groupby("prompt_id", sort=True)[names].mean()
     if not policy_means.index.equals(reference_means.index):
         odd = policy_means.index.symmetric_difference(reference_means.index)
@@ -96,6 +105,7 @@ def estimate_subgradient(
     confidence: float = 0.95,
     bounds: Bounds | None = None,
     verdict_confidence: float | None = None,
+    off_policy: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Estimate u_i = E_{π_θ}[g_i] − a_i by the mean over prompts of `prompt_slack`; a prompt is one
     cluster.
@@ -104,16 +114,19 @@ def estimate_subgradient(
     `confidence`; one_low: the one-sided lower bound at `verdict_confidence` (default: confidence);
     each_low, each_high: one-sided bounds that hold for all constraints together at that level
     (Bonferroni). bounds: of a prompt's slack, by constraint (`slack_bounds`); None: the smallest
-    and largest seen in these two tables. Source: CAID, arXiv:2505.19387, Algorithm 1, the dual's
-    subgradient; `intervals.mean_interval`. Raises UserError when the prompts differ.
+    and largest seen in these two tables. off_policy: as for `prompt_slack`. Source: CAID,
+    arXiv:2505.19387, Algorithm 1, the dual's subgradient; `intervals.mean_interval`. Raises
+    UserError when the prompts differ.
     """
-    slack = prompt_slack(samples, reference, problem)
+    slack = prompt_slack(samples, reference, problem, off_policy)
     if bounds is None:
         bounds = slack_bounds(problem, {}, [slack, reference_slack(reference, problem)])
     error = 1 - (confidence if verdict_confidence is None else verdict_confidence)
     rows = {}
     for name in problem.names:
         values, ends = slack[name].to_numpy(np.float64), bounds[name]
+        if off_policy is not None:  # a weighted mean may pass the score's range
+            ends = (min(ends[0], values.min()), max(ends[1], values.max()))
         low, high = mean_interval(values, confidence, ends)
         each = mean_interval(values, 1 - 2 * error / len(problem.names), ends)
         rows[name] = {

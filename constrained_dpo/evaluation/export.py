@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from constrained_dpo.evaluation.fresh import evaluation_prompts, write_evaluation
@@ -69,7 +70,9 @@ def export_merged(run: RunDirectory, recipe: Recipe, number: int, output: Path) 
     merged.unload()  # one policy in memory at a time, and the scorers once
     base.scorers = merged.scorers
     reference = _measured_again(run, recipe, base, number, f"{key}-reference")
-    samples = samples.assign(ref_logp=base.log_probabilities(samples, None))
+    ref_logp = base.log_probabilities(samples, None)
+    # the merged model was alone in memory, so its KL is that of its samples' log-probabilities
+    samples = samples.assign(ref_logp=ref_logp, path_kl=np.nan)
     record = write_evaluation(run, key, recipe, samples, reference, recipe.scorers)
     write_json(temporary / "measurement.json", record.to_json())
     played = RoundRecord.read(run.round_file(number))

@@ -216,7 +216,7 @@ def check_anchor(policy: Policy, model: PeftModel, rows: datasets.Dataset) -> fl
         [row[0] for row in first["ref_logps"]],
     )
     with evaluating(model):
-        logps, _ = response_logps(
+        logps = response_logps(
             model,
             list(first["prompt_ids"]),
             responses,

@@ -199,7 +199,7 @@ def why_not_shared(
     ]
     sequences = [(row["prompt_ids"], response) for row in few for response in row["responses_ids"]]
     with evaluating(model), torch.no_grad():
-        expected, _ = response_logps(
+        expected = response_logps(
             model,
             *map(list, zip(*sequences, strict=True)),
             pad_id=pad_token_id,

@@ -175,7 +175,7 @@ class LoraLearner:
         drawn = [ids.tolist() for ids in responses["token_ids"]]
         with attached_adapter(self.policy, adapter) as model:
             pad_id, size = self.policy.tokenizer.pad_token_id, self.recipe.sampling.batch_size
-            return response_logps(model, tokens, drawn, pad_id=pad_id, batch_size=size)[0]
+            return response_logps(model, tokens, drawn, pad_id=pad_id, batch_size=size)
 
     def score(self, responses: pd.DataFrame) -> pd.DataFrame:
         prompts = responses["prompt_id"].map(self.prompt_texts).tolist()

@@ -64,6 +64,8 @@ class TabularLearner:
                         "sample_logp": logp[row, drawn],
                         "policy_logp": logp[row, drawn],
                         "ref_logp": self.world.ref_logp[row, drawn],
+                        # a response is one token, so its only prefix is the prompt
+                        "path_kl": float((weight * (logp[row] - self.world.ref_logp[row])).sum()),
                     }
                 )
             )

@@ -181,8 +181,12 @@ def round_record(tables: RoundTables, recipe: Recipe, lambda_: pd.Series) -> Rou
             problem,
             rule=Rule(confidence, verdict_confidence, bounds, bounded),
             not_the_policy=reason,
+            off_policy=off_policy,
         )
-        for split, verdict_confidence in (("dual", confidence), ("test", looks))
+        for split, verdict_confidence, off_policy in (
+            ("dual", confidence, tables.off_policy if reason is None else None),
+            ("test", looks, None),
+        )
     )
     if reason is None:
         off_policy, others = tables.off_policy, {"reference": splits["dual"][1], **tables.earlier}

@@ -205,7 +205,12 @@ def answer_table(
         )
     answers.restrict(set(table["response_id"]))
     return table.assign(
-        ended=True, source=SOURCE, sample_logp=np.nan, policy_logp=np.nan, ref_logp=np.nan
+        ended=True,
+        source=SOURCE,
+        sample_logp=np.nan,
+        policy_logp=np.nan,
+        ref_logp=np.nan,
+        path_kl=np.nan,
     )
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data_prep.models.adapters import attached_adapter
 from data_prep.models.policy import Policy
 from data_prep.sampling.law import SamplingSettings, generation_arguments
-from data_prep.sampling.logprobs import response_logps
+from data_prep.sampling.logprobs import SampledLogps, sampled_logps
 
 if TYPE_CHECKING:
     import torch
@@ -136,14 +136,18 @@ class Sampler:
             ):
                 batch = tokens[begin : begin + size]
                 drawn += generate(self.policy, model, batch, self.settings, seed + begin)
-            logps = self.logps(model, tokens, drawn)
-        return self.table(ids, drawn, decode(self.policy, drawn), logps, adapter, source)
+            logps = self.logps(model, tokens, drawn, adapter)
+        return self.table(ids, drawn, decode(self.policy, drawn), logps, source)
 
     def logps(
-        self, model: "PreTrainedModel", tokens: list[list[int]], drawn: list[list[int]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Compute log π of responses at T = 1 and under the sampling law, (num_responses,) nats."""
-        return response_logps(
+        self,
+        model: "PreTrainedModel",
+        tokens: list[list[int]],
+        drawn: list[list[int]],
+        adapter: Path | None,
+    ) -> SampledLogps:
+        """Compute the log-probabilities of responses that the model with that adapter drew."""
+        return sampled_logps(
             model,
             tokens,
             drawn,
@@ -151,6 +155,7 @@ class Sampler:
             batch_size=self.settings.batch_size,
             temperature=self.settings.temperature,
             top_p=self.settings.top_p,
+            reference=None if adapter is None else model.disable_adapter,
         )
 
     def table(
@@ -158,21 +163,10 @@ class Sampler:
         prompt_ids: list[str],
         drawn: list[list[int]],
         texts: list[str],
-        logps: tuple[np.ndarray, np.ndarray],
-        adapter: Path | None,
+        logps: SampledLogps,
         source: str,
     ) -> pd.DataFrame:
-        """Make the responses table of what was drawn, a prompt's responses side by side.
-
-        logps: of `logps`, under the policy that drew; with an adapter π_ref's are computed now.
-        """
-        policy_logp, sample_logp = logps
-        ref_logp = policy_logp
-        if adapter is not None:
-            tokens = [self.prompt_tokens[pid] for pid in prompt_ids]
-            pad_id, size = self.policy.tokenizer.pad_token_id, self.settings.batch_size
-            model = self.policy.model
-            ref_logp, _ = response_logps(model, tokens, drawn, pad_id=pad_id, batch_size=size)
+        """Make the responses table of what was drawn, a prompt's responses side by side."""
         numbers = pd.Series(prompt_ids).groupby(prompt_ids).cumcount()
         names = zip(prompt_ids, numbers, strict=True)
         return pd.DataFrame(
@@ -183,9 +177,10 @@ class Sampler:
                 "token_ids": [np.array(ids, dtype=np.int32) for ids in drawn],
                 "ended": [ids[-1] in self.policy.eos_ids for ids in drawn],
                 "source": source,
-                "sample_logp": sample_logp,
-                "policy_logp": policy_logp,
-                "ref_logp": ref_logp,
+                "sample_logp": logps.sample,
+                "policy_logp": logps.policy,
+                "ref_logp": logps.ref,
+                "path_kl": logps.path_kl,
             }
         )
 

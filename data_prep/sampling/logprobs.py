@@ -1,6 +1,9 @@
 """Log-probabilities of responses by teacher forcing."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,8 +48,24 @@ def response_logits(
     return output.logits[:, -(width + 1) :]
 
 
-def response_logps(
-    model: "torch.nn.Module",
+@dataclass(frozen=True)
+class SampledLogps:
+    """Of responses that a policy drew, (num_responses,) each, nats, float64.
+
+    policy: log π at T = 1; sample: under the sampling law; ref: log π_ref; path_kl: Σ_t
+    KL(π(·|y_<t) ‖ π_ref(·|y_<t)) over the response's tokens, whose mean over samples of π is
+    KL(π‖π_ref) with far less noise than that of log π/π_ref (Amini et al., Better Estimation of the
+    KL Divergence Between Language Models, arXiv:2504.10637).
+    """
+
+    policy: np.ndarray
+    sample: np.ndarray
+    ref: np.ndarray
+    path_kl: np.ndarray
+
+
+def sampled_logps(
+    model: "PreTrainedModel",
     prompts: list[list[int]],
     responses: list[list[int]],
     *,
@@ -54,13 +73,14 @@ def response_logps(
     batch_size: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """log π(response | prompt) at T = 1, and under (temperature, top_p); two arrays of shape
-    (num_responses,), nats, float64.
+    reference: "Callable[[], AbstractContextManager[Any]] | None" = None,
+) -> SampledLogps:
+    """Compute the log-probabilities of responses that `model` drew.
 
-    The sum runs over the response's own tokens: its EOS where it ended, none where it was cut off.
-    Batches are formed by length; a response that was drawn several times for its prompt goes
-    through the model once.
+    reference: makes the model π_ref for a while (PEFT's `disable_adapter`); None: it is π_ref, so
+    that ref is policy and path_kl is 0. The sum runs over the response's own tokens: its EOS where
+    it ended, none where it was cut off. Batches are formed by length; a response that was drawn
+    several times for its prompt goes through the model once.
     """
     import torch
 
@@ -68,38 +88,75 @@ def response_logps(
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         places.setdefault((tuple(prompt), tuple(response)), []).append(i)
     distinct = sorted(places, key=lambda pair: len(pair[0]) + len(pair[1]))
-    plain, warped = np.empty(len(prompts)), np.empty(len(prompts))
-    for begin in range(0, len(distinct), batch_size):
-        batch = distinct[begin : begin + batch_size]
-        drawn = [list(response) for _, response in batch]
+    values = np.empty((len(prompts), 4))
+    size = batch_size if reference is None else max(1, batch_size // 2)  # two logits at a time
+    for begin in range(0, len(distinct), size):
+        batch = distinct[begin : begin + size]
+        asked, drawn = ([list(pair[k]) for pair in batch] for k in (0, 1))
         with torch.no_grad():
-            logits = response_logits(model, [list(prompt) for prompt, _ in batch], drawn, pad_id)
-            for pair, values in zip(
-                batch, _sequence_logps(logits, drawn, temperature, top_p), strict=True
-            ):
-                plain[places[pair]], warped[places[pair]] = values
-    return plain, warped
+            logits = response_logits(model, asked, drawn, pad_id)
+            other = None
+            if reference is not None:
+                with reference():
+                    other = response_logits(model, asked, drawn, pad_id)
+            sums = _sequence_sums(logits, other, drawn, temperature, top_p)
+        for pair, row in zip(batch, sums, strict=True):
+            values[places[pair]] = row
+    return SampledLogps(*values.T)
 
 
-def _sequence_logps(
-    logits: "torch.Tensor", responses: list[list[int]], temperature: float, top_p: float
+def response_logps(
+    model: "PreTrainedModel",
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    *,
+    pad_id: int,
+    batch_size: int,
 ) -> np.ndarray:
-    """What `response_logps` returns, from `response_logits`; shape (batch, 2). At most
-    LOGITS_AT_ONCE logits are in float32 at a time."""
+    """Compute log π(response | prompt) at T = 1 by teacher forcing, (num_responses,) nats, as
+    `sampled_logps` does."""
+    return sampled_logps(model, prompts, responses, pad_id=pad_id, batch_size=batch_size).policy
+
+
+def _sequence_sums(
+    logits: "torch.Tensor",
+    reference: "torch.Tensor | None",
+    responses: list[list[int]],
+    temperature: float,
+    top_p: float,
+) -> np.ndarray:
+    """`SampledLogps` as columns, (batch, 4), from `response_logits`. At most LOGITS_AT_ONCE logits
+    are in float32 at a time."""
     import torch
 
-    width, same_law = logits.shape[1] - 1, temperature == 1.0 and top_p == 1.0
+    width = logits.shape[1] - 1
     chosen = torch.tensor([r + [-1] * (width - len(r)) for r in responses], device=logits.device)
     size = max(1, LOGITS_AT_ONCE // max(1, width * logits.shape[2]))
+    same_law = temperature == 1.0 and top_p == 1.0
     sums = []
-    for rows, tokens in zip(logits[:, :width].split(size), chosen.split(size), strict=True):
-        present = tokens >= 0
-        steps, picked = rows[present].float(), tokens[present][:, None]
-        laws = [steps] if same_law else [steps, _warp(steps, temperature, top_p)]
-        values = [law.log_softmax(-1).gather(1, picked)[:, 0].double() for law in laws]
+    for begin in range(0, len(responses), size):
+        rows = slice(begin, begin + size)
+        tokens, present = chosen[rows], chosen[rows] >= 0
+        picked = tokens[present][:, None]
+
+        def gathered(law: "torch.Tensor", picked: "torch.Tensor" = picked) -> "torch.Tensor":
+            return law.gather(1, picked)[:, 0].double()
+
+        steps = logits[rows, :width][present].float()
+        law = steps.log_softmax(-1)
+        policy = gathered(law)
+        sample = policy
+        if not same_law:
+            sample = gathered(_warp(steps, temperature, top_p).log_softmax(-1))
+        ref, path_kl = policy, torch.zeros_like(policy)
+        if reference is not None:
+            other = reference[rows, :width][present].float().log_softmax(-1)
+            ref = gathered(other)
+            path_kl = torch.nn.functional.kl_div(other, law, reduction="none", log_target=True)
+            path_kl = path_kl.sum(-1).double()
         empty = torch.zeros(tokens.shape, dtype=torch.float64, device=logits.device)
-        both = (values[0], values[-1])
-        sums.append(torch.stack([empty.masked_scatter(present, v).sum(dim=1) for v in both], dim=1))
+        columns = (policy, sample, ref, path_kl)
+        sums.append(torch.stack([empty.masked_scatter(present, c).sum(1) for c in columns], dim=1))
     return torch.cat(sums).cpu().numpy()
 
 

@@ -291,6 +291,6 @@ class ServedSampler:
         rows = [pid for pid in ids for _ in range(responses_per_prompt)]
         tokens = [self.local.prompt_tokens[pid] for pid in rows]
         with attached_adapter(policy, adapter) as model:
-            logps = self.local.logps(model, tokens, drawn)
-        table = self.local.table(rows, drawn, texts, logps, adapter, source)
+            logps = self.local.logps(model, tokens, drawn, adapter)
+        table = self.local.table(rows, drawn, texts, logps, source)
         return table.assign(server_logp=np.array(server_logp, dtype=np.float64), exact_ids=exact)

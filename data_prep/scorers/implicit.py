@@ -170,7 +170,7 @@ class ImplicitScorer(TokenScorer):
             "batch_size": self.settings.batch_size,
         }
         with self._target() as model:
-            target = response_logps(model, prompts, responses, **how)[0]
+            target = response_logps(model, prompts, responses, **how)
         reference = (
             np.full(len(responses), np.nan)
             if ref_logp is None
@@ -179,7 +179,7 @@ class ImplicitScorer(TokenScorer):
         unknown = np.flatnonzero(np.isnan(reference))
         if len(unknown):
             rows = [prompts[i] for i in unknown], [responses[i] for i in unknown]
-            reference[unknown] = response_logps(self.reference.model, *rows, **how)[0]
+            reference[unknown] = response_logps(self.reference.model, *rows, **how)
         return self.settings.beta * (target - reference)
 
     def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:

@@ -13,11 +13,7 @@ from constrained_dpo.report.check_words import print_check
 from rich.console import Console
 
 from constrained_dpo.check.check import check_recipe, needs_download
-from constrained_dpo.check.precision import (
-    expected_precision,
-    prompt_variance,
-    variance_components,
-)
+from constrained_dpo.check.precision import expected_precision, prompt_variance, variance_components
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from constrained_dpo.recipe.load import load_recipe
 from data_prep.errors import UserError
