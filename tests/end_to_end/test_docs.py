@@ -1,5 +1,5 @@
-"""The documentation's transcripts, executed: docs/your-own-model.md as a newcomer types it,
-docs/python-api.md block by block."""
+"""The documentation's transcripts, executed: docs/guide/your-own-model.md as a newcomer types
+it, docs/python-api.md block by block."""
 
 import json
 import re
@@ -9,6 +9,9 @@ import pytest
 
 from tests.helpers.cli import cdpo
 from tests.helpers.paths import REPO
+
+OWN_MODEL = REPO / "docs" / "guide" / "your-own-model.md"
+
 
 BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -29,9 +32,7 @@ def tiny_model(tmp_path_factory):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words.train_from_iterator(
-        (REPO / "docs" / "your-own-model.md").read_text().splitlines(), trainer
-    )
+    words.train_from_iterator(OWN_MODEL.read_text().splitlines(), trainer)
     folder = tmp_path_factory.mktemp("model") / "my-model"
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
     torch.manual_seed(0)
@@ -55,7 +56,7 @@ def test_your_own_model_works_as_written(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "my-model").symlink_to(tiny_model)
     monkeypatch.chdir(tmp_path)
     played = 0
-    for kind, name, body in BLOCK.findall((REPO / "docs" / "your-own-model.md").read_text()):
+    for kind, name, body in BLOCK.findall(OWN_MODEL.read_text()):
         if name:
             (tmp_path / name).write_text(body)
         elif kind == "console":
