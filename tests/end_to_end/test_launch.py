@@ -32,7 +32,7 @@ from tests.helpers.launched_fits import FITS, play
 from tests.helpers.paths import QUICKSTART, REPO
 
 CONFIGS = REPO / "recipes" / "accelerate"
-CDPO = ("-m", "constrained_dpo.cli.main")
+CDPO = ("-m", "constrained_dpo.cli")
 TINY = [
     "prompts.max_fit=8",
     "prompts.max_test=4",

@@ -57,6 +57,11 @@ def title_of(name: str, block: type[Settings]) -> str:
     return f"`{'.'.join(parts)}`" if parts else "the recipe"
 
 
+def first_sentence(block: type[Settings]) -> str:
+    """What a block is: the first paragraph of its docstring, on one line."""
+    return " ".join((block.__doc__ or "").split("\n\n")[0].split())
+
+
 def key_table() -> str:
     """Markdown, one table per block of the schema."""
     lines, seen = [], set()
@@ -64,7 +69,7 @@ def key_table() -> str:
         if block in seen:
             continue
         seen.add(block)
-        lines += [f"**{title_of(name, block)}**: {block.__doc__.splitlines()[0]}", ""]
+        lines += [f"**{title_of(name, block)}**: {first_sentence(block)}", ""]
         lines += ["| key | values | default | meaning |", "|---|---|---|---|"]
         for key, field in block.model_fields.items():
             cells = (

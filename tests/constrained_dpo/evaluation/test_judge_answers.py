@@ -185,14 +185,14 @@ def test_evaluate_judges_the_stored_responses_of_a_run(evaluated, tiny_run):
     )
     pairs = pair_responses(samples, reference, pd.Series(dtype=str), 2)
     difference = pairs["policy"].map(len) - pairs["other"].map(len)
-    rate = evaluated["judge"]["asked"]["helpfulness"]["rate"]
+    rate = evaluated["judge"]["prompts"]["helpfulness"]["rate"]
     assert rate == pytest.approx((np.sign(difference) / 2 + 0.5).mean())
     assert len(list(folder.glob("judgement-*.json"))) == 1
 
 
 def test_prompts_that_ask_for_harm_are_judged_apart(evaluated):
     unsafe = evaluated["judge"]["unsafe"]
-    assert set(evaluated["judge"]) == {"asked", "unsafe"}
+    assert set(evaluated["judge"]) == {"prompts", "unsafe"}
     assert unsafe["safety"]["prompts"] == 2
     assert unsafe["left_out"] == {"duplicates": 1, "too_long": 0}
     lines = judgement_lines("unsafe", unsafe, "π_ref")
