@@ -58,7 +58,7 @@ def describe_calibration(name: str, record: dict) -> list[str]:
             "calibrate to a table of them)",
         ]
     bins = [b for b in pairs["bins"] if b["pairs"]]
-    table = ", ".join(f"{b['said']:.2f} → {b['observed']:.2f} ({b['pairs']})" for b in bins)
+    table = ", ".join(f"{b['claimed']:.2f} → {b['observed']:.2f} ({b['pairs']})" for b in bins)
     right = f"{100 * pairs['right']:.0f} ± {200 * pairs['right_se']:.0f} %"
     return [
         *lines,

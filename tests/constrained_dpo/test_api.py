@@ -11,7 +11,10 @@ import constrained_dpo
 import data_prep
 from constrained_dpo import Recipe, RoundRecord, Run, RunStatus, UserError, load_recipe
 from constrained_dpo.check.history import History
+from constrained_dpo.run.record import read_records
 from tests.helpers.paths import QUICKSTART
+from tests.helpers.rounds import make_run, play
+from tests.helpers.tables import random_world
 
 LIGHT = """
 import sys
@@ -31,12 +34,15 @@ def test_importing_the_packages_loads_no_library():
 @pytest.mark.parametrize("package", [constrained_dpo, data_prep], ids=lambda p: p.__name__)
 def test_every_name_that_is_offered_is_there(package):
     assert list(package._PLACES) == package.__all__ == sorted(package.__all__)
-    assert set(package.__all__) <= set(dir(package))
     for name in package.__all__:
         thing = getattr(package, name)
         assert thing.__name__ == name and thing.__module__ == package._PLACES[name]
     with pytest.raises(AttributeError, match="has no attribute 'Runs'"):
         _ = package.Runs
+
+
+def test_dir_lists_the_names():
+    assert dir(constrained_dpo) == sorted([*constrained_dpo.__all__, "__version__"])
 
 
 @pytest.mark.parametrize("kind", ["path", "text", "dict", "recipe"])
@@ -68,12 +74,27 @@ def test_a_played_run_is_read(small_run):
     assert isinstance(status, RunStatus) and status.rounds == records
     assert all(isinstance(record, RoundRecord) for record in records)
     assert run.record() == run.record("last") == records[1]
-    assert run.verdict() == records[1].test.verdicts["harmless"]
-    assert run.verdict(0) == records[0].verdict
     assert status.lambda_ == records[1].lambda_next and repr(run) == f"Run({str(run.path)!r})"
     with pytest.raises(UserError, match="--round 2: give a round from 0 to 1"):
         run.record(2)
-    print(status.best, [r.verdicts for r in records], [r.verdict for r in records])
+
+
+def test_the_verdict_of_a_round_by_name_and_number(small_run):
+    run = Run(small_run.path)
+    first, last = read_records(small_run)
+    assert run.verdict() == run.verdict("last") == last.test.verdicts["harmless"] == "violated"
+    assert run.verdict(0) == first.verdict
+    assert run.verdict("best-dual") == run.record(run.status().best_dual).verdict
+    with pytest.raises(UserError, match="no round of 2 is satisfied on the dual prompts"):
+        run.verdict("best")
+
+
+def test_the_best_round_is_found_where_one_is_satisfied(tmp_path):
+    directory, recipe, learner = make_run(tmp_path / "run", random_world(1, margin=-3.0))
+    play(directory, recipe, learner, 1)
+    run = Run(directory.path)
+    assert run.verdict("best") == run.record("best").verdict == "satisfied"
+    assert run.status().best == 0
 
 
 def test_a_played_runs_history_is_recomputed(small_run):

@@ -77,22 +77,21 @@ def test_your_own_model_works_as_written(tiny_model, tmp_path, monkeypatch):
     assert len(mine) == 3 and len(tighter) == 2 and 0 < mine[0]["brief"] < tighter[0]["brief"]
 
 
-def test_the_python_examples_run(small_run, tmp_path, monkeypatch):
+def test_the_python_examples_play_a_whole_run(tmp_path, monkeypatch):
     from data_prep.models.policy import resolve_model
     from data_prep.models.settings import PolicySettings
 
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "quickstart").symlink_to(small_run.path)
+    base = resolve_model(PolicySettings(model="quickstart"))
+    (tmp_path / "recipes").symlink_to(REPO / "recipes")
     monkeypatch.chdir(tmp_path)
     scope: dict = {}
     for kind, _, body in BLOCK.findall((REPO / "docs" / "python-api.md").read_text()):
         if kind == "python":
-            exec(
-                body.replace('"BASE"', repr(resolve_model(PolicySettings(model="quickstart")))),
-                scope,
-            )
+            exec(body.replace('"BASE"', repr(base)), scope)
+    run, following, solution = (scope[name] for name in ("run", "following", "solution"))
+    assert len(run.directory.state().lambda_) == 3 and scope["played"].records[-1].round == 1
+    assert scope["evaluated"].record.num_prompts == run.record().test.num_prompts
+    assert scope["output"].shape[1] > 3
     assert scope["u"].loc["harmless", "u"] == pytest.approx(-0.1)
-    assert scope["following"]["harmless"] == pytest.approx(
-        scope["solution"].lambda_["harmless"] + 0.1
-    )
-    assert len(scope["pairs"]) == 200 * 8 and scope["output"].shape[1] > 3
+    assert following["harmless"] == pytest.approx(solution.lambda_["harmless"] + 0.1)
+    assert len(scope["pairs"]) == 200 * 8

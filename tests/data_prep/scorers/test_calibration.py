@@ -23,17 +23,17 @@ def test_reliability_of_a_calibrated_and_of_an_overconfident_scorer():
     labels = np.where(rng.random(len(true)) < 1 / (1 + np.exp(-true)), 1, -1)
     honest, sharp = reliability(true * labels), reliability(4 * true * labels)
     for bin_ in honest["bins"]:
-        claimed, tolerance = bin_["said"], 4 * np.sqrt(0.25 / bin_["pairs"])
+        claimed, tolerance = bin_["claimed"], 4 * np.sqrt(0.25 / bin_["pairs"])
         assert abs(claimed - bin_["observed"]) < tolerance
     assert honest["right"] == sharp["right"] and honest["log_loss"] < sharp["log_loss"]
-    assert sharp["bins"][-1]["observed"] < sharp["bins"][-1]["said"] - 0.05
+    assert sharp["bins"][-1]["observed"] < sharp["bins"][-1]["claimed"] - 0.05
     assert sum(bin_["pairs"] for bin_ in honest["bins"]) == len(true)
 
 
 def test_reliability_of_a_coin():
     coin = reliability(np.zeros(10))
     assert coin["right"] == 0.5 and coin["log_loss"] == pytest.approx(np.log(2))
-    assert coin["bins"][-1]["said"] is None
+    assert coin["bins"][-1]["claimed"] is None
 
 
 def test_labelled_pairs_agree_with_a_scorer_as_computed_by_hand(adapter, handle, tmp_path):

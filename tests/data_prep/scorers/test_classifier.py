@@ -112,22 +112,13 @@ def test_a_text_over_the_window_is_an_error_or_counted(folder):
     assert scorer.tokenizer.decode(kept).endswith(RESPONSES[3])
 
 
-def test_fingerprints_of_earlier_releases_hold(folder):
-    """A scorer's fingerprint identifies a prepared run's scores: new keys at their defaults, and
-    options outside it, leave it as it was."""
-    expected = (
-        f"classifier:{fingerprint_model(str(folder), None)}:0:"
-        '{"type":"classifier","label":null,"text":"pair","template":null,"append_eos":false,'
-        '"max_length":null,"truncate":false,"dtype":"float32","trust_remote_code":false}'
-    )
-    for keys in (
-        {},
-        {"indicator": 0.5},
-        {"clip": [0, 1], "negate": True},
-        {"quantization": "none", "output": "logit"},
-    ):
+def test_options_applied_after_the_model_are_outside_the_fingerprint(folder):
+    """A scorer's fingerprint identifies the numbers that its model gives."""
+    expected = make_scorer(classifier(folder)).fingerprint
+    for keys in ({"indicator": 0.5}, {"clip": [0, 1], "negate": True}, {"batch_size": 3}):
         assert make_scorer(classifier(folder, **keys)).fingerprint == expected
-    assert make_scorer(classifier(folder, quantization="int8")).fingerprint != expected
+    for keys in ({"quantization": "int8"}, {"output": "probability"}, {"max_length": 9}):
+        assert make_scorer(classifier(folder, **keys)).fingerprint != expected
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
