@@ -10,7 +10,7 @@ from constrained_dpo.problem import ConstrainedProblem, Constraint
 from data_prep.errors import UserError
 from tests.helpers.tables import random_world, scored_frame
 
-REPLICATIONS = 100
+REPLICATIONS = 64
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_monte_carlo_subgradient_is_unbiased_and_its_interval_covers(drawn, leve
     estimates = [estimate_subgradient(*pair, problem) for pair in pairs]
     slack = pd.DataFrame([e["u"] for e in estimates])
     error = slack.std() / np.sqrt(REPLICATIONS)
-    assert ((slack.mean() - exact).abs() < 4 * error).all() and (error < 0.03).all()
+    assert ((slack.mean() - exact).abs() < 4 * error).all() and (error < 0.04).all()
     # Conditional on the prompts the clustered interval is conservative (it also holds for fresh
     # prompts).
     covered = [(e["low"] <= exact) & (exact <= e["high"]) for e in estimates]

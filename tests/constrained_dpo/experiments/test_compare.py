@@ -4,6 +4,7 @@ who is not mixed, the page."""
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -61,6 +62,20 @@ def runs(tmp_path_factory):
         )
         play(run, recipe, learner, 2 if name == "caid-0" else 1)
     return [root / name for name in plans]
+
+
+FEW = ["dual.responses_per_prompt=8"]
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """A round of another world with one constraint and other prompts."""
+    other = random_world(5, 1, prompts=20, responses=20, margin=0.2)
+    folder = tmp_path_factory.mktemp("other") / "elsewhere"
+    run, recipe, learner = make_run(folder, other, FEW)
+    learner.prompts["prompt"] = "another"
+    play(run, recipe, learner, 1)
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -194,20 +209,15 @@ def test_json_is_valid_and_rounds_are_chosen_per_run(runs):
     assert group["points"][1]["demanded_g0"] is None and content["left_out"] == []
 
 
-def test_runs_of_other_worlds_are_told_apart_and_never_mixed(runs, tmp_path):
-    other = random_world(5, 1, prompts=20, responses=20, margin=0.2)
-    few = ["dual.responses_per_prompt=8"]
-    run, recipe, learner = make_run(tmp_path / "other" / "elsewhere", other, few)
-    learner.prompts["prompt"] = "another"
-    play(run, recipe, learner, 1)
-    unplayed, recipe, learner = make_run(tmp_path / "none" / "unplayed", other, few)
+def test_runs_of_other_worlds_are_told_apart_and_never_mixed(runs, elsewhere, tmp_path):
+    unplayed, recipe, learner = make_run(tmp_path / "unplayed", random_world(5), FEW)
     play(unplayed, recipe, learner, 0)
-    groups, left_out = read_groups([runs[0], run.path, runs[4], unplayed.path], "last")
+    groups, left_out = read_groups([runs[0], elsewhere.path, runs[4], unplayed.path], "last")
     assert [[row.name for row in g.rows] for g in groups] == [["caid-0", "mocan"], ["elsewhere"]]
     assert groups[1].apart.startswith("other test prompts (")
     assert "no round has been played yet" in left_out[0][1]
     folder = tmp_path / "out"
-    printed = cdpo("compare", runs[0], run.path, unplayed.path, "-o", folder, check=0).stdout
+    printed = cdpo("compare", runs[0], elsewhere.path, unplayed.path, "-o", folder, check=0).stdout
     assert "group 2: not comparable with group 1: other test prompts" in printed
     assert "left out: unplayed: " in printed
     html = (folder / "compare.html").read_text()
@@ -241,18 +251,13 @@ def test_real_runs_of_the_embedded_world_compare_by_their_recorded_hashes(small_
     assert "another scorer of harmless (python:harmless:changed against" in printed
 
 
-def test_names_answers_and_prompts_are_text_never_markup(tmp_path):
-    run, recipe, learner = make_run(
-        tmp_path / "<b>run" / "run",
-        random_world(2, 1, prompts=12, responses=10),
-        ["dual.responses_per_prompt=2"],
-    )
-    learner.prompts["prompt"] = HOSTILE
-    play(run, recipe, learner, 1)
+def test_names_answers_and_prompts_are_text_never_markup(elsewhere, tmp_path):
+    run = RunDirectory(tmp_path / "<b>run" / "<img src=x onerror=alert(1)>")
+    shutil.copytree(elsewhere.path, run.path)
     for path in (run.samples_file(0), run.reference_file):
         write_parquet(read_parquet(path).assign(response=HOSTILE), path)
-    hostile = run.path.rename(tmp_path / "<img src=x onerror=alert(1)>")
-    cdpo("compare", hostile, "-o", tmp_path / "out", check=0)
+    write_parquet(run.prompts().assign(prompt=HOSTILE), run.prompts_file)
+    cdpo("compare", run.path, "-o", tmp_path / "out", check=0)
     page = Page((tmp_path / "out" / "compare.html").read_text())
     assert not page.of("b") and not page.of("script")
     assert not any("onerror" in attrs for _, attrs in page.tags)
@@ -260,13 +265,13 @@ def test_names_answers_and_prompts_are_text_never_markup(tmp_path):
     assert "<img" not in (tmp_path / "out" / "compare.md").read_text()
 
 
-def test_mistakes_are_one_line(refused, runs, tmp_path):
+def test_mistakes_are_one_line(refused, runs, elsewhere, tmp_path):
     refused("compare", runs[0], runs[0], match="is given twice")
     refused("compare", tmp_path, match="not a run directory")
     unknown = "cannot be compared: --round 7: give a round from 0 to 1"
     refused("compare", runs[0], "--round", "7", match=unknown)
     (tmp_path / "file").write_text("")
-    refused("compare", runs[0], "-o", tmp_path / "file", match="cannot be written")
+    refused("compare", elsewhere.path, "-o", tmp_path / "file", match="cannot be written")
 
 
 WITHOUT_TORCH = """

@@ -102,11 +102,12 @@ def test_the_plan_is_every_margin_of_the_methods_that_look_at_one(tmp_path):
 
 def test_a_sweep_draws_one_pool_per_seed_and_compares_at_the_end(tmp_path, caplog):
     caplog.set_level(logging.INFO, "constrained_dpo.experiments.sweep")
+    told = lambda: [r.getMessage() for r in caplog.records if r.name.endswith(".sweep")]
     recipe, open_run, drawn = setting(tmp_path)
     planned = plan(recipe, tmp_path / "out", seeds=[0, 1], methods=["caid", "dpo_g0"])
     play_sweep(recipe, planned, open_run)
     assert drawn == ["reference-pool", "reference-reference"] * 2
-    assert sum("preparing the pool" in line for line in caplog.messages) == 2
+    assert sum("preparing the pool" in line for line in told()) == 2
     for run in (RunDirectory(item.path) for item in planned):
         pool = f"pools/seed{run.recipe().seed}"
         assert is_finished(run) and run.state().inherited["from"].endswith(pool)
@@ -119,8 +120,8 @@ def test_a_sweep_draws_one_pool_per_seed_and_compares_at_the_end(tmp_path, caplo
 
     caplog.clear()
     play_sweep(recipe, planned, open_run)
-    assert len(drawn) == 4 and len(caplog.messages) == len(planned)
-    assert all("is done already" in line for line in caplog.messages)
+    assert len(drawn) == 4 and len(told()) == len(planned)
+    assert all("is done already" in line for line in told())
 
 
 class Killed(Exception):

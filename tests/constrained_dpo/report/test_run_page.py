@@ -144,6 +144,19 @@ def test_model_output_prompts_and_names_are_text_never_markup(tmp_path):
     assert {"scores-1-length.png", "length.png"} <= files
 
 
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A run without a constraint, the sentence of its report and the report's files."""
+    run, recipe, learner = make_run(
+        tmp_path_factory.mktemp("bare") / "run",
+        random_world(8, 0, prompts=12),
+        ["dual.responses_per_prompt=4"],
+    )
+    play(run, recipe, learner, 1)
+    path, sentence = write_report(run)
+    return run, sentence, {file.name: file.read_bytes() for file in path.parent.iterdir()}
+
+
 def many_long_responses(table: pd.DataFrame, copies: int, draws: int, text: str) -> pd.DataFrame:
     """A table's rows for `copies` times its prompts, with `draws` times their responses."""
     tables = [
@@ -158,39 +171,25 @@ def many_long_responses(table: pd.DataFrame, copies: int, draws: int, text: str)
     return pd.concat(tables, ignore_index=True)
 
 
-def test_ten_thousand_long_responses_stay_below_ten_megabytes(tmp_path):
-    """One constraint is drawn, and figures are counted as for three."""
-    world = random_world(4, 1, prompts=22, responses=20)
-    run, recipe, learner = make_run(tmp_path / "run", world, ["dual.responses_per_prompt=10"])
-    play(run, recipe, learner, 1)
+def test_ten_thousand_long_responses_stay_below_ten_megabytes(bare, tmp_path):
+    """No constraint is drawn, and figures are counted as for three."""
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(bare[0].path, run.path)
     long_text = '"' * 4000  # the character that grows most when escaped
     for path in (run.samples_file(0), run.reference_file):
-        write_parquet(many_long_responses(read_parquet(path), 10, 10, long_text), path)
+        write_parquet(many_long_responses(read_parquet(path), 20, 25, long_text), path)
     prompts = run.prompts()
-    copies = [prompts.assign(prompt_id=prompts["prompt_id"] + f"-{copy}") for copy in range(10)]
+    copies = [prompts.assign(prompt_id=prompts["prompt_id"] + f"-{copy}") for copy in range(20)]
     write_parquet(pd.concat(copies, ignore_index=True).assign(prompt=long_text), run.prompts_file)
     contents = read_contents(run)
-    assert len(contents.after) == 11_000
+    assert len(contents.after) == 12_000
     html = write_report(run)[0].read_text()
     largest = max(path.stat().st_size for path in (run.path / "report").glob("*.png"))
-    further_figures = 2 * 3 * 2  # slack, path and scores of two constraints, light and dark
+    further_figures = 2 * (1 + 3 * 3)  # multipliers; slack, path and scores: light and dark
     assert len(html.encode()) + further_figures * largest * 4 / 3 < 10_000_000
     cards = len(re.findall(r"<li[^>]* data-change0=", html))
     assert 100 < cards <= 100 + EXTREMES
-    assert f"{cards} of 11,000 pairs of responses to 110 test prompts" in html
-
-
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory):
-    """A run without a constraint, the sentence of its report and the report's files."""
-    run, recipe, learner = make_run(
-        tmp_path_factory.mktemp("bare") / "run",
-        random_world(8, 0, prompts=12),
-        ["dual.responses_per_prompt=4"],
-    )
-    play(run, recipe, learner, 1)
-    path, sentence = write_report(run)
-    return run, sentence, {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    assert f"{cards} of 12,000 pairs of responses to 120 test prompts" in html
 
 
 def test_no_constraint_is_reported_too(bare):

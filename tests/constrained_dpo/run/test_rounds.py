@@ -18,10 +18,10 @@ from tests.helpers.tables import random_world
 def test_rounds_with_the_exact_maximizer_reach_the_constraint(tmp_path, m):
     world = random_world(3, m, prompts=2 * NUM_PROMPTS, responses=50)
     run, recipe, learner = make_run(tmp_path / "run", world)
-    records = play(run, recipe, learner, 6)
+    records = play(run, recipe, learner, 5)
     assert records[0].lambda_ == dict.fromkeys(world.problem.names, 0.0)
     assert max(map(abs, records[0].exact_on("test").u.values())) > 1
-    for exact in (record.exact_on("test") for record in records[-3:]):
+    for exact in (record.exact_on("test") for record in records[-2:]):
         assert all(abs(u) < 0.12 for u in exact.u.values())
         assert exact.objective == pytest.approx(world.optimum.dual_value, abs=0.06)
 
@@ -50,13 +50,13 @@ def test_replay_recomputes_lambda_and_notices_a_changed_table(tmp_path, method):
     run, recipe, learner = make_run(
         tmp_path / "run", random_world(5, 2, prompts=20), [f"dual.method={method}"]
     )
-    records = play(run, recipe, learner, 3)
+    records = play(run, recipe, learner, 2)
     lambdas = run.state().lambda_
     assert replay(run) == lambdas
     if method != "subgradient":
-        assert {r.step for r in records} == {"kept"} and lambdas[0] == lambdas[3]
+        assert {r.step for r in records} == {"kept"} and lambdas[0] == lambdas[2]
         return
-    assert {r.step for r in records} == {"subgradient"} and lambdas[0] != lambdas[3]
+    assert {r.step for r in records} == {"subgradient"} and lambdas[0] != lambdas[2]
     change(run.off_policy_file(1), policy_logp=1.0)  # moves the residual, but not λ
     assert replay(run) == lambdas
     change(run.samples_file(1), g0=0.01)

@@ -117,7 +117,7 @@ def test_options_applied_after_the_model_are_outside_the_fingerprint(folder):
     expected = make_scorer(classifier(folder)).fingerprint
     for keys in ({"indicator": 0.5}, {"clip": [0, 1], "negate": True}, {"batch_size": 3}):
         assert make_scorer(classifier(folder, **keys)).fingerprint == expected
-    for keys in ({"quantization": "int8"}, {"output": "probability"}, {"max_length": 9}):
+    for keys in ({"quantization": "int8"}, {"max_length": 9}):
         assert make_scorer(classifier(folder, **keys)).fingerprint != expected
 
 
