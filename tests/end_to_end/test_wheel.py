@@ -10,6 +10,8 @@ import pytest
 
 from tests.helpers.paths import REPO
 
+PACKAGES = ("constrained_dpo/*", "data_prep/*")
+
 SCORES = """prompt_id,helpful,harmless
 a,1.0,-0.5
 a,0.0,0.5
@@ -38,8 +40,7 @@ def environment(tmp_path_factory) -> Path:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     source = folder / "source"
     tracked = subprocess.run(
-        ["git", "ls-files", "-z", "pyproject.toml", "README.md", "LICENSE", "constrained_dpo/*"]
-        + ["data_prep/*"],
+        ["git", "ls-files", "-z", "pyproject.toml", "README.md", "LICENSE", *PACKAGES],
         cwd=REPO,
         capture_output=True,
         check=True,

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from data_prep.errors import UserError
-from data_prep.models.checkpoints import fingerprint_model
 from data_prep.scorers import calibration
 from data_prep.scorers.scoring import make_scorer
 from data_prep.scorers.settings import ClassifierScorerSettings, fill_template
