@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup init round run status report test test-all lint bench bench-quality bench-methods bench-fit bench-dual bench-one-shot bench-theory bench-kills bench-relabel bench-prepare clean
+.PHONY: setup init round run status report test test-all lint bench bench-quality bench-methods bench-fit bench-coverage bench-one-shot bench-theory bench-kills bench-relabel bench-prepare clean
 .DEFAULT_GOAL := round
 
 setup: $(VENV)/.installed
@@ -46,55 +46,52 @@ lint: setup
 
 # The tables of docs/benchmarks.md, measured anew (about 40 minutes on 2 cores).
 bench: setup
-	$(BIN)/python tests/bench_quickstart.py
+	$(BIN)/python -m benchmarks.bench_quickstart
 
 # Ways of fitting on enumerable worlds at equal passes (about eight hours of one core; goes on where it stopped), and the adapter's own reach.
 bench-quality: setup
-	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_quality.py runs runs/bench-quality.jsonl
-	$(BIN)/python tests/bench_quality.py table runs/bench-quality.jsonl
-	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_ceiling.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_quality runs runs/bench-quality.jsonl
+	$(BIN)/python -m benchmarks.bench_quality table runs/bench-quality.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_ceiling
 
 # The papers' methods beside ours, five seeds (100 runs, about two hours of one core; goes on where it stopped).
 bench-methods: setup
-	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_methods.py runs runs/bench-methods.jsonl
-	$(BIN)/python tests/bench_methods.py report runs/bench-methods.jsonl --figures docs/figures
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_methods runs runs/bench-methods.jsonl
+	$(BIN)/python -m benchmarks.bench_methods report runs/bench-methods.jsonl --figures docs/figures
 
 # Steps of a fit beside TRL's, without and with gradient checkpointing (8 minutes each beside other load, one core); sampling (5 minutes).
 bench-fit: setup
-	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_fit.py
-	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_fit.py --checkpointing
-	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_sampling.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_fit
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_fit --checkpointing
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_sampling
 
-# Rounds of the dual steps, coverage of intervals and verdicts (simulated; about an hour on 2 cores), then real fits (hours; goes on where it stopped).
-bench-dual: setup
-	$(BIN)/python tests/bench_steps.py
-	$(BIN)/python tests/bench_coverage.py
-	$(BIN)/python tests/bench_dual.py fits runs/bench-dual.jsonl
-	$(BIN)/python tests/bench_dual.py table runs/bench-dual.jsonl
+# Coverage of intervals and of verdicts (simulated; about half an hour on one core).
+bench-coverage: setup
+	$(BIN)/python -m benchmarks.bench_coverage
 
 # The one-shot dual beside gradient descent and L-BFGS-B (about 25 minutes, one core).
 bench-one-shot: setup
-	$(BIN)/python tests/bench_one_shot.py
+	$(BIN)/python -m benchmarks.bench_one_shot
 
 # The tables and figures of docs/theory.md (4 minutes on one core, then 10 minutes of LoRA fits).
 bench-theory: setup
-	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_theory.py --output docs/figures
-	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_margins.py --output docs/figures
-	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_rank.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_theory --output docs/figures
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_margins --output docs/figures
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_rank
 
 # 100 kills, a full disk at many points, Ctrl-C in every phase (about an hour on 2 cores).
 bench-kills: setup
-	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_many.py --kills 100
-	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_many.py --interrupt
-	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_many.py --disk-full
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kill_many --kills 100
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kill_many --interrupt
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kill_many --disk-full
 
 # 4 million scored responses under a new λ, beside datasets.map (about 15 minutes).
 bench-relabel: setup
-	$(BIN)/python tests/bench_relabel.py
+	$(BIN)/python -m benchmarks.bench_relabel
 
 # 30,000 prompts with two responses each: read, split, tokenized, validated (about 5 minutes on one core).
 bench-prepare: setup
-	OMP_NUM_THREADS=1 $(BIN)/python tests/bench_prepare.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_prepare
 
 clean:
 	rm -rf runs build *.egg-info

@@ -1,8 +1,8 @@
 """How far the adapter of bench_quality.py reaches at all: LoRA trained on the exact Lagrangian,
 its exact gradient, no samples.
 
-    python tests/bench_ceiling.py [--worlds "random 1" ...] [--scales "std 1" ...] [--steps 400]
-        [--learning-rate 4e-3] [--rank 8] [--without-head]
+    python -m benchmarks.bench_ceiling [--worlds "random 1" ...] [--scales "std 1" ...]
+        [--steps 400] [--learning-rate 4e-3] [--rank 8] [--without-head]
 
 Every answer of the enumerable world is in every gradient, on six prompts a step, so what is
 left is the adapter's and the optimizer's, not the pool's, the labels' or the loss's. λ starts
@@ -13,8 +13,6 @@ are.
 
 import argparse
 import itertools
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,10 +20,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.bench_quality import SCALES, WORLDS, recipe_of
-from constrained_dpo.dual.exact import share_of_gap_closed
+from benchmarks.shares import share_closed
 from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.recipe.schema import Recipe
-from constrained_dpo.run.directory import RunDirectory
 from data_prep.prompts.split import split_prompts
 from data_prep.sampling.enumeration import response_tree
 
@@ -39,19 +36,15 @@ def ceiling(
     """Shares closed of the objective's gap to P* and of the Lagrangian's at the last λ, that λ over
     λ*, u/b and KL, after training."""
     recipe = Recipe.model_validate(recipe_of("soft, pool grows", world_name, scale, 0, head=head))
-    problem, prompts = (
-        recipe.problem,
-        split_prompts(recipe.prompts, recipe.dual.prompts_per_round)[0],
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        learner = LoraLearner(recipe, RunDirectory(Path(folder)), prompts)
-        policy, world, optimum = learner.policy, learner.worlds["dual"], learner.optimum()["dual"]
-    tokens = torch.tensor(
-        [learner.prompt_tokens[pid] for pid in prompts["prompt_id"][prompts["split"] == "dual"]]
-    )
-    (name, best), reward = next(iter(optimum["lambda"].items())), torch.tensor(world.reward)
+    problem = recipe.problem
+    prompts, _ = split_prompts(recipe.prompts, recipe.dual.prompts_per_round)
+    learner = LoraLearner(recipe, prompts)
+    policy, world = learner.policy, learner.exact.world("dual", problem)
+    optimum = world.exact_optimum
+    tokens = torch.tensor(list(learner.exact.tokens["dual"].values()))
+    (name, best), reward = next(iter(optimum.lambda_.items())), torch.tensor(world.reward)
     utility, start = torch.tensor(world.utilities[name]), torch.tensor(world.ref_logp)
-    margin, lambda_ = -optimum["reference"]["u"][name], best
+    margin, lambda_ = -optimum.reference.u[name], best
     torch.manual_seed(0)
     targets = recipe.policy.lora.target_modules
     model = get_peft_model(
@@ -64,29 +57,29 @@ def ceiling(
     rng = np.random.default_rng(0)
     for step in range(steps):
         optimizer.zero_grad()
-        some = rng.choice(len(tokens), PROMPTS_PER_STEP, replace=False)
-        logp = response_tree(model, tokens[some], *policy.eos_ids)
-        score = reward[some] + lambda_ * utility[some]
-        value = (logp.exp() * (score - problem.beta * (logp - start[some]))).sum(dim=1).mean()
+        rows = rng.choice(len(tokens), PROMPTS_PER_STEP, replace=False)
+        logp = response_tree(model, tokens[rows], *policy.eos_ids)
+        score = reward[rows] + lambda_ * utility[rows]
+        value = (logp.exp() * (score - problem.beta * (logp - start[rows]))).sum(dim=1).mean()
         (-value / problem.beta).backward()
-        gain = ((logp.detach().exp() - start[some].exp()) * utility[some]).sum(dim=1).mean().item()
+        gain = ((logp.detach().exp() - start[rows].exp()) * utility[rows]).sum(dim=1).mean().item()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         lambda_ = max(0.0, lambda_ - DUAL_STEP * best * (1 - step / steps) * (gain / margin - 1))
     with torch.no_grad():
         logp = torch.cat(
-            [response_tree(model, some, *policy.eos_ids) for some in tokens.split(PROMPTS_PER_STEP)]
+            [response_tree(model, few, *policy.eos_ids) for few in tokens.split(PROMPTS_PER_STEP)]
         ).numpy()
     reached = world.evaluate(logp)
     last = pd.Series({name: lambda_})
     return {
-        "closed": share_of_gap_closed(reached, optimum),
+        "closed": share_closed(optimum, reached),
         "lagrangian": 1
         - world.lagrangian_gap(logp, last) / world.lagrangian_gap(world.ref_logp, last),
         "lambda": lambda_ / best,
-        "u_over_b": reached["u"][name] / margin,
-        "kl": reached["kl"],
+        "u_over_b": reached.u[name] / margin,
+        "kl": reached.kl,
     }
 
 
@@ -106,7 +99,7 @@ def main() -> None:
         "|\n|---|---|---|---|---|---|---|"
     )
     for world, scale in itertools.product(arguments.worlds, arguments.scales):
-        found = ceiling(
+        values = ceiling(
             world,
             scale,
             arguments.steps,
@@ -115,11 +108,11 @@ def main() -> None:
             not arguments.without_head,
         )
         closed, lagrangian, u = (
-            f"{100 * found[key]:.0f} %" for key in ("closed", "lagrangian", "u_over_b")
+            f"{100 * values[key]:.0f} %" for key in ("closed", "lagrangian", "u_over_b")
         )
         print(
-            f"| {world} | {scale} | {closed} | {u} | {lagrangian} | {found['lambda']:.2f} | "
-            f"{found['kl']:.2f} |",
+            f"| {world} | {scale} | {closed} | {u} | {lagrangian} | {values['lambda']:.2f} | "
+            f"{values['kl']:.2f} |",
             flush=True,
         )
 

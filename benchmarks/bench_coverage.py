@@ -1,8 +1,8 @@
 """Do the error bars hold? Replications on enumerable populations of prompts, whose exact u is
 known; markdown tables on stdout.
 
-    python tests/bench_coverage.py                  # about half an hour on one core
-    python tests/bench_coverage.py --runs 0         # intervals only: two minutes
+    python -m benchmarks.bench_coverage                 # about half an hour on one core
+    python -m benchmarks.bench_coverage --runs 0        # intervals only: two minutes
 
 - Intervals: each replication draws its prompts iid from a population of 5,000 (skewed: a fifth of
   the prompts answers λ three times as strongly), samples π_θ and π_ref, and asks whether the 95 %
@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from constrained_dpo.run.selection import chosen_round
 from scipy import stats
 from tqdm import tqdm
 
@@ -29,7 +28,9 @@ from constrained_dpo.estimates.verdict import SATISFIED, judge, overall
 from constrained_dpo.learners.tabular import TabularLearner
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.prepare import prepare
+from constrained_dpo.run.record import RoundRecord
 from constrained_dpo.run.rounds import play_round
+from constrained_dpo.run.steering import chosen_round
 from data_prep.errors import UserError
 from tests.helpers.rounds import make_run
 from tests.helpers.tables import random_world
@@ -87,7 +88,7 @@ def intervals(replications: int) -> None:
     for m in (1, 3):
         world = population(m)
         logp = world.maximizer(world.optimum.lambda_)
-        exact = world.evaluate(logp)["u"]
+        exact = world.evaluate(logp).u
         for prompts in (30, 1000):
             rng, covered, claimed = (
                 np.random.default_rng([m, prompts]),
@@ -110,7 +111,7 @@ def intervals(replications: int) -> None:
 def one_run(world: TabularWorld, rng: np.random.Generator) -> tuple[str, bool]:
     """The verdict of a run's best round, and whether the population's exact u is ≥ 0 for every
     constraint."""
-    part = subset(world, rng.integers(POPULATION, size=80))
+    drawn_world = subset(world, rng.integers(POPULATION, size=80))
     with tempfile.TemporaryDirectory() as folder:
         settings = [
             "dual.confidence_side=lower",
@@ -118,11 +119,11 @@ def one_run(world: TabularWorld, rng: np.random.Generator) -> tuple[str, bool]:
             "sampling.responses_per_prompt=8",
         ]
         run, recipe, learner = make_run(
-            Path(folder) / "run", part, [*settings, f"seed={rng.integers(10**6)}"]
+            Path(folder) / "run", drawn_world, [*settings, f"seed={rng.integers(10**6)}"]
         )
         prompts = [f"p{i}" for i in range(80)]
         learner = TabularLearner(
-            part,
+            drawn_world,
             pd.DataFrame(
                 {"prompt_id": prompts, "prompt": "?", "split": ["dual"] * 40 + ["test"] * 40}
             ),
@@ -135,11 +136,11 @@ def one_run(world: TabularWorld, rng: np.random.Generator) -> tuple[str, bool]:
 
 def verdict(run: RunDirectory, world: TabularWorld) -> tuple[str, bool]:
     try:
-        record = run.round_record(chosen_round(run, "best"))
+        record = RoundRecord.read(run.round_file(chosen_round(run, "best")))
     except UserError:
         return "no round satisfied on dual prompts", True
-    exact = world.evaluate(world.maximizer(pd.Series(record["lambda"])))["u"]
-    return record["verdict"], all(u >= 0 for u in exact.values())
+    exact = world.evaluate(world.maximizer(pd.Series(record.lambda_))).u
+    return record.verdict, all(u >= 0 for u in exact.values())
 
 
 def runs(count: int) -> None:

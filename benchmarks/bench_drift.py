@@ -1,7 +1,7 @@
 """Why fits are short and samples fresh: one more fit from a finished run's last policy, on its pool
 as it is, and with fresh samples added.
 
-    cdpo run runs/quickstart && python tests/bench_drift.py runs/quickstart
+    cdpo run runs/quickstart && python -m benchmarks.bench_drift runs/quickstart
 
 Prints, per variant, the exact share of the gap from π_ref to P* that the new policy closes and the
 exact Lagrangian gap (score units), and for the run's last policy how much of that gap lies on
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.dual.exact import exact_optimum, share_of_gap_closed
+from benchmarks.shares import share_closed
 from constrained_dpo.fit.adapter import fit_adapter
 from constrained_dpo.fit.trainer import FitPlan
 from constrained_dpo.learners.lora import LoraLearner
@@ -30,15 +30,14 @@ FRESH = 512
 def main(path: str) -> None:
     run = RunDirectory(Path(path))
     recipe, number = run.recipe(), run.rounds_done()
-    learner = LoraLearner(recipe, run, run.prompts())
-    problem, world = recipe.problem, learner.worlds["dual"]
-    lambda_ = problem.multipliers(run.state()["lambda"][-1])
-    tokens = {pid: learner.prompt_tokens[pid] for pid in learner._prompts_of("dual")}
+    learner, problem = LoraLearner(recipe, run.prompts(), run.score_cache), recipe.problem
+    world, tokens = learner.exact.world("dual", problem), learner.exact.tokens["dual"]
+    lambda_ = problem.multipliers(run.state().lambda_[-1])
     last, pool, star = run.adapter_folder(number - 1), run.pool(number), world.maximizer(lambda_)
 
     def describe(name: str, logp: np.ndarray) -> np.ndarray:
         gap = problem.beta * np.exp(logp) * (logp - star)
-        closed = share_of_gap_closed(world.evaluate(logp), exact_optimum(world))
+        closed = share_closed(world.exact_optimum, world.evaluate(logp))
         print(f"| {name} | {100 * closed:.0f} % | {gap.sum(1).mean():.3f} |", flush=True)
         return gap
 

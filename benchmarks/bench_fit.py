@@ -1,7 +1,7 @@
 """`make bench-fit`: pairs per second of our fit beside the installed TRL's DPOTrainer, same model,
 LoRA, rows and batch, in one process.
 
-    python tests/bench_fit.py [--steps 2] [--repeats 3] [--checkpointing]
+    python -m benchmarks.bench_fit [--steps 2] [--repeats 3] [--checkpointing]
 
 A 15M-parameter Llama (6 layers of width 288, 32,000 words, random weights), float32, LoRA r = 8 on
 all linear layers, prompts of 100–130 tokens, responses of 60–140, batches of 8 pairs. The variants

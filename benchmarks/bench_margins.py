@@ -1,7 +1,7 @@
 """One-shot against multi-shot with real LoRA fits on the embedded world, over a range of
 margins: how far each lands from b, exactly.
 
-    python tests/bench_margins.py --output docs/figures   # 2 runs per margin and seed, 90 s each
+    python -m benchmarks.bench_margins --output docs/figures   # 2 runs of 90 s a margin and seed
 
 Both play the same number of rounds with the same passes; one-shot keeps λ at its λ*, multi-shot
 moves it. Fits are shorter than the recipe's, samples fewer, dual steps twice as large. The
@@ -16,9 +16,10 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.real_runs import play
+from benchmarks.shares import share_closed
 from constrained_dpo.estimates.intervals import seeds_interval
+from tests.helpers.paths import QUICKSTART
 
-REPO = Path(__file__).resolve().parents[1]
 SETTINGS = (
     *(
         "sampling.responses_per_prompt=32",
@@ -40,18 +41,18 @@ def one_run(run: Path, method: str, margin: float, seed: int) -> dict:
         f"objective.constraints.harmless.margin={margin}",
         f"seed={seed}",
     ]
-    records, optima = play(REPO / "tests" / "data" / "quickstart_pairs.yaml", run, overrides)
+    records, optima = play(QUICKSTART, run, overrides)
     last, optimum = records[-1], optima["dual"]
-    exact, start = last["exact"]["dual"], optimum["reference"]["objective"]
+    exact = last.exact["dual"]
     return {
         "b": margin,
         "seed": seed,
         "method": method,
-        "λ": last["lambda"]["harmless"],
-        "λ*": optimum["lambda"]["harmless"],
-        "gain": exact["u"]["harmless"] + margin,
-        "closed": (exact["objective"] - start) / (optimum["objective"] - start),
-        "kl": exact["kl"],
+        "λ": last.lambda_["harmless"],
+        "λ*": optimum.lambda_["harmless"],
+        "gain": exact.u["harmless"] + margin,
+        "closed": share_closed(optimum, exact),
+        "kl": exact.kl,
     }
 
 
@@ -67,16 +68,16 @@ def summarize(table: pd.DataFrame) -> None:
     for margin, group in table.groupby("b"):
         off = group.pivot(index="seed", columns="method", values="off").abs()
         for method in METHODS:
-            mine = group[group["method"] == method]
+            runs = group[group["method"] == method]
             mean, low, high = (
-                seeds_interval(mine["off"].tolist(), 0.95)
-                if len(mine) > 1
-                else (mine["off"].iloc[0],) * 3
+                seeds_interval(runs["off"].tolist(), 0.95)
+                if len(runs) > 1
+                else (runs["off"].iloc[0],) * 3
             )
-            cells = [f"{margin:g}", method, str(len(mine)), f"{mine['λ'].mean():.2f}"]
+            cells = [f"{margin:g}", method, str(len(runs)), f"{runs['λ'].mean():.2f}"]
             cells += [
                 f"{100 * mean:+.0f} % [{100 * low:+.0f}, {100 * high:+.0f}]",
-                f"{100 * mine['closed'].mean():.0f} %",
+                f"{100 * runs['closed'].mean():.0f} %",
             ]
             cells.append(
                 f"{int((off[method] < off.drop(columns=method).iloc[:, 0]).sum())} of {len(off)}"

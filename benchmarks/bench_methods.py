@@ -1,16 +1,17 @@
 """`make bench-methods`: the papers' figures on the embedded world, where every gain and every
 optimum is exact.
 
-    python tests/bench_methods.py runs FILE.jsonl [--methods ...] [--margins ...] [--seeds ...]
-    python tests/bench_methods.py report FILE.jsonl [--figures docs/figures]   # tables, PNGs
+    python -m benchmarks.bench_methods runs FILE.jsonl
+        [--methods ...] [--margins ...] [--seeds ...]
+    python -m benchmarks.bench_methods report FILE.jsonl [--figures docs/figures]  # tables, PNGs
 
 Achieved against demanded b and the trade-off front of MoCAN, CAID, PeCAN, PeCAID, weighted
 sums, DPO on one objective and our own settings, with error bars over seeds. Real NF4 LoRA fits,
 all with the same rounds, steps and samples (SETTINGS); only what makes the method differs
-(constrained_dpo/methods.py). Gains are those of the last round's policy by enumeration: on the
-dual prompts, which λ is steered on, and on the test prompts. PeCAN and PeCAID see no scores:
-two adapters fitted by DPO on drawn labels (this world's people; one fit of PREALIGN per
-objective and seed, kept beside FILE) are their implicit scorers, b is asked of those, and the
+(constrained_dpo/recipe/methods.py). Gains are those of the last round's policy by enumeration:
+on the dual prompts, which λ is steered on, and on the test prompts. PeCAN and PeCAID see no
+scores: two adapters fitted by DPO on drawn labels (this world's people; one fit of PREALIGN per
+objective and seed, kept beside FILE) are their implicit scorers, b is demanded of those, and the
 gains shown are those of the true scores.
 """
 
@@ -26,14 +27,17 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.real_runs import play
-from constrained_dpo.dual.exact import share_of_gap_closed
+from benchmarks.shares import share_closed
+from constrained_dpo.dual.exact import ExactOptimum, ExactPolicy
 from constrained_dpo.estimates.intervals import seeds_interval
 from constrained_dpo.recipe.load import load_recipe
 from constrained_dpo.recipe.methods import METHODS, method_overrides, uses_margins
 from constrained_dpo.report.comparison_figures import draw_achieved, draw_front
 from constrained_dpo.report.drawing import LIGHT, render
+from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.record import read_optimum
+from tests.helpers.paths import RECIPES
 
-REPO = Path(__file__).resolve().parents[1]
 SETTINGS = (
     *(
         "sampling.responses_per_prompt=32",
@@ -90,7 +94,7 @@ def is_constrained(method: str) -> bool:
 def prealigned(scale: str, seed: int, folder: Path) -> dict[str, Path]:
     """Runs of DPO on one objective's drawn labels, by objective; played where they are not there
     yet."""
-    path = REPO / "recipes" / SCALES[scale][0]
+    path = RECIPES / SCALES[scale][0]
     runs = {}
     for name in ("helpful", "harmless"):
         runs[name] = folder / f"{scale}-seed{seed}-{name}".replace(" ", "")
@@ -114,23 +118,28 @@ from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.run.directory import RunDirectory
 run = RunDirectory(sys.argv[1])
 recipe = run.recipe()
-learner = LoraLearner(recipe, run, run.prompts())
-zeros = recipe.problem.multipliers(dict.fromkeys(recipe.problem.names, 0.0))
-print(json.dumps([learner.exact(Path(adapter), zeros) for adapter in sys.argv[2:]]))
+learner, problem = LoraLearner(recipe, run.prompts(), run.score_cache), recipe.problem
+zeros = problem.multipliers(dict.fromkeys(problem.names, 0.0))
+values = [learner.exact.policy(Path(adapter), zeros, problem) for adapter in sys.argv[2:]]
+print(json.dumps([{split: v.to_json() for split, v in by_split.items()} for by_split in values]))
 """
 
 
-def true_values(judge: Path, adapters: list[Path]) -> list[dict]:
+def true_values(judge: Path, adapters: list[Path]) -> list[dict[str, ExactPolicy]]:
     """Exact values of adapters under the scorers of the run `judge`, by split."""
     command = [sys.executable, "-c", TRUE_VALUES, str(judge), *map(str, adapters)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return [
+        {split: ExactPolicy.from_json(content) for split, content in by_split.items()}
+        for by_split in json.loads(done.stdout)
+    ]
 
 
 def one_run(scale: str, method: str, value: float, seed: int, folder: Path) -> dict:
     """Plays a run; by split and round the exact gains over π_ref by objective (score units), KL
     (nats), and those of the exact optimum."""
     file, factor = SCALES[scale]
-    path = REPO / "recipes" / file
+    path = RECIPES / file
     recipe = load_recipe(path, SETTINGS)
     overrides = [
         *SETTINGS,
@@ -153,56 +162,53 @@ def one_run(scale: str, method: str, value: float, seed: int, folder: Path) -> d
     with tempfile.TemporaryDirectory() as name:
         run = Path(name) / "run"
         records, optima = play(path, run, overrides)
-        if judges:  # what the implicit scores say of themselves is not what is asked here
+        if judges:  # what the implicit scores say of themselves is not measured here
             exact = true_values(
-                judges["helpful"], [run / f"rounds/{r['round']:03d}/adapter" for r in records]
+                judges["helpful"], [run / f"rounds/{r.round:03d}/adapter" for r in records]
             )
-            records = [
-                record | {"exact": values} for record, values in zip(records, exact, strict=True)
-            ]
-            optima = json.loads((judges["helpful"] / "exact.json").read_text())
+            optima = read_optimum(RunDirectory(judges["helpful"]))
+        else:
+            exact = [r.exact for r in records]
 
-    def gains(values: dict, split: str) -> dict[str, float]:
+    def gains(values: ExactPolicy, optimum: ExactOptimum) -> dict[str, float]:
         """By objective, whichever of the two is the run's reward."""
-        base = optima[split]["reference"]
-        (utility,) = base["utilities"]
+        base = optimum.reference
+        (utility,) = base.utilities
         reward = "helpful" if utility == "harmless" else "harmless"
         moved = {
-            reward: values["reward"] - base["reward"],
-            utility: values["utilities"][utility] - base["utilities"][utility],
+            reward: values.reward - base.reward,
+            utility: values.utilities[utility] - base.utilities[utility],
         }
-        return {name: moved[name] / factor for name in sorted(moved)} | {"kl": values["kl"]}
+        return {name: moved[name] / factor for name in sorted(moved)} | {"kl": values.kl}
 
-    last = records[-1]
     return {
         "task": [scale, method, value, seed],
         "seconds": round(time.perf_counter() - start, 1),
-        "lambda": last["lambda"],
-        "lambda_star": None if judges else optima["dual"]["lambda"],
+        "lambda": records[-1].lambda_,
+        "lambda_star": None if judges else optima["dual"].lambda_,
         "rounds": [
-            {split: gains(r["exact"][split], split) for split in ("dual", "test")} for r in records
+            {split: gains(values[split], best) for split, best in optima.items()}
+            for values in exact
         ],
         "best": None
         if judges
-        else {split: gains(optima[split]["optimal"], split) for split in ("dual", "test")},
+        else {split: gains(best.optimal, best) for split, best in optima.items()},
         "closed": None
         if judges
-        else {
-            split: share_of_gap_closed(last["exact"][split], best) for split, best in optima.items()
-        },
+        else {split: share_closed(best, exact[-1][split]) for split, best in optima.items()},
     }
 
 
-def play_runs(output: Path, wanted: list[tuple[str, str, float, int]]) -> None:
+def play_runs(output: Path, grid: list[tuple[str, str, float, int]]) -> None:
     """One JSON line a run, what is there already left out; says first how long the rest takes."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    known = (
+    earlier = (
         [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     )
-    left = [task for task in wanted if list(task) not in [r["task"] for r in known]]
-    each = np.mean([r["seconds"] for r in known]) if known else EXPECTED
+    left = [task for task in grid if list(task) not in [r["task"] for r in earlier]]
+    each = np.mean([r["seconds"] for r in earlier]) if earlier else EXPECTED
     print(
-        f"{len(left)} of {len(wanted)} runs to play, about {len(left) * each / 60:.0f} minutes at "
+        f"{len(left)} of {len(grid)} runs to play, about {len(left) * each / 60:.0f} minutes at "
         f"{each:.0f} s a run",
         flush=True,
     )
@@ -210,12 +216,12 @@ def play_runs(output: Path, wanted: list[tuple[str, str, float, int]]) -> None:
         result = one_run(*task, output.with_suffix(""))
         with output.open("a") as lines:
             lines.write(json.dumps(result) + "\n")
-        said = {split: round(v["harmless"], 3) for split, v in result["rounds"][-1].items()}
+        reached = {split: round(v["harmless"], 3) for split, v in result["rounds"][-1].items()}
         print(
             f"{number}/{len(left)}",
             task,
             "gain of harmless",
-            said,
+            reached,
             f"{result['seconds']:.0f} s",
             flush=True,
         )
@@ -226,9 +232,9 @@ def points(results: list[dict], split: str) -> pd.DataFrame:
     mean and t-interval over seeds; in units of the std 1 world."""
     rows = []
     for method in NAMES:
-        mine = [r for r in results if r["task"][1] == method]
-        for value in sorted({r["task"][2] for r in mine}):
-            alike = [r for r in mine if r["task"][2] == value]
+        played = [r for r in results if r["task"][1] == method]
+        for value in sorted({r["task"][2] for r in played}):
+            alike = [r for r in played if r["task"][2] == value]
             row = {
                 "method": NAMES[method],
                 "setting": (value,),
@@ -257,21 +263,21 @@ def points(results: list[dict], split: str) -> pd.DataFrame:
 
 def distances(results: list[dict], split: str) -> dict[str, dict[tuple[float, int], float]]:
     """|gain/b − 1| of every run that looks at margins, by method and (margin, seed)."""
-    found: dict[str, dict[tuple[float, int], float]] = {}
+    far: dict[str, dict[tuple[float, int], float]] = {}
     for result in results:
         _, method, value, seed = result["task"]
         if is_constrained(method):
-            found.setdefault(method, {})[value, seed] = abs(
+            far.setdefault(method, {})[value, seed] = abs(
                 result["rounds"][-1][split]["harmless"] / value - 1
             )
-    return found
+    return far
 
 
 def report(results: list[dict], output: Path | None) -> None:
     for scale in dict.fromkeys(r["task"][0] for r in results):
-        mine = [r for r in results if r["task"][0] == scale]
+        played = [r for r in results if r["task"][0] == scale]
         for split in ("dual", "test"):
-            table = points(mine, split)
+            table = points(played, split)
             print(f"\n{scale}, {split} prompts: exact, mean [95 % interval over seeds]\n")
             print(
                 "| method | b or λ | seeds | gain of harmless | change of helpful | KL | of the "
@@ -284,13 +290,13 @@ def report(results: list[dict], output: Path | None) -> None:
                         f"{r[f'gain_{n}']:+.3f} [{r[f'low_{n}']:+.3f}, {r[f'high_{n}']:+.3f}]"
                         for n in ("harmless", "helpful")
                     ]
-                asked = "–" if pd.notna(r["alone"]) else f"{r['setting'][0]:g}"
+                demanded = "–" if pd.notna(r["alone"]) else f"{r['setting'][0]:g}"
                 closed = "–" if np.isnan(r["closed"]) else f"{100 * r['closed']:.0f} %"
                 print(
-                    f"| {r['method']} | {asked} | {r['runs']} | {' | '.join(cells)} | "
+                    f"| {r['method']} | {demanded} | {r['runs']} | {' | '.join(cells)} | "
                     f"{r['gain_kl']:.2f} | {closed} |"
                 )
-            far = distances(mine, split)
+            far = distances(played, split)
             print()
             for method, values in far.items():
                 mean, most = 100 * np.mean(list(values.values())), 100 * max(values.values())
@@ -321,9 +327,9 @@ def report(results: list[dict], output: Path | None) -> None:
 def draw(table: pd.DataFrame, output: Path, stem: str) -> None:
     output.mkdir(parents=True, exist_ok=True)
     colours = {method: index for index, method in enumerate(NAMES.values())}
-    asked = table[~table["fixed"]]
-    if len(asked):
-        figure = render(lambda style: draw_achieved(style, asked, "harmless", colours), LIGHT)
+    demanding = table[~table["fixed"]]
+    if len(demanding):
+        figure = render(lambda style: draw_achieved(style, demanding, "harmless", colours), LIGHT)
         (output / f"{stem}_achieved.png").write_bytes(figure)
     (output / f"{stem}_front.png").write_bytes(
         render(lambda style: draw_front(style, table, ("harmless", "helpful"), colours), LIGHT)

@@ -10,7 +10,7 @@ largest resident memory while it solves, the scores included. Beside ours:
   iterations, until λ moved less than 1e-5 over the last 5 of at least 11; else again with step 1/2,
   1/8, 1/64, 1/1024. One constraint. The released code also computes the objective and the means in
   every iteration, which is left out here, in its favour. "Last step only" counts from the start of
-  the descent that converged, as if its step size had been known.
+  the descent that converged, as if its step size had been given.
 - scipy's L-BFGS-B from λ = 0 with the analytic gradient, once on our evaluation of D, once on plain
   numpy; at scipy's own tolerances (ftol 2.2e-9, gtol 1e-5) and at tight ones (1e-15, 1e-10).
 """
@@ -118,10 +118,10 @@ def lbfgsb(table: ScoreTable, problem: ConstrainedProblem, method: str) -> tuple
 
     options = TOLERANCES["tight" if "tight" in method else "default"]
     function = ours if "our D" in method else plain
-    found = optimize.minimize(
+    best = optimize.minimize(
         function, np.zeros(m), jac=True, bounds=[(0, 1e3)] * m, method="L-BFGS-B", options=options
     )
-    return found.x.tolist(), found.nfev
+    return best.x.tolist(), best.nfev
 
 
 def measure(folder: Path, method: str, scale: float, beta: float, m: int) -> dict[str, object]:
@@ -201,7 +201,7 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 def child(*arguments: object) -> dict:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    command = [sys.executable, __file__, "--one", *map(str, arguments)]
+    command = [sys.executable, "-m", __spec__.name, "--one", *map(str, arguments)]
     return json.loads(
         subprocess.run(
             command, capture_output=True, text=True, check=True, env=os.environ | threads
@@ -292,14 +292,14 @@ def main() -> None:
         for m, methods in METHODS.items():
             rows = {method: results[label, m, method] for method in methods}
             if "MoCAN" in rows:
-                known = [
+                last_steps = [
                     r | {"passes": r["last_passes"], "seconds": r["last_seconds"]}
                     for r in rows["MoCAN"]
                 ]
                 rows = {
                     "ours": rows["ours"],
                     "MoCAN": rows["MoCAN"],
-                    "MoCAN, last step only": known,
+                    "MoCAN, last step only": last_steps,
                 } | rows
             print_table(m, label, rows)
         runs = results[label, 2, "file"]

@@ -8,7 +8,7 @@ the responses, unless --tokenizer names a folder. Every measurement is a process
 are of the process without its imports (`wall`, and `CPU` of all its threads), the peak is its
 largest resident memory, and beside it that after the imports.
 
-- `ours`: what `cdpo prepare` does before a model is asked anything: prompts read and split,
+- `ours`: what `cdpo prepare` does before a model is called: prompts read and split,
   tokenized, the responses read, tokenized behind their prompts with EOS, written as a validated
   responses table.
 - `one by one`: the same rows by `datasets.load_dataset(...).to_list()`, prompts and responses
@@ -49,7 +49,7 @@ def make_rows(folder: Path, prompts: int) -> None:
         count = int(np.clip(rng.lognormal(np.log(mean), 0.6), 3, 400))
         return " ".join(next(drawn) for _ in range(count)).capitalize() + end
 
-    asked = [text(14, "?") for _ in range(prompts)]
+    texts = [text(14, "?") for _ in range(prompts)]
     rows = [
         {
             "prompt": prompt,
@@ -60,7 +60,7 @@ def make_rows(folder: Path, prompts: int) -> None:
             "better_response_id": int(rng.integers(2)),
             "safer_response_id": int(rng.integers(2)),
         }
-        for prompt in [*asked, *asked[: int(REPEATED * prompts)]]
+        for prompt in [*texts, *texts[: int(REPEATED * prompts)]]
     ]
     (folder / "pku.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pq.write_table(pa.Table.from_pylist(rows), folder / "pku.parquet")
@@ -157,12 +157,12 @@ def measure(method: str, source: Path, tokenizer_folder: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        found = METHODS[method](source, tokenizer, Path(folder))
+        measured = METHODS[method](source, tokenizer, Path(folder))
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     print(
         json.dumps(
-            found
+            measured
             | {
                 "wall": wall,
                 "cpu": cpu,
@@ -201,7 +201,8 @@ def main() -> None:
             for method in METHODS:
                 command = [
                     sys.executable,
-                    __file__,
+                    "-m",
+                    __spec__.name,
                     "--measure",
                     method,
                     str(Path(folder) / file),
@@ -210,12 +211,12 @@ def main() -> None:
                 done = subprocess.run(
                     command, env=environment, capture_output=True, text=True, check=True
                 )
-                found = json.loads(done.stdout.splitlines()[-1])
+                measured = json.loads(done.stdout.splitlines()[-1])
                 cells = [
-                    f"{found[k]:.{d}f}"
+                    f"{measured[k]:.{d}f}"
                     for k, d in (("wall", 1), ("cpu", 1), ("peak", 0), ("start", 0))
                 ]
-                counts = [f"{found['responses']:,}", f"{found['tokens']:,}"]
+                counts = [f"{measured['responses']:,}", f"{measured['tokens']:,}"]
                 print(
                     f"| {Path(file).suffix[1:]} | {method} | " + " | ".join(cells + counts) + " |",
                     flush=True,
@@ -223,7 +224,7 @@ def main() -> None:
                 if method == "ours":
                     print(
                         json.dumps(
-                            {k: found[k] for k in ("seconds", "prompts", "pairs", "left_out")}
+                            {k: measured[k] for k in ("seconds", "prompts", "pairs", "left_out")}
                         ),
                         file=sys.stderr,
                     )

@@ -1,9 +1,9 @@
 """`make bench-quality`: how much of the gap to the exact constrained optimum each way of
 fitting closes, at equal passes.
 
-    python tests/bench_quality.py runs FILE.jsonl [--settings ...] [--worlds ...] [--scales ...]
-        [--seeds ...]          # goes on where FILE stops
-    python tests/bench_quality.py table FILE.jsonl
+    python -m benchmarks.bench_quality runs FILE.jsonl [--settings ...] [--worlds ...]
+        [--scales ...] [--seeds ...]          # goes on where FILE stops
+    python -m benchmarks.bench_quality table FILE.jsonl
 
 Whole runs of seven rounds on enumerable worlds: the embedded one and five with random rewards
 and utilities on its policy and prompts, at score std 1 / β 0.25 and at std 10 / β 0.1. Every
@@ -24,8 +24,11 @@ import numpy as np
 import yaml
 
 from benchmarks.real_runs import play
+from benchmarks.shares import share_closed
+from constrained_dpo.dual.exact import ExactOptimum
+from constrained_dpo.run.record import RoundRecord
+from tests.helpers.paths import QUICKSTART, REPO
 
-REPO = Path(__file__).resolve().parents[1]
 GROUPS = {"group_size": 8, "groups_per_prompt": 67, "batch_size": 16}
 SHARES = {"reference": 0.2, "recent": 0.4, "hard": 0.0, "earlier": 0.4}
 RECENT = {"reference": 0.1, "recent": 0.7, "hard": 0.0, "earlier": 0.2}
@@ -41,7 +44,7 @@ SETTINGS: dict[str, dict[str, dict]] = {
 }
 MORE = {
     "groups, shares, 5e-4": {"fit": GROUPS | {"learning_rate": 5e-4}, "pool": {"shares": SHARES}}
-}  # not in the grid unless asked for
+}  # in the grid only where --settings names it
 WITH_HEAD = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 SCALES = {
     "std 1": (1, 0.25, "constant"),
@@ -52,9 +55,7 @@ WORLDS = ("embedded", "random 1", "random 2", "random 3", "random 4", "random 5"
 
 def recipe_of(setting: str, world: str, scale: str, seed: int, head: bool = True) -> dict:
     factor, beta, schedule = SCALES[scale]
-    recipe = yaml.safe_load((REPO / "tests" / "data" / "quickstart_pairs.yaml").read_text()) | {
-        "seed": seed
-    }
+    recipe = yaml.safe_load(QUICKSTART.read_text()) | {"seed": seed}
     recipe["dual"]["step_schedule"], suffix = schedule, "" if factor == 1 else "_x10"
     if world == "embedded":
         recipe["objective"]["beta"] = beta
@@ -65,7 +66,7 @@ def recipe_of(setting: str, world: str, scale: str, seed: int, head: bool = True
         number = world.split()[1]
         scorer = lambda name: {
             "type": "python",
-            "target": f"{REPO / 'tests' / 'worlds.py'}:{name}{suffix}",
+            "target": f"{REPO / 'tests' / 'helpers' / 'worlds.py'}:{name}{suffix}",
         }
         constraint = {"name": "g", "margin": 0.5 * factor, "scorer": scorer(f"utility_{number}a")}
         recipe["objective"] = {
@@ -83,7 +84,7 @@ def recipe_of(setting: str, world: str, scale: str, seed: int, head: bool = True
 
 def play_runs(output: Path, tasks: list[tuple[str, str, str, int]], head: bool) -> None:
     """One JSON line a run: the task, and by round the share of the gap closed, exact u/b and KL,
-    and what the certificate said.
+    and the certificate.
 
     Runs of one world, scale and seed start from the same samples of π_ref.
     """
@@ -104,41 +105,39 @@ def play_runs(output: Path, tasks: list[tuple[str, str, str, int]], head: bool) 
                     folder / "recipe.yaml", folder / task[0], [], start_from=prepared
                 )
                 prepared = prepared or folder / task[0]
-                rounds = told(records, optima["dual"])
+                rounds = rows_of(records, optima["dual"])
                 with output.open("a") as lines:
                     lines.write(
                         json.dumps(
-                            {
-                                "task": task,
-                                "lambda_star": optima["dual"]["lambda"],
-                                "rounds": rounds,
-                            }
+                            {"task": task, "lambda_star": optima["dual"].lambda_, "rounds": rounds}
                         )
                         + "\n"
                     )
                 seconds = time.perf_counter() - started
-                said = f"u/b {rounds[-1]['u_over_b']:+.3f}, {seconds:.0f} s"
-                print(task, [round(r["closed"], 3) for r in rounds], said, flush=True)
+                closed = [round(r["closed"], 3) for r in rounds]
+                last = f"u/b {rounds[-1]['u_over_b']:+.3f}, {seconds:.0f} s"
+                print(task, closed, last, flush=True)
 
 
-def told(records: list[dict], optimum: dict) -> list[dict]:
-    """Of every round.json what the tables are made of."""
-    start, gap = (
-        optimum["reference"]["objective"],
-        optimum["objective"] - optimum["reference"]["objective"],
-    )
+def rows_of(records: list[RoundRecord], optimum: ExactOptimum) -> list[dict]:
+    """Of every round's record what the tables are made of."""
     rounds = []
     for record in records:
-        exact = record["exact"]["dual"]
-        ((constraint, u),) = exact["u"].items()
-        row = {
-            "closed": (exact["objective"] - start) / gap,
-            "u_over_b": u / -optimum["reference"]["u"][constraint],
-            "kl": exact["kl"],
-        }
-        said = ("lagrangian_gap", "lagrangian_gap_se", "ess", "residual", "lambda", "seconds")
+        exact = record.exact["dual"]
+        ((constraint, u),) = exact.u.items()
         rounds.append(
-            row | {"exact_gap": exact["lagrangian_gap"]} | {key: record[key] for key in said}
+            {
+                "closed": share_closed(optimum, exact),
+                "u_over_b": u / -optimum.reference.u[constraint],
+                "kl": exact.kl,
+                "exact_gap": exact.lagrangian_gap,
+                "lagrangian_gap": record.lagrangian_gap,
+                "lagrangian_gap_se": record.lagrangian_gap_se,
+                "ess": record.ess,
+                "residual": record.residual,
+                "lambda": record.lambda_,
+                "seconds": record.seconds,
+            }
         )
     return rounds
 
@@ -154,14 +153,14 @@ def print_tables(results: list[dict]) -> None:
             + "|"
         )
         for setting in SETTINGS | MORE:
-            mine = [r for r in results if r["task"][0] == setting and r["task"][2] == scale]
-            if not mine:
+            played = [r for r in results if r["task"][0] == setting and r["task"][2] == scale]
+            if not played:
                 continue
             cells = []
             for world in WORLDS:
                 last = [
                     r["rounds"][-1]
-                    for r in sorted(mine, key=lambda r: r["task"][3])
+                    for r in sorted(played, key=lambda r: r["task"][3])
                     if r["task"][1] == world
                 ]
                 cells.append(
@@ -170,20 +169,20 @@ def print_tables(results: list[dict]) -> None:
                     )
                     or "not run"
                 )
-            closed = [r["rounds"][-1]["closed"] for r in mine]
-            worst = min(r["rounds"][-1]["u_over_b"] for r in mine)
+            closed = [r["rounds"][-1]["closed"] for r in played]
+            worst = min(r["rounds"][-1]["u_over_b"] for r in played)
             summary = (
                 f"{100 * np.median(closed):.0f} %, {100 * min(closed):.0f} % | {100 * worst:+.0f} %"
             )
             print(f"| {setting} | {' | '.join(cells)} | {summary} |")
         rounds = [r for result in results if result["task"][2] == scale for r in result["rounds"]]
-        known = [r for r in rounds if r["lagrangian_gap"] is not None]
+        certified = [r for r in rounds if r["lagrangian_gap"] is not None]
         covered = sum(
-            r["exact_gap"] <= r["lagrangian_gap"] + 2 * r["lagrangian_gap_se"] for r in known
+            r["exact_gap"] <= r["lagrangian_gap"] + 2 * r["lagrangian_gap_se"] for r in certified
         )
         print(
-            f"\ncertificate: exact gap ≤ reported + 2 SE in {covered} of {len(known)} rounds; "
-            f"null in {len(rounds) - len(known)}"
+            f"\ncertificate: exact gap ≤ reported + 2 SE in {covered} of {len(certified)} rounds; "
+            f"null in {len(rounds) - len(certified)}"
         )
 
 

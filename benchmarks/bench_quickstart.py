@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.real_runs import play
+from benchmarks.shares import share_closed
+from tests.helpers import paths
 
-REPO = Path(__file__).resolve().parents[1]
 PAPER = [
     "fit.labels=bernoulli",
     "fit.loss=logistic",
@@ -35,24 +36,20 @@ def one_run(folder: Path, recipe: str, setting: str, seed: int) -> dict:
     """Plays a recipe to its end; returns exact shares of the gap closed and exact u/b, by split, of
     the last round."""
     run = folder / f"{recipe}-{setting}-{seed}"
-    records, optimum = play(REPO / "recipes" / recipe, run, [*SETTINGS[setting], f"seed={seed}"])
+    records, optima = play(paths.RECIPES / recipe, run, [*SETTINGS[setting], f"seed={seed}"])
     last, result = records[-1], {"seed": seed, "recipe": recipe, "setting": setting}
-    (name,) = last["lambda"]
-    margin = -optimum["dual"]["reference"]["u"][name]
+    (name,) = last.lambda_
+    margin = -optima["dual"].reference.u[name]
     for split in ("dual", "test"):
-        start = optimum[split]["reference"]["objective"]
-        closed = [
-            (r["exact"][split]["objective"] - start) / (optimum[split]["objective"] - start)
-            for r in records
-        ]
+        closed = [share_closed(optima[split], r.exact[split]) for r in records]
         result[split] = {
             "closed": closed[-1],
-            "u_over_b": last["exact"][split]["u"][name] / margin,
+            "u_over_b": last.exact[split].u[name] / margin,
             "by_round": closed,
         }
-    result["lambda"], result["lambda_star"] = last["lambda"][name], optimum["dual"]["lambda"][name]
-    result["kl"], result["verdict"] = last["exact"]["dual"]["kl"], last["verdict"]
-    result["fit_seconds"] = sum(r["seconds"]["fit"] or 0 for r in records)
+    result["lambda"], result["lambda_star"] = last.lambda_[name], optima["dual"].lambda_[name]
+    result["kl"], result["verdict"] = last.exact["dual"].kl, last.verdict
+    result["fit_seconds"] = sum(r.seconds["fit"] or 0 for r in records)
     return result
 
 

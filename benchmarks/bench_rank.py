@@ -1,7 +1,7 @@
 """LoRA's rank as an illustration of the parametrization gap ν: the Lagrangian gap that fits of
 different rank leave; a markdown table.
 
-    python tests/bench_rank.py        # one run of five rounds per rank, about 90 s each on one core
+    python -m benchmarks.bench_rank   # one run of five rounds per rank, about 90 s each on one core
 
 An illustration, not a measurement of ν: what is left after a fit is the class's gap *and* the
 optimizer's. λ is kept at 0.377, about the embedded world's λ*; the gap is exact (every answer is
@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.real_runs import play
+from tests.helpers.paths import QUICKSTART
 
-REPO = Path(__file__).resolve().parents[1]
 SETTINGS = (
     "dual.method=fixed",
     "dual.init={harmless: 0.377}",
@@ -37,8 +37,8 @@ def gap(run: Path, rank: int, seed: int) -> list[float]:
         f"policy.lora.alpha={2 * rank}",
         f"seed={seed}",
     ]
-    records, _ = play(REPO / "tests" / "data" / "quickstart_pairs.yaml", run, overrides)
-    return [record["exact"]["dual"]["lagrangian_gap"] for record in records]
+    records, _ = play(QUICKSTART, run, overrides)
+    return [record.exact["dual"].lagrangian_gap for record in records]
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """Ours beside the paper's setting on real text, at equal passes: four rounds a run, models and
 prompts from your own folders.
 
-    python tests/bench_real_text.py runs FILE.jsonl --policy POLICY --helpful RM --harmless RM
-        --fit FIT.jsonl --test TEST.jsonl
-    python tests/bench_real_text.py table FILE.jsonl
+    python -m benchmarks.bench_real_text runs FILE.jsonl --policy POLICY --helpful RM
+        --harmless RM --fit FIT.jsonl --test TEST.jsonl
+    python -m benchmarks.bench_real_text table FILE.jsonl
 
 `runs` goes on where FILE stops (25 minutes of one core a run). POLICY: a small chat model; RM:
 sequence classifiers with one logit of (prompt, response); prompts: rows with `prompt` as chat
@@ -99,7 +99,7 @@ def recipe_of(setting: str, seed: int, parts: argparse.Namespace) -> dict:
 
 
 def play_runs(parts: argparse.Namespace) -> None:
-    """One JSON line a run: the task, and by round what the reports say of it."""
+    """One JSON line a run: the task, and by round what the tables are made of."""
     parts.output.parent.mkdir(parents=True, exist_ok=True)
     done = (
         {tuple(json.loads(line)["task"]) for line in parts.output.read_text().splitlines()}
@@ -114,21 +114,17 @@ def play_runs(parts: argparse.Namespace) -> None:
                     continue
                 (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(setting, seed, parts)))
                 records, _ = play(folder / "recipe.yaml", folder / setting, [], start_from=prepared)
-                prepared = folder / setting
+                prepared, contents = folder / setting, [record.to_json() for record in records]
                 reasons = {
                     key: value
-                    for r in records
-                    for key, value in r.items()
-                    if key.endswith("_reason")
+                    for content in contents
+                    for key, value in content.items()
+                    if key.endswith("_reason") and value is not None
                 }
                 rounds = [
-                    {key: r.get(key) for key in ROUND_KEYS}
-                    | {
-                        "test": {k: r["test"][k] for k in TEST_KEYS},
-                        "verdict": r["verdict"],
-                        "seconds": r["seconds"],
-                    }
-                    for r in records
+                    {key: content[key] for key in (*ROUND_KEYS, "verdict", "seconds")}
+                    | {"test": {key: content["test"][key] for key in TEST_KEYS}}
+                    for content in contents
                 ]
                 with parts.output.open("a") as lines:
                     lines.write(

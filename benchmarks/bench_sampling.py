@@ -1,7 +1,7 @@
-"""Sampling and log-probabilities where a prompt is asked for several responses: computed once
+"""Sampling and log-probabilities where a prompt gets several responses: computed once
 beside computed per response.
 
-    python tests/bench_sampling.py [--responses 8] [--batch 64] [--repeats 3]
+    python -m benchmarks.bench_sampling [--responses 8] [--batch 64] [--repeats 3]
 
 The 15M-parameter Llama of bench_fit.py, prompts of 100–130 tokens, 32 new tokens; *plain* is
 transformers' `generate` on rows that repeat the prompt, *continuous* its continuous batching

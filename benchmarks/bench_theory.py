@@ -1,7 +1,7 @@
 """`make bench-theory`: docs/theory.md in numbers: inequalities, rates in ν, one-shot against
 multi-shot over margins; markdown tables.
 
-python tests/bench_theory.py --output docs/figures        # everything, 4 minutes on one core
+    python -m benchmarks.bench_theory --output docs/figures   # everything, 4 minutes on one core
 """
 
 import argparse
@@ -59,7 +59,7 @@ def primal_by_slsqp(solved: Solved, seed: int) -> float:
     def values(theta: np.ndarray) -> tuple[float, np.ndarray]:
         return objective_and_slack(world, family.policy(theta))
 
-    found = []
+    feasible = []
     for start in (aim + rng.normal(size=aim.shape), np.zeros_like(aim)):
         run = optimize.minimize(
             lambda t: -values(t)[0],
@@ -69,8 +69,8 @@ def primal_by_slsqp(solved: Solved, seed: int) -> float:
             options={"ftol": 1e-13, "maxiter": 500},
         )
         if values(run.x)[1].min() >= -1e-8:
-            found.append(-run.fun)
-    return max(found, default=float("-inf"))
+            feasible.append(-run.fun)
+    return max(feasible, default=float("-inf"))
 
 
 def measure(
@@ -106,7 +106,7 @@ def measure(
 def slopes(table: pd.DataFrame, std: float) -> pd.DataFrame:
     """By quantity: median log-log slope over worlds, its 95 % interval (Student's t on the mean),
     the smallest, and how many worlds."""
-    found = []
+    rows = []
     for column in table.columns.difference(["m", "seed", "nu", "bound"], sort=False):
         by_world = [
             slope(g["nu"].to_numpy(), g[column].to_numpy(), 1e-11 * std)
@@ -114,7 +114,7 @@ def slopes(table: pd.DataFrame, std: float) -> pd.DataFrame:
         ]
         values = np.array([v for v in by_world if np.isfinite(v)])
         half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-        found.append(
+        rows.append(
             {
                 "quantity": column,
                 "theorem": "1" if column.startswith("duality") else "1/2",
@@ -124,7 +124,7 @@ def slopes(table: pd.DataFrame, std: float) -> pd.DataFrame:
                 "worlds": f"{len(values)}",
             }
         )
-    return pd.DataFrame(found)
+    return pd.DataFrame(rows)
 
 
 def rough_family(which: str, world: TabularWorld, seed: int) -> Family:

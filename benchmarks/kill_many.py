@@ -1,9 +1,9 @@
 """Pulls the plug of real runs on the embedded world, many times, and compares each with a run
 that was never stopped.
 
-    python tests/kill_many.py [--kills 100] [--seed 0]   kill -9 at moments uniform over a run
-    python tests/kill_many.py --disk-full                a full file system (mounts a tmpfs)
-    python tests/kill_many.py --interrupt                Ctrl-C and SIGTERM in every phase
+    python -m benchmarks.kill_many [--kills 100] [--seed 0]   kill -9 at moments uniform over a run
+    python -m benchmarks.kill_many --disk-full                a full file system (mounts a tmpfs)
+    python -m benchmarks.kill_many --interrupt                Ctrl-C and SIGTERM in every phase
 
 Not part of the suite: it takes most of an hour. Run directories are killed and resumed several
 times (a chain) until they are done, then compared. A moment is a phase of the uninterrupted run
@@ -34,8 +34,8 @@ import pandas as pd
 
 from constrained_dpo.run.create import init_run
 from constrained_dpo.run.directory import RunDirectory
+from tests.helpers.paths import QUICKSTART
 
-QUICKSTART = Path(__file__).parent / "data" / "quickstart_pairs.yaml"
 SMALL = [
     "sampling.responses_per_prompt=8",
     "dual.responses_per_prompt=8",
@@ -84,7 +84,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.log = folder / "server.log"
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve"],
+            [sys.executable, "-m", __spec__.name, "--serve"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -145,7 +145,7 @@ def broken_files(run: RunDirectory) -> list[str]:
     broken = []
     for file in run.path.rglob("*"):
         if not file.is_file() or any(
-            part.startswith(".") for part in file.relative_to(run.path).parts
+            name.startswith(".") for name in file.relative_to(run.path).parts
         ):
             continue
         try:
@@ -168,8 +168,8 @@ def broken_files(run: RunDirectory) -> list[str]:
 def broken_database(file: Path) -> list[str]:
     """Checks a copy, journal included, so that recovery itself is left to the run."""
     with tempfile.TemporaryDirectory() as folder:
-        for part in file.parent.glob(f"{file.name}*"):
-            shutil.copy(part, folder)
+        for piece in file.parent.glob(f"{file.name}*"):
+            shutil.copy(piece, folder)
         with sqlite3.connect(Path(folder) / file.name) as database:
             verdict = database.execute("PRAGMA integrity_check").fetchone()[0]
     return [] if verdict == "ok" else [f"{file}: {verdict}"]
@@ -187,20 +187,20 @@ def lock_is_free(run: RunDirectory) -> bool:
 def content(run: RunDirectory) -> dict[str, str]:
     """Every result of a run by name, to the last bit: tables, λ history, records (less their
     seconds), adapters."""
-    found = {"λ history": repr(run.state()["lambda"])}
+    results = {"λ history": repr(run.state().lambda_)}
     for file in sorted(run.path.rglob("*.parquet")):
-        found[str(file.relative_to(run.path))] = hashlib.sha256(file.read_bytes()).hexdigest()
+        results[str(file.relative_to(run.path))] = hashlib.sha256(file.read_bytes()).hexdigest()
     for file in sorted(run.path.glob("rounds/*/round.json")):
         record = json.loads(file.read_text())
-        found[str(file.relative_to(run.path))] = repr(
+        results[str(file.relative_to(run.path))] = repr(
             {k: v for k, v in record.items() if k != "seconds"}
         )
     for file in [
         *run.path.glob("exact.json"),
         *sorted(run.path.glob("rounds/*/adapter/*.safetensors")),
     ]:
-        found[str(file.relative_to(run.path))] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return found
+        results[str(file.relative_to(run.path))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return results
 
 
 def leftovers(run: RunDirectory) -> list[str]:
@@ -213,11 +213,11 @@ def leftovers(run: RunDirectory) -> list[str]:
 
 def differences(run: RunDirectory, expected: dict[str, str]) -> list[str]:
     """Names of results that are missing, too many or not the reference run's."""
-    found = content(run)
+    results = content(run)
     return [
         f"{run.path}: {name} differs"
-        for name in sorted(found.keys() | expected.keys())
-        if found.get(name) != expected.get(name)
+        for name in sorted(results.keys() | expected.keys())
+        if results.get(name) != expected.get(name)
     ]
 
 
@@ -305,14 +305,14 @@ def kill_at(
         "commit",
     ]
     pid, start = server.start("run", run.path), time.time()
-    found, began, armed = phase(run), start, False
-    wait = seconds + (loading if found == target else 0.0)
+    last, began, armed = phase(run), start, False
+    wait = seconds + (loading if last == target else 0.0)
     while alive(pid):
         now = time.time()
         if not armed:
             current = phase(run)
-            if current != found:
-                found, began = current, now
+            if current != last:
+                last, began = current, now
             past = (current[0], order.index(current[1])) > (target[0], order.index(target[1]))
             armed = past or (current == target and now - began >= wait)
         if armed and (not aimed or half_written(run)):
@@ -378,14 +378,14 @@ def chain(
         shutil.rmtree(run.path)
 
 
-def kills(folder: Path, wanted: int, seed: int, exact: bool) -> int:
+def kills(folder: Path, count: int, seed: int, exact: bool) -> int:
     expected, phases, seconds = reference_run(folder, exact)
     draw, tally = random.Random(seed), Tally()
-    while tally.counts["kills"] < wanted:
+    while tally.counts["kills"] < count:
         moments = []
         for second in sorted(
             draw.uniform(0, seconds)
-            for _ in range(min(KILLS_PER_CHAIN, wanted - tally.counts["kills"]))
+            for _ in range(min(KILLS_PER_CHAIN, count - tally.counts["kills"]))
         ):
             target, began = [p for p in phases if p[1] <= second or p is phases[0]][-1]
             moments.append((target, max(second - began, 0.0)))
@@ -396,7 +396,7 @@ def kills(folder: Path, wanted: int, seed: int, exact: bool) -> int:
             draw,
             tally,
         )
-    return tally.report(f"{wanted} kills, moments uniform over {seconds:.0f} s, seed {seed}")
+    return tally.report(f"{count} kills, moments uniform over {seconds:.0f} s, seed {seed}")
 
 
 def used_bytes(mount: Path) -> int:
@@ -421,13 +421,13 @@ def disk_full(folder: Path, seed: int, exact: bool) -> int:
             before = used
             subprocess.run(["mount", "-o", f"remount,size={size}", mount], check=True)
             server.start("run", run.path)
-            status, said = server.wait(), server.log.read_text().strip().splitlines()
+            status, lines = server.wait(), server.log.read_text().strip().splitlines()
             tally.fail("half files", broken_files(run))
             if not lock_is_free(run):
                 tally.fail("stale locks", [str(run.path)])
             if status == 0:
                 break
-            errors = [line for line in said if not line.startswith(("prepare:", "round "))]
+            errors = [line for line in lines if not line.startswith(("prepare:", "round "))]
             tally.counts["full disks"] += 1
             tally.phases[phase(run)[1]] += 1
             print(
@@ -470,21 +470,21 @@ def interrupt(folder: Path, exact: bool) -> int:
             if alive(pid):
                 os.killpg(pid, getattr(signal, name))
             status, seconds = server.wait(), time.time() - start
-            said = server.log.read_text().strip().splitlines()
+            lines = server.log.read_text().strip().splitlines()
             print(
-                f"{name} in {where}: exit {status} after {seconds:.2f} s: {said[-1:]}", flush=True
+                f"{name} in {where}: exit {status} after {seconds:.2f} s: {lines[-1:]}", flush=True
             )
             tally.counts[name] += 1
             tally.phases[where] += 1
             if (
                 status != number
                 or seconds > 15
-                or "resumes" not in said[-1]
-                or "Traceback" in "\n".join(said)
+                or "resumes" not in lines[-1]
+                or "Traceback" in "\n".join(lines)
             ):
                 tally.fail(
                     "bad stops",
-                    [f"{name} in {where}: exit {status} after {seconds:.1f} s: {said[-3:]}"],
+                    [f"{name} in {where}: exit {status} after {seconds:.1f} s: {lines[-3:]}"],
                 )
             tally.fail("half files", broken_files(run))
         server.start("run", run.path)

@@ -59,7 +59,7 @@ def draw_rates(tables: dict[str, pd.DataFrame], path: Path) -> None:
 def random_policies(world: TabularWorld, count: int, seed: int) -> list[np.ndarray]:
     """Policies of all kinds: π_ref tilted by reward, utility and noise of random weights;
     log-probabilities."""
-    rng, found = np.random.default_rng(seed), []
+    rng, policies = np.random.default_rng(seed), []
     utility = world.utilities[world.problem.names[0]]
     for _ in range(count):
         weights = rng.normal(size=3) * rng.uniform(0, 4)
@@ -69,8 +69,8 @@ def random_policies(world: TabularWorld, count: int, seed: int) -> list[np.ndarr
             + weights[1] * utility
             + weights[2] * rng.normal(size=world.reward.shape) * 0.7
         )
-        found.append(logp - np.logaddexp.reduce(logp, axis=1, keepdims=True))
-    return found
+        policies.append(logp - np.logaddexp.reduce(logp, axis=1, keepdims=True))
+    return policies
 
 
 def members(family: Family, count: int, seed: int) -> list[np.ndarray]:
@@ -101,19 +101,19 @@ def draw_geometry(families: dict[str, Family], path: Path) -> None:
         margin, star = float(world.problem.bounds.iloc[0]), world.optimum.lambda_.to_numpy()
         best = minimize_family_dual(family)
         frontier = plane(world, [gibbs(world, np.array([t])) for t in tilts])
-        own = plane(world, [family.maximizer(np.array([t])) for t in tilts[tilts <= 5]])
+        inner = plane(world, [family.maximizer(np.array([t])) for t in tilts[tilts <= 5]])
         inside, cloud = (
             plane(world, random_policies(world, 1500, 0)),
             plane(world, members(family, 1500, 1)),
         )
-        low, high = own[:, 1].min() - 0.3, frontier[:, 1].max() + 0.25
+        low, high = inner[:, 1].min() - 0.3, frontier[:, 1].max() + 0.25
         axes.fill_between(
             frontier[:, 0] + margin, frontier[:, 1], low - 2, color="C0", alpha=0.1, lw=0
         )
         axes.plot(*(inside + np.array([margin, 0])).T, ".", ms=1.5, color="C0", alpha=0.5)
         axes.plot(*(cloud + np.array([margin, 0])).T, ".", ms=1.5, color="C1", alpha=0.6)
         axes.plot(frontier[:, 0] + margin, frontier[:, 1], color="C0", lw=1.5, label="all policies")
-        axes.plot(own[:, 0] + margin, own[:, 1], color="C1", lw=1.5, label="the family")
+        axes.plot(inner[:, 0] + margin, inner[:, 1], color="C1", lw=1.5, label="the family")
         gain = np.linspace(margin - 1.5, margin + 1.5, 2)
         axes.plot(
             gain,

@@ -89,17 +89,17 @@ def summed(counts: dict[str, int]) -> dict[str, int]:
 def shards_base() -> bool:
     """Whether the launch divides the base's own weights over the processes while a fit lasts: FSDP
     or ZeRO-3."""
-    return num_processes() > 1 and (_asked("ACCELERATE_USE_FSDP") or _zero_stage() == 3)
+    return num_processes() > 1 and (_flag_set("ACCELERATE_USE_FSDP") or _zero_stage() == 3)
 
 
-def _asked(flag: str) -> bool:
+def _flag_set(flag: str) -> bool:
     return os.environ.get(flag, "false").lower() in ("true", "1")
 
 
 def _zero_stage() -> int:
     return (
         int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
-        if _asked("ACCELERATE_USE_DEEPSPEED")
+        if _flag_set("ACCELERATE_USE_DEEPSPEED")
         else 0
     )
 
@@ -111,7 +111,7 @@ def check_launch(settings: "PolicySettings") -> None:
         return
     import torch
 
-    on_gpus = torch.cuda.is_available() and not _asked("ACCELERATE_USE_CPU")
+    on_gpus = torch.cuda.is_available() and not _flag_set("ACCELERATE_USE_CPU")
     if settings.device == "cpu" and on_gpus:
         raise UserError(
             "policy.device: cpu, but the launch is on GPUs; set ACCELERATE_USE_CPU=true for the "
@@ -124,7 +124,7 @@ def check_launch(settings: "PolicySettings") -> None:
             "recipes/accelerate/ddp.yaml, where every device holds its own quantized base, or set "
             "policy.quantization: none"
         )
-    if not _asked("ACCELERATE_USE_FSDP"):
+    if not _flag_set("ACCELERATE_USE_FSDP"):
         return
     if not on_gpus:
         raise UserError(
@@ -132,7 +132,7 @@ def check_launch(settings: "PolicySettings") -> None:
             "run DDP without a word; launch with "
             "recipes/accelerate/ddp_cpu.yaml"
         )
-    if os.environ.get("FSDP_VERSION") != "2" or _asked("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+    if os.environ.get("FSDP_VERSION") != "2" or _flag_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise UserError(
             "accelerate launch: FSDP has to be version 2 and every process has to load the base, "
             "since it samples from it; set "

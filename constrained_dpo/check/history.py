@@ -21,7 +21,7 @@ class History(Record):
 
 
 def check_history(run: RunDirectory) -> History:
-    """Recompute a run's multipliers from its tables and recipe (DESIGN invariant 3).
+    """Recompute a run's multipliers from its tables and recipe.
 
     Raises UserError where a stored one differs.
     """

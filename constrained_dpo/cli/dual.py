@@ -327,7 +327,10 @@ def _print_sweep(points: list["SweepPoint"], problem: "ConstrainedProblem") -> N
     from rich.table import Table
 
     names, table = problem.names, Table()
-    head = [f"{n} ≥" for n in names] + [f"λ*({n})" for n in names]
+    head = [
+        f"{'margin' if c.threshold is None else 'threshold'} {c.name}" for c in problem.constraints
+    ]
+    head += [f"λ*({n})" for n in names]
     for column in (*head, *(f"E[{n}]" for n in problem.objectives), "KL", "ESS"):
         table.add_column(column, justify="right")
     for point in points:

@@ -91,7 +91,7 @@ def evaluate(
     print_evaluation(results_console(), record, recipe)
     if any(evaluated.left_out.values()):
         print(left_out_line(evaluated.left_out))
-    titles = {"asked": f"{options.label} prompts", "unsafe": f"prompts of {unsafe}"}
+    titles = {"prompts": f"{options.label} prompts", "unsafe": f"prompts of {unsafe}"}
     for which, judgement in evaluated.judged.items():
         print("\n".join(judgement_lines(titles[which], judgement, str(against or "π_ref"))))
     print(f"tables: {directory.evaluation_folder(record.key)}")

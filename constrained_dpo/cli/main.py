@@ -52,7 +52,3 @@ def main() -> None:
         run_app(app)
     else:
         run_launched(lambda: run_app(_run_with_others, may_speak))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,4 @@
-"""The dual function D(λ) on tables of scores, and the subgradient u with its error bars. numpy and
-scipy only.
+"""Scores as the dual function takes them: `ScoreTable`, prompts × responses in blocks. numpy only.
 
 D(λ) ≈ β E_x log mean_k exp((r + λ·g)/β + log π_ref(y_k) − log q(y_k)) − λ·a, y_k ~ q; one function
 for every q (for q = π_ref it is MoCAN's dual function, arXiv:2405.19544). Convex in λ: gradient E_x

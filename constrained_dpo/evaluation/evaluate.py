@@ -67,7 +67,7 @@ class EvaluationOptions:
 @dataclass(frozen=True)
 class Evaluated:
     """An evaluation, the prompts left out by reason, and what a judge said by set of prompts
-    (`asked`, `unsafe`)."""
+    (`prompts`, `unsafe`)."""
 
     record: Evaluation
     left_out: dict[str, int]
@@ -141,7 +141,7 @@ def _judged(
     confidence = recipe.dual.confidence
     other = None if judge.against is None else _last_responses(RunDirectory(judge.against))
     folder, texts = run.evaluation_folder(record.key), learner.prompt_texts
-    judged = {"asked": judge_evaluation(folder, judge.settings, texts, other, confidence)}
+    judged = {"prompts": judge_evaluation(folder, judge.settings, texts, other, confidence)}
     if judge.unsafe is not None:
         prompts, duplicates = evaluation_prompts(run, recipe, judge.unsafe)
         more = LoraLearner(recipe, prompts, run.score_cache, options.scorers)

@@ -99,7 +99,7 @@ def pair_dataset(
 
     weight: of the row in the loss, 1 on average; all prompts together weigh the same, however many
     pairs each has, as the expectation over prompts in the Lagrangian does. Beside them what
-    `fit_watch` follows: `row`, `prompt_id, chosen_id, rejected_id`, `margin` (score units) and
+    `watch` follows: `row`, `prompt_id, chosen_id, rejected_id`, `margin` (score units) and
     `sample_logps` (2, nats). Raises UserError when a pair names a response that is not in the pool,
     has no ref_logp, or does not fit in max_length.
     """
@@ -138,7 +138,7 @@ def group_dataset(
     """Rows `prompt_ids, responses_ids, ref_logps, scores`, the last three with K entries each;
     num_groups rows.
 
-    Beside them what `fit_watch` follows: `row`, `prompt_id, group_id`, `response_id` and
+    Beside them what `watch` follows: `row`, `prompt_id, group_id`, `response_id` and
     `sample_logps` (K each, nats). Raises UserError when a group names a response that is not in the
     pool, has no ref_logp, or does not fit in max_length.
     """

@@ -167,7 +167,7 @@ class PseudoPreferenceTrainer(DPOTrainer):
 
 
 def training_config(plan: FitPlan, device: str, resumed: bool = False) -> DPOConfig:
-    """Set every default of DPOConfig that changes the mathematics in words (DESIGN §9).
+    """Set every default of DPOConfig that changes the mathematics in words.
 
     resumed: the adapter that the fit started from was measured before the kill.
     """
@@ -196,7 +196,7 @@ def training_config(plan: FitPlan, device: str, resumed: bool = False) -> DPOCon
         precompute_ref_log_probs=False,  # they come from the pool
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        logging_steps=1,  # `fit_watch` sees every gradient's norm
+        logging_steps=1,  # `watch` sees every gradient's norm
         eval_strategy="steps" if settings.holdout else "no",
         eval_steps=settings.eval_steps,
         eval_on_start=bool(settings.holdout) and not resumed,

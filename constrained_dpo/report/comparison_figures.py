@@ -1,5 +1,5 @@
 """The papers' figures of several runs: achieved against demanded gain, the trade-off front, margins
-as asked and as met."""
+as demanded and as met."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -41,7 +41,7 @@ def pictures(group: Group, prefix: str) -> Iterator[Picture]:
                 f"Gain of {name} demanded and achieved: "
                 f"{_listed(rows, f'demanded_{name}', f'gain_{name}')}",
                 f"Gain of {name} over π_ref on the test prompts against the gain demanded, score "
-                "units; the line is what was asked "
+                "units; the line is what was demanded "
                 "(methods drawn a little apart). "
                 f"{WHAT_POINTS_ARE}",
                 sources,
@@ -70,7 +70,7 @@ def pictures(group: Group, prefix: str) -> Iterator[Picture]:
             yield Picture(
                 f"{prefix}margins-{_slug(one)}-{_slug(other)}",
                 "margins",
-                f"Asked and met: {one} and {other}",
+                f"Demanded and met: {one} and {other}",
                 f"Gains demanded of {one} and {other}: {_listed(both, *needed[0:2])}; achieved: "
                 f"{_listed(both, *needed[2:4])}",
                 f"Hollow: the gains of {one} and {other} demanded; filled: those achieved on the "
@@ -149,7 +149,7 @@ def draw_achieved(
         color=style.neutral,
         linewidth=1.2,
         linestyle="--",
-        label="exactly what was asked",
+        label="exactly what was demanded",
     )
     methods = list(dict.fromkeys(table["method"]))
     for method, rows in table.groupby("method", sort=False):

@@ -39,7 +39,7 @@ def text_table(group: Group) -> TextTable:
 
     levels = sorted({row.recipe.dual.confidence for row in group.rows})
     percent = f"{100 * levels[0]:g} %" if len(levels) == 1 else "interval"
-    header = ["run", "λ"] + [f"{name}: asked → gained [{percent}]" for name in group.utilities]
+    header = ["run", "λ"] + [f"{name}: demanded → gained [{percent}]" for name in group.utilities]
     header += [
         f"Δ {group.reward} [{percent}]",
         "KL",
@@ -107,7 +107,7 @@ def _notes(group: Group) -> list[str]:
     """What a reader must know about the table, and every method's settings."""
     notes = [
         "Gains and changes are over π_ref on each run's test prompts, score units, paired by "
-        "prompt; asked: the gain that the margin or "
+        "prompt; demanded: the gain that the margin or "
         "threshold demands (none where λ was fixed beforehand). Verdict: on the test prompts, all "
         "constraints together. Time: rounds.",
         "below P* at most: no policy that meets the constraints has an objective higher by more "
@@ -163,7 +163,7 @@ def means_table(group: Group) -> TextTable | None:
     header = [
         "method",
         "runs",
-        *[f"{name}: asked → gained" for name in group.utilities],
+        *[f"{name}: demanded → gained" for name in group.utilities],
         f"Δ {group.reward}",
     ]
     return TextTable(header, rows, [note])

@@ -186,7 +186,7 @@ def notes(contents: Contents) -> list[str]:
 
 
 def constraint_rows(contents: Contents) -> list[dict[str, str]]:
-    """Of every constraint, on the test prompts: what was asked, where π_ref is, the level, what was
+    """Of every constraint, on the test prompts: the required level, where π_ref is, what was
     reached, u, verdict."""
     test, rows = contents.record.test, []
     reference = contents.before.groupby("prompt_id")[contents.recipe.problem.names].mean().mean()
@@ -195,7 +195,7 @@ def constraint_rows(contents: Contents) -> list[dict[str, str]]:
         rows.append(
             {
                 "name": c.name,
-                "asked": level_words(c),
+                "required": level_words(c),
                 "reference": signed(reference[c.name]),
                 "level": signed(reached - test.u[c.name]),
                 "reached": signed(reached),

@@ -61,7 +61,7 @@ def describe_calibration(name: str, record: dict) -> list[str]:
             "calibrate to a table of them)",
         ]
     bins = [b for b in pairs["bins"] if b["pairs"]]
-    table = ", ".join(f"{b['said']:.2f} → {b['observed']:.2f} ({b['pairs']})" for b in bins)
+    table = ", ".join(f"{b['claimed']:.2f} → {b['observed']:.2f} ({b['pairs']})" for b in bins)
     count = pairs["right"] * pairs["pairs"]  # a tie counts half
     low = proportion_interval(math.floor(count), pairs["pairs"])[0]
     high = proportion_interval(math.ceil(count), pairs["pairs"])[1]

@@ -25,9 +25,9 @@ from data_prep.prompts.templates import last_user_text
 from data_prep.tables import read_parquet
 
 MEANING = {
-    "satisfied": "the whole interval is above what was asked, on fresh answers to unseen prompts",
-    "undecided": "the interval contains what was asked; more test prompts would decide",
-    "violated": "the whole interval is below what was asked, on fresh answers to unseen prompts",
+    "satisfied": "even u's lower bound is above 0, on fresh answers to unseen prompts",
+    "undecided": "0 lies between u's bounds; more test prompts would decide",
+    "violated": "even u's upper bound is below 0, on fresh answers to unseen prompts",
 }
 
 # rich drops colours under NO_COLOR and in files and pipes.
@@ -57,7 +57,7 @@ def _slack(measured: Measurement, name: str) -> str:
 
 
 def round_lines(run: RunDirectory, record: RoundRecord) -> list[str]:
-    """Say in a few lines what a round came to: asked, measured, verdict, price, example, next."""
+    """Say in a few lines what a round came to."""
     recipe = run.recipe()
     problem, test, confidence = recipe.problem, record.test, recipe.dual.confidence
     columns = ["prompt_id", "split", "response", problem.reward]
@@ -68,7 +68,7 @@ def round_lines(run: RunDirectory, record: RoundRecord) -> list[str]:
     start = float(before.groupby("prompt_id")[problem.reward].mean().mean())
     lines = [("round", f"{record.round}, judged on {test.num_prompts} prompts never trained on")]
     for constraint in problem.constraints:
-        lines.append(("asked", _asked(constraint)))
+        lines.append(("required", _required(constraint)))
         lines.append(("measured", _measured(constraint, test, confidence)))
     if problem.constraints:
         lines.append(("verdict", f"{record.verdict}: {MEANING[record.verdict]}"))
@@ -98,7 +98,7 @@ def round_lines(run: RunDirectory, record: RoundRecord) -> list[str]:
     return [f"{head:<9} {text}" for head, text in lines]
 
 
-def _asked(constraint: Constraint) -> str:
+def _required(constraint: Constraint) -> str:
     if constraint.margin is not None:
         return f"{constraint.name} at least {constraint.margin:.2f} above the reference"
     return f"{constraint.name} at least {constraint.threshold:.2f}"

@@ -221,7 +221,7 @@ def round_record(tables: RoundTables, recipe: Recipe, lambda_: pd.Series) -> Rou
 def replay(run: RunDirectory) -> list[dict[str, float]]:
     """Recompute the λ history from the run's tables and recipe alone.
 
-    It equals state.json's (DESIGN invariant 3).
+    It equals state.json's.
     """
     recipe, rounds = run.recipe(), run.state().rounds_done
     history = [initial_multipliers(run, recipe)]

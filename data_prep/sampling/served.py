@@ -5,7 +5,7 @@ The server only draws. Token ids are the server's own where it gives them (`retu
 vLLM and SGLang), else the text's tokenization, and then counted where their number is not the
 server's; log-probabilities always come from a forward pass here, and the server's are kept beside
 them (`server_logp`) so that its law can be compared with the policy
-(`constrained_dpo.sampler_check`).
+(`constrained_dpo.estimates.sampling_law`).
 
 Fields and endpoints: vllm/entrypoints/openai/completion/protocol.py and docs/features/lora.md;
 sglang/srt/entrypoints/openai/protocol.py and its /load_lora_adapter;
@@ -54,8 +54,8 @@ class CompletionServer:
         """What the server says it is: its kind, the served model's entry in /models, its version
         where it has a page for that.
 
-        Its weights cannot be hashed; `constrained_dpo.sampler_check` compares log-probabilities
-        instead. Raises UserError where it does not serve the model.
+        Its weights cannot be hashed; `constrained_dpo.estimates.sampling_law` compares
+        log-probabilities instead. Raises UserError where it does not serve the model.
         """
         entry: dict[str, object] = {}
         if (

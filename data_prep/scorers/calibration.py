@@ -65,7 +65,7 @@ def reliability(difference: np.ndarray) -> dict[str, object]:
             "from": low,
             "to": high,
             "pairs": int((inner == i).sum()),
-            "said": _mean(claimed[inner == i]),
+            "claimed": _mean(claimed[inner == i]),
             "observed": _mean(right[inner == i]),
         }
         for i, (low, high) in enumerate(itertools.pairwise(CONFIDENCE_BINS))

@@ -4,7 +4,6 @@
 Source: DPO (arXiv:2305.18290); as reward and utilities of a constrained problem PeCAN
 (arXiv:2405.19544) and PeCAID (arXiv:2505.19387). β belongs in it: PeCAN's public code labels with σ
 of the bare log-ratios, which is 1/β too sharp. What is scored are the sampled token ids; only texts
-from collections.abc import Sequence
 from elsewhere (labelled pairs, the direction probe) are tokenized here.
 """
 

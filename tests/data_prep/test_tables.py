@@ -47,9 +47,8 @@ def test_a_table_survives_the_file(tmp_path):
     frame = validate_responses(responses(), ["helpful"], "t")
     write_parquet(frame, tmp_path / "t.parquet")
     again = validate_responses(read_parquet(tmp_path / "t.parquet"), ["helpful"], "t")
-    assert [list(x) for x in again["token_ids"]] == [[1, 2], [2], [3]] and again["token_ids"][
-        0
-    ].dtype == np.int32
+    assert [list(ids) for ids in again["token_ids"]] == [[1, 2], [2], [3]]
+    assert again["token_ids"][0].dtype == np.int32
     pd.testing.assert_frame_equal(
         again.drop(columns="token_ids"), frame.drop(columns="token_ids"), check_dtype=False
     )
@@ -105,32 +104,35 @@ def test_broken_files_are_named_with_their_lines(tmp_path):
 
 
 WRITER = """
-import sys, numpy as np, pandas as pd
+import os, sys, numpy as np, pandas as pd
 from pathlib import Path
 from data_prep.tables import write_parquet
 x = np.random.default_rng(0).normal(size=60000)
 frame = pd.DataFrame({"prompt_id": [str(i) for i in range(60000)], "x": x})
-print("ready", flush=True)
-while True:
-    write_parquet(frame, Path(sys.argv[1]) / "t.parquet")
+for _ in sys.stdin:  # a new writer per line: the libraries are imported once
+    writer = os.fork()
+    while writer == 0:
+        write_parquet(frame, Path(sys.argv[1]) / "t.parquet")
+    print(writer, flush=True)
+    os.waitpid(writer, 0)
 """
 
 
 def test_a_file_is_never_seen_half_written(tmp_path):
     """A real writer replaces the table over and over and is killed at ten moments: what a reader
     finds is always whole."""
-    for attempt in range(10):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path)],
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
-        process.stdout.readline()
-        deadline = time.time() + 0.05 + 0.037 * attempt
-        while time.time() < deadline:
-            if (tmp_path / "t.parquet").exists():
-                assert len(read_parquet(tmp_path / "t.parquet")) == 60000
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if (tmp_path / "t.parquet").exists():
-            assert len(read_parquet(tmp_path / "t.parquet")) == 60000
+    table, command = tmp_path / "t.parquet", [sys.executable, "-c", WRITER, str(tmp_path)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1) as process:
+        for attempt in range(10):
+            process.stdin.write("start\n")
+            writer = int(process.stdout.readline())
+            deadline = time.time() + 0.03 + 0.017 * attempt
+            while time.time() < deadline:
+                if table.exists():
+                    assert len(read_parquet(table)) == 60000
+            os.kill(writer, signal.SIGKILL)
+            if table.exists():
+                assert len(read_parquet(table)) == 60000
+        process.stdin.close()
+    assert table.exists() and process.returncode == 0

@@ -24,74 +24,45 @@ def scores(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", ["help", "status", "solve", "relabel"])
-def test_light_commands_never_import_torch(command, scores, tmp_path):
-    arguments = {
-        "help": ["--help"],
-        "status": ["status", tmp_path / "run"],
-        "solve": [
-            "dual",
-            "solve",
-            scores,
-            "--reward",
-            "r",
-            "--constraint",
-            "g=0.2",
-            "--beta",
-            "0.5",
-            "--json",
-        ],
-        "relabel": [
-            "data",
-            "relabel",
-            scores,
-            "--reward",
-            "r",
-            "--lambda",
-            "g=0.5",
-            "-o",
-            tmp_path / "pairs.parquet",
-        ],
-    }[command]
-    if command == "status":
-        cdpo("init", QUICKSTART, tmp_path / "run", check=0)
-    code = (
-        "import sys\nfrom constrained_dpo.cli.main import app\n"
-        f"try: app({[str(a) for a in arguments]!r})\nexcept SystemExit as stop: assert not "
-        "stop.code, stop.code\n"
-        "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'bitsandbytes'} & "
-        "set(sys.modules)\n"
-        "assert not heavy, f'imported {heavy}'\n"
-    )
+IMPORTS = """
+import sys
+from constrained_dpo.cli.main import app
+for words in {commands!r}:
+    try:
+        app(words)
+    except SystemExit as stop:
+        assert not stop.code, (words, stop.code)
+    heavy = {libraries!r} & set(sys.modules)
+    assert not heavy, f"{{words}} imported {{heavy}}"
+"""
+
+
+def test_light_commands_never_import_torch(scores, tmp_path):
+    """One after the other in a new process."""
+    cdpo("init", QUICKSTART, tmp_path / "run", check=0)
+    problem = [scores, "--reward", "r"]
+    commands = [
+        ["--help"],
+        ["status", tmp_path / "run"],
+        ["dual", "solve", *problem, "--constraint", "g=0.2", "--beta", "0.5", "--json"],
+        ["data", "relabel", *problem, "--lambda", "g=0.5", "-o", tmp_path / "pairs.parquet"],
+    ]
+    libraries = {"torch", "transformers", "trl", "peft", "datasets", "bitsandbytes"}
+    commands = [list(map(str, words)) for words in commands]
+    code = IMPORTS.format(commands=commands, libraries=libraries)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
 def test_dual_solve_prints_the_solvers_answer(scores):
-    result = cdpo(
-        "dual",
-        "solve",
-        scores,
-        "--reward",
-        "r",
-        "--constraint",
-        "g=0.2",
-        "--beta",
-        "0.5",
-        "--json",
-        check=0,
-    )
-    found = json.loads(result.stdout)
+    words = ["dual", "solve", scores, "--reward", "r", "--constraint", "g=0.2", "--beta", "0.5"]
+    answer = json.loads(cdpo(*words, "--json", check=0).stdout)
     problem = ConstrainedProblem("r", 0.5, (Constraint("g", margin=0.2),))
     expected = solve_one_shot(ScoreTable.from_frame(pd.read_parquet(scores), problem), problem)
-    assert (
-        found["lambda"] == expected.lambda_.to_dict() and found["dual_value"] == expected.dual_value
-    )
-    assert set(found) >= {"lambda", "dual_value", "ess", "reward", "utilities"}
-    words = cdpo(
-        "dual", "solve", scores, "--reward", "r", "--constraint", "g=0.2", "--beta", "0.5", check=0
-    ).stdout
-    assert f"λ*(g) = {expected.lambda_['g']:.6g}" in words
+    assert answer["lambda"] == expected.lambda_.to_dict()
+    assert answer["dual_value"] == expected.dual_value
+    assert set(answer) >= {"lambda", "dual_value", "ess", "reward", "utilities"}
+    assert f"λ*(g) = {expected.lambda_['g']:.6g}" in cdpo(*words, check=0).stdout
 
 
 def test_relabel_writes_the_same_pairs_from_every_format_and_inspect_reads_them(scores, tmp_path):
@@ -99,31 +70,16 @@ def test_relabel_writes_the_same_pairs_from_every_format_and_inspect_reads_them(
     frame.to_csv(tmp_path / "s.csv", index=False)
     frame.to_json(tmp_path / "s.jsonl", orient="records", lines=True)
     frame.to_parquet(tmp_path / "s.parquet")
-    outputs = []
+    outputs, words = [], ["--reward", "r", "--lambda", "g=0.5", "--labels", "bernoulli", "--text"]
     for name in ("s.csv", "s.jsonl", "s.parquet"):
         out = tmp_path / f"{name}.pairs.parquet"
-        options = [
-            "--reward",
-            "r",
-            "--lambda",
-            "g=0.5",
-            "--labels",
-            "bernoulli",
-            "--pairs-per-prompt",
-            4,
-            "--text",
-            "--seed",
-            3,
-            "-o",
-            out,
-        ]
+        options = [*words, "--pairs-per-prompt", 4, "--seed", 3, "-o", out]
         cdpo("data", "relabel", tmp_path / name, *options, check=0)
         outputs.append(pd.read_parquet(out))
     assert len(outputs[0]) == 200 and (outputs[0]["chosen"] == "say").all()
+    ids = ["chosen_id", "rejected_id"]
     for other in outputs[1:]:
-        pd.testing.assert_frame_equal(
-            outputs[0][["chosen_id", "rejected_id"]], other[["chosen_id", "rejected_id"]]
-        )
+        pd.testing.assert_frame_equal(outputs[0][ids], other[ids])
         np.testing.assert_allclose(outputs[0]["prob"], other["prob"], atol=1e-6)
     facts = json.loads(cdpo("data", "inspect", out, "--json", check=0).stdout)
     assert facts["rows"] == 200 and facts["columns"]["target"]["mean"] == 1.0
@@ -181,114 +137,38 @@ def test_dual_solve_refuses_samples_of_another_policy(tmp_path):
     assert "not the reference policy's" in result.stderr
 
 
+def told(*words) -> dict:
+    """What a command says in JSON."""
+    return json.loads(cdpo(*words, "--json", check=0).stdout)
+
+
 def test_prompts_sample_score_relabel_from_the_shell(tmp_path):
     """The data app end to end with the embedded world's policy."""
-    (tmp_path / "p.jsonl").write_text(
-        "".join(
-            json.dumps({"prompt": f"{a} open {o}"}) + "\n"
-            for a in ("kid", "boss")
-            for o in ("safe", "dog")
-        )
-    )
+    requests = [f"{who} open {thing}" for who in ("kid", "boss") for thing in ("safe", "dog")]
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in requests))
     prompts, drawn, scored, pairs = (
         tmp_path / f"{n}.parquet" for n in ("prompts", "drawn", "scored", "pairs")
     )
-    cdpo("data", "prompts", tmp_path / "p.jsonl", "-o", prompts, "--test", "0.5", "--num-dual", 1)
-    frame = pd.read_json(tmp_path / "p.jsonl", lines=True).assign(
-        prompt_id=list("abcd"), split="fit"
-    )
-    frame.to_parquet(prompts)
-    options = [
-        "--model",
-        "quickstart",
-        "--dtype",
-        "float32",
-        "--max-new-tokens",
-        3,
-        "-k",
-        4,
-        "--json",
-    ]
-    assert (
-        json.loads(cdpo("data", "sample", prompts, "-o", drawn, *options, check=0).stdout)[
-            "responses"
-        ]
-        == 16
-    )
+    cdpo("data", "prompts", file, "-o", prompts, "--test", "0.5", "--num-dual", 1, check=0)
+    model = ["--model", "quickstart", "--dtype", "float32", "--max-new-tokens", 3, "-k", 4]
+    assert told("data", "sample", prompts, "-o", drawn, *model)["responses"] == 16
     for name, source in (("helpful", drawn), ("harmless", scored)):
         scorer = f"{{type: python, target: 'data_prep.quickstart:{name}'}}"
-        summary = json.loads(
-            cdpo(
-                "data",
-                "score",
-                source,
-                "-o",
-                scored,
-                "--name",
-                name,
-                "--scorer",
-                scorer,
-                "--json",
-                check=0,
-            ).stdout
-        )
-        assert summary["rows"] == 16 and summary["mean"] == pytest.approx(
-            pd.read_parquet(scored)[name].mean()
-        )
-    relabelled = cdpo(
-        "data",
-        "relabel",
-        scored,
-        "--reward",
-        "helpful",
-        "--lambda",
-        "harmless=0.5",
-        "-o",
-        pairs,
-        "--json",
-        check=0,
-    )
-    assert json.loads(relabelled.stdout)["pairs"] == len(pd.read_parquet(pairs)) == 4 * 6
+        options = ["-o", scored, "--name", name, "--scorer", scorer]
+        summary = told("data", "score", source, *options)
+        assert summary["rows"] == 16
+        assert summary["mean"] == pytest.approx(pd.read_parquet(scored)[name].mean())
+    options = ["--reward", "helpful", "--lambda", "harmless=0.5", "-o", pairs]
+    assert told("data", "relabel", scored, *options)["pairs"] == len(pd.read_parquet(pairs)) == 24
 
 
 def test_init_and_prompts_answer_in_json(tmp_path):
-    made = json.loads(cdpo("init", QUICKSTART, tmp_path / "run", "--json", check=0).stdout)
-    assert (
-        made["name"] == "quickstart"
-        and made["recipe_hash"]
-        == json.loads((tmp_path / "run" / "state.json").read_text())["recipe_hash"]
-    )
-    (tmp_path / "p.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"prompt {i % 40}"}) + "\n" for i in range(50))
-    )
-    split = cdpo(
-        "data",
-        "prompts",
-        tmp_path / "p.jsonl",
-        "-o",
-        tmp_path / "p.parquet",
-        "--num-dual",
-        5,
-        "--json",
-        check=0,
-    )
-    found = json.loads(split.stdout)
-    assert (
-        sum(found["prompts"].values()) == 40
-        and found["prompts"]["dual"] == 5
-        and found["left_out"]["duplicates"] == 10
-    )
-
-
-def test_a_finished_run_says_so_and_rounds_are_chosen_by_name(run):
-    done = json.loads(cdpo("run", run.path, "--until-converged", "--json", check=0).stdout)
-    assert done["round"] == 1 and done["stopped"] is None
-    content = json.loads(cdpo("status", run.path, "--json", check=0).stdout)
-    assert content["best_dual"] in (0, 1) and content["certificate"].startswith(
-        "certificate (dual prompts): "
-    )
-    assert {"lagrangian_gap", "residual", "ess", "step"} <= set(content["rounds"][0])
-    satisfied = content["best"] is not None
-    report = cdpo("report", run.path, "--round", "best", check=0 if satisfied else 2)
-    assert satisfied or "no round of 2 is satisfied on the dual prompts at 95 %" in report.stderr
-    assert "--round best-dual: round" in cdpo("status", run.path, check=0).stdout
+    made = told("init", QUICKSTART, tmp_path / "run")
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert made["name"] == "quickstart" and made["recipe_hash"] == state["recipe_hash"]
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"prompt {i % 40}"}) + "\n" for i in range(50)))
+    split = told("data", "prompts", file, "-o", tmp_path / "p.parquet", "--num-dual", 5)
+    assert sum(split["prompts"].values()) == 40 and split["prompts"]["dual"] == 5
+    assert split["left_out"]["duplicates"] == 10

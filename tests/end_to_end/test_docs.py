@@ -1,5 +1,5 @@
-"""The documentation's transcripts, executed: docs/your-own-model.md as a newcomer types it,
-docs/python-api.md block by block."""
+"""The documentation's transcripts, executed: docs/guide/your-own-model.md as a newcomer types
+it, docs/python-api.md block by block."""
 
 import json
 import re
@@ -9,6 +9,9 @@ import pytest
 
 from tests.helpers.cli import cdpo
 from tests.helpers.paths import REPO
+
+OWN_MODEL = REPO / "docs" / "guide" / "your-own-model.md"
+
 
 BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -29,9 +32,7 @@ def tiny_model(tmp_path_factory):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words.train_from_iterator(
-        (REPO / "docs" / "your-own-model.md").read_text().splitlines(), trainer
-    )
+    words.train_from_iterator(OWN_MODEL.read_text().splitlines(), trainer)
     folder = tmp_path_factory.mktemp("model") / "my-model"
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
     torch.manual_seed(0)
@@ -55,7 +56,7 @@ def test_your_own_model_works_as_written(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "my-model").symlink_to(tiny_model)
     monkeypatch.chdir(tmp_path)
     played = 0
-    for kind, name, body in BLOCK.findall((REPO / "docs" / "your-own-model.md").read_text()):
+    for kind, name, body in BLOCK.findall(OWN_MODEL.read_text()):
         if name:
             (tmp_path / name).write_text(body)
         elif kind == "console":
@@ -76,22 +77,21 @@ def test_your_own_model_works_as_written(tiny_model, tmp_path, monkeypatch):
     assert len(mine) == 3 and len(tighter) == 2 and 0 < mine[0]["brief"] < tighter[0]["brief"]
 
 
-def test_the_python_examples_run(small_run, tmp_path, monkeypatch):
+def test_the_python_examples_play_a_whole_run(tmp_path, monkeypatch):
     from data_prep.models.policy import resolve_model
     from data_prep.models.settings import PolicySettings
 
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "quickstart").symlink_to(small_run.path)
+    base = resolve_model(PolicySettings(model="quickstart"))
+    (tmp_path / "recipes").symlink_to(REPO / "recipes")
     monkeypatch.chdir(tmp_path)
     scope: dict = {}
     for kind, _, body in BLOCK.findall((REPO / "docs" / "python-api.md").read_text()):
         if kind == "python":
-            exec(
-                body.replace('"BASE"', repr(resolve_model(PolicySettings(model="quickstart")))),
-                scope,
-            )
+            exec(body.replace('"BASE"', repr(base)), scope)
+    run, following, solution = (scope[name] for name in ("run", "following", "solution"))
+    assert len(run.directory.state().lambda_) == 3 and scope["played"].records[-1].round == 1
+    assert scope["evaluated"].record.num_prompts == run.record().test.num_prompts
+    assert scope["output"].shape[1] > 3
     assert scope["u"].loc["harmless", "u"] == pytest.approx(-0.1)
-    assert scope["following"]["harmless"] == pytest.approx(
-        scope["solution"].lambda_["harmless"] + 0.1
-    )
-    assert len(scope["pairs"]) == 200 * 8 and scope["output"].shape[1] > 3
+    assert following["harmless"] == pytest.approx(solution.lambda_["harmless"] + 0.1)
+    assert len(scope["pairs"]) == 200 * 8

@@ -13,27 +13,37 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.numpy import load_file
 
+from constrained_dpo.launch import check_launch, num_processes, rank, shards_base
 from constrained_dpo.run.create import init_run
 from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.record import replay
+from constrained_dpo.run.record import RoundRecord, replay
+from data_prep.errors import UserError
 from data_prep.models.checkpoints import resolve_device
+from data_prep.models.settings import PolicySettings
+from data_prep.quickstart import build_policy
 from data_prep.tables import read_parquet
 from tests.helpers.cli import cdpo
 from tests.helpers.launched_fits import FITS, play
 from tests.helpers.paths import QUICKSTART, REPO
 
 CONFIGS = REPO / "recipes" / "accelerate"
+CDPO = ("-m", "constrained_dpo.cli")
 TINY = [
     "prompts.max_fit=8",
     "prompts.max_test=4",
     "sampling.responses_per_prompt=8",
     "dual.responses_per_prompt=8",
     "sampling.batch_size=16",
+    "fit.steps=12",
+    "dual.rounds=2",
+    "policy.lora.dropout=0",
+    "fit.pairs_per_prompt=12",
 ]
-TINY += ["fit.steps=12", "dual.rounds=2", "policy.lora.dropout=0", "fit.pairs_per_prompt=12"]
 TOLERANCE = 1e-2
 """Of adapter weights, as a share of the largest: a sum over two processes is rounded in another
 order, which Adam enlarges where a gradient is nearly 0. Measured: 4e-5 to 2.3e-3; one process with
@@ -74,7 +84,7 @@ def ended(launched: subprocess.Popen, code: int) -> tuple[str, str]:
     return out, err
 
 
-def own_words(stderr: str) -> list[str]:
+def last_words(stderr: str) -> list[str]:
     """What the command itself said at the end, without phases and the launcher's report."""
     return [
         line
@@ -92,9 +102,49 @@ def weights_differ(one: Path, two: Path) -> tuple[float, float]:
     return max(np.abs(first[name] - second[name]).max() for name in first), moved
 
 
+def new_run(tmp_path_factory, batch_size: int, *overrides: str) -> RunDirectory:
+    folder = tmp_path_factory.mktemp("run")
+    return init_run(QUICKSTART, folder / "run", [*TINY, f"fit.batch_size={batch_size}", *overrides])
+
+
+def assert_same_round(run: RunDirectory, expected: RunDirectory) -> None:
+    """Round 0 of two processes is that of one with twice the batch."""
+    difference, moved = weights_differ(expected.adapter_folder(0), run.adapter_folder(0))
+    assert difference < TOLERANCE * moved and moved > 1e-4
+    ours, theirs = read_parquet(run.samples_file(0)), read_parquet(expected.samples_file(0))
+    for column in ("response_id", "response"):
+        assert ours[column].equals(theirs[column])
+    np.testing.assert_allclose(ours["policy_logp"], theirs["policy_logp"], atol=1e-5)
+    lambda_ = expected.state().lambda_[1]
+    assert run.state().lambda_[1] == pytest.approx(lambda_, abs=1e-9)
+    assert replay(run) == run.state().lambda_
+    assert not list(run.path.rglob(".*.tmp")) and not list(run.path.rglob("shards/*/*"))
+
+
+def assert_same_tables(run: RunDirectory, expected: RunDirectory) -> None:
+    """What precedes the fit, to the last bit."""
+    files = [run.prompts_file, run.pool_file(None), run.reference_file, run.pairs_file(0)]
+    for file in [*files, *run.path.glob("exact.json")]:
+        other = expected.path / file.relative_to(run.path)
+        assert file.read_bytes() == other.read_bytes(), file
+
+
+def test_a_round_of_two_processes_is_that_of_one_with_twice_the_batch(tmp_path_factory):
+    """Prepared, fitted and judged by two; they speak with one voice."""
+    model = f"policy.model={build_policy()}"
+    one, two = (new_run(tmp_path_factory, size, model) for size in (8, 4))
+    launched = launch(*CDPO, "round", two.path, "--json")
+    cdpo("round", one.path, check=0)
+    out, err = ended(launched, 0)
+    assert json.loads(out.splitlines()[-1])["processes"] == 2 and out.count('"processes"') == 1
+    assert err.count("round 0: fit ...") == 1
+    assert_same_tables(two, one)
+    assert_same_round(two, one)
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    run = init_run(QUICKSTART, tmp_path_factory.mktemp("one") / "run", [*TINY, "fit.batch_size=8"])
+    run = new_run(tmp_path_factory, 8)
     cdpo("round", run.path, check=0)
     return run
 
@@ -103,8 +153,8 @@ def one_process(tmp_path_factory):
 def killed(tmp_path_factory):
     """A run of two processes, of which the second was killed by kill -9 inside the first fit; and
     what the launch said."""
-    run = init_run(QUICKSTART, tmp_path_factory.mktemp("two") / "run", [*TINY, "fit.batch_size=4"])
-    launched = launch("-m", "constrained_dpo.cli.main", "run", run.path)
+    run = new_run(tmp_path_factory, 4)
+    launched = launch(*CDPO, "run", run.path)
     while launched.poll() is None and not (run.round_folder(0) / ".adapter.tmp").exists():
         time.sleep(0.005)
     victim = next(
@@ -121,106 +171,85 @@ def resumed(killed, tmp_path_factory):
     stderr."""
     run = RunDirectory(shutil.copytree(killed[0].path, tmp_path_factory.mktemp("resumed") / "run"))
     fits = tmp_path_factory.mktemp("fits")
-    out, err = ended(
-        launch(REPO / "tests" / "launched_fits.py", fits, 2, "round", run.path, "--json"), 0
-    )
+    script = REPO / "tests" / "helpers" / "launched_fits.py"
+    out, err = ended(launch(script, fits, 2, "round", run.path, "--json"), 0)
     return run, fits, out, err
 
 
+@pytest.mark.slow
 def test_a_kill_ends_the_launch_with_one_message_and_nothing_half_done(killed, one_process):
     run, err = killed
-    assert len(own_words(err)) == 1 and "the same command" in own_words(err)[0], err
+    assert len(last_words(err)) == 1 and "the same command" in last_words(err)[0], err
     assert not run.adapter_folder(0).exists()
     with run.locked():
         assert not list(run.path.rglob(".*.tmp"))
-    for table in (
-        run.prompts_file,
-        run.pool_file(None),
-        run.reference_file,
-        run.exact_file,
-        run.pairs_file(0),
-    ):
-        assert (
-            table.read_bytes() == (one_process.path / table.relative_to(run.path)).read_bytes()
-        ), table
+    assert run.exact_file.exists()
+    assert_same_tables(run, one_process)
 
 
-def test_a_round_of_two_processes_is_that_of_one_with_twice_the_batch(resumed, one_process):
+@pytest.mark.slow
+def test_two_processes_resume_a_round_to_the_same_results(resumed, one_process):
     run, _, out, err = resumed
     assert json.loads(out.splitlines()[-1])["processes"] == 2 and out.count('"processes"') == 1
     assert err.count("round 0: fit ...") == 1 and "prepare" not in err
-    difference, moved = weights_differ(one_process.adapter_folder(0), run.adapter_folder(0))
-    assert difference < TOLERANCE * moved and moved > 1e-4
-    ours, theirs = read_parquet(run.samples_file(0)), read_parquet(one_process.samples_file(0))
-    assert ours["response_id"].equals(theirs["response_id"]) and ours["response"].equals(
-        theirs["response"]
-    )
-    np.testing.assert_allclose(ours["policy_logp"], theirs["policy_logp"], atol=1e-5)
-    assert run.state()["lambda"][1] == pytest.approx(one_process.state()["lambda"][1], abs=1e-9)
-    assert replay(run) == run.state()["lambda"]
-    assert not list(run.path.rglob(".*.tmp")) and not list(run.path.rglob("shards/*/*"))
+    assert_same_round(run, one_process)
 
 
+@pytest.mark.slow
 def test_fits_of_two_processes_are_those_of_one_with_twice_the_batch(resumed, tmp_path):
     """Pairs and groups, nf4 and unquantized, warm start, accumulation and checkpointing, DDP and
     FSDP; the KL's anchor is checked in every process."""
     play(tmp_path, 4)
-    assert sorted(p.name for p in resumed[1].iterdir()) == sorted(FITS)
-    assert (
-        "listwise: the base is made of Parameters" in resumed[2]
-        and "sharded: the base is made of DTensors" in resumed[2]
-    )
+    _, fits, out, _ = resumed
+    assert sorted(p.name for p in fits.iterdir()) == sorted(FITS)
+    for name, kind in (("listwise", "Parameters"), ("sharded", "DTensors")):
+        assert f"{name}: the base is made of {kind}" in out
     for name in FITS:
-        difference, moved = weights_differ(tmp_path / name, resumed[1] / name)
+        difference, moved = weights_differ(tmp_path / name, fits / name)
         assert difference < TOLERANCE * moved and moved > 1e-2, (name, difference, moved)
-        error = json.loads((resumed[1] / name / "training_log.json").read_text())["anchor_error"]
+        error = json.loads((fits / name / "training_log.json").read_text())["anchor_error"]
         assert error is None if name.endswith("warm") else error < 1e-4
 
 
+@pytest.mark.slow
 def test_one_process_resumes_what_two_began(killed, tmp_path):
     run = RunDirectory(shutil.copytree(killed[0].path, tmp_path / "run"))
     cdpo("round", run.path, check=0)
-    assert (
-        run.rounds_done() == 1
-        and "processes" not in run.round_record(0)
-        and replay(run) == run.state()["lambda"]
-    )
+    assert run.rounds_done() == 1 and RoundRecord.read(run.round_file(0)).processes == 1
+    assert replay(run) == run.state().lambda_
 
 
+SCORER = """
+import os
+from data_prep.quickstart import harmless
+
+
+def score(prompts, responses):
+    if os.environ.get("RANK") == "1":
+        raise ValueError("no model here")
+    return harmless(prompts, responses)
+"""
+
+
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all_with_one_message(tmp_path):
-    scorer = tmp_path / "scorer.py"
-    scorer.write_text(
-        "import os\nfrom data_prep.quickstart import harmless\n\n\ndef score(prompts, responses):\n"
-        "    if os.environ.get('RANK') == '1':\n        raise ValueError('no model here')\n    "
-        "return harmless(prompts, responses)\n"
-    )
-    run = init_run(
-        QUICKSTART,
-        tmp_path / "run",
-        [*TINY, f"objective.constraints.harmless.scorer.target={scorer}:score"],
-    )
-    out, err = ended(launch("-m", "constrained_dpo.cli.main", "prepare", run.path), 1)
-    said = own_words(err)
-    assert len(said) == 1 and said[0].endswith("raised ValueError: no model here") and not out
+    (tmp_path / "scorer.py").write_text(SCORER)
+    target = f"objective.constraints.harmless.scorer.target={tmp_path / 'scorer.py'}:score"
+    run = init_run(QUICKSTART, tmp_path / "run", [*TINY, target])
+    out, err = ended(launch(*CDPO, "prepare", run.path), 1)
+    words = last_words(err)
+    assert len(words) == 1 and words[0].endswith("raised ValueError: no model here") and not out
     with run.locked():
         assert not run.pool_file(None).exists()
     cdpo("prepare", run.path, check=0)
-    assert run.state()["lambda"]
+    assert run.state().prepared
 
 
 def test_what_a_launch_cannot_fit_is_refused(monkeypatch):
     """In this process, under a launch's variables."""
-    from constrained_dpo.launch import check_launch, num_processes, rank, shards_base
-    from data_prep.errors import UserError
-    from data_prep.models.settings import PolicySettings
-
     assert (num_processes(), rank(), shards_base()) == (1, 0, False)
-    for key, value in {
-        "WORLD_SIZE": "2",
-        "RANK": "1",
-        "LOCAL_RANK": "1",
-        "ACCELERATE_USE_FSDP": "true",
-    }.items():
+    variables = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    for key, value in (variables | {"ACCELERATE_USE_FSDP": "true"}).items():
         monkeypatch.setenv(key, value)
     assert (num_processes(), rank(), shards_base()) == (2, 1, True)
     with pytest.raises(UserError, match=r"nf4 is not sharded.*ddp\.yaml"):
@@ -229,10 +258,8 @@ def test_what_a_launch_cannot_fit_is_refused(monkeypatch):
         check_launch(PolicySettings(model="quickstart", quantization="none"))
 
 
-def test_every_process_takes_its_own_gpu(monkeypatch):
+def test_every_process_takes_the_gpu_of_its_number(monkeypatch):
     """By the launcher's variables alone: there is no GPU here, so nothing is placed."""
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert resolve_device("auto", "k") == resolve_device("cuda", "k") == "cuda"
@@ -243,19 +270,11 @@ def test_every_process_takes_its_own_gpu(monkeypatch):
 
 
 def test_every_config_is_read_by_accelerate_and_says_whether_it_was_run():
-    from accelerate.commands.config.config_args import load_config_from_file
-
     files = sorted(CONFIGS.glob("*.yaml"))
-    assert {f.name for f in files} >= {
-        "ddp.yaml",
-        "ddp_cpu.yaml",
-        "fsdp.yaml",
-        "zero2.yaml",
-        "zero3.yaml",
-    }
+    named = {"ddp.yaml", "ddp_cpu.yaml", "fsdp.yaml", "zero2.yaml", "zero3.yaml"}
+    assert {f.name for f in files} >= named
     for file in files:
         load_config_from_file(str(file))
-        assert (
-            yaml.safe_load(file.read_text())["mixed_precision"] == "no"
-        )  # no autocast: a fit sees what the dual step measures
+        # no autocast: a fit sees what the dual step measures
+        assert yaml.safe_load(file.read_text())["mixed_precision"] == "no"
         assert ("not run" in file.read_text()) == (file.name != "ddp_cpu.yaml"), file.name

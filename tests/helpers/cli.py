@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import TextIO
 from unittest.mock import patch
 
 from constrained_dpo.cli.main import main
@@ -14,22 +16,28 @@ from constrained_dpo.cli.main import main
 CDPO = [sys.executable, "-c", "from constrained_dpo.cli.main import main; main()"]
 
 
+def called(command: Callable[[], None], words: list[str], stdout: TextIO, stderr: TextIO) -> int:
+    """Runs a command's `main` in this process; returns its exit code."""
+    handler = signal.getsignal(signal.SIGTERM)
+    with (
+        patch.object(sys, "argv", words),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        try:
+            command()
+        except SystemExit as stop:
+            return stop.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+    return 0
+
+
 def cdpo(*arguments, check=None) -> subprocess.CompletedProcess:
     """The command as `main` runs it, in this process (importing torch anew takes seconds); an
     unexpected exception fails the test."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    words, handler = ["cdpo", *map(str, arguments)], signal.getsignal(signal.SIGTERM)
-    with (
-        patch.object(sys, "argv", words),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        finally:
-            signal.signal(signal.SIGTERM, handler)
+    out, err, words = io.StringIO(), io.StringIO(), ["cdpo", *map(str, arguments)]
+    code = called(main, words, out, err)
     result = subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
     if check is not None:
         assert result.returncode == check, result.stderr + result.stdout

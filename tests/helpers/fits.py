@@ -1,9 +1,15 @@
-"""A tiny pool and the settings of a fit."""
+"""A tiny pool, the settings of a fit, fits and trainers."""
+
+import functools
+import json
+from contextlib import contextmanager
 
 import datasets
 import numpy as np
 import pandas as pd
 
+from constrained_dpo.fit.adapter import fit_adapter
+from constrained_dpo.fit.trainer import FitPlan, build_trainer
 from constrained_dpo.recipe.load import load_recipe
 from data_prep.labels.preferences import label_pairs
 from data_prep.models.settings import LoraSettings
@@ -22,8 +28,13 @@ PROMPT_TABLE = pd.DataFrame({"prompt_id": PROMPTS["train"][:8], "prompt": PROMPT
 SAMPLING = SamplingSettings(max_new_tokens=3, batch_size=128)
 
 
+@functools.cache
+def _recipe_fit():
+    return load_recipe(QUICKSTART).fit
+
+
 def fit_settings(**changes):
-    return load_recipe(QUICKSTART).fit.model_copy(
+    return _recipe_fit().model_copy(
         update={"steps": 8, "batch_size": 4, "warmup_steps": 0} | changes
     )
 
@@ -64,3 +75,46 @@ def ragged_rows(policy, count: int, seed: int) -> datasets.Dataset:
         "ref_logps": logps.astype(np.float32).reshape(-1, 2),
     }
     return datasets.Dataset.from_dict(rows | {"target": np.ones(count, np.float32)})
+
+
+def fit_log(
+    policy, pool, folder, *, labels=None, lora=LORA, previous=None, checkpoints=None, **changes
+) -> dict:
+    """A fit at folder/adapter; returns its training log."""
+    plan = FitPlan(
+        fit_settings(**changes),
+        lora,
+        beta=0.25,
+        seed=0,
+        output=folder / "adapter",
+        previous_adapter=previous,
+        checkpoints=checkpoints,
+    )
+    labels = make_pairs(pool) if labels is None else labels
+    fit_adapter(policy, labels, pool, prompt_tokens(policy), plan)
+    return json.loads((plan.output / "training_log.json").read_text())
+
+
+@contextmanager
+def built_trainer(
+    policy,
+    rows,
+    folder,
+    *,
+    lora=LORA,
+    beta=0.25,
+    seed=0,
+    previous=None,
+    held_out=None,
+    resumed=False,
+    **changes,
+):
+    """The trainer of a fit; the policy is the plain base again afterwards."""
+    settings = fit_settings(**changes)
+    plan = FitPlan(settings, lora, beta, seed, output=folder, previous_adapter=previous)
+    trainer = build_trainer(policy, rows, plan, held_out, resumed)
+    try:
+        yield trainer
+    finally:
+        trainer.model.unload()
+        policy.model.__dict__.pop("forward", None)

@@ -1,8 +1,8 @@
 """Fits of pairs and of groups by as many processes as it is started with, then a command of `cdpo`;
-for `test_devices.py`.
+for `test_launch.py`.
 
-accelerate launch --config_file recipes/accelerate/ddp_cpu.yaml tests/launched_fits.py FOLDER
-BATCH_SIZE round RUN
+accelerate launch --config_file recipes/accelerate/ddp_cpu.yaml tests/helpers/launched_fits.py \
+    FOLDER BATCH_SIZE round RUN
 """
 
 import os
@@ -23,6 +23,7 @@ from data_prep.labels.preferences import label_groups
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import PolicySettings
 from tests.helpers.fits import LORA, fit_settings, make_pairs, make_pool, prompt_tokens
+from tests.helpers.paths import RECIPES
 
 # Quantization, settings, and the fit that it starts from.
 FITS = {
@@ -51,9 +52,8 @@ def fsdp() -> Iterator[None]:
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
-    config = yaml.safe_load(
-        (Path(__file__).parents[1] / "recipes" / "accelerate" / "fsdp.yaml").read_text()
-    )["fsdp_config"]
+    file = RECIPES / "accelerate" / "fsdp.yaml"
+    config = yaml.safe_load(file.read_text())["fsdp_config"]
     begin = AcceleratorState.__init__
 
     def opened(self, *args, fsdp_plugin=None, **more):
@@ -90,21 +90,16 @@ def play(folder: Path, batch_size: int) -> None:
             )
         else:
             labels = make_pairs(pool)
+        plan = FitPlan(
+            settings,
+            LORA,
+            beta=0.25,
+            seed=3,
+            output=folder / name,
+            previous_adapter=folder / start if start else None,
+        )
         with fsdp() if name.startswith("sharded") and num_processes() > 1 else nullcontext():
-            fit_adapter(
-                policy,
-                labels,
-                pool,
-                prompt_tokens(policy),
-                FitPlan(
-                    settings,
-                    LORA,
-                    beta=0.25,
-                    seed=3,
-                    output=folder / name,
-                    previous_adapter=folder / start if start else None,
-                ),
-            )
+            fit_adapter(policy, labels, pool, prompt_tokens(policy), plan)
             print(f"{name}: the base is made of {type(next(policy.model.parameters())).__name__}s")
 
 

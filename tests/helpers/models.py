@@ -60,6 +60,19 @@ def save_tiny_causal_lm(folder: Path, seed: int = 0, layers: int = 2, width: int
     return folder
 
 
+def save_classifier(folder: Path, words: str, labels: int = 1, **config_keys: object) -> Path:
+    """A random Llama that scores texts of these words, far apart."""
+    from transformers import LlamaForSequenceClassification
+
+    size = save_word_tokenizer(folder, words)
+    torch.manual_seed(0)
+    config = tiny_llama_config(size, num_labels=labels, **config_keys)
+    model = LlamaForSequenceClassification(config).eval()
+    torch.nn.init.normal_(model.score.weight, std=2.0)
+    model.save_pretrained(folder)
+    return folder
+
+
 def save_adapter(base, folder, seed=0, targets=("q_proj", "down_proj")):
     """A LoRA adapter that changes the model visibly."""
     from peft import LoraConfig, get_peft_model

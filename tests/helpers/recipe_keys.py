@@ -1,5 +1,5 @@
-"""The table of every recipe key in recipes/README.md, generated from the schema: `python
-tests/recipe_keys.py` writes it anew."""
+"""The table of every recipe key in recipes/README.md, generated from the schema: `python -m
+tests.helpers.recipe_keys` writes it anew."""
 
 import json
 import types
@@ -12,7 +12,7 @@ from constrained_dpo.recipe.load import schema_blocks
 from constrained_dpo.recipe.schema import Recipe
 from data_prep.settings import Settings
 
-README = Path(__file__).resolve().parents[1] / "recipes" / "README.md"
+README = Path(__file__).resolve().parents[2] / "recipes" / "README.md"
 BEGIN, END = "<!-- keys: begin -->\n", "<!-- keys: end -->"
 
 
@@ -22,7 +22,7 @@ def values_of(annotation: object) -> list[str]:
     if origin is Literal:
         return [str(a) for a in get_args(annotation)]
     if origin in (Union, types.UnionType):
-        return list(dict.fromkeys(v for part in get_args(annotation) for v in values_of(part)))
+        return list(dict.fromkeys(v for each in get_args(annotation) for v in values_of(each)))
     if origin is list:
         return [f"list of {' or '.join(values_of(get_args(annotation)[0]))}s"]
     if origin is dict:
@@ -57,6 +57,11 @@ def title_of(name: str, block: type[Settings]) -> str:
     return f"`{'.'.join(parts)}`" if parts else "the recipe"
 
 
+def first_sentence(block: type[Settings]) -> str:
+    """What a block is: the first paragraph of its docstring, on one line."""
+    return " ".join((block.__doc__ or "").split("\n\n")[0].split())
+
+
 def key_table() -> str:
     """Markdown, one table per block of the schema."""
     lines, seen = [], set()
@@ -64,7 +69,7 @@ def key_table() -> str:
         if block in seen:
             continue
         seen.add(block)
-        lines += [f"**{title_of(name, block)}**: {block.__doc__.splitlines()[0]}", ""]
+        lines += [f"**{title_of(name, block)}**: {first_sentence(block)}", ""]
         lines += ["| key | values | default | meaning |", "|---|---|---|---|"]
         for key, field in block.model_fields.items():
             cells = (

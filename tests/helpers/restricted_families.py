@@ -50,6 +50,16 @@ def scaled_world(
     )
 
 
+SMALL_WORLD = {"prompts": 4, "responses": 25}
+
+
+def small_worlds(std: float, beta: float) -> list[tuple[int, TabularWorld]]:
+    """Four small worlds with their seeds: two with one constraint, two with two."""
+    return [
+        (seed, scaled_world(seed, m, std, beta, **SMALL_WORLD)) for m in (1, 2) for seed in (3, 4)
+    ]
+
+
 def with_margin(world: TabularWorld, margin: float) -> TabularWorld:
     """The same world with another margin on its one constraint (score units)."""
     (name,) = world.problem.names
@@ -70,8 +80,8 @@ def score(world: TabularWorld, lam: np.ndarray) -> np.ndarray:
 
 def objective_and_slack(world: TabularWorld, logp: np.ndarray) -> tuple[float, np.ndarray]:
     """F(π) = E[r] − β KL and u(π), score units."""
-    values = world.evaluate(logp)
-    return values["objective"], np.array([values["u"][n] for n in world.problem.names])
+    exact = world.evaluate(logp)
+    return exact.objective, np.array([exact.u[n] for n in world.problem.names])
 
 
 def gibbs(world: TabularWorld, lam: np.ndarray) -> np.ndarray:

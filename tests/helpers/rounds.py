@@ -10,6 +10,7 @@ from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.create import init_run
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.prepare import prepare
+from constrained_dpo.run.record import RoundRecord
 from constrained_dpo.run.rounds import play_round
 from data_prep.tables import read_parquet
 from tests.helpers.paths import QUICKSTART
@@ -51,12 +52,12 @@ def make_run(path, world, overrides=()) -> tuple[RunDirectory, Recipe, TabularLe
     return run, run.recipe(), TabularLearner(world, prompts)
 
 
-def play(run, recipe, learner, rounds) -> list[dict]:
-    recipe = prepare(run, recipe, learner, {}) if not run.state()["lambda"] else run.recipe()
+def play(run, recipe, learner, rounds) -> list[RoundRecord]:
+    recipe = run.recipe() if run.state().prepared else prepare(run, recipe, learner, {})
     return [play_round(run, recipe, learner) for _ in range(rounds)]
 
 
 def tables_of(run) -> dict[str, pd.DataFrame | str]:
     files = sorted(run.path.rglob("*.parquet"))
     content = {str(f.relative_to(run.path)): read_parquet(f).to_json() for f in files}
-    return content | {"lambda": json.dumps(run.state()["lambda"])}
+    return content | {"lambda": json.dumps(run.state().lambda_)}

@@ -22,7 +22,7 @@ def feasibility_program(table: ScoreTable, target: np.ndarray, unit: np.ndarray)
     m, rows, prompts = table.utilities.shape[1], len(table.reward), len(table.counts)
     sums = np.zeros((prompts, rows + 1))
     sums[np.repeat(np.arange(prompts), table.counts), np.arange(rows)] = 1
-    found = optimize.linprog(
+    program = optimize.linprog(
         np.r_[np.zeros(rows), -1.0],
         A_ub=np.c_[-(table.utilities / unit).T / prompts, np.ones(m)],
         b_ub=-target / unit,
@@ -30,7 +30,7 @@ def feasibility_program(table: ScoreTable, target: np.ndarray, unit: np.ndarray)
         b_eq=np.ones(prompts),
         bounds=[(0, None)] * rows + [(None, None)],
     )
-    return -found.fun
+    return -program.fun
 
 
 @pytest.mark.parametrize("seed", range(16))
@@ -47,27 +47,27 @@ def test_the_largest_slack_is_that_of_the_linear_program(seed):
     problem = ConstrainedProblem(
         "r", 1.0, tuple(Constraint(f"g{i}", margin=0.4 * s) for i, s in enumerate(unit))
     )
-    found, target = (
+    diagnosis, target = (
         diagnose_feasibility(table, problem),
         table.reference_means() + problem.bounds.to_numpy(),
     )
-    firm = found.verdict in (INFEASIBLE, NO_EVIDENCE) and not found.together
-    for name in found.constraints if firm else ():  # each fails alone
+    firm = diagnosis.verdict in (INFEASIBLE, NO_EVIDENCE) and not diagnosis.together
+    for name in diagnosis.constraints if firm else ():  # each fails alone
         i = problem.names.index(name)
-        part = ScoreTable(
+        fewer = ScoreTable(
             table.reward, table.utilities[:, [i]], table.log_weight, table.starts, table.counts
         )
-        exact = feasibility_program(part, target[[i]], np.ones(1))
-        assert exact < 0 and found.shortfall[name] == pytest.approx(-exact, abs=1e-7 * unit[i])
+        exact = feasibility_program(fewer, target[[i]], np.ones(1))
+        assert exact < 0 and diagnosis.shortfall[name] == pytest.approx(-exact, abs=1e-7 * unit[i])
     if not firm:
-        assert found.slack == pytest.approx(feasibility_program(table, target, unit), abs=1e-7)
+        assert diagnosis.slack == pytest.approx(feasibility_program(table, target, unit), abs=1e-7)
         # The constraints named are those that limit: without the others the slack is the same.
-        named = [problem.names.index(n) for n in found.constraints]
-        part = ScoreTable(
+        named = [problem.names.index(n) for n in diagnosis.constraints]
+        fewer = ScoreTable(
             table.reward, table.utilities[:, named], table.log_weight, table.starts, table.counts
         )
-        assert found.slack == pytest.approx(
-            feasibility_program(part, target[named], unit[named]), abs=1e-7
+        assert diagnosis.slack == pytest.approx(
+            feasibility_program(fewer, target[named], unit[named]), abs=1e-7
         )
 
 
@@ -84,18 +84,21 @@ def test_infeasible_needs_evidence():
     bounded, unbounded = normal_table(200, 64, bound=1.0), normal_table(200, 64)
     mean = bounded.reference_means()[0]
     assert diagnose_feasibility(bounded, problem(0.8)).verdict == FEASIBLE
-    found = diagnose_feasibility(bounded, problem(1.3))
-    assert found.verdict == INFEASIBLE and found.constraints == ("g",) and found.ess > 8
-    assert found.largest["g"] == pytest.approx(1 - mean) and found.shortfall["g"] == pytest.approx(
-        0.3 + mean
+    diagnosis = diagnose_feasibility(bounded, problem(1.3))
+    assert diagnosis.verdict == INFEASIBLE and diagnosis.constraints == ("g",) and diagnosis.ess > 8
+    assert diagnosis.largest["g"] == pytest.approx(1 - mean) and diagnosis.shortfall[
+        "g"
+    ] == pytest.approx(0.3 + mean)
+    assert (
+        "infeasible" in diagnosis.sentence()
+        and "lower the level by at least" in diagnosis.sentence()
     )
-    assert "infeasible" in found.sentence() and "lower the level by at least" in found.sentence()
-    found = diagnose_feasibility(unbounded, problem(4.0))
-    assert found.verdict == NO_EVIDENCE and found.ess == pytest.approx(1.0)
-    assert found.largest["g"] == pytest.approx(
+    diagnosis = diagnose_feasibility(unbounded, problem(4.0))
+    assert diagnosis.verdict == NO_EVIDENCE and diagnosis.ess == pytest.approx(1.0)
+    assert diagnosis.largest["g"] == pytest.approx(
         unbounded.utilities.reshape(200, 64).max(1).mean() - unbounded.reference_means()[0]
     )
-    assert "better responses may exist" in found.sentence()
+    assert "better responses may exist" in diagnosis.sentence()
     # Within 2 standard errors on either side of what the samples support nothing is decided,
     # whatever the evidence.
     for table in (bounded, unbounded):
@@ -115,12 +118,16 @@ def test_constraints_that_cannot_be_met_together_are_named_and_a_third_is_not():
     constraints = tuple(
         Constraint(n, margin=b) for n, b in (("g", 0.5), ("h", 0.1), ("minus", 0.5))
     )
-    found = diagnose_feasibility(table, ConstrainedProblem("r", 1.0, constraints))
-    assert found.verdict == INFEASIBLE and found.together and found.constraints == ("g", "minus")
-    assert found.shortfall.to_numpy() == pytest.approx(
+    diagnosis = diagnose_feasibility(table, ConstrainedProblem("r", 1.0, constraints))
+    assert (
+        diagnosis.verdict == INFEASIBLE
+        and diagnosis.together
+        and diagnosis.constraints == ("g", "minus")
+    )
+    assert diagnosis.shortfall.to_numpy() == pytest.approx(
         [0.5, 0.5]
     )  # the sum of both slacks is −1 whatever the policy
-    assert found.ess > 10 and "together" in found.sentence()
+    assert diagnosis.ess > 10 and "together" in diagnosis.sentence()
 
 
 def test_the_standard_error_of_the_slack_is_that_of_new_prompts():
@@ -131,9 +138,9 @@ def test_the_standard_error_of_the_slack_is_that_of_new_prompts():
             size=(1, 60, 1)
         )
         table = ScoreTable.from_arrays(np.zeros((60, 8)), utility)
-        found = diagnose_feasibility(table, problem)
-        slacks.append(found.slack * utility.std())
-        errors.append(found.se * utility.std())
+        diagnosis = diagnose_feasibility(table, problem)
+        slacks.append(diagnosis.slack * utility.std())
+        errors.append(diagnosis.se * utility.std())
     assert np.mean(errors) == pytest.approx(np.std(slacks), rel=0.15)
 
 

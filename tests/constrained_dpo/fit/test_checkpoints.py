@@ -1,256 +1,180 @@
-"""Checkpoints inside a fit: kill -9 in the middle of real fits, half-written and foreign
-checkpoints, and what a resumed fit is made of."""
+"""Checkpoints inside a fit: whose they are, which are whole, and what a resumed fit is made of."""
 
-import json
+import logging
 import os
 import resource
-import signal
-import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from benchmarks.kill_many import Server, alive, content, leftovers
-from constrained_dpo.fit.adapter import fit_adapter
 from constrained_dpo.fit.checkpoints import SEAL, SealedCheckpoints, fit_identity, newest_whole
 from constrained_dpo.fit.holdout import BEST_FILE
 from constrained_dpo.fit.rows import pair_dataset
-from constrained_dpo.fit.trainer import FitPlan, build_trainer
-from constrained_dpo.run.create import init_run
-from constrained_dpo.run.directory import RunDirectory
 from data_prep.labels.preferences import label_pairs
-from data_prep.quickstart import build_policy
-from tests.helpers.fits import LORA, fit_settings, make_pairs, make_pool, prompt_tokens
-from tests.helpers.paths import QUICKSTART, SMALL
-
-# Dropout 0.05 is the recipe's; the steps span several epochs.
-LONG = (
-    *SMALL,
-    "fit.steps=40",
-    "fit.later_rounds=0.5",
-    "fit.save_steps=4",
-    "fit.gradient_accumulation=2",
-    "fit.batch_size=8",
-    "fit.pairs_per_prompt=6",
-    "fit.holdout=0.2",
-    "fit.early_stop=50",
-    "fit.eval_steps=7",
-    "fit.learning_rate=2e-3",
+from tests.helpers.fits import (
+    LORA,
+    built_trainer,
+    fit_log,
+    fit_settings,
+    make_pairs,
+    make_pool,
+    prompt_tokens,
 )
+from tests.helpers.moments import interrupt, when
+
+# Several epochs, the last of them cut short.
+LONG = {
+    "steps": 20,
+    "gradient_accumulation": 2,
+    "learning_rate": 2e-3,
+    "save_steps": 4,
+    "holdout": 0.25,
+    "early_stop": 50,
+    "eval_steps": 3,
+}
+DROPOUT = LORA.model_copy(update={"dropout": 0.05})
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
+def weights(folder) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def play(server: Server, run: RunDirectory, moment=lambda: False, delay: float = 0.0) -> str:
-    """`cdpo run` in a process of its own, killed with its group `delay` seconds after `moment()` is
-    true; returns what it said."""
-    pid = server.start("run", run.path)
-    while alive(pid):
-        if moment():
-            time.sleep(delay)
-            if alive(pid):
-                os.killpg(pid, signal.SIGKILL)
-            break
-        time.sleep(0.0005)
-    status = server.wait()
-    assert status in (0, -signal.SIGKILL), server.log.read_text()
-    return server.log.read_text() + ("killed" if status else "")
+def whole(folder) -> list[int]:
+    """The steps of the checkpoints that are sealed."""
+    seals = folder.glob(f"checkpoint-*/{SEAL}")
+    return sorted(int(path.parent.name.rpartition("-")[2]) for path in seals)
 
 
-def checkpoints(run: RunDirectory, number: int) -> dict[int, bool]:
-    """Step → whether it is sealed."""
-    found = run.checkpoints_folder(number).glob("checkpoint-*")
-    return {int(path.name.rpartition("-")[2]): (path / SEAL).exists() for path in sorted(found)}
+def without_times(log: dict) -> list[dict]:
+    """The log of every step; its last row is about the process that ended the fit."""
+    clock = ("_runtime", "_per_second")
+    return [{k: v for k, v in row.items() if not k.endswith(clock)} for row in log["log"][:-1]]
 
 
-def logged(run: RunDirectory, number: int) -> list[dict]:
-    """The log of a fit without its times; its last row is about the process that ended it."""
-    rows = json.loads((run.adapter_folder(number) / "training_log.json").read_text())["log"][:-1]
-    return [
-        {k: v for k, v in row.items() if not k.endswith(("_runtime", "_per_second"))}
-        for row in rows
-    ]
-
-
-def newest(run: RunDirectory, number: int) -> int:
-    return max((step for step, whole in checkpoints(run, number).items() if whole), default=0)
-
-
-def lose_the_seal(checkpoint: Path) -> None:
-    (checkpoint / SEAL).unlink()
-
-
-def truncate(checkpoint: Path) -> None:
+def truncate(checkpoint) -> None:
     os.truncate(checkpoint / "optimizer.pt", 1000)
 
 
-def test_fits_killed_many_times_equal_those_never_killed(server, tmp_path):
-    """To the last bit: adapters, tables, λ, the log of every step; with accumulation, dropout,
-    epochs, an early stop's best adapter.
+def lose_the_seal(checkpoint) -> None:
+    (checkpoint / SEAL).unlink()
 
-    A checkpoint that a kill left half-written, or that was damaged since, gives way to the one
-    before it.
-    """
-    model = f"policy.model={build_policy()}"
-    expected, run = (
-        init_run(QUICKSTART, tmp_path / name, [*LONG, model])
-        for name in ("uninterrupted", "killed")
-    )
-    assert "goes on" not in play(server, expected)
 
-    def half_written() -> bool:
-        return newest(run, 0) >= 16 and False in checkpoints(run, 0).values()
+def test_an_interrupted_fit_equals_one_never_interrupted(plain_policy, pool, tmp_path, caplog):
+    """To the last bit, with accumulation, dropout, epochs and an early stop's best adapter. A
+    checkpoint that is half-written, or was damaged since, gives way to the one before it."""
+    caplog.set_level(logging.INFO, "constrained_dpo")
+    folder, checkpoints = tmp_path / "interrupted", tmp_path / "interrupted" / "checkpoints"
+    fit = lambda: fit_log(plain_policy, pool, folder, lora=DROPOUT, checkpoints=checkpoints, **LONG)
+    start, state = [], {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    for least, damage in ((8, truncate), (16, lose_the_seal)):
+        caplog.clear()
+        reached = lambda least=least: max(whole(checkpoints), default=0) >= least
+        with pytest.raises(KeyboardInterrupt), when(reached, interrupt):
+            fit()
+        assert goes_on_from(caplog) == start
+        *earlier, newest = whole(checkpoints)
+        checkpoint, start = checkpoints / f"checkpoint-{newest}", earlier[-1:]
+        files = {path.name for path in checkpoint.iterdir()}
+        assert files >= state | {BEST_FILE, "adapter_model.safetensors"}
+        assert not any(name.startswith("model") for name in files), "it must not copy the base"
+        damage(checkpoint)
+        unused = f"fit: {checkpoint.name} is half-written or of another fit; it is not used"
+    caplog.clear()
+    log = fit()
+    assert goes_on_from(caplog) == start and unused in caplog.messages
+    assert not checkpoints.exists()  # gone with the fit that was committed
 
-    two_whole = lambda: list(checkpoints(run, 0).values()) == [True, True]
-    # the round that is killed, when, how many seconds later, and what is done to its newest
-    # checkpoint
-    chain = [
-        (0, two_whole, 0.0, truncate),
-        (0, half_written, 0.0, None),
-        (0, lambda: newest(run, 0) >= 24 and two_whole(), 0.0, lose_the_seal),
-        (0, lambda: newest(run, 0) >= 32, 0.05, None),
-        (1, lambda: newest(run, 1) >= 8, 0.02, None),
+    uninterrupted = fit_log(plain_policy, pool, tmp_path / "whole", lora=DROPOUT, **LONG)
+    assert weights(folder) == weights(tmp_path / "whole")
+    assert without_times(log) == without_times(uninterrupted)
+    assert log["held_out"] == uninterrupted["held_out"] and without_times(log)[-1]["epoch"] > 2
+
+
+def goes_on_from(caplog) -> list[int]:
+    """The step of the checkpoint that a fit was resumed from."""
+    lines = [line for line in caplog.messages if "goes on from" in line]
+    return [int(line.rpartition("checkpoint-")[2]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def other_pairs(pool):
+    """The same pairs at another λ."""
+    lambda_ = pd.Series({"harmless": 0.6})
+    return label_pairs(pool, "helpful", lambda_, labels="soft", pairs_per_prompt=6, seed=0)
+
+
+@pytest.fixture(scope="module")
+def identity(plain_policy, pool):
+    """The identity of a fit on labels, with what is changed."""
+
+    def of(labels, **changes) -> str:
+        rows = pair_dataset(labels, pool, prompt_tokens(plain_policy), 16)
+        fixed = {"beta": 0.25, "seeds": (0, 0), "previous_adapter": None}
+        settings = fit_settings(save_steps=3)
+        return fit_identity(rows, plain_policy.fingerprint, settings, LORA, **fixed | changes)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def alone(plain_policy, pool, tmp_path_factory):
+    """A fit that found no checkpoints."""
+    folder = tmp_path_factory.mktemp("alone")
+    fit_log(plain_policy, pool, folder, checkpoints=folder / "checkpoints", save_steps=3)
+    return folder
+
+
+def test_whatever_a_fit_depends_on_is_in_its_identity(
+    identity, pool, other_pairs, alone, monkeypatch
+):
+    pairs = make_pairs(pool)
+    ours = identity(pairs)
+    assert ours == identity(make_pairs(pool))
+    others = [
+        identity(other_pairs),
+        identity(pairs, seeds=(1, 0)),
+        identity(pairs, beta=0.3),
+        identity(pairs, previous_adapter=alone / "adapter"),
     ]
-    wanted = 0
-    for number, moment, delay, damage in [*chain, (1, lambda: False, 0.0, None)]:
-        said = play(server, run, moment, delay)
-        assert said.endswith("killed") == (moment in [link[1] for link in chain])
-        assert (
-            (f"fit: goes on from checkpoint-{wanted}\n" in said)
-            if wanted
-            else ("goes on from" not in said)
-        ), said
-        steps = sorted(step for step, whole in checkpoints(run, number).items() if whole)
-        if damage:
-            damage(run.checkpoints_folder(number) / f"checkpoint-{steps.pop()}")
-        wanted = steps[-1] if steps else 0
-        if damage is truncate and wanted:
-            files = {
-                path.name for path in (run.checkpoints_folder(0) / f"checkpoint-{wanted}").iterdir()
-            }
-            assert {
-                "adapter_model.safetensors",
-                "optimizer.pt",
-                "scheduler.pt",
-                "rng_state.pth",
-                "trainer_state.json",
-                BEST_FILE,
-            } <= files
-            assert not any(name.startswith("model") for name in files), (
-                "a checkpoint must not copy the base"
-            )
-    found, results = content(run), content(expected)
-    assert [
-        name for name in found.keys() | results.keys() if found.get(name) != results.get(name)
-    ] == []
-    assert [max(row["step"] for row in logged(run, number)) for number in range(2)] == [40, 20]
-    assert (
-        all(logged(run, number) == logged(expected, number) for number in range(2))
-        and logged(run, 0)[-1]["epoch"] > 2
-    )
-    assert leftovers(run) == []
+    # The same rows, others of them in a step.
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    others.append(identity(pairs))
+    assert len({ours, *others}) == 6
 
 
 def test_a_checkpoint_of_another_fit_is_never_resumed(
-    quickstart_policy, tmp_path, capsys, monkeypatch
+    plain_policy, pool, other_pairs, identity, alone, tmp_path, caplog
 ):
     """Whole checkpoints lie where the fit looks for them; they are of the same fit at another λ."""
-    policy, pool = quickstart_policy, make_pool(quickstart_policy)
-    tokens, settings = prompt_tokens(policy), fit_settings(save_steps=3)
-    other = label_pairs(
-        pool, "helpful", pd.Series({"harmless": 0.6}), labels="soft", pairs_per_prompt=6, seed=0
-    )
-
-    def fit(name: str) -> bytes:
-        fit_adapter(
-            policy,
-            make_pairs(pool),
-            pool,
-            tokens,
-            FitPlan(
-                settings,
-                LORA,
-                beta=0.25,
-                seed=0,
-                output=tmp_path / name / "adapter",
-                checkpoints=tmp_path / name / "checkpoints",
-            ),
-        )
-        return (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
-
-    identity = lambda labels, **changes: fit_identity(
-        pair_dataset(labels, pool, tokens, 16),
-        policy.fingerprint,
-        settings,
-        LORA,
-        **{"beta": 0.25, "seeds": (0, 0), "previous_adapter": None} | changes,
-    )
-    ours = identity(make_pairs(pool))
-    assert ours == identity(make_pairs(pool))
-    expected = fit("alone")
-    others = [
-        identity(other),
-        identity(make_pairs(pool), seeds=(1, 0)),
-        identity(make_pairs(pool), beta=0.3),
-    ]
-    others.append(identity(make_pairs(pool), previous_adapter=tmp_path / "alone" / "adapter"))
-    (
-        monkeypatch.setenv("LOCAL_RANK", "0"),
-        monkeypatch.setenv("WORLD_SIZE", "2"),
-    )  # the same rows, others of them in a step
-    others.append(identity(make_pairs(pool)))
-    monkeypatch.undo()
-    assert len({ours, *others}) == 6
-
-    rows, folder = pair_dataset(other, pool, tokens, 16), tmp_path / "other" / "checkpoints"
-    trainer = build_trainer(policy, rows, FitPlan(settings, LORA, beta=0.25, seed=0, output=folder))
-    trainer.add_callback(SealedCheckpoints(identity(other)))
-    trainer.train()
-    trainer.model.unload()
-    policy.model.__dict__.pop("forward", None)
-    assert newest_whole(folder, identity(other)) == folder / "checkpoint-6"
-    assert fit("other") == expected
-    said = capsys.readouterr().err
-    assert said.count("of another fit; it is not used") == 2 and "goes on" not in said
-    assert not folder.exists()  # gone with the fit that was committed
+    caplog.set_level(logging.INFO, "constrained_dpo")
+    checkpoints, other = tmp_path / "checkpoints", identity(other_pairs)
+    rows = pair_dataset(other_pairs, pool, prompt_tokens(plain_policy), 16)
+    with built_trainer(plain_policy, rows, checkpoints, save_steps=3) as trainer:
+        trainer.add_callback(SealedCheckpoints(other))
+        trainer.train()
+    assert newest_whole(checkpoints, other) == checkpoints / "checkpoint-6"
+    fit_log(plain_policy, pool, tmp_path, checkpoints=checkpoints, save_steps=3)
+    assert weights(tmp_path) == weights(alone)
+    assert caplog.text.count("of another fit; it is not used") == 2
+    assert "goes on" not in caplog.text and not checkpoints.exists()
 
 
-def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(quickstart_policy, tmp_path):
+def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(plain_policy, pool, tmp_path):
     """A limit on the size of files stands for the full disk."""
-    pool = make_pool(quickstart_policy)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    message = r"checkpoints: the checkpoint cannot be saved \(.*File too large"
     try:
-        with pytest.raises(
-            OSError, match=r"checkpoints: the checkpoint cannot be saved \(.*File too large"
-        ):
-            fit_adapter(
-                quickstart_policy,
-                make_pairs(pool),
-                pool,
-                prompt_tokens(quickstart_policy),
-                FitPlan(
-                    fit_settings(save_steps=3),
-                    LORA,
-                    beta=0.25,
-                    seed=0,
-                    output=tmp_path / "adapter",
-                    checkpoints=tmp_path / "checkpoints",
-                ),
+        with pytest.raises(OSError, match=message):
+            fit_log(
+                plain_policy, pool, tmp_path, checkpoints=tmp_path / "checkpoints", save_steps=3
             )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (
-        newest_whole(tmp_path / "checkpoints", "any") is None
-        and not (tmp_path / "adapter").exists()
-    )
+    assert newest_whole(tmp_path / "checkpoints", "any") is None
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_a_resumed_fit_has_one_adapter_in_float32_and_keeps_the_anchor(quickstart_policy, tmp_path):
@@ -258,30 +182,18 @@ def test_a_resumed_fit_has_one_adapter_in_float32_and_keeps_the_anchor(quickstar
     fit's, whose log-ratios are to the base."""
     policy, pool = quickstart_policy, make_pool(quickstart_policy)
     rows = pair_dataset(make_pairs(pool), pool, prompt_tokens(policy), 16)
-    settings = fit_settings(steps=9, save_steps=6, learning_rate=5e-3)
+    settings = {"steps": 9, "save_steps": 6, "learning_rate": 5e-3}
     losses = []
-    for resumed in (None, tmp_path / "checkpoint-6"):
-        trainer = build_trainer(
-            policy,
-            rows,
-            FitPlan(settings, LORA, beta=0.25, seed=0, output=tmp_path),
-            resumed=resumed is not None,
-        )
-        trainer.add_callback(SealedCheckpoints("this fit"))
-        try:
-            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    for checkpoint in (None, str(tmp_path / "checkpoint-6")):
+        resumed = checkpoint is not None
+        with built_trainer(policy, rows, tmp_path, resumed=resumed, **settings) as trainer:
+            trainer.add_callback(SealedCheckpoints("this fit"))
+            trainer.train(resume_from_checkpoint=checkpoint)
             assert list(trainer.model.peft_config) == ["default"] and trainer.ref_model is None
             trained = [value for value in trainer.model.parameters() if value.requires_grad]
-            assert trained and all(value.dtype == torch.float32 for value in trained)
-            assert all(
-                v.dtype == torch.float32
-                for s in trainer.optimizer.state.values()
-                for v in s.values()
-                if torch.is_tensor(v)
-            )
+            states = trainer.optimizer.state.values()
+            moments = [v for state in states for v in state.values() if torch.is_tensor(v)]
+            assert trained and {value.dtype for value in trained + moments} == {torch.float32}
             losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
-        finally:
-            trainer.model.unload()
-            policy.model.__dict__.pop("forward", None)
     assert len(losses[0]) == 9 and losses[0] == losses[1]
     assert not (tmp_path / "checkpoint-9").exists()  # the last step's is the adapter itself

@@ -2,12 +2,14 @@
 used."""
 
 import copy
+import re
 
 import datasets
 import numpy as np
 import pytest
 import torch
 import transformers
+from peft import get_peft_model_state_dict
 
 from constrained_dpo.fit import shared_prompts
 from constrained_dpo.fit.rows import LengthBuckets, PaddedCollator, row_lengths
@@ -17,11 +19,10 @@ from constrained_dpo.fit.shared_prompts import (
     costs,
     why_not_shared,
 )
-from constrained_dpo.fit.trainer import FitPlan, build_trainer
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import PolicySettings
 from tests.helpers.families import CONFIGS, REFUSED, SIZE, VOCABULARY, K, model_of
-from tests.helpers.fits import LORA, fit_settings, ragged_rows
+from tests.helpers.fits import built_trainer, ragged_rows
 from tests.helpers.models import save_word_tokenizer
 
 
@@ -88,12 +89,9 @@ def test_shared_log_probabilities_are_the_padded_ones(name, attention, lora):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_exact_is_not_used(name):
-    config, reason = REFUSED[name]
-    found = why_not_shared(model_of(config), rows_of(), 0, 2e-5)
-    assert found is not None
-    import re
-
-    assert re.search(reason, found), found
+    config, pattern = REFUSED[name]
+    reason = why_not_shared(model_of(config), rows_of(), 0, 2e-5)
+    assert reason is not None and re.search(pattern, reason), reason
 
 
 def test_bfloat16_stays_within_its_tolerance_and_still_refuses_a_window():
@@ -121,7 +119,7 @@ def test_a_response_that_others_leak_into_is_found(monkeypatch):
 
 
 def test_gradients_are_the_padded_ones_also_in_pieces(monkeypatch):
-    rows, found = rows_of(), []
+    rows, shared = rows_of(), []
     for pieces in (False, True):
         if pieces:
             monkeypatch.setattr(
@@ -129,13 +127,14 @@ def test_gradients_are_the_padded_ones_also_in_pieces(monkeypatch):
             )  # five positions at a time
         model = model_of(CONFIGS["llama"], lora=True)
         (shared_logps(model, rows) * torch.arange(1.0, 1 + K)).sum().backward()
-        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+        named = model.named_parameters()
+        shared.append({n: p.grad.clone() for n, p in named if p.requires_grad})
     model = model_of(CONFIGS["llama"], lora=True)
     (padded_logps(model, rows, "right") * torch.arange(1.0, 1 + K)).sum().backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = parameter.grad.abs().max()
-            for gradients in found:
+            for gradients in shared:
                 assert (gradients[name] - parameter.grad).abs().max() <= 1e-4 * scale, name
 
 
@@ -157,18 +156,19 @@ def test_a_fit_chooses_shared_prompts_and_its_loss_is_the_padded_one(quantizatio
     )
     rows, losses = ragged_rows(policy, 24, seed=1), {}
     for shared in (True, False):
-        settings = fit_settings(steps=4, learning_rate=2e-3, shared_prompts=shared)
-        trainer = build_trainer(
-            copy.deepcopy(policy), rows, FitPlan(settings, LORA, beta=0.3, seed=3, output=tmp_path)
-        )
-        assert trainer.padded_because == (None if shared else "fit.shared_prompts is false")
-        assert isinstance(trainer.data_collator, SharedPromptCollator if shared else PaddedCollator)
-        trainer.train()
-        losses[shared] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        settings = {"steps": 4, "learning_rate": 2e-3, "shared_prompts": shared}
+        with built_trainer(copy.deepcopy(policy), rows, tmp_path, seed=3, **settings) as trainer:
+            reason = None if shared else "fit.shared_prompts is false"
+            assert trainer.padded_because == reason
+            collator = SharedPromptCollator if shared else PaddedCollator
+            assert isinstance(trainer.data_collator, collator)
+            trainer.train()
+            losses[shared] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     np.testing.assert_allclose(losses[True], losses[False], atol=1e-4)
 
 
-def test_the_layout_is_decided_by_held_out_rows_too(tmp_path):
+@pytest.mark.parametrize(("longest", "reason"), [(8, None), (40, "differ from padded rows")])
+def test_the_layout_is_decided_by_held_out_rows_too(longest, reason, tmp_path):
     """A window longer than every fitted row and shorter than a held-out one: the measured residual
     would be wrong."""
     size = save_word_tokenizer(tmp_path / "model", " ".join(f"w{i}" for i in range(60)))
@@ -179,7 +179,7 @@ def test_the_layout_is_decided_by_held_out_rows_too(tmp_path):
     policy = load_policy(
         PolicySettings(model=str(tmp_path / "model"), quantization="none", dtype="float32")
     )
-    short, long = (
+    fitted, held_out = (
         datasets.Dataset.from_dict(
             {
                 "prompt_ids": [[5] * n] * 3,
@@ -187,36 +187,24 @@ def test_the_layout_is_decided_by_held_out_rows_too(tmp_path):
                 "ref_logps": np.zeros((3, 2), np.float32),
             }
         )
-        for n in (8, 40)
+        for n in (8, longest)
     )
-    settings = fit_settings(batch_size=2)
-    for held_out, said in ((None, None), (long, "differ from padded rows")):
-        plan = FitPlan(settings, LORA, beta=0.3, seed=3, output=tmp_path / "fit")
-        trainer = build_trainer(copy.deepcopy(policy), short, plan, held_out)
-        assert (
-            (trainer.padded_because is None) if said is None else (said in trainer.padded_because)
-        )
+    with built_trainer(policy, fitted, tmp_path, held_out=held_out, batch_size=2) as trainer:
+        layout = trainer.padded_because
+        assert layout is None if reason is None else reason in layout
 
 
-def test_accumulated_steps_equal_one_large_batch(tmp_path):
+def test_accumulated_steps_equal_one_large_batch(plain_policy, tmp_path):
     """1 × 8 and 8 × 1, with shared prompts and with rows grouped by length."""
-    from peft import get_peft_model_state_dict
-
-    policy = load_policy(PolicySettings(model="quickstart", quantization="none", dtype="float32"))
-    rows, weights = ragged_rows(policy, 40, seed=2), []
+    rows, weights = ragged_rows(plain_policy, 40, seed=2), []
+    settings = {"steps": 5, "learning_rate": 1e-3, "group_by_length": True}
     for batch, accumulation in ((8, 1), (1, 8)):
-        settings = fit_settings(
-            steps=5,
-            learning_rate=1e-3,
-            batch_size=batch,
-            gradient_accumulation=accumulation,
-            group_by_length=True,
-        )
-        trainer = build_trainer(
-            copy.deepcopy(policy), rows, FitPlan(settings, LORA, beta=0.3, seed=3, output=tmp_path)
-        )
-        trainer.train()
-        weights.append(get_peft_model_state_dict(trainer.model))
+        sizes = {"batch_size": batch, "gradient_accumulation": accumulation}
+        policy = copy.deepcopy(plain_policy)
+        with built_trainer(policy, rows, tmp_path, seed=3, **settings, **sizes) as trainer:
+            trainer.train()
+            state = get_peft_model_state_dict(trainer.model)
+            weights.append({name: value.clone() for name, value in state.items()})
     moved = max(value.abs().max() for name, value in weights[0].items() if "lora_B" in name)
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, atol=float(0.02 * moved), rtol=1e-3)

@@ -30,7 +30,7 @@ def test_every_response_meets_the_reference_policy_once(tmp_path):
     run = init_run(QUICKSTART, tmp_path / "run", small)
     recipe = run.recipe()
     prompts, left_out = split_prompts(recipe.prompts, recipe.dual.prompts_per_round)
-    learner = LoraLearner(recipe, run, prompts)
+    learner = LoraLearner(recipe, prompts, run.score_cache)
     learner.restrict(recipe.fit.max_length)
     seen: Counter = Counter()
 
@@ -48,9 +48,9 @@ def test_every_response_meets_the_reference_policy_once(tmp_path):
     recipe = prepare(run, recipe, learner, left_out)
     in_fits, fit = Counter(), learner.fit
 
-    def counted_fit(*arguments, **keywords):
+    def counted_fit(job):
         before = seen.copy()
-        fit(*arguments, **keywords)
+        fit(job)
         in_fits.update(seen - before)
 
     learner.fit = counted_fit

@@ -11,8 +11,10 @@ import yaml
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from constrained_dpo.recipe.load import load_recipe
 from constrained_dpo.run.create import init_run
+from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.prepare import prepare
-from constrained_dpo.run.record import replay
+from constrained_dpo.run.record import read_optimum, replay
+from constrained_dpo.run.scorer_facts import read_scorer_facts
 from data_prep.errors import UserError
 from data_prep.tables import read_parquet
 from tests.helpers.cli import cdpo
@@ -62,60 +64,66 @@ def test_threshold_and_margin_in_std_are_too_much():
     assert problem.resolved({"b": 0.5}).bounds.to_dict() == {"a": 1.0, "b": 1.0}
 
 
-def test_prepare_freezes_the_unit_and_lambda_is_recomputed_from_it(tmp_path):
-    """g0's margin in std, g1's as a number; the std is that of π_ref's scores on the dual prompts
-    in reference.parquet."""
-    world = random_world(5, 2, prompts=20)
-    run, recipe, learner = make_run(
-        tmp_path / "run", world, ["objective.constraints.g0.margin=0.3std", "dual.init=one_shot"]
-    )
-    asked = run.recipe_file.read_text()
-    records = play(run, recipe, learner, 2)
+IN_STD_0 = ["objective.constraints.g0.margin=0.3std", "dual.init=one_shot"]
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory):
+    """Two rounds with g0's margin in std and g1's as a number; its world, its recipe.yaml before
+    `prepare`, and its records."""
+    world, folder = random_world(5, 2, prompts=20), tmp_path_factory.mktemp("std")
+    run, recipe, learner = make_run(folder / "run", world, IN_STD_0)
+    text = run.recipe_file.read_text()
+    return world, run, text, play(run, recipe, learner, 2)
+
+
+def dual_std(run) -> float:
+    """std of π_ref's scores on the dual prompts in reference.parquet."""
     reference = read_parquet(run.reference_file)
-    std = reference.loc[reference["split"] == "dual", "g0"].to_numpy().std()
-    frozen = yaml.safe_load(run.recipe_file.read_text())["objective"]["constraints"]
-    assert (
-        frozen[0]["margin"] == "0.3std"
-        and frozen[0]["reference_std"] == std
-        and frozen[1]["reference_std"] is None
-    )
+    return reference.loc[reference["split"] == "dual", "g0"].to_numpy().std()
+
+
+def test_prepare_freezes_the_unit_and_lambda_is_recomputed_from_it(frozen):
+    _, run, _, records = frozen
+    std = dual_std(run)
+    first, second = yaml.safe_load(run.recipe_file.read_text())["objective"]["constraints"]
+    assert first["margin"] == "0.3std" and first["reference_std"] == std
+    assert second["reference_std"] is None
     assert run.recipe().problem.bounds.to_dict() == {"g0": 0.3 * std, "g1": 0.4}
-    assert replay(run) == run.state()["lambda"]
+    assert replay(run) == run.state().lambda_
+    reference = read_parquet(run.reference_file)
     dual = reference[reference["split"] == "dual"].groupby("prompt_id")["g0"].mean().mean()
-    assert records[0]["u"]["g0"] == pytest.approx(records[0]["utilities"]["g0"] - dual - 0.3 * std)
-    # The same run with that number as its margin moves λ alike; a run killed before its state
-    # was written comes out alike.
-    plain, *parts = make_run(
-        tmp_path / "number" / "run",
-        world,
-        [f"objective.constraints.g0.margin={float(0.3 * std)!r}", "dual.init=one_shot"],
-    )
-    play(plain, *parts, 2)
-    pd.testing.assert_frame_equal(
-        pd.DataFrame(plain.state()["lambda"]), pd.DataFrame(run.state()["lambda"]), rtol=1e-12
-    )
-    killed, *parts = make_run(
-        tmp_path / "killed" / "run",
-        world,
-        ["objective.constraints.g0.margin=0.3std", "dual.init=one_shot"],
-    )
+    slack = records[0].utilities["g0"] - dual - 0.3 * std
+    assert records[0].u["g0"] == pytest.approx(slack)
+
+
+def test_a_margin_in_std_moves_lambda_as_its_number_does(tmp_path, frozen):
+    world, run, _, _ = frozen
+    number = float(0.3 * dual_std(run))
+    settings = [f"objective.constraints.g0.margin={number!r}", "dual.init=one_shot"]
+    plain, recipe, learner = make_run(tmp_path / "run", world, settings)
+    play(plain, recipe, learner, 2)
+    lambdas = [pd.DataFrame(each.state().lambda_) for each in (plain, run)]
+    pd.testing.assert_frame_equal(*lambdas, rtol=1e-12)
+
+
+def test_a_run_killed_before_its_state_was_written_comes_out_alike(tmp_path, frozen):
+    world, run, _, _ = frozen
+    killed, recipe, learner = make_run(tmp_path / "run", world, IN_STD_0)
     state = killed.state()
-    prepare(killed, *parts, {})
+    prepare(killed, recipe, learner, {})
     killed.write_state(state)
-    play(killed, killed.recipe(), parts[1], 2)
+    play(killed, killed.recipe(), learner, 2)
     assert tables_of(killed) == tables_of(run)
-    # The frozen recipe as the recipe of a new run: its unit is measured anew.
+
+
+def test_the_frozen_recipe_as_a_new_runs_recipe_has_its_unit_measured_anew(tmp_path, frozen):
+    _, run, before, _ = frozen
     again = init_run(run.recipe_file, tmp_path / "again", [])
-    assert (
-        again.recipe().problem.unresolved == {"g0": 0.3}
-        and again.recipe_file.read_text().count("reference_std: null") == 2
-    )
-    assert init_run(
-        tmp_path / "tabular.yaml",
-        tmp_path / "asked",
-        ["objective.constraints.g0.margin=0.3std", "dual.init=one_shot"],
-    )
-    assert (tmp_path / "asked" / "recipe.yaml").read_text() == asked
+    assert again.recipe().problem.unresolved == {"g0": 0.3}
+    assert again.recipe_file.read_text().count("reference_std: null") == 2
+    init_run(run.path.parent / "tabular.yaml", tmp_path / "new", IN_STD_0)
+    assert (tmp_path / "new" / "recipe.yaml").read_text() == before
 
 
 def test_scores_without_spread_have_no_std(tmp_path):
@@ -137,42 +145,31 @@ def test_scores_without_spread_have_no_std(tmp_path):
 def test_prepare_says_what_a_std_is(tmp_path):
     """On the embedded world, with a clip: words before, numbers after; the exact optimum is that of
     the resolved margin."""
-    few = (
-        "prompts.max_fit=4",
-        "prompts.max_test=2",
-        "dual.prompts_per_round=2",
-        "dual.responses_per_prompt=32",
-        "dual.init=zeros",
-    )
-    sets = [
-        p
-        for s in (*SMALL, *few, IN_STD, "objective.constraints.harmless.scorer.clip=[-1,1]")
-        for p in ("-s", s)
-    ]
-    said = cdpo("init", QUICKSTART, tmp_path / "run", *sets, check=0).stdout
-    assert "subject to E[harmless] at least 0.5 std of π_ref's scores above π_ref" in said
-    prepared = cdpo("prepare", tmp_path / "run", "--json", check=0)
-    level = json.loads(prepared.stdout)["levels"]["harmless"]
-    reference = read_parquet(tmp_path / "run" / "reference.parquet")
-    assert level == pytest.approx(
-        0.5 * reference.loc[reference["split"] == "dual", "harmless"].std(ddof=0)
-    )
-    assert (
-        "prepare: scores of helpful: mean " in prepared.stderr
-        and "at the bounds of its clip" in prepared.stderr
-    )
-    assert f"prepare: harmless: margin 0.5std = {level:.4g} score units" in prepared.stderr
-    facts = json.loads((tmp_path / "run" / "scorers.json").read_text())["harmless"]
-    pool = read_parquet(tmp_path / "run" / "pool" / "reference.parquet")["harmless"]
-    assert facts["options"] == "clipped to [-1, 1]" and facts["reference"]["mean"] == pytest.approx(
-        pool.mean()
-    )
-    assert (
-        pool.between(-1, 1).all()
-        and facts["reference"]["clipped"] == pytest.approx((pool.abs() == 1).mean())
-        and facts["reference"]["clipped"] > 0
-    )
-    exact = json.loads((tmp_path / "run" / "exact.json").read_text())["dual"]
-    rise = exact["optimal"]["utilities"]["harmless"] - exact["reference"]["utilities"]["harmless"]
+    few = ["prompts.max_fit=4", "prompts.max_test=2", "dual.prompts_per_round=2"]
+    few += ["dual.responses_per_prompt=32", "dual.init=zeros", "policy.quantization=none"]
+    clip = "objective.constraints.harmless.scorer.clip=[-1,1]"
+    sets = [word for s in (*SMALL, *few, IN_STD, clip) for word in ("-s", s)]
+    run = RunDirectory(tmp_path / "run")
+    words = cdpo("init", QUICKSTART, run.path, *sets, check=0).stdout
+    assert "subject to E[harmless] at least 0.5 std of π_ref's scores above π_ref" in words
+    level = json.loads(cdpo("prepare", run.path, "--json", check=0).stdout)["levels"]["harmless"]
+    reference = read_parquet(run.reference_file)
+    std = reference.loc[reference["split"] == "dual", "harmless"].std(ddof=0)
+    assert level == pytest.approx(0.5 * std)
+
+    lines = cdpo("prepare", run.path, check=0).stdout.splitlines()
+    assert lines[0].startswith("scores of helpful: mean ")
+    assert lines[1].startswith("scores of harmless: mean ")
+    assert lines[1].endswith("at the bounds of its clip")
+    assert f"harmless: margin 0.5std = {level:.4g} score units" in lines[2]
+
+    facts = read_scorer_facts(run)["harmless"]
+    pool = read_parquet(run.pool_file(None))["harmless"]
+    assert facts.options == "clipped to [-1, 1]" and pool.between(-1, 1).all()
+    assert facts.reference["mean"] == pytest.approx(pool.mean())
+    assert facts.reference["clipped"] == pytest.approx((pool.abs() == 1).mean())
+    assert facts.reference["clipped"] > 0
+    exact = read_optimum(run)["dual"]
+    rise = exact.optimal.utilities["harmless"] - exact.reference.utilities["harmless"]
     assert rise == pytest.approx(level, abs=1e-3)
-    assert "λ_0 and 0 dual steps recomputed" in cdpo("check", tmp_path / "run", check=0).stdout
+    assert "λ_0 and 0 dual steps recomputed" in cdpo("check", run.path, check=0).stdout

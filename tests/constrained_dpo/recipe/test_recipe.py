@@ -208,7 +208,7 @@ def test_the_readme_lists_every_key_as_the_schema_has_it():
         for key in block.model_fields:
             assert f"`{key}`" in text, f"{key} is not in recipes/README.md"
     assert recipe_keys.key_table() in text, (
-        "recipes/README.md is behind the schema: run `python tests/recipe_keys.py`"
+        "recipes/README.md is behind the schema: run `python -m tests.helpers.recipe_keys`"
     )
 
 

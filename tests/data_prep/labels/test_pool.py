@@ -7,7 +7,6 @@ import pytest
 from constrained_dpo.recipe.load import load_recipe
 from data_prep.errors import UserError
 from data_prep.labels.pool import choose_responses
-from tests.helpers.cli import cdpo
 from tests.helpers.paths import QUICKSTART
 from tests.helpers.tables import scored_frame
 
@@ -17,11 +16,11 @@ ALL = {"reference": 0.25, "recent": 0.25, "hard": 0.25, "earlier": 0.25}
 
 def pool_of(counts: dict[str, int], prompts: int = 5, seed: int = 0) -> pd.DataFrame:
     """counts: responses of every prompt by source."""
-    parts = []
+    tables = []
     for number, (source, count) in enumerate(counts.items()):
-        part = scored_frame(seed + number, prompts, count).assign(source=source)
-        parts.append(part.assign(response_id=[f"{source}/{i}" for i in range(len(part))]))
-    pool = pd.concat(parts, ignore_index=True)
+        table = scored_frame(seed + number, prompts, count).assign(source=source)
+        tables.append(table.assign(response_id=[f"{source}/{i}" for i in range(len(table))]))
+    pool = pd.concat(tables, ignore_index=True)
     rng = np.random.default_rng(seed)
     return pool.assign(
         ref_logp=rng.normal(-5, 1, len(pool)), policy_logp=rng.normal(-5, 1, len(pool))
@@ -50,9 +49,8 @@ def test_without_shares_the_pool_is_itself_and_a_cap_keeps_a_random_part():
     assert choose(pool, None) is pool
     capped = choose(pool, None, cap=5)
     assert capped.groupby("prompt_id").size().eq(5).all() and len(set(capped["source"])) == 2
-    assert not capped["response_id"].equals(
-        choose(pool, None, cap=5, round_number=4)["response_id"]
-    )
+    later = choose(pool, None, cap=5, round_number=4)
+    assert not capped["response_id"].equals(later["response_id"])
 
 
 def test_shares_are_exact_and_nothing_comes_twice():
@@ -67,17 +65,20 @@ def test_shares_are_exact_and_nothing_comes_twice():
     assert not choose(pool, ALL)["response_id"].duplicated().any()
 
 
+QUARTERS = (0.25, 0.25, 0.25, 0.25)
+
+
 @pytest.mark.parametrize(
-    "shares, cap, counts, expected",
+    ("shares", "cap", "counts", "expected"),
     [
         ((0.1, 0.7, 0.0, 0.2), 4, (64, 64, 64), (1, 1, 2)),
         ((0.1, 0.7, 0.0, 0.2), 5, (64, 64, 64), (1, 1, 3)),
         ((0.05, 0.95, 0.0, 0.0), None, (8, 0, 8), (1, 0, 8)),
         ((0.9, 0.1, 0.0, 0.0), None, (4, 0, 4), (4, 0, 1)),
         ((0.5, 0.5, 0.0, 0.0), 3, (64, 0, 64), (2, 0, 1)),
-        ((0.25, 0.25, 0.25, 0.25), 6, (64, 64, 64), (2, 1, 3)),
-        ((0.25, 0.25, 0.25, 0.25), 2, (8, 8, 8), (1, 0, 1)),
-        ((0.25, 0.25, 0.25, 0.25), 1, (8, 8, 8), (1, 0, 0)),
+        (QUARTERS, 6, (64, 64, 64), (2, 1, 3)),
+        (QUARTERS, 2, (8, 8, 8), (1, 0, 1)),
+        (QUARTERS, 1, (8, 8, 8), (1, 0, 0)),
     ],
 )
 def test_whole_numbers_keep_to_the_cap_and_leave_no_source_out_that_has_room(
@@ -85,34 +86,24 @@ def test_whole_numbers_keep_to_the_cap_and_leave_no_source_out_that_has_room(
 ):
     """π_ref's share never falls to 0 and no prompt loses all of its responses; counts of π_ref,
     earlier and the last round."""
-    reference, recent, hard, earlier = shares
-    pool = pool_of(
-        {
-            source: n
-            for source, n in zip(("reference-pool", "round:0", "round:1"), counts, strict=True)
-            if n
-        }
-    )
-    chosen = choose(
-        pool, {"reference": reference, "recent": recent, "hard": hard, "earlier": earlier}, cap=cap
-    )
-    found = by_source(chosen).reindex(
-        columns=["reference-pool", "round:0", "round:1"], fill_value=0
-    )
-    assert len(found) == 5 and [set(found[column]) for column in found] == [{n} for n in expected]
+    sources = ("reference-pool", "round:0", "round:1")
+    pool = pool_of({source: n for source, n in zip(sources, counts, strict=True) if n})
+    kinds = ("reference", "recent", "hard", "earlier")
+    chosen = choose(pool, dict(zip(kinds, shares, strict=True)), cap=cap)
+    by_prompt = by_source(chosen).reindex(columns=list(sources), fill_value=0)
+    assert len(by_prompt) == 5
+    assert [set(by_prompt[source]) for source in sources] == [{n} for n in expected]
 
 
 def test_a_source_that_is_missing_leaves_its_share_to_the_others():
-    assert len(choose(pool_of({"reference-pool": 12}), ALL)) == 5 * 12  # round 0
-    counts = by_source(
-        choose(pool_of({"reference-pool": 12, "round:0": 12}), ALL)
-    )  # round 1: nothing is earlier
+    first = pool_of({"reference-pool": 12})
+    assert len(choose(first, ALL)) == 5 * 12
+    second = pool_of({"reference-pool": 12, "round:0": 12})  # nothing is earlier
+    counts = by_source(choose(second, ALL))
     assert (counts["reference-pool"] == 6).all() and (counts["round:0"] == 12).all()
-    alone = pool_of({"reference-pool": 12}, prompts=7)
-    both = pd.concat(
-        [alone, pool_of({"round:0": 12}, prompts=5)], ignore_index=True
-    )  # two prompts are not dual prompts
-    counts = by_source(choose(both, ALL))
+    # Two of seven prompts are not dual prompts.
+    mixed = [pool_of({"reference-pool": 12}, prompts=7), pool_of({"round:0": 12}, prompts=5)]
+    counts = by_source(choose(pd.concat(mixed, ignore_index=True), ALL))
     assert sorted(counts["reference-pool"]) == [6] * 5 + [12] * 2
 
 
@@ -131,38 +122,25 @@ def test_hard_cases_are_drawn_with_odds_of_their_residual():
     last = one[one["source"] == "round:0"]
     residual = last["r"] + 0.7 * last["g"] - 0.5 * (last["policy_logp"] - last["ref_logp"])
     odds = (residual - residual.mean()).abs()
-    pool = pd.concat(
-        [
-            one.assign(
-                kind=one["response_id"], prompt_id=f"p{i}", response_id=one["response_id"] + f"/{i}"
-            )
-            for i in range(draws)
-        ]
-    )
+    number = np.repeat(np.arange(draws), len(one)).astype(str)
+    pool = pd.concat([one] * draws, ignore_index=True)
+    kinds = pool["response_id"]
+    pool = pool.assign(prompt_id="p" + number, response_id=kinds + "/" + number)
     shares = {"reference": 0.5, "recent": 0.0, "hard": 0.5, "earlier": 0.0}
-    chosen = choose(pool.reset_index(drop=True), shares, cap=2)
-    found = chosen[chosen["source"] == "round:0"]["kind"].value_counts()
-    assert found.sum() == draws
+    chosen = choose(pool, shares, cap=2)
+    counts = kinds[chosen.index[chosen["source"] == "round:0"]].value_counts()
+    assert counts.sum() == draws
     expected = (odds / odds.sum()).to_numpy()
-    error = np.abs(
-        found.reindex(last["response_id"], fill_value=0).to_numpy() / draws - expected
-    ) / np.sqrt(expected * (1 - expected) / draws)
+    observed = counts.reindex(last["response_id"], fill_value=0).to_numpy() / draws
+    error = np.abs(observed - expected) / np.sqrt(expected * (1 - expected) / draws)
     assert error.max() < 4 and expected.max() > 2 * expected.min()
 
 
-def test_recipe_keys_are_validated_together(tmp_path):
+def test_shares_are_validated_together():
     with pytest.raises(UserError, match="must sum to 1"):
         load_recipe(QUICKSTART, ["pool.shares={reference: 0.5, recent: 0.6}"])
     with pytest.raises(UserError, match="reference"):
         load_recipe(QUICKSTART, ["pool.shares={reference: 0, recent: 1}"])
-    error = cdpo(
-        "init",
-        QUICKSTART,
-        tmp_path / "x",
-        "-s",
-        "pool.grow=false",
-        "-s",
-        "pool.shares={reference: 0.5, recent: 0.5}",
-        check=2,
-    ).stderr
-    assert "pool.grow: false adds no responses" in error
+    fixed = ["pool.grow=false", "pool.shares={reference: 0.5, recent: 0.5}"]
+    with pytest.raises(UserError, match=r"pool\.grow: false adds no responses"):
+        load_recipe(QUICKSTART, fixed)

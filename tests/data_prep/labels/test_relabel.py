@@ -23,18 +23,13 @@ def frame():
     """701 ragged prompts (two with a single response), rows scattered over the file, rounded scores
     with ties, and texts."""
     table = scored_frame(0, 700, 12).sample(frac=0.6, random_state=0)
-    table = pd.concat(
-        [
-            table,
-            pd.DataFrame({"prompt_id": ["lonely"], "response_id": ["one"], "r": [0.0], "g": [0.0]}),
-        ]
-    )
-    table = table.assign(
+    lonely = {"prompt_id": ["lonely"], "response_id": ["one"], "r": [0.0], "g": [0.0]}
+    table = pd.concat([table, pd.DataFrame(lonely)], ignore_index=True)
+    return table.assign(
         r=table["r"].round(1),
         prompt="ask " + table["prompt_id"],
         response="say " + table["response_id"].str[-1],
     )
-    return table.reset_index(drop=True)
 
 
 @pytest.fixture(scope="module")
@@ -54,27 +49,22 @@ def pairs_of(path, output, **changes):
 def test_pieces_give_the_pairs_of_the_whole_table(
     path, tmp_path, labels, count, piece_pairs, monkeypatch
 ):
-    frame = pd.read_parquet(path)
-    whole = label_pairs(frame, "r", LAMBDA, labels=labels, pairs_per_prompt=count, seed=3)
+    frame, output = pd.read_parquet(path), tmp_path / "p.parquet"
+    rule = {"labels": labels, "pairs_per_prompt": count}
+    whole = label_pairs(frame, "r", LAMBDA, seed=3, **rule)
     monkeypatch.setattr(preferences, "PIECE_PAIRS", piece_pairs)
-    facts = pairs_of(
-        path, tmp_path / "p.parquet", labels=labels, pairs_per_prompt=count, prompt_texts=True
-    )
-    written = pd.read_parquet(tmp_path / "p.parquet")
+    facts = pairs_of(path, output, prompt_texts=True, **rule)
+    written = pd.read_parquet(output)
     pd.testing.assert_frame_equal(written[list(whole)], whole, check_exact=True)
     texts = frame.set_index("response_id")["response"]
-    assert (written["chosen"] == written["chosen_id"].map(texts)).all() and (
-        written["rejected"] == written["rejected_id"].map(texts)
-    ).all()
+    for side in ("chosen", "rejected"):
+        assert (written[side] == written[f"{side}_id"].map(texts)).all()
     assert (written["prompt"] == "ask " + written["prompt_id"]).all()
-    assert (
-        facts["pairs"] == len(whole)
-        and facts["prompts"] == whole["prompt_id"].nunique() == 699
-        and facts["single_response"] == 2
-    )
+    assert facts["pairs"] == len(whole) and facts["single_response"] == 2
+    assert facts["prompts"] == whole["prompt_id"].nunique() == 699
     assert facts["ambiguous_fraction"] == (whole["prob"].sub(0.5).abs() < 0.45).mean()
     assert [f.name for f in tmp_path.iterdir()] == ["p.parquet"]
-    assert (pq.ParquetFile(tmp_path / "p.parquet").num_row_groups > 10) == (piece_pairs == 200)
+    assert (pq.ParquetFile(output).num_row_groups > 10) == (piece_pairs == 200)
 
 
 @pytest.mark.parametrize("groups_at_once", [100, relabel.GROUPS_AT_ONCE])
@@ -84,41 +74,25 @@ def test_pieces_give_the_groups_of_the_whole_table(path, groups_at_once, tmp_pat
     facts = relabel_groups(path, tmp_path / "g.parquet", "r", LAMBDA, **rule)
     whole = label_groups(pd.read_parquet(path), "r", LAMBDA, **rule)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "g.parquet"), whole, check_exact=True)
-    assert (
-        facts["groups"] == whole["group_id"].nunique()
-        and facts["prompts"] + facts["too_few_responses"] == 701
-    )
+    assert facts["groups"] == whole["group_id"].nunique()
+    assert facts["prompts"] + facts["too_few_responses"] == 701
 
 
-def test_prompts_come_from_their_own_table(frame, path, tmp_path):
-    prompts = pd.DataFrame({"prompt_id": frame["prompt_id"].unique()}).assign(
-        prompt=lambda f: "question " + f["prompt_id"]
-    )
-    prompts.to_parquet(tmp_path / "prompts.parquet")
-    frame.drop(columns="prompt").to_parquet(tmp_path / "bare.parquet")
-    arguments = [
-        "data",
-        "relabel",
-        tmp_path / "bare.parquet",
-        "--reward",
-        "r",
-        "--text",
-        "-o",
-        tmp_path / "p.parquet",
-    ]
-    cdpo(*arguments, "--prompts", tmp_path / "prompts.parquet", check=0)
-    written = pd.read_parquet(tmp_path / "p.parquet")
+def test_prompts_come_from_a_table_beside(frame, tmp_path):
+    bare, table, output = (tmp_path / f"{name}.parquet" for name in ("bare", "prompts", "p"))
+    prompts = pd.DataFrame({"prompt_id": frame["prompt_id"].unique()})
+    prompts = prompts.assign(prompt="question " + prompts["prompt_id"])
+    prompts.to_parquet(table)
+    frame.drop(columns="prompt").to_parquet(bare)
+    relabel, beside = ["data", "relabel", bare, "--reward", "r", "-o", output], ["--prompts", table]
+    cdpo(*relabel, "--text", *beside, check=0)
+    written = pd.read_parquet(output)
     assert (written["prompt"] == "question " + written["prompt_id"]).all()
-    assert "missing column prompt" in cdpo(*arguments, check=2).stderr
-    prompts.iloc[1:].to_parquet(tmp_path / "prompts.parquet")
-    assert (
-        f"has no prompt_id {prompts['prompt_id'][0]!r}"
-        in cdpo(*arguments, "--prompts", tmp_path / "prompts.parquet", check=2).stderr
-    )
-    assert (
-        "only --text writes prompts"
-        in cdpo(*(a for a in arguments if a != "--text"), "--prompts", "x", check=2).stderr
-    )
+    assert "missing column prompt" in cdpo(*relabel, "--text", check=2).stderr
+    assert "only --text writes prompts" in cdpo(*relabel, *beside, check=2).stderr
+    prompts.iloc[1:].to_parquet(table)
+    refusal = cdpo(*relabel, "--text", *beside, check=2).stderr
+    assert f"has no prompt_id {prompts['prompt_id'][0]!r}" in refusal
 
 
 @pytest.mark.parametrize(
@@ -164,21 +138,10 @@ def test_a_file_cut_short_is_one_line(path, tmp_path):
 
 
 def test_ids_that_are_numbers_are_written_as_text(tmp_path):
-    frame = scored_frame(1, 30, 4).assign(
-        prompt_id=lambda f: f["prompt_id"].str[1:].astype(int), response_id=np.arange(120)
-    )
-    frame.to_csv(tmp_path / "s.csv", index=False)
-    facts = cdpo(
-        "data",
-        "relabel",
-        tmp_path / "s.csv",
-        "--reward",
-        "r",
-        "--json",
-        "-o",
-        tmp_path / "p.parquet",
-        check=0,
-    ).stdout
-    assert json.loads(facts)["pairs"] == 180 and set(
-        pd.read_parquet(tmp_path / "p.parquet")["prompt_id"]
-    ) == {str(i) for i in range(30)}
+    scores, output = tmp_path / "s.csv", tmp_path / "p.parquet"
+    frame = scored_frame(1, 30, 4)
+    numbers = frame["prompt_id"].str[1:].astype(int)
+    frame.assign(prompt_id=numbers, response_id=np.arange(120)).to_csv(scores, index=False)
+    relabel = ["data", "relabel", scores, "--reward", "r", "--json", "-o", output]
+    assert json.loads(cdpo(*relabel, check=0).stdout)["pairs"] == 180
+    assert set(pd.read_parquet(output)["prompt_id"]) == {str(i) for i in range(30)}

@@ -19,6 +19,11 @@ PROMPTS = [[5, 6, 7], [8], [9, 10]]
 RESPONSES = [[11, 12, 2], [13, 14, 15, 16], [17, 2]]
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_causal_lm(tmp_path_factory.mktemp("base"))
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -26,18 +31,9 @@ def cache(tmp_path, monkeypatch):
 
 
 def settings(base, adapter=None, **more):
+    plain = {"model": str(base), "quantization": "none", "dtype": "float32"}
     reference = None if adapter is None else str(adapter)
-    return PolicySettings(
-        **(
-            {
-                "model": str(base),
-                "quantization": "none",
-                "dtype": "float32",
-                "reference_adapter": reference,
-            }
-            | more
-        )
-    )
+    return PolicySettings(**(plain | {"reference_adapter": reference} | more))
 
 
 def logps(model):
@@ -156,10 +152,8 @@ def test_adapters_of_another_base_are_refused(base, tmp_path, cache):
     ):
         load_policy(settings(base, save_adapter(other, tmp_path / "a")))
     rename_base(tmp_path / "a", str(base))
-    load_policy(
-        settings(base, tmp_path / "a")
-    )  # the same shapes, and the user has said that it is the same model
-
+    # The same shapes, and the user says that it is the same model.
+    load_policy(settings(base, tmp_path / "a"))
     wide = save_adapter(save_tiny_causal_lm(tmp_path / "wide", width=64), tmp_path / "b")
     rename_base(wide, "")
     with pytest.raises(UserError, match=r"does not fit .*size mismatch.*adapter of another base"):

@@ -16,18 +16,9 @@ from data_prep.models.settings import PolicySettings
 from data_prep.scorers.scoring import make_scorer
 from data_prep.scorers.settings import BeaverScorerSettings, ClassifierScorerSettings
 from tests.helpers.beaver import save_beaver
-from tests.helpers.models import save_tiny_causal_lm, save_word_tokenizer, tiny_llama_config
+from tests.helpers.models import save_classifier, save_tiny_causal_lm
 
 CUDA = torch.cuda.is_available()
-
-
-def save_classifier(folder):
-    from transformers import LlamaForSequenceClassification
-
-    config = tiny_llama_config(save_word_tokenizer(folder, "ask say a b"), num_labels=1)
-    torch.manual_seed(0)
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    return folder
 
 
 def policy_logits(folder, **keys):
@@ -52,7 +43,11 @@ def beaver_scores(folder, **keys):
 
 MODELS = {
     "policy": (save_tiny_causal_lm, policy_logits, "policy.allow_pickle: true"),
-    "classifier": (save_classifier, classifier_scores, "the scorer's allow_pickle: true"),
+    "classifier": (
+        lambda folder: save_classifier(folder, "ask say a b"),
+        classifier_scores,
+        "the scorer's allow_pickle: true",
+    ),
     "beaver": (save_beaver, beaver_scores, "the scorer's allow_pickle: true"),
 }
 
@@ -88,12 +83,10 @@ def test_a_hub_model_with_pickled_weights_only_is_named_the_key(tmp_path, monkey
     expected = policy_logits(folder)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    for part, name, content in (
-        ("refs", "main", commit),
-        *((f".no_exist/{commit}", f"model.safetensors{i}", "") for i in ("", ".index.json")),
-    ):
-        (repository / part).mkdir(parents=True, exist_ok=True)
-        (repository / part / name).write_text(content)
+    absent = [f".no_exist/{commit}/model.safetensors{ending}" for ending in ("", ".index.json")]
+    for name, content in (("refs/main", commit), *((name, "") for name in absent)):
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_text(content)
     with pytest.raises(
         UserError,
         match=r"policy\.model: somebody/model has no safetensors weights; .*set "
@@ -111,12 +104,12 @@ def test_a_hub_model_with_pickled_weights_only_is_named_the_key(tmp_path, monkey
     )
 
 
-def test_a_policy_adapter_is_safetensors(quickstart_policy, tmp_path):
+def test_a_policy_adapter_is_safetensors(plain_policy, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     torch.save({}, tmp_path / "adapter_model.bin")
     with (
         pytest.raises(UserError, match=r"adapter: .* has no adapter_model\.safetensors"),
-        attached_adapter(quickstart_policy, tmp_path),
+        attached_adapter(plain_policy, tmp_path),
     ):
         pass
 

@@ -36,12 +36,9 @@ def test_every_file_kind_gives_the_same_prompts(tmp_path):
         tmp_path / "q.csv.gz", "wt", encoding="utf-8-sig"
     ) as handle:  # as spreadsheets write it
         handle.write("prompt\r\n" + "".join(f'"question {i}"\r\n' for i in range(9)))
-    found = [read_prompts(str(f), "text")[0] for f in sorted(tmp_path.iterdir())]
-    assert (
-        len(found) == 8
-        and all(f.equals(found[0]) for f in found)
-        and set(found[0]) == {r["prompt"] for r in rows}
-    )
+    tables = [read_prompts(str(f), "text")[0] for f in sorted(tmp_path.iterdir())]
+    assert len(tables) == 8 and all(table.equals(tables[0]) for table in tables)
+    assert set(tables[0]) == {row["prompt"] for row in rows}
 
 
 def test_folders_of_files_and_of_save_to_disk_are_sources(tmp_path):
@@ -56,10 +53,9 @@ def test_folders_of_files_and_of_save_to_disk_are_sources(tmp_path):
     pd.DataFrame(rows["train"][:2]).to_parquet(files / "data" / "train-00000-of-00002.parquet")
     pd.DataFrame(rows["train"][2:]).to_parquet(files / "data" / "train-00001-of-00002.parquet")
     write_jsonl(files / "data" / "test.jsonl", rows["test"])
-    datasets.DatasetDict(
-        {split: datasets.Dataset.from_list(some) for split, some in rows.items()}
-    ).save_to_disk(saved)
-    datasets.Dataset.from_list(rows["train"]).save_to_disk(single)
+    splits = {split: datasets.Dataset.from_list(given) for split, given in rows.items()}
+    datasets.DatasetDict(splits).save_to_disk(saved)
+    splits["train"].save_to_disk(single)
     for folder in (files, saved, single):
         assert set(read_prompts(str(folder), "text")[0]) == {"train 0", "train 1", "train 2"}
     for folder in (files, saved):
@@ -142,12 +138,10 @@ def test_hh_files_give_the_dialogue_before_the_last_answer(tmp_path):
         }
         for i in range(3)
     ]
-    found, _ = read_prompts(write_jsonl(tmp_path / "hh.jsonl.gz", rows), "chat")
-    first = json.loads(found.iloc[0])
-    assert [m["role"] for m in first] == ["user", "assistant", "user"] and first[-1][
-        "content"
-    ] == "and?"
-    assert last_user_text(found.iloc[0], "chat") == "and?"
+    prompts, _ = read_prompts(write_jsonl(tmp_path / "hh.jsonl.gz", rows), "chat")
+    first = json.loads(prompts.iloc[0])
+    assert [m["role"] for m in first] == ["user", "assistant", "user"]
+    assert first[-1]["content"] == "and?" == last_user_text(prompts.iloc[0], "chat")
     # As text, HH's own template gives the published dialogue back.
     texts, _ = read_prompts(tmp_path / "hh.jsonl.gz", "text")
     template = "\n\nHuman: {prompt}\n\nAssistant:"
@@ -165,10 +159,9 @@ def test_pku_saferlhf_rows_give_their_prompt(tmp_path):
         "better_response_id": 0,
         "safer_response_id": 0,
     }
-    found, duplicates = read_prompts(
-        write_jsonl(tmp_path / "pku.jsonl", [row, row | {"response_0": "c"}]), "text"
-    )
-    assert found.tolist() == ["How do I?"] and duplicates == 1
+    rows = [row, row | {"response_0": "c"}]
+    prompts, duplicates = read_prompts(write_jsonl(tmp_path / "pku.jsonl", rows), "text")
+    assert prompts.tolist() == ["How do I?"] and duplicates == 1
 
 
 @pytest.mark.parametrize(
@@ -249,33 +242,23 @@ def test_a_chat_template_may_not_double_bos_or_close_the_prompt():
     settings = PromptSettings(source="x", format="chat")
 
     def ids(template: str, *messages: str) -> list[int]:
-        said = [
+        chat = [
             {"role": "assistant" if i % 2 else "user", "content": text}
             for i, text in enumerate(messages)
         ]
-        table = pd.DataFrame({"prompt_id": ["a"], "prompt": [json.dumps(said)]})
+        table = pd.DataFrame({"prompt_id": ["a"], "prompt": [json.dumps(chat)]})
         return tokenize_prompts(table, settings, tokenizer_with_bos(template))["a"]
 
     turns = (
         "{% for m in messages %}{{ '<s> USER: ' if m['role'] == 'user' else 'ASSISTANT: ' "
         "}}{{ m['content'] }} {% endfor %}"
     )
-    assert ids(turns + "ASSISTANT:", "hello", "you", "you") == [
-        0,
-        3,
-        5,
-        4,
-        6,
-        0,
-        3,
-        6,
-        4,
-    ]  # a BOS per turn is the template's business
+    # A BOS per turn is the template's business.
+    assert ids(turns + "ASSISTANT:", "hello", "you", "you") == [0, 3, 5, 4, 6, 0, 3, 6, 4]
     with pytest.raises(UserError, match="starts with two BOS tokens"):
         ids("<s> " + turns, "hello")
-    with pytest.raises(
-        UserError, match=r"ends with EOS \(</s>\) under the tokenizer's chat template"
-    ):
+    closed = r"ends with EOS \(</s>\) under the tokenizer's chat template"
+    with pytest.raises(UserError, match=closed):
         ids(turns + "</s>", "hello")
     with pytest.raises(UserError, match=r"refuses a prompt \(no system message\)"):
         ids("{{ raise_exception('no system message') }}", "hello")
@@ -292,6 +275,6 @@ def test_prompts_that_bring_their_bos_and_others_have_one_each():
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs the real-text test bed")
 def test_real_hh_file_is_read():
-    found, duplicates = read_prompts(str(REAL / "hh_harmless_test.jsonl.gz"), "chat")
-    assert len(found) + duplicates == 2312
-    assert all(json.loads(p)[-1]["role"] == "user" for p in found)
+    prompts, duplicates = read_prompts(str(REAL / "hh_harmless_test.jsonl.gz"), "chat")
+    assert len(prompts) + duplicates == 2312
+    assert all(json.loads(p)[-1]["role"] == "user" for p in prompts)

@@ -18,9 +18,11 @@ from data_prep.sampling.logprobs import response_logps
 from tests.helpers.models import tiny_adapter
 
 
-def prompt_table(count: int) -> tuple[pd.DataFrame, list[str]]:
+def prompt_table(policy, count: int) -> tuple[pd.DataFrame, dict[str, list[int]]]:
+    """Prompts of the embedded world and their tokens."""
     prompts = PROMPTS["train"][:count]
-    return pd.DataFrame({"prompt_id": prompts, "prompt": prompts}), prompts
+    tokens = {prompt: policy.tokenizer(prompt)["input_ids"] for prompt in prompts}
+    return pd.DataFrame({"prompt_id": prompts, "prompt": prompts}), tokens
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -29,41 +31,34 @@ def test_probabilities_of_all_responses_sum_to_one_and_are_the_samplers(
 ):
     policy = quickstart_policy
     adapter = tiny_adapter(policy, tmp_path / "a") if adapted else None
-    table, prompts = prompt_table(3)
-    tokens = {p: policy.tokenizer(p)["input_ids"] for p in prompts}
+    table, tokens = prompt_table(policy, 2)
     logp = exact_logps(policy, adapter, tokens)
     np.testing.assert_allclose(np.exp(logp).sum(axis=1), 1.0, atol=1e-5)
     sequences = enumerate_responses(policy.eos_ids[0], len(VOCABULARY))
-    assert logp.shape == (3, len(sequences)) and len(set(map(tuple, sequences))) == len(sequences)
-    drawn = Sampler(policy, tokens, SamplingSettings(max_new_tokens=3, batch_size=1024)).draw(
-        table, responses_per_prompt=4000, adapter=adapter, source="reference", seed=5
+    assert logp.shape == (2, len(sequences)) and len(set(map(tuple, sequences))) == len(sequences)
+    with attached_adapter(policy, adapter) as model:
+        # Sequences as they are, without the cache that the enumeration grows its tree from.
+        listed, prompt = sequences[::40], tokens[table["prompt_id"][0]]
+        prompts, pad_id = [prompt] * len(listed), policy.tokenizer.pad_token_id
+        whole, _ = response_logps(model, prompts, listed, pad_id=pad_id, batch_size=1024)
+    np.testing.assert_allclose(logp[0, ::40], whole, atol=1e-4)
+
+    drawn = Sampler(policy, tokens, SamplingSettings(max_new_tokens=3, batch_size=3000)).draw(
+        table, responses_per_prompt=1500, adapter=adapter, source="reference", seed=5
     )
-    some = sequences[::20]
-    with attached_adapter(
-        policy, adapter
-    ) as model:  # sequences as they are, without the cache that the enumeration grows its tree from
-        whole, _ = response_logps(
-            model,
-            [tokens[prompts[0]]] * len(some),
-            some,
-            pad_id=policy.tokenizer.pad_token_id,
-            batch_size=1024,
-        )
-    np.testing.assert_allclose(logp[0, ::20], whole, atol=1e-4)
     position = {tuple(s): i for i, s in enumerate(sequences)}
-    for row, prompt in enumerate(prompts):
-        mine = drawn[drawn["prompt_id"] == prompt]
-        where = np.array([position[tuple(ids)] for ids in mine["token_ids"]])
-        np.testing.assert_allclose(mine["policy_logp"], logp[row, where], atol=2e-4)
+    for row, prompt_id in enumerate(table["prompt_id"]):
+        responses = drawn[drawn["prompt_id"] == prompt_id]
+        where = np.array([position[tuple(ids)] for ids in responses["token_ids"]])
+        np.testing.assert_allclose(responses["policy_logp"], logp[row, where], atol=2e-4)
         counts = np.bincount(where, minlength=len(sequences))
         likely = np.argsort(-logp[row])[:50]
-        expected = np.exp(logp[row, likely]) * len(mine)
+        expected = np.exp(logp[row, likely]) * len(responses)
         assert (np.abs(counts[likely] - expected) < 5 * np.sqrt(expected) + 2).all()
         # The entropy: a truncated law (top_k) would sample from too few responses.
         entropy = -(np.exp(logp[row]) * logp[row]).sum()
-        assert abs(-mine["policy_logp"].mean() - entropy) < 5 * mine["policy_logp"].std() / np.sqrt(
-            len(mine)
-        )
+        se = responses["policy_logp"].std() / np.sqrt(len(responses))
+        assert abs(-responses["policy_logp"].mean() - entropy) < 5 * se
     if adapted:
         assert (drawn["policy_logp"] - drawn["ref_logp"]).abs().max() > 0.05
     else:
@@ -124,8 +119,8 @@ def test_the_checkpoints_own_generation_settings_do_not_enter(big_vocabulary_mod
         "temperature": 0.5,
     }
     table = pd.DataFrame({"prompt_id": ["a"], "prompt": ["w5 w6"]})
-    tokens = {"a": [5, 6]}
-    drawn = Sampler(policy, tokens, SamplingSettings(max_new_tokens=4, batch_size=500)).draw(
+    settings = SamplingSettings(max_new_tokens=1, batch_size=2000)
+    drawn = Sampler(policy, {"a": [5, 6]}, settings).draw(
         table, responses_per_prompt=2000, adapter=None, source="reference", seed=1
     )
     first = drawn["token_ids"].map(lambda ids: ids[0])
@@ -140,40 +135,31 @@ def test_the_checkpoints_own_generation_settings_do_not_enter(big_vocabulary_mod
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 1.0), (1.0, 0.8), (1.3, 0.9)])
-def test_sample_logp_is_the_law_that_was_drawn_from(quickstart_policy, temperature, top_p):
-    table, prompts = prompt_table(1)
-    tokens = {p: quickstart_policy.tokenizer(p)["input_ids"] for p in prompts}
+def test_sample_logp_is_the_law_that_was_drawn_from(plain_policy, temperature, top_p):
+    table, tokens = prompt_table(plain_policy, 1)
     settings = SamplingSettings(
-        max_new_tokens=3, batch_size=1000, temperature=temperature, top_p=top_p
+        max_new_tokens=3, batch_size=5000, temperature=temperature, top_p=top_p
     )
     assert not is_policy_law(settings)
-    drawn = Sampler(quickstart_policy, tokens, settings).draw(
-        table, responses_per_prompt=20_000, adapter=None, source="reference", seed=2
+    drawn = Sampler(plain_policy, tokens, settings).draw(
+        table, responses_per_prompt=5000, adapter=None, source="reference", seed=2
     )
     assert np.isfinite(drawn["sample_logp"]).all(), (
         "a sampled response lies outside the stated nucleus"
     )
-    grouped = drawn.groupby("response").agg(
-        n=("response", "size"), tokens=("token_ids", "first"), logp=("sample_logp", "first")
-    )
-    frequent = (
-        drawn.groupby(drawn["token_ids"].map(tuple))["sample_logp"]
-        .agg(["size", "first"])
-        .query("size > 100")
-    )
+    by_response = drawn.groupby(drawn["token_ids"].map(tuple))["sample_logp"]
+    frequent = by_response.agg(["size", "first"]).query("size > 50")
     expected = np.exp(frequent["first"]) * len(drawn)
-    assert len(grouped) > 10 and (np.abs(frequent["size"] - expected) < 5 * np.sqrt(expected)).all()
+    assert len(frequent) > 10
+    assert (np.abs(frequent["size"] - expected) < 5 * np.sqrt(expected)).all()
 
 
-def test_a_shard_is_a_pure_function_of_its_seed(quickstart_policy):
-    table, prompts = prompt_table(2)
-    tokens = {p: quickstart_policy.tokenizer(p)["input_ids"] for p in prompts}
-    settings = SamplingSettings(max_new_tokens=3, batch_size=8)
+def test_a_shard_is_a_pure_function_of_its_seed(plain_policy):
+    table, tokens = prompt_table(plain_policy, 2)
+    sampler = Sampler(plain_policy, tokens, SamplingSettings(max_new_tokens=3, batch_size=8))
 
     def draw(seed):
-        return Sampler(quickstart_policy, tokens, settings).draw(
-            table, responses_per_prompt=8, adapter=None, source="s", seed=seed
-        )
+        return sampler.draw(table, responses_per_prompt=8, adapter=None, source="s", seed=seed)
 
     torch.manual_seed(1)
     first = draw(3)
@@ -185,21 +171,15 @@ def test_a_shard_is_a_pure_function_of_its_seed(quickstart_policy):
     assert torch.equal(torch.random.get_rng_state(), state), "sampling moved the global generator"
 
 
-def test_log_probabilities_do_not_depend_on_batch_or_padding(quickstart_policy):
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 30, rng.integers(1, 12)).tolist() for _ in range(40)]
-    responses = [rng.integers(0, 30, rng.integers(1, 9)).tolist() for _ in range(40)]
-    alone, _ = response_logps(quickstart_policy.model, prompts, responses, pad_id=0, batch_size=1)
-    together, _ = response_logps(
-        quickstart_policy.model, prompts, responses, pad_id=0, batch_size=16
-    )
+def test_log_probabilities_do_not_depend_on_batch_or_padding(plain_policy):
+    model, rng = plain_policy.model, np.random.default_rng(0)
+    prompts = [rng.integers(0, 30, rng.integers(1, 12)).tolist() for _ in range(24)]
+    responses = [rng.integers(0, 30, rng.integers(1, 9)).tolist() for _ in range(24)]
+    alone, _ = response_logps(model, prompts, responses, pad_id=0, batch_size=1)
+    together, _ = response_logps(model, prompts, responses, pad_id=0, batch_size=16)
     np.testing.assert_allclose(alone, together, atol=1e-4)
     with torch.no_grad():
-        logits = (
-            quickstart_policy.model(torch.tensor([prompts[0] + responses[0]]))
-            .logits[0]
-            .log_softmax(-1)
-        )
+        logits = model(torch.tensor([prompts[0] + responses[0]])).logits[0].log_softmax(-1)
     by_hand = sum(logits[len(prompts[0]) + i - 1, t].item() for i, t in enumerate(responses[0]))
     assert alone[0] == pytest.approx(by_hand, abs=1e-4)
 

@@ -16,11 +16,9 @@ def plain_scores(folder, tensors, append_eos) -> np.ndarray:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    scores = []
+    scores, end = [], " </s>" if append_eos else ""
     for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
-        text = f"BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT: {response}" + (
-            " </s>" if append_eos else ""
-        )
+        text = f"BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT: {response}{end}"
         scores.append(plain_score(tensors, tokenizer(text)["input_ids"]))
     return np.array(scores)
 
@@ -37,21 +35,18 @@ def settings(folder, **more):
 def test_scores_equal_a_llama_in_plain_torch(tmp_path, bias, normalizer, padding_side):
     """Batched, padded on either side, with buffers of a normalizer that the config does not switch
     on."""
-    architecture = "LlamaModelForScore" if bias else "LlamaForScore"
     tensors = save_beaver(
         tmp_path,
         bias=bias,
         normalizer=normalizer,
-        architecture=architecture,
+        architecture="LlamaModelForScore" if bias else "LlamaForScore",
         padding_side=padding_side,
     )
     expected = plain_scores(tmp_path, tensors, append_eos=True)
     assert expected.std() > 0.1
-    together, alone = (
-        make_scorer(settings(tmp_path, batch_size=n)).score(PROMPTS, RESPONSES) for n in (4, 1)
-    )
-    np.testing.assert_allclose(together, expected, atol=1e-5)
-    np.testing.assert_allclose(alone, expected, atol=1e-5)
+    for batch_size in (4, 1):
+        scores = make_scorer(settings(tmp_path, batch_size=batch_size)).score(PROMPTS, RESPONSES)
+        np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
 def test_eos_is_explicit_and_part_of_the_identity(tmp_path):
@@ -77,10 +72,9 @@ def test_eos_is_explicit_and_part_of_the_identity(tmp_path):
 )
 def test_the_normalizer_applies_where_the_config_says_so(tmp_path, score_type, function):
     tensors = save_beaver(tmp_path, normalizer=True, do_normalize=True, score_type=score_type)
-    found = make_scorer(settings(tmp_path, negate=score_type == "cost")).score(PROMPTS, RESPONSES)
-    np.testing.assert_allclose(
-        found, function(plain_scores(tmp_path, tensors, append_eos=True)), atol=1e-5
-    )
+    scorer = make_scorer(settings(tmp_path, negate=score_type == "cost"))
+    expected = function(plain_scores(tmp_path, tensors, append_eos=True))
+    np.testing.assert_allclose(scorer.score(PROMPTS, RESPONSES), expected, atol=1e-5)
 
 
 def test_half_precision_keeps_head_and_score_in_float32(tmp_path):
@@ -88,9 +82,8 @@ def test_half_precision_keeps_head_and_score_in_float32(tmp_path):
     scorer = make_scorer(settings(tmp_path).model_copy(update={"dtype": "bfloat16"}))
     assert scorer.model.model.norm.weight.dtype == torch.bfloat16
     assert torch.equal(scorer.model.score_head.weight, tensors["score_head.weight"])
-    np.testing.assert_allclose(
-        scorer.score(PROMPTS, RESPONSES), plain_scores(tmp_path, tensors, append_eos=True), atol=0.3
-    )
+    expected = plain_scores(tmp_path, tensors, append_eos=True)
+    np.testing.assert_allclose(scorer.score(PROMPTS, RESPONSES), expected, atol=0.3)
 
 
 def test_texts_over_the_window_are_an_error_or_counted(tmp_path):
@@ -99,12 +92,9 @@ def test_texts_over_the_window_are_an_error_or_counted(tmp_path):
         make_scorer(settings(tmp_path, max_length=12)).score(PROMPTS, RESPONSES)
     scorer = make_scorer(settings(tmp_path, max_length=12, truncate=True))
     assert np.isfinite(scorer.score(PROMPTS, RESPONSES)).all() and scorer.truncated > 0
-    ids = scorer.encode(PROMPTS[2], RESPONSES[3])
-    assert (
-        len(ids) == 12
-        and ids[0] == scorer.tokenizer.bos_token_id
-        and ids[-1] == scorer.tokenizer.eos_token_id
-    )
+    ids, tokenizer = scorer.encode(PROMPTS[2], RESPONSES[3]), scorer.tokenizer
+    assert len(ids) == 12
+    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     assert scorer.tokenizer.decode(ids).endswith(f"{RESPONSES[3]} </s>")
 
 
@@ -154,13 +144,11 @@ def test_configs_that_contradict_the_recipe_are_refused(tmp_path):
 
 
 def test_old_uploads_carry_rotary_buffers(tmp_path):
-    tensors = save_beaver(tmp_path, bias=False)
-    save_file(
-        tensors
-        | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)},
-        tmp_path / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    assert load_file(tmp_path / "model.safetensors").keys() > tensors.keys()
-    found = make_scorer(settings(tmp_path)).score(PROMPTS, RESPONSES)
-    np.testing.assert_allclose(found, plain_scores(tmp_path, tensors, append_eos=True), atol=1e-5)
+    tensors, file = save_beaver(tmp_path, bias=False), tmp_path / "model.safetensors"
+    names = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(2)]
+    buffers = {name: torch.ones(4) for name in names}
+    save_file(tensors | buffers, file, metadata={"format": "pt"})
+    assert load_file(file).keys() > tensors.keys()
+    expected = plain_scores(tmp_path, tensors, append_eos=True)
+    scores = make_scorer(settings(tmp_path)).score(PROMPTS, RESPONSES)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)

@@ -1,9 +1,12 @@
 """Architectures × pad token × text format × batch × padding side: every score equals one plain
 unpadded forward, or is refused in words."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data_prep.errors import UserError
 from data_prep.models.policy import load_policy
@@ -52,7 +55,7 @@ ENCODERS = ("Bert", "DebertaV2", "Roberta")
 
 def tokenizer_with(pad: str, side: str):
     """A byte tokenizer that opens with <s> and has <sep> between the texts of a pair, and its size.
-    pad: own, eos, missing, none (no EOS either)."""
+    pad: separate, eos, missing, none (no EOS either)."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -65,7 +68,8 @@ def tokenizer_with(pad: str, side: str):
         single="<s> $A", pair="<s> $A <sep> $B:1", special_tokens=special
     )
     tokens = {"eos_token": "</s>"} if pad != "none" else {}
-    tokens |= {"pad_token": {"own": "<pad>", "eos": "</s>"}[pad]} if pad in ("own", "eos") else {}
+    pads = {"separate": {"pad_token": "<pad>"}, "eos": {"pad_token": "</s>"}}
+    tokens |= pads.get(pad, {})
     loaded = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", padding_side=side, **tokens
     )
@@ -81,7 +85,7 @@ def checkpoint(request, tmp_path_factory):
 
     name = request.param
     folder = tmp_path_factory.mktemp(name)
-    tokenizer, size = tokenizer_with("own", "right")
+    tokenizer, size = tokenizer_with("separate", "right")
     config_class = getattr(transformers, f"{name}Config")
     pad = {"pad_token_id": 1} if name in ENCODERS else {"pad_token_id": None}
     torch.manual_seed(0)
@@ -104,8 +108,8 @@ def checkpoint(request, tmp_path_factory):
         elif text == "template":
             encoded = tokenizer(f"ask {prompt} say {response}", return_tensors="pt")
         else:
-            said = f"<s>user {prompt}</s>assistant {response}</s>"
-            encoded = tokenizer(said, add_special_tokens=False, return_tensors="pt")
+            chat = f"<s>user {prompt}</s>assistant {response}</s>"
+            encoded = tokenizer(chat, add_special_tokens=False, return_tensors="pt")
         with torch.no_grad():
             return model(**encoded).logits.item()
 
@@ -126,18 +130,17 @@ def scorer_of(folder, text="pair", **keys):
     )
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("pad", ["own", "missing", "eos"])
+# A missing pad token becomes the EOS token, so the two need one side each.
+@pytest.mark.parametrize(
+    ("pad", "side"), [("separate", "left"), ("missing", "left"), ("eos", "right")]
+)
 def test_scores_are_those_of_each_text_alone(checkpoint, pad, side):
     folder, name, expected = checkpoint
     tokenizer_with(pad, side)[0].save_pretrained(folder)
-    if (
-        name == "Qwen2" and pad == "missing"
-    ):  # its tokenizer class adds a pad token of its own, which this model has no embedding for
-        with pytest.raises(
-            UserError,
-            match=r"pad token <\|endoftext\|> \(261\) lies outside the model's vocabulary of 261",
-        ):
+    if name == "Qwen2" and pad == "missing":
+        # Its tokenizer class adds a pad token of its own, which this model has no embedding for.
+        outside = r"pad token <\|endoftext\|> \(261\) lies outside the model's vocabulary of 261"
+        with pytest.raises(UserError, match=outside):
             scorer_of(folder)
         return
     scorer = scorer_of(folder)
@@ -145,10 +148,9 @@ def test_scores_are_those_of_each_text_alone(checkpoint, pad, side):
         assert np.std(expected[text]) > 0.01
         for size in (1, 16):
             # A model is loaded once for six cells; what loading itself checks of a format is in
-            # test_scoring.
-            scorer.settings = scorer.settings.model_copy(
-                update={"text": text, "template": TEMPLATE, "batch_size": size}
-            )
+            # test_classifier.
+            cell = {"text": text, "template": TEMPLATE, "batch_size": size}
+            scorer.settings = scorer.settings.model_copy(update=cell)
             np.testing.assert_allclose(
                 scorer.score(PROMPTS, RESPONSES),
                 expected[text],
@@ -159,11 +161,20 @@ def test_scores_are_those_of_each_text_alone(checkpoint, pad, side):
 
 def test_no_pad_and_no_eos_is_refused(checkpoint):
     tokenizer_with("none", "right")[0].save_pretrained(checkpoint[0])
-    with pytest.raises(
-        UserError,
-        match=r"neither a pad nor an EOS token to pad with|lies outside the model's vocabulary",
-    ):
+    neither = r"neither a pad nor an EOS token to pad with|lies outside the model's vocabulary"
+    with pytest.raises(UserError, match=neither):
         scorer_of(checkpoint[0])
+
+
+def test_a_new_head_is_refused(checkpoint, tmp_path):
+    weights = load_file(checkpoint[0] / "model.safetensors")
+    kept = {n: w for n, w in weights.items() if not n.startswith(("classifier", "score"))}
+    assert len(kept) < len(weights)
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(checkpoint[0] / "config.json", tmp_path)
+    tokenizer_with("separate", "right")[0].save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="newly initialised"):
+        scorer_of(tmp_path)
 
 
 def test_a_tokenizer_that_transformers_rebuilds_as_another_is_refused(tmp_path):

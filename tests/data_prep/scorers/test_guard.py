@@ -17,13 +17,15 @@ VERDICTS = (
     "Safety: Safe Unsafe Controversial safe unsafe very not harmful hello [user] "
     "[assistant] [verdict]"
 )
+TEMPLATE = "[user] {prompt} [assistant] {response} [verdict]"
 CHAT = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}[verdict] "
 WIDTH = 64
 
 
 def save_guard(folder, says: dict[str, str], chat: bool = True, padding_side: str = "right"):
     """A tiny Llama whose next word is ruled by the last one (`says`: word → words it is followed
-    by, equally likely but for what attention adds, which depends on the whole text)."""
+    by, equally likely but for what attention adds, which depends on the whole text); a word that
+    nothing follows is the last."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     size = save_word_tokenizer(folder, f"{' '.join(PROMPTS + RESPONSES)} {VERDICTS}", padding_side)
@@ -40,7 +42,8 @@ def save_guard(folder, says: dict[str, str], chat: bool = True, padding_side: st
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.mul_(5)
         model.lm_head.weight.normal_(std=0.2)
-        for word, following in says.items():
+        last = {word for words in says.values() for word in words.split()} - says.keys()
+        for word, following in (says | dict.fromkeys(last - {"</s>"}, "</s>")).items():
             for other in following.split():
                 model.lm_head.weight[
                     tokenizer.convert_tokens_to_ids(other), tokenizer.convert_tokens_to_ids(word)
@@ -89,12 +92,10 @@ def plain_logps(folder, words: list[str], template: str | None = None) -> np.nda
     return np.array(rows)
 
 
-@pytest.mark.parametrize("template", [None, "[user] {prompt} [assistant] {response} [verdict]"])
-@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize(("template", "padding_side"), [(None, "left"), (TEMPLATE, "right")])
 def test_score_equals_one_plain_forward_per_text(tmp_path, template, padding_side):
-    save_guard(
-        tmp_path, {"[verdict]": "safe unsafe"}, chat=template is None, padding_side=padding_side
-    )
+    says = {"[verdict]": "safe unsafe"}
+    save_guard(tmp_path, says, chat=template is None, padding_side=padding_side)
     safe, unsafe = plain_logps(tmp_path, ["safe", "unsafe"], template).T
     together, alone = (guard(tmp_path, template=template, batch_size=n) for n in (4, 1))
     expected = safe - unsafe
@@ -109,72 +110,60 @@ def test_the_probe_finds_what_stands_before_the_verdict(tmp_path):
     verdict."""
     save_guard(tmp_path, {"[verdict]": "Safety:", "Safety:": "Safe Unsafe Controversial"})
     words = {"safe": "Safe", "unsafe": ["Unsafe", "Controversial"]}
-    found = guard(tmp_path, **words)
-    assert found.verdict.prefix.split() == ["Safety:"] and min(found.verdict.mass) > 0.9
-    assert (
-        "Safety:" in found.notes[0] and f"{found.verdict.mass[0]:.3f} on a benign" in found.notes[0]
-    )
+    probed = guard(tmp_path, **words)
+    assert probed.verdict.prefix.split() == ["Safety:"] and min(probed.verdict.mass) > 0.9
+    (note,) = probed.notes
+    assert "Safety:" in note and f"{probed.verdict.mass[0]:.3f} on a benign" in note
     logps = plain_logps(tmp_path, ["Safety: Safe", "Safety: Unsafe", "Safety: Controversial"])
     expected = logps[:, 0] - np.logaddexp(logps[:, 1], logps[:, 2])
-    np.testing.assert_allclose(found.score(PROMPTS, RESPONSES), expected, atol=1e-4)
+    np.testing.assert_allclose(probed.score(PROMPTS, RESPONSES), expected, atol=1e-4)
     told = guard(tmp_path, **words, verdict_prefix="Safety: ")
     np.testing.assert_allclose(told.score(PROMPTS, RESPONSES), expected, atol=1e-4)
     two = guard(tmp_path, safe="Safe", unsafe="Unsafe", verdict_prefix="Safety: ", min_mass=0.1)
     np.testing.assert_allclose(two.score(PROMPTS, RESPONSES), logps[:, 0] - logps[:, 1], atol=1e-4)
 
 
+SHARED_FIRST_TOKEN = ({"[verdict]": "very", "very": "safe unsafe"}, "very safe", "very unsafe")
+ONE_IS_SHORTER = ({"[verdict]": "not harmful", "not": "harmful"}, "not harmful", "harmful")
+DIFFERENT_BEGINNINGS = (
+    {"[verdict]": "not very", "not": "harmful", "very": "harmful"},
+    "not harmful",
+    "very harmful",
+)
+
+
 @pytest.mark.parametrize(
-    ("says", "safe", "unsafe"),
-    [
-        (
-            {"[verdict]": "very", "very": "safe unsafe"},
-            "very safe",
-            "very unsafe",
-        ),  # a shared first token
-        (
-            {"[verdict]": "not harmful", "not": "harmful"},
-            "not harmful",
-            "harmful",
-        ),  # one word shorter than the other
-        (
-            {"[verdict]": "not very", "not": "harmful", "very": "harmful"},
-            "not harmful",
-            "very harmful",
-        ),  # different beginnings
-    ],
+    ("says", "safe", "unsafe"), [SHARED_FIRST_TOKEN, ONE_IS_SHORTER, DIFFERENT_BEGINNINGS]
 )
 def test_verdicts_of_several_tokens_count_whole(tmp_path, says, safe, unsafe):
     save_guard(tmp_path, says)
     scorer = guard(tmp_path, safe=safe, unsafe=unsafe, verdict_prefix="")
-    assert {w: len(ids) for w, ids in scorer.verdict.words.items()} == {
-        w: len(w.split()) for w in (safe, unsafe)
-    }
-    logps = plain_logps(tmp_path, [safe, unsafe])
-    np.testing.assert_allclose(
-        scorer.score(PROMPTS, RESPONSES), logps[:, 0] - logps[:, 1], atol=1e-4
-    )
+    lengths = {word: len(ids) for word, ids in scorer.verdict.words.items()}
+    assert lengths == {word: len(word.split()) for word in (safe, unsafe)}
+    expected = -np.diff(plain_logps(tmp_path, [safe, unsafe]))[:, 0]
+    np.testing.assert_allclose(scorer.score(PROMPTS, RESPONSES), expected, atol=1e-4)
 
 
 def test_a_model_that_writes_something_else_is_refused_with_what_it_wrote(tmp_path):
     save_guard(tmp_path, {"[verdict]": "hello", "hello": "</s>"})
-    with pytest.raises(
-        UserError,
-        match=r"writes ' hello </s>' and ' hello </s>' .* no safe or unsafe: set safe and unsafe",
-    ):
+    written = r"writes ' hello </s>' and ' hello </s>' .* no safe or unsafe: set safe and unsafe"
+    with pytest.raises(UserError, match=written):
         guard(tmp_path)
-    with pytest.raises(
-        UserError,
-        match=r"p\(safe or unsafe\) after '' is .* below min_mass 0.5; it writes ' hello "
-        r"</s>'.*verdict_prefix",
-    ):
+    unlikely = (
+        r"p\(safe or unsafe\) after '' is .* below min_mass 0.5; it writes ' hello "
+        r"</s>'.*verdict_prefix"
+    )
+    with pytest.raises(UserError, match=unlikely):
         guard(tmp_path, verdict_prefix="")
     with pytest.raises(UserError, match="tokens of 'fine' are also those of 'foul'"):
-        guard(
-            tmp_path, safe="fine", unsafe="foul", verdict_prefix=""
-        )  # both unknown to the tokenizer
-    save_guard(tmp_path / "bare", {"[verdict]": "safe unsafe"}, chat=False)
+        # Both are unknown to the tokenizer.
+        guard(tmp_path, safe="fine", unsafe="foul", verdict_prefix="")
+
+
+def test_without_a_chat_template_a_template_is_asked_for(tmp_path):
+    save_guard(tmp_path, {"[verdict]": "safe unsafe"}, chat=False)
     with pytest.raises(UserError, match="no chat template; set template"):
-        guard(tmp_path / "bare")
+        guard(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -208,33 +197,26 @@ def byte_pair_tokenizer(corpus: list[str], size: int):
 
 
 def test_words_are_tokenized_where_they_stand():
-    tokenizer = byte_pair_tokenizer(
-        ["Safety: Safe", "Safety: Unsafe", "\n\nsafe", "\n\nunsafe"] * 50, 290
-    )
-
-    def tokens(text):
-        return tokenizer.encode(text).ids
-
+    corpus = ["Safety: Safe", "Safety: Unsafe", "\n\nsafe", "\n\nunsafe"] * 50
+    tokenizer = byte_pair_tokenizer(corpus, 290)
+    tokens = lambda text: tokenizer.encode(text).ids
     base, words = tokenize_words(tokens, "Safety: ", ["Safe", "Unsafe"])
     # The prefix's space belongs to the verdict's token, so it is no part of what is given.
-    assert (
-        tokenizer.decode(base) == "Safety:"
-        and tokenizer.decode(words["Safe"]) == " Safe"
-        and len(words["Safe"]) == 1
-    )
+    assert tokenizer.decode(base) == "Safety:"
+    assert tokenizer.decode(words["Safe"]) == " Safe" and len(words["Safe"]) == 1
     base, words = tokenize_words(tokens, "x\n\n", ["safe", "unsafe"])
-    assert (
-        tokenizer.decode(base + words["safe"]) == "x\n\nsafe"
-        and tokenizer.decode(base + words["unsafe"]) == "x\n\nunsafe"
-    )
+    assert tokenizer.decode(base + words["safe"]) == "x\n\nsafe"
+    assert tokenizer.decode(base + words["unsafe"]) == "x\n\nunsafe"
     assert words["safe"][0] != words["unsafe"][0]
+
+
+def test_the_shared_beginning_of_two_words_is_of_both():
     letters = byte_pair_tokenizer(["ab"], 258)
-    base, words = tokenize_words(lambda text: letters.encode(text).ids, "x ", ["unsafe", "unsound"])
-    assert (
-        len(words["unsafe"]) == 6 and words["unsafe"][:3] == words["unsound"][:3]
-    )  # the shared beginning is part of both words
+    tokens = lambda text: letters.encode(text).ids
+    _, words = tokenize_words(tokens, "x ", ["unsafe", "unsound"])
+    assert len(words["unsafe"]) == 6 and words["unsafe"][:3] == words["unsound"][:3]
     with pytest.raises(ValueError, match="'un' are also those of 'unsafe' or begin them"):
-        tokenize_words(lambda text: letters.encode(text).ids, "x ", ["un", "unsafe"])
+        tokenize_words(tokens, "x ", ["un", "unsafe"])
 
 
 def test_window_cuts_the_prompts_beginning_alone(tmp_path):
@@ -243,16 +225,12 @@ def test_window_cuts_the_prompts_beginning_alone(tmp_path):
         guard(tmp_path, max_length=10).score(PROMPTS, RESPONSES)
     scorer = guard(tmp_path, max_length=12, truncate=True)
     assert np.isfinite(scorer.score(PROMPTS, RESPONSES)).all()
-    assert (
-        scorer.truncated
-        == sum(scorer.text_length(p, r) > 12 for p, r in zip(PROMPTS, RESPONSES, strict=True))
-        > 0
-    )
+    lengths = [scorer.text_length(p, r) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    assert scorer.truncated == sum(length > 12 for length in lengths) > 0
     kept = scorer.tokenizer.decode(scorer.encode(PROMPTS[2], RESPONSES[3]))
     assert kept == f"[user] nothing in particular [assistant] {RESPONSES[3]} [verdict]"
-    with pytest.raises(
-        UserError, match=r"template and the response .* alone exceed its window of 12"
-    ):
+    alone = r"template and the response .* alone exceed its window of 12"
+    with pytest.raises(UserError, match=alone):
         scorer.score(["no"], ["la " * 12])
 
 
@@ -261,14 +239,10 @@ def test_fingerprint_is_of_contents_and_of_what_moves_the_score(tmp_path):
 
     save_guard(tmp_path, {"[verdict]": "safe unsafe"})
     first = guard(tmp_path).fingerprint
-    assert (
-        guard(tmp_path, batch_size=2, device="cpu", min_mass=0.6, negate=True).fingerprint == first
-    )
-    changed = (
-        {"safe": "unsafe", "unsafe": "safe"},
-        {"template": "[user] {prompt} [assistant] {response} [verdict]"},
-        {"quantization": "nf4"},
-    )
+    how = {"batch_size": 2, "device": "cpu", "min_mass": 0.6, "negate": True}
+    assert guard(tmp_path, **how).fingerprint == first
+    swapped = {"safe": "unsafe", "unsafe": "safe"}
+    changed = (swapped, {"template": TEMPLATE}, {"quantization": "nf4"})
     others = [guard(tmp_path, **keys).fingerprint for keys in changed]
     weights = load_file(tmp_path / "model.safetensors")
     weights["lm_head.weight"][0, 0] += 1e-3

@@ -1,5 +1,4 @@
-"""Bad model folders and run directories, kind by kind, through the real command line, as in
-test_bad_input.py."""
+"""Bad run directories, kind by kind, through the command line: one clear line, nothing lost."""
 
 import json
 import os
@@ -14,99 +13,9 @@ import yaml
 from constrained_dpo.recipe.load import load_recipe
 from constrained_dpo.run.directory import RunDirectory
 from data_prep.tables import write_parquet
-from tests.data_prep.test_bad_input import FEW, PROMPTS
+from tests.helpers.broken import cut
 from tests.helpers.cli import cdpo
 from tests.helpers.paths import QUICKSTART
-
-# Models: folders that lack a part or hold another model's.
-
-
-@pytest.fixture(scope="module")
-def base():
-    """The embedded world's policy as a plain local model folder."""
-    from data_prep.quickstart import build_policy
-
-    return build_policy()
-
-
-def cut(name: str):
-    return lambda folder: os.truncate(folder / name, 200)
-
-
-MODELS = {
-    "no folder": (shutil.rmtree, "is not a folder"),
-    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no *.safetensors weights"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
-    "truncated weights": (cut("model.safetensors"), "cannot be loaded"),
-    "truncated tokenizer": (cut("tokenizer.json"), "cannot be loaded"),
-    "truncated config": (cut("config.json"), "cannot be loaded"),
-    "config of no known model": (
-        lambda f: (f / "config.json").write_text('{"model_type": "zzz"}'),
-        "cannot be loaded",
-    ),
-    "weights of another size": (
-        lambda f: (f / "config.json").write_text(
-            (f / "config.json").read_text().replace('"hidden_size": 128', '"hidden_size": 64')
-        ),
-        "cannot be loaded",
-    ),
-    "fewer layers in the weights": (
-        lambda f: (f / "config.json").write_text(
-            (f / "config.json")
-            .read_text()
-            .replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
-        ),
-        "not in the checkpoint",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_model_folder(kind, refused, base, tmp_path):
-    breaking, match = MODELS[kind]
-    model = shutil.copytree(base, tmp_path / "model")
-    breaking(model)
-    write_parquet(
-        pd.DataFrame({"prompt_id": ["a"], "prompt": [PROMPTS[0]], "split": "fit"}),
-        tmp_path / "p.parquet",
-    )
-    out = tmp_path / "out.parquet"
-    refused(
-        "data",
-        "sample",
-        tmp_path / "p.parquet",
-        "-o",
-        out,
-        "--model",
-        model,
-        "--dtype",
-        "float32",
-        match=match,
-    )
-    assert not out.exists()
-
-
-CLASSIFIERS = {
-    "no classification head": (lambda f: None, "newly initialised"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no *.safetensors weights"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
-    "truncated weights": (cut("model.safetensors"), "cannot be loaded"),
-    "not a folder": (shutil.rmtree, "cannot be loaded"),
-}
-
-
-@pytest.mark.parametrize("kind", CLASSIFIERS)
-def test_classifier_folder(kind, refused, base, answers, tmp_path):
-    breaking, match = CLASSIFIERS[kind]
-    model = shutil.copytree(base, tmp_path / "model")
-    breaking(model)
-    out, scorer = tmp_path / "out.parquet", f"{{type: classifier, model: {model}}}"
-    refused("data", "score", answers, "-o", out, "--name", "n", "--scorer", scorer, match=match)
-    assert not out.exists()
-
-
-# Runs.
 
 SCORER = (
     "def good(p, r): return [float(len(x)) for x in r]\ndef kind(p, r): return "
@@ -114,34 +23,37 @@ SCORER = (
 )
 
 
-def own_recipe(folder, base) -> dict:
-    """A recipe of a user's own: local model, prompts and scorer files."""
-    (folder / "p.jsonl").write_bytes(FEW)
+REQUESTS = [
+    f"{who} open {what}"
+    for who in ("kid", "boss", "pirate")
+    for what in ("safe", "dog", "door", "car")
+]
+
+
+def write_recipe(folder, base) -> None:
+    """A recipe of a user: local model, prompts and scorer files."""
+    lines = [json.dumps({"prompt": request}) for request in REQUESTS]
+    (folder / "p.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "s.py").write_text(SCORER)
+    scorer = lambda name: {"type": "python", "target": f"s.py:{name}"}
     raw = yaml.safe_load(QUICKSTART.read_text())
     raw["policy"]["model"] = str(base)
     raw["prompts"] = {"source": "p.jsonl", "test": 0.4}
     raw["sampling"]["responses_per_prompt"] = 4
-    raw["objective"]["reward"] = {
-        "name": "good",
-        "scorer": {"type": "python", "target": "s.py:good"},
-    }
-    raw["objective"]["constraints"] = [
-        {"name": "kind", "margin": 0.1, "scorer": {"type": "python", "target": "s.py:kind"}}
-    ]
+    raw["objective"]["reward"] = {"name": "good", "scorer": scorer("good")}
+    raw["objective"]["constraints"] = [{"name": "kind", "margin": 0.1, "scorer": scorer("kind")}]
     raw["dual"] |= {"responses_per_prompt": 4, "rounds": 2, "prompts_per_round": 4}
     raw["fit"] |= {"steps": 2, "pairs_per_prompt": 2, "batch_size": 4, "warmup_steps": 0}
     (folder / "r.yaml").write_text(yaml.safe_dump(raw))
-    return raw
 
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory, base):
     """A run folder beside its inputs, one round of two played; tests copy it."""
     folder = tmp_path_factory.mktemp("played")
-    own_recipe(folder, base)
-    for arguments in (["init", folder / "r.yaml", folder / "run"], ["round", folder / "run"]):
-        cdpo(*arguments, check=0)
+    write_recipe(folder, base)
+    for words in (["init", folder / "r.yaml", folder / "run"], ["round", folder / "run"]):
+        cdpo(*words, check=0)
     return folder
 
 
@@ -268,10 +180,14 @@ def copied(played, tmp_path):
     recipe = folder / "run" / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace(str(played), str(folder)))
     run = RunDirectory(folder / "run")
-    run.write_state(
-        json.loads(run.state_file.read_text()) | {"recipe_hash": load_recipe(recipe).hash()}
-    )
+    led = {"recipe_hash": load_recipe(recipe).hash()}
+    run.write_state(run.state().model_copy(update=led))
     return folder
+
+
+def contents(run) -> dict:
+    files = [f for f in run.rglob("*") if f.is_file() and f.name not in (".lock", ".holder")]
+    return {file: file.read_bytes() for file in files}
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -279,55 +195,16 @@ def test_run_directory(kind, refused, played, tmp_path):
     breaking, command, match = RUNS[kind]
     run = copied(played, tmp_path) / "run"
     breaking(run)
-    before = {
-        f: f.read_bytes()
-        for f in run.rglob("*")
-        if f.is_file() and f.name not in (".lock", ".holder")
-    }
+    before = contents(run)
     refused(command, run, match=match)
-    assert before == {
-        f: f.read_bytes()
-        for f in run.rglob("*")
-        if f.is_file() and f.name not in (".lock", ".holder") and f in before
-    }, "something was lost"
+    after = contents(run)
+    assert before == {file: after.get(file) for file in before}, "something was lost"
 
 
-def test_an_adapter_of_another_base(refused, played, base, tmp_path):
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    other = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=50,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
-    )
-    get_peft_model(
-        other, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    ).save_pretrained(tmp_path / "adapter")
-    write_parquet(
-        pd.DataFrame({"prompt_id": ["a"], "prompt": [PROMPTS[0]], "split": "fit"}),
-        tmp_path / "p.parquet",
-    )
-    sample = [
-        "data",
-        "sample",
-        tmp_path / "p.parquet",
-        "-o",
-        tmp_path / "o.parquet",
-        "--model",
-        base,
-        "--dtype",
-        "float32",
-    ]
-    refused(*sample, "--adapter", tmp_path / "adapter", match="another base")
-    refused(*sample, "--adapter", tmp_path / "none", match="adapter")
+def test_an_adapter_of_another_base_in_a_run(refused, played, foreign_adapter, tmp_path):
     run = copied(played, tmp_path) / "run"
     shutil.rmtree(run / "rounds/000/adapter")
-    shutil.copytree(tmp_path / "adapter", run / "rounds/000/adapter")
+    shutil.copytree(foreign_adapter, run / "rounds/000/adapter")
     refused("round", run, match="another base")
 
 
@@ -368,7 +245,7 @@ def test_a_run_folder_that_cannot_be_written(refused, played, tmp_path):
 
 
 def test_prompts_longer_than_max_length_and_scores_that_never_vary(refused, base, tmp_path):
-    own_recipe(tmp_path, base)
+    write_recipe(tmp_path, base)
     refused(
         "check",
         tmp_path / "r.yaml",
@@ -379,12 +256,12 @@ def test_prompts_longer_than_max_length_and_scores_that_never_vary(refused, base
     (tmp_path / "s.py").write_text(SCORER.replace("float(x.count('e'))", "1.5"))
     cdpo("init", tmp_path / "r.yaml", tmp_path / "run", check=0)
     refused("prepare", tmp_path / "run", match="scorer of kind: gives 1.5 to all")
-    assert RunDirectory(tmp_path / "run").state()["lambda"] == []
+    assert not RunDirectory(tmp_path / "run").state().prepared
 
 
 def test_a_gpu_that_is_not_there(refused, base, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    own_recipe(tmp_path, base)
+    write_recipe(tmp_path, base)
     cdpo("init", tmp_path / "r.yaml", tmp_path / "run", "-s", "policy.device=cuda", check=0)
     refused(
         "prepare", tmp_path / "run", match="policy.device: cuda was asked for but torch sees no GPU"
@@ -392,7 +269,7 @@ def test_a_gpu_that_is_not_there(refused, base, tmp_path, monkeypatch):
 
 
 def test_a_run_that_another_process_holds(refused, base, tmp_path):
-    own_recipe(tmp_path, base)
+    write_recipe(tmp_path, base)
     cdpo("init", tmp_path / "r.yaml", tmp_path / "run", check=0)
     with RunDirectory(tmp_path / "run").locked():
         refused("round", tmp_path / "run", match=f"is being worked on by process {os.getpid()}")
