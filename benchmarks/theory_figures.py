@@ -16,7 +16,7 @@ from tests.helpers.restricted_families import (
 )
 
 QUANTITIES = {
-    "duality gap P* − D_p*": "C0",
+    "primal-dual gap P* − D_p*": "C0",
     "objective gap, one-shot": "C1",
     "constraint gap, one-shot": "C2",
     "policies E‖π_p(λ_p*) − π*‖₁": "C3",
@@ -36,7 +36,7 @@ def axes_of(columns: int, height: float = 3.6):
 
 
 def draw_rates(tables: dict[str, pd.DataFrame], path: Path) -> None:
-    """Median of each gap over worlds against ν, with the bound of Theorem 2 and lines of slope 1
+    """Median of each gap over worlds against ν, with the bound of B and lines of slope 1
     and 1/2."""
     figure, all_axes = axes_of(len(tables))
     for axes, (title, table) in zip(all_axes, tables.items(), strict=True):
@@ -44,7 +44,7 @@ def draw_rates(tables: dict[str, pd.DataFrame], path: Path) -> None:
         for name, colour in QUANTITIES.items():
             shown = middle[middle[name] > 1e-12]
             axes.loglog(shown["nu"], shown[name], "o-", ms=3, lw=1.2, color=colour, label=name)
-        axes.loglog(middle["nu"], middle["bound"], "k:", lw=1.2, label="C ν (Theorem 2)")
+        axes.loglog(middle["nu"], middle["bound"], "k:", lw=1.2, label="C ν (B)")
         top, reach = middle["nu"].iloc[-1], middle["nu"] / middle["nu"].iloc[-1]
         anchor = middle[list(QUANTITIES)].iloc[-1].max() * 2
         axes.loglog(top * reach, anchor * reach, "--", color="0.7", lw=1, label="slope 1")

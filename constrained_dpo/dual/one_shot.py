@@ -1,7 +1,7 @@
 """The one-shot multipliers: λ* = argmin D(λ) on samples of the reference policy. numpy and scipy
 only.
 
-Source of the program: MoCAN, arXiv:2405.19544, Algorithm 1, step 1.
+Source of the program: MoCAN, arXiv:2405.19544.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def solve_one_shot(
 
     levels: a_i by constraint; None takes them from the table's own reference means. start: λ to
     start from; None starts a large table from the minimizer on its START_PROMPTS evenly spaced
-    prompts. Source of the program: MoCAN, arXiv:2405.19544, Algorithm 1, step 1.
+    prompts. Source of the program: MoCAN, arXiv:2405.19544.
     """
     names = problem.names
     if levels is None:

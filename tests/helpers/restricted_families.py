@@ -114,7 +114,7 @@ class MixtureFamily:
         return 2 * self.epsilon * float(1 - np.exp(self.world.ref_logp.min()))
 
     def constant(self, lam: np.ndarray) -> float:
-        """C_λ with D(λ) − D_p(λ) ≤ C_λ ν (Lemma 3): (D(λ) − L(π_ref, λ)) ε/ν."""
+        """C_λ with D(λ) − D_p(λ) ≤ C_λ ν (A): (D(λ) − L(π_ref, λ)) ε/ν."""
         objective, slack = objective_and_slack(self.world, self.world.ref_logp)
         return (dual(self.world, lam) - objective - lam @ slack) / (
             2 * float(1 - np.exp(self.world.ref_logp.min()))
@@ -193,7 +193,7 @@ class LogLinearFamily:
         return 2 * np.tanh(self.log_ratio_range(np.inf) / 4)
 
     def constant(self, lam: np.ndarray) -> float:
-        """C_λ with D(λ) − D_p(λ) ≤ β KL(p_λ‖π*_λ) ≤ (β B_λ/2) ‖p_λ − π*_λ‖₁ ≤ C_λ ν (Lemma 3)."""
+        """C_λ with D(λ) − D_p(λ) ≤ β KL(p_λ‖π*_λ) ≤ (β B_λ/2) ‖p_λ − π*_λ‖₁ ≤ C_λ ν (A)."""
         if np.max(lam) > MAX_LAMBDA:
             raise ValueError(f"λ {lam} lies outside the box on which ν is known")
         return self.world.problem.beta * self.log_ratio_range(lam) / 2

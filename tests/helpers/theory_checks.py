@@ -56,7 +56,7 @@ class Solved:
         return min(self.iterates, key=lambda p: p.dual_value)
 
     def near_optimal(self) -> dict[str, Point]:
-        """The multipliers of Theorems 3 and 4: λ_p* (γ = 0), one-shot λ*, and the best iterate of
+        """The multipliers of C, E and G: λ_p* (γ = 0), one-shot λ*, and the best iterate of
         the descent."""
         return {"multi-shot": self.best, "one-shot": self.one_shot, "descent": self.best_iterate}
 
@@ -86,7 +86,7 @@ def l1_distance(logp: np.ndarray, other: np.ndarray) -> float:
 
 
 def curvature(solved: Solved, lam: np.ndarray) -> float:
-    """A lower bound a(S)·σ_min(∇²D(λ*)) on [D(λ) − D(λ*) − ∇D(λ*)·d]/‖d‖², d = λ − λ* (Lemma 4):
+    """A lower bound a(S)·σ_min(∇²D(λ*)) on [D(λ) − D(λ*) − ∇D(λ*)·d]/‖d‖², d = λ − λ* (C):
     the log-partition function's third derivative along d is at most osc(d·g)/β times its second, so
     the curvature falls no faster than exponentially."""
     world = solved.family.world
@@ -113,9 +113,9 @@ def inequality_rows(solved: Solved, nu: float | None = None) -> list[Row]:
 
     rows = [
         Row("weak duality: D_p* ≤ P*", best.dual_value, solved.optimal_value),
-        Row("Theorem 2: P* − D_p* ≤ C ν", solved.optimal_value - best.dual_value, bound(best.lam)),
+        Row("B: P* − D_p* ≤ C ν", solved.optimal_value - best.dual_value, bound(best.lam)),
         Row(
-            "Theorem 1: D_p(λ_best) − D_p*",
+            "H: D_p(λ_best) − D_p*",
             solved.best_iterate.dual_value - best.dual_value,
             descent_bound(solved),
         ),
@@ -129,10 +129,10 @@ def inequality_rows(solved: Solved, nu: float | None = None) -> list[Row]:
     ):
         gap = dual(world, point.lam) - point.dual_value
         rows += [
-            Row("Lemma 3: 0 ≤ D(λ) − D_p(λ)", -gap, 0.0),
-            Row("Lemma 3: D(λ) − D_p(λ) ≤ C ν", gap, bound(point.lam)),
+            Row("A: 0 ≤ D(λ) − D_p(λ)", -gap, 0.0),
+            Row("A: D(λ) − D_p(λ) ≤ C ν", gap, bound(point.lam)),
             Row(
-                "Lemma 5: E‖π_p(λ) − π*_λ‖₁",
+                "D: E‖π_p(λ) − π*_λ‖₁",
                 l1_distance(point.logp, gibbs(world, point.lam)),
                 np.sqrt(2 * bound(point.lam) / beta),
             ),
@@ -143,24 +143,24 @@ def inequality_rows(solved: Solved, nu: float | None = None) -> list[Row]:
         shift = np.linalg.norm(point.lam - solved.star)
         rows.append(
             Row(
-                "Lemma 4: ‖λ − λ*‖",
+                "C: ‖λ − λ*‖",
                 float(shift),
                 np.sqrt((c + excess) / curvature(solved, point.lam)),
             )
         )
         rows.append(
-            Row("Lemma 5: E‖π_p(λ) − π*‖₁", l1_distance(point.logp, solved.optimal_logp), distance)
+            Row("D: E‖π_p(λ) − π*‖₁", l1_distance(point.logp, solved.optimal_logp), distance)
         )
         slack_bounds = half_ranges * distance
         rows.append(
             Row(
-                "Theorem 3: |F(π_p(λ)) − P*|",
+                "G: |F(π_p(λ)) − P*|",
                 abs(point.objective - solved.optimal_value),
                 2 * c + excess + float(point.lam @ slack_bounds),
             )
         )
         rows += [
-            Row("Theorem 4: |u(π_p(λ)) − u(π*)|", float(left), float(right))
+            Row("E: |u(π_p(λ)) − u(π*)|", float(left), float(right))
             for left, right in zip(
                 np.abs(point.slack - solved.optimal_slack), slack_bounds, strict=True
             )
@@ -175,7 +175,7 @@ def inequality_rows(solved: Solved, nu: float | None = None) -> list[Row]:
 
 
 def descent_bound(solved: Solved) -> float:
-    """Theorem 1: (Σ_i (λ_0 − λ_p*)²_i/h_i + Σ_t η_t² Σ_i h_i u_t,i²) / (2 Σ_t η_t), h the scale of
+    """H: (Σ_i (λ_0 − λ_p*)²_i/h_i + Σ_t η_t² Σ_i h_i u_t,i²) / (2 Σ_t η_t), h the scale of
     each constraint's step."""
     world = solved.family.world
     scale = auto_step_scale(world.score_table, world.problem).to_numpy()
@@ -191,7 +191,7 @@ def gaps(solved: Solved) -> dict[str, float]:
     """The quantities whose rates in ν the theorems bound, score units (distances: L1, and reward
     units per utility unit)."""
     return {
-        "duality gap P* − D_p*": solved.optimal_value - solved.best.dual_value,
+        "primal-dual gap P* − D_p*": solved.optimal_value - solved.best.dual_value,
         "objective gap, multi-shot": abs(solved.best.objective - solved.optimal_value),
         "objective gap, one-shot": abs(solved.one_shot.objective - solved.optimal_value),
         "constraint gap, one-shot": float(
