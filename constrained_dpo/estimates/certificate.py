@@ -1,4 +1,4 @@
-"""What may be claimed of a policy: verdicts, D(λ) and the gaps to the optimum with their limits.
+"""What may be claimed of a policy's distance from the optimum: D(λ) and the gaps, with their limits.
 numpy and scipy only.
 
 The Lagrangian gap D(λ) − L(π_θ, λ) = β E_x KL(π_θ ‖ π*_λ) ≥ 0 is estimated on the dual prompts from
@@ -330,7 +330,10 @@ def sentence(
     text = f"the fit is {gap:.3f} ± {2 * error:.3f} from the best policy at this λ"
     if meets_constraints:
         most = (best.dual_value or 0.0) - (objective or 0.0)
-        spread = 2 * float(np.hypot(best.dual_value_se or 0.0, objective_se or 0.0))
+        apart = float(np.hypot(best.dual_value_se or 0.0, objective_se or 0.0))
+        # of the same round the difference was paired by prompt
+        paired = last.optimality_gap_se if best is last else None
+        spread = 2 * (apart if paired is None else paired)
         number = [c is best for c in rounds].index(True)
         text += (
             "; no policy that meets the constraints has an objective more than "

@@ -142,11 +142,7 @@ def inequality_rows(solved: Solved, nu: float | None = None) -> list[Row]:
         distance = np.sqrt(2 * c / beta) + np.sqrt(2 * (c + excess) / beta)
         shift = np.linalg.norm(point.lam - solved.star)
         rows.append(
-            Row(
-                "C: ‖λ − λ*‖",
-                float(shift),
-                np.sqrt((c + excess) / curvature(solved, point.lam)),
-            )
+            Row("C: ‖λ − λ*‖", float(shift), np.sqrt((c + excess) / curvature(solved, point.lam)))
         )
         rows.append(
             Row("D: E‖π_p(λ) − π*‖₁", l1_distance(point.logp, solved.optimal_logp), distance)

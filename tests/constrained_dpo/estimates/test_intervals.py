@@ -9,14 +9,13 @@ import pytest
 from scipy import stats
 
 from constrained_dpo.estimates.intervals import (
-    bootstrap_interval,
     mean_interval,
     proportion_interval,
     spent_confidence,
-    standard_error,
     t_interval,
 )
-from data_prep.settings import UserError
+from constrained_dpo.monte_carlo import standard_error
+from data_prep.errors import UserError
 
 INF = float("inf")
 LIKERT = np.arange(5.0)
@@ -361,13 +360,3 @@ def test_students_interval_and_the_standard_error():
     assert standard_error(values) == pytest.approx(stats.sem(values))
     assert standard_error([3.0]) == standard_error([]) == INF
     assert standard_error([3.0, 3.0]) == 0
-
-
-@pytest.mark.filterwarnings("error")
-def test_the_bootstrap():
-    values = np.random.default_rng(7).normal(size=200)
-    first, again = (bootstrap_interval(values, 0.9, np.random.default_rng(8)) for _ in range(2))
-    assert first == again
-    assert first == pytest.approx(t_interval(values, 0.9), abs=0.02)
-    assert bootstrap_interval([1.0], 0.9, np.random.default_rng(8)) is None
-    assert bootstrap_interval([1.0, 1.0], 0.9, np.random.default_rng(8)) == (-INF, INF)

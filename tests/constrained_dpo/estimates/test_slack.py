@@ -5,7 +5,15 @@ import pandas as pd
 import pytest
 
 from constrained_dpo.dual.exact import TabularWorld
-from constrained_dpo.estimates.slack import estimate_subgradient
+from constrained_dpo.estimates.slack import (
+    bounded_constraints,
+    changes,
+    estimate_subgradient,
+    known_bounds,
+    prompt_slack,
+    reference_slack,
+    slack_bounds,
+)
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from data_prep.errors import UserError
 from tests.helpers.tables import random_world, scored_frame
@@ -54,3 +62,80 @@ def test_subgradient_refuses_other_prompts():
     frame = scored_frame(0, 4, 3)
     with pytest.raises(UserError, match="paired difference"):
         estimate_subgradient(frame, frame[frame["prompt_id"] != "p0"], problem)
+
+
+TWO = ConstrainedProblem(
+    "r", 1.0, (Constraint("likert", margin=0.5), Constraint("share", threshold=0.9))
+)
+
+
+def test_a_scores_range_bounds_a_prompts_slack():
+    ranges = {"likert": (0.0, 4.0), "share": (0.0, np.inf)}
+    assert known_bounds(TWO, ranges) == {"likert": (-4.5, 3.5), "share": (-0.9, np.inf)}
+    assert bounded_constraints(TWO, ranges) == {"likert"}
+    assert bounded_constraints(TWO, {}) == frozenset()
+
+
+def test_what_no_range_bounds_is_bounded_by_all_that_was_seen():
+    seen = [
+        pd.DataFrame({"likert": [-1.0, 2.0], "share": [-0.5, 0.1]}),
+        pd.DataFrame({"likert": [-3.0, 0.0], "share": [-0.4, 0.05]}),
+    ]
+    assert slack_bounds(TWO, {"share": (0.0, 1.0)}, seen) == {
+        "likert": (-3.0, 2.0),
+        "share": (-0.9, pytest.approx(0.1)),
+    }
+
+
+def test_the_reference_policy_against_itself():
+    """Of three responses the second is set against the mean of the others; one alone is left
+    out."""
+    table = pd.DataFrame(
+        {"prompt_id": ["a", "a", "a", "b"], "likert": [1.0, 2.0, 4.0, 3.0], "share": 1.0}
+    )
+    slack = reference_slack(table, TWO)
+    assert slack.index.tolist() == ["a"]
+    assert slack.loc["a"].tolist() == pytest.approx([(1 + 4) / 2 - 2 - 0.5, 0.1])
+
+
+def test_a_prompt_that_nobody_has_seen_fail_is_not_taken_for_impossible():
+    """All 24 prompts meet their level, at which a share of .97 may be: *satisfied* would be wrong
+    in 48 of 100 runs. The score's range alone widens the interval."""
+    samples = pd.DataFrame({"prompt_id": [f"p{i}" for i in range(24)], "g": 1.0, "r": 0.0})
+    problem = ConstrainedProblem("r", 1.0, (Constraint("g", threshold=0.97),))
+    slack = prompt_slack(samples, samples, problem)
+    bounds = slack_bounds(problem, {"g": (0.0, 1.0)}, [slack])
+    with_range = estimate_subgradient(samples, samples, problem, 0.95, bounds).loc["g"]
+    assert with_range["one_low"] == pytest.approx(0.05 ** (1 / 24) - 0.97) and with_range["u"] > 0
+    assert with_range["one_low"] < 0 and with_range["high"] == pytest.approx(0.03)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.9, 8), (0.9, 24), (0.97, 24), (0.97, 40)])
+def test_indicators_at_their_level_are_called_satisfied_in_5_percent(share, count):
+    """u = 0, K = 1: false *satisfied* by enumeration of the binomial law."""
+    problem = ConstrainedProblem("r", 1.0, (Constraint("g", threshold=share),))
+    ids, wrong = [f"p{i}" for i in range(count)], 0.0
+    law = np.array([1.0])
+    for _ in range(count):
+        law = np.convolve(law, [1 - share, share])
+    for passed, probability in enumerate(law):
+        samples = pd.DataFrame(
+            {"prompt_id": ids, "g": (np.arange(count) < passed).astype(float), "r": 0.0}
+        )
+        bounds = slack_bounds(problem, {"g": (0, 1)}, [prompt_slack(samples, samples, problem)])
+        u = estimate_subgradient(samples, samples, problem, 0.95, bounds)
+        wrong += probability * (u.loc["g", "one_low"] > 0)
+    assert wrong <= 0.05
+
+
+def test_changes_are_paired_differences_within_their_ranges():
+    samples, reference = scored_frame(1, 12, 4), scored_frame(2, 12, 4)
+    change = changes(samples, reference, ["r"], 0.9, {"r": (-9.0, 9.0)})["r"]
+    differences = (
+        samples.groupby("prompt_id")["r"].mean() - reference.groupby("prompt_id")["r"].mean()
+    )
+    assert change.difference == pytest.approx(differences.mean())
+    assert change.se == pytest.approx(differences.sem())
+    assert change.ci_low < change.difference < change.ci_high
+    wider = changes(samples, reference, ["r"], 0.9, {"r": (-20.0, 20.0)})["r"]
+    assert wider.ci_low < change.ci_low and wider.ci_high > change.ci_high

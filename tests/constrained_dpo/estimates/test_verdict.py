@@ -1,65 +1,91 @@
-"""Verdicts, and the bounds they rest on against their definition."""
+"""Verdicts: the words against their bounds, and what they promise, by simulation."""
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import optimize, stats
+from scipy import stats
 
-from constrained_dpo.estimates.intervals import confidence_bound
-from constrained_dpo.estimates.verdict import judge, one_sided_bounds
+from constrained_dpo.estimates.intervals import mean_interval
+from constrained_dpo.estimates.slack import estimate_subgradient
+from constrained_dpo.estimates.verdict import (
+    SATISFIED,
+    UNDECIDED,
+    VIOLATED,
+    judge,
+    look_confidence,
+    overall,
+)
+from constrained_dpo.problem import ConstrainedProblem, Constraint
 
 
-def bounds_frame(u: float, se: float, skew: float, count: int, m: int = 1) -> pd.DataFrame:
-    return pd.DataFrame(
-        {"u": u, "se": se, "skew": skew, "num_prompts": count}, index=[f"g{i}" for i in range(m)]
+def frame(*rows: tuple[float, float, float]) -> pd.DataFrame:
+    """Bounds (one_low, each_low, each_high) of one constraint a row."""
+    index = [f"g{i}" for i in range(len(rows))]
+    return pd.DataFrame(rows, columns=["one_low", "each_low", "each_high"], index=index)
+
+
+def test_words_follow_the_bounds():
+    clear, near, bad = (0.2, 0.1, 0.5), (0.1, -0.1, 0.4), (-0.5, -0.6, -0.1)
+    none = (-0.2, -0.3, 0.1)
+    assert list(judge(frame(clear, near, bad, none)).values()) == [
+        SATISFIED,
+        UNDECIDED,
+        VIOLATED,
+        UNDECIDED,
+    ]
+    assert overall(frame(clear, near)) == SATISFIED  # no bound pays for the others
+    assert overall(frame(clear, none)) == UNDECIDED
+    assert overall(frame(clear, bad)) == overall(frame(none, bad)) == VIOLATED
+    assert overall(frame((0.0, 0.0, 1.0))) == UNDECIDED
+
+
+@pytest.mark.parametrize("planned", [1, 6, 24])
+def test_a_run_spends_its_error_probability_once(planned):
+    spent = [1 - look_confidence(0.95, look, planned) for look in range(1, 100_001)]
+    assert sum(spent) <= 0.05 and sum(spent) == pytest.approx(0.05, abs=1e-6)
+    assert spent[planned - 1] == pytest.approx(0.025)
+
+
+def bounds_by_count(count: int, level: float) -> pd.DataFrame:
+    """`estimate_subgradient` of one of two constraints, by how many of `count` prompts meet it."""
+    problem = ConstrainedProblem(
+        "r", 1.0, (Constraint("g0", None, level), Constraint("g1", None, level))
     )
+    bounds, rows = dict.fromkeys(problem.names, (-level, 1 - level)), []
+    for passed in range(count + 1):
+        met = (np.arange(count) < passed).astype(float)
+        samples = pd.DataFrame({"prompt_id": np.arange(count).astype(str), "g0": met, "g1": met})
+        u = estimate_subgradient(samples, samples, problem, 0.95, bounds)
+        assert u.loc["g0"].equals(u.loc["g1"].rename("g0"))
+        rows.append(u.iloc[0])
+    return pd.DataFrame(rows)
 
 
-@pytest.mark.parametrize("skew", [-2.0, -0.5, 0.0, 1.5])
-def test_confidence_bound_inverts_halls_transformation(skew):
-    n, se, u, p = 30, 0.2, 1.0, 0.05
-    bound = confidence_bound(bounds_frame(u, se, skew, n), p)["g0"]
-    quantile = stats.t.ppf(1 - p, n - 1)
-    transformed = lambda w: (
-        np.sqrt(n) * (w + skew / 3 * w**2 + skew**2 / 27 * w**3 + skew / (6 * n)) - quantile
-    )
-    w = optimize.brentq(transformed, -50, 50)
-    assert bound == pytest.approx(u - w * se * np.sqrt(n))
-    if skew == 0:
-        assert bound == pytest.approx(u - quantile * se)
+def test_one_word_for_two_constraints_is_wrong_in_5_percent_and_more_powerful_than_bonferroni():
+    """One constraint at its level, the other far above: *satisfied* is wrong. With both at true
+    room: power, beside that of a Bonferroni bound for each."""
+    bounds, runs = bounds_by_count(96, 0.9), 4000
+    counts = np.random.default_rng(0).binomial(96, [[0.9, 0.999]] * runs)
+    called = [overall(bounds.iloc[pair]) == SATISFIED for pair in counts]
+    assert np.mean(called) <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / runs)
+    law = stats.binom.pmf(np.arange(97), 96, 0.97)
+    ours, bonferroni = ((law @ (bounds[end] > 0)) ** 2 for end in ("one_low", "each_low"))
+    both = [overall(bounds.iloc[[k, k]]) == SATISFIED for k in range(97)]
+    assert law @ np.array(both) == pytest.approx(np.sqrt(ours)) and ours > bonferroni + 0.1
 
 
-def test_a_long_lower_tail_does_not_make_satisfied_cheap():
-    """A tenth of the prompts is where the policy fails: the true mean is 0, so *satisfied* is false
-    every time it is said."""
-    rng = np.random.default_rng(0)
-    draws = pd.DataFrame(
-        np.where(rng.random((40, 2000)) < 0.1, -9.0, 1.0) + 0.5 * rng.normal(size=(40, 2000))
-    )
-    frame = pd.DataFrame(
-        {"u": draws.mean(), "se": draws.sem(), "skew": draws.skew(), "num_prompts": 40}
-    ).rename(index=str)
-    plain, ours = ((confidence_bound(f, 0.05) > 0).mean() for f in (frame.assign(skew=0.0), frame))
-    # `judge` says satisfied of a single constraint where this lower bound is above 0.
-    satisfied = confidence_bound(frame, 0.05)["0"] > 0
-    assert judge(frame.iloc[[0]], 0.95)["0"] == ("satisfied" if satisfied else "undecided")
-    assert plain > 0.08 and ours < plain - 0.01 and ours < 0.05
-
-
-def test_bounds_without_spread_or_with_one_prompt():
-    certain = one_sided_bounds(bounds_frame(0.0, 0.0, 0.0, 50), 0.95)
-    assert certain.loc["g0"].tolist() == [0.0, 0.0]
-    unknown = one_sided_bounds(bounds_frame(3.0, np.inf, 0.0, 1), 0.95)
-    assert unknown.loc["g0"].tolist() == [-np.inf, np.inf]
-
-
-def test_verdicts_are_one_sided_with_bonferroni():
-    frame = lambda us, se: pd.DataFrame(
-        {"u": us, "se": se, "skew": 0.0, "num_prompts": 10_000},
-        index=[f"g{i}" for i in range(len(us))],
-    )
-    assert judge(frame([1.7], 1.0), 0.95)["g0"] == "satisfied"  # one-sided 5 %: 1.645
-    # over two constraints: 1.960
-    assert judge(frame([1.7, 1.7], 1.0), 0.95)["g0"] == "undecided"
-    assert judge(frame([-1.7], 1.0), 0.95)["g0"] == "violated"
-    assert judge(frame([0.0], 1.0), 0.95)["g0"] == "undecided"
+def test_some_round_of_a_run_is_wrongly_satisfied_in_5_percent():
+    """A policy at its level in each of six rounds, on fresh samples of the same prompts."""
+    runs, rounds, passed = 4000, 6, np.arange(97)
+    rng, wrong = np.random.default_rng(1), np.zeros(4000, dtype=bool)
+    plain = np.zeros(runs, dtype=bool)
+    for look in range(1, rounds + 1):
+        counts = rng.binomial(96, 0.9, runs)
+        for hits, error in ((wrong, 1 - look_confidence(0.95, look, rounds)), (plain, 0.05)):
+            lows = [
+                mean_interval((np.arange(96) < k) - 0.9, 1 - 2 * error, (-0.9, 0.1))[0]
+                for k in passed
+            ]
+            hits |= np.array(lows)[counts] > 0
+    assert wrong.mean() <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / runs)
+    assert plain.mean() > 0.1
