@@ -43,7 +43,7 @@ def test_the_largest_slack_is_that_of_the_linear_program(seed):
     )
     utilities = np.round(utilities) if seed % 2 else utilities
     table = ScoreTable.from_columns(np.repeat(np.arange(25), counts), z, utilities)
-    unit = utilities.std(axis=1)
+    unit = np.array([table.within_std(column) for column in utilities])
     problem = ConstrainedProblem(
         "r", 1.0, tuple(Constraint(f"g{i}", margin=0.4 * s) for i, s in enumerate(unit))
     )
@@ -77,35 +77,68 @@ def normal_table(prompts: int, responses: int, bound: float = np.inf) -> ScoreTa
     return ScoreTable.from_arrays(rng.normal(size=(prompts, responses)), utility)
 
 
-def test_infeasible_needs_evidence():
-    """A bounded utility with many samples at its maximum is infeasible beyond it; an unbounded one
-    is only not shown to be feasible."""
-    problem = lambda b: ConstrainedProblem("r", 1.0, (Constraint("g", margin=b),))
-    bounded, unbounded = normal_table(200, 64, bound=1.0), normal_table(200, 64)
-    mean = bounded.reference_means()[0]
-    assert diagnose_feasibility(bounded, problem(0.8)).verdict == FEASIBLE
-    diagnosis = diagnose_feasibility(bounded, problem(1.3))
-    assert diagnosis.verdict == INFEASIBLE and diagnosis.constraints == ("g",) and diagnosis.ess > 8
-    assert diagnosis.largest["g"] == pytest.approx(1 - mean) and diagnosis.shortfall[
-        "g"
-    ] == pytest.approx(0.3 + mean)
-    assert (
-        "infeasible" in diagnosis.sentence()
-        and "lower the level by at least" in diagnosis.sentence()
-    )
-    diagnosis = diagnose_feasibility(unbounded, problem(4.0))
-    assert diagnosis.verdict == NO_EVIDENCE and diagnosis.ess == pytest.approx(1.0)
-    assert diagnosis.largest["g"] == pytest.approx(
-        unbounded.utilities.reshape(200, 64).max(1).mean() - unbounded.reference_means()[0]
-    )
-    assert "better responses may exist" in diagnosis.sentence()
-    # Within 2 standard errors on either side of what the samples support nothing is decided,
-    # whatever the evidence.
-    for table in (bounded, unbounded):
-        edge = diagnose_feasibility(table, problem(1.0))
+def problem_with(margin: float) -> ConstrainedProblem:
+    return ConstrainedProblem("r", 1.0, (Constraint("g", margin=margin),))
+
+
+def test_infeasible_is_said_only_of_levels_above_the_highest_score():
+    bounded = normal_table(200, 64, bound=1.0)
+    mean, ceilings = bounded.reference_means()[0], {"g": 1.0}
+    assert diagnose_feasibility(bounded, problem_with(0.8), None, ceilings).verdict == FEASIBLE
+    diagnosis = diagnose_feasibility(bounded, problem_with(1.3), None, ceilings)
+    assert diagnosis.verdict == INFEASIBLE and diagnosis.constraints == ("g",)
+    assert diagnosis.largest["g"] == pytest.approx(1 - mean)
+    assert diagnosis.shortfall["g"] == pytest.approx(0.3 + mean)
+    words = diagnosis.sentence()
+    assert "lie above the highest score" in words and "lower the level by at least" in words
+    for known in (None, {"g": 2.0}):  # a tie at the top of the samples is no evidence
+        unknown = diagnose_feasibility(bounded, problem_with(1.3), None, known)
+        assert unknown.verdict == NO_EVIDENCE
+        assert "better responses may exist" in unknown.sentence()
+
+
+def test_within_two_standard_errors_of_what_the_samples_support_nothing_is_decided():
+    for table in (normal_table(200, 64, bound=1.0), normal_table(200, 64)):
+        edge = diagnose_feasibility(table, problem_with(1.0))
         for side in (-1, 1):
-            close = edge.largest["g"] + side * edge.se * table.utilities.std()
-            assert diagnose_feasibility(table, problem(close)).verdict == NEARLY
+            close = edge.largest["g"] + side * edge.se * table.within_std(table.utilities[:, 0])
+            assert diagnose_feasibility(table, problem_with(close)).verdict == NEARLY
+
+
+LAWS = {
+    "a rare success": (np.array([0.0, 1.0]), np.array([0.98, 0.02]), 0.3),
+    "Likert with a rare 4": (np.arange(5.0), np.array([0.50, 0.30, 0.15, 0.03, 0.02]), 2.5),
+}
+
+
+def drawn(law: str, rng: np.random.Generator) -> ScoreTable:
+    values, probabilities, _ = LAWS[law]
+    scores = rng.choice(values, p=probabilities, size=(100, 8))
+    return ScoreTable.from_arrays(np.zeros((100, 8)), scores[None])
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_rare_success_that_most_prompts_never_show_is_not_called_infeasible(law):
+    """100 prompts × 8 responses, most of which show no success: feasible, by laws that give it to
+    every prompt."""
+    rng, (values, _, margin) = np.random.default_rng(0), LAWS[law]
+    for _ in range(100):
+        ceilings = {"g": float(values.max())}
+        verdict = diagnose_feasibility(
+            drawn(law, rng), problem_with(margin), None, ceilings
+        ).verdict
+        assert verdict not in (INFEASIBLE, FEASIBLE)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_level_above_the_ceiling_is_found(law):
+    rng, (values, probabilities, _) = np.random.default_rng(1), LAWS[law]
+    margin, ceilings = values.max() - values @ probabilities + 0.15, {"g": float(values.max())}
+    verdicts = [
+        diagnose_feasibility(drawn(law, rng), problem_with(margin), None, ceilings).verdict
+        for _ in range(100)
+    ]
+    assert verdicts.count(INFEASIBLE) >= 95
 
 
 def test_constraints_that_cannot_be_met_together_are_named_and_a_third_is_not():
@@ -119,15 +152,10 @@ def test_constraints_that_cannot_be_met_together_are_named_and_a_third_is_not():
         Constraint(n, margin=b) for n, b in (("g", 0.5), ("h", 0.1), ("minus", 0.5))
     )
     diagnosis = diagnose_feasibility(table, ConstrainedProblem("r", 1.0, constraints))
-    assert (
-        diagnosis.verdict == INFEASIBLE
-        and diagnosis.together
-        and diagnosis.constraints == ("g", "minus")
-    )
-    assert diagnosis.shortfall.to_numpy() == pytest.approx(
-        [0.5, 0.5]
-    )  # the sum of both slacks is −1 whatever the policy
-    assert diagnosis.ess > 10 and "together" in diagnosis.sentence()
+    assert diagnosis.verdict == NO_EVIDENCE and diagnosis.together
+    assert diagnosis.constraints == ("g", "minus") and "together" in diagnosis.sentence()
+    # the sum of both slacks is −1 whatever the policy
+    assert diagnosis.shortfall.to_numpy() == pytest.approx([0.5, 0.5], rel=0.02)
 
 
 def test_the_standard_error_of_the_slack_is_that_of_new_prompts():
@@ -139,8 +167,9 @@ def test_the_standard_error_of_the_slack_is_that_of_new_prompts():
         )
         table = ScoreTable.from_arrays(np.zeros((60, 8)), utility)
         diagnosis = diagnose_feasibility(table, problem)
-        slacks.append(diagnosis.slack * utility.std())
-        errors.append(diagnosis.se * utility.std())
+        unit = table.within_std(table.utilities[:, 0])
+        slacks.append(diagnosis.slack * unit)
+        errors.append(diagnosis.se * unit)
     assert np.mean(errors) == pytest.approx(np.std(slacks), rel=0.15)
 
 

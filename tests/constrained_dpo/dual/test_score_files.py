@@ -1,9 +1,12 @@
 """Files of scores: whose samples they are, how those of another policy are weighted, what is
 refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.optimize import minimize_scalar
 
 from constrained_dpo.dual.one_shot import solve_one_shot
 from constrained_dpo.dual.score_files import read_scores
@@ -79,7 +82,11 @@ def test_which_rows_are_the_reference_policys(tmp_path):
                 read_scores(tmp_path / f"bad.{kind}", problem)
 
     assert read(frame.assign(source="reference")).taken_as is None
-    assert read(frame.assign(source="reference", **logps)).table.log_weight.max() == 0.0
+    same = frame.assign(source="reference", sample_logp=-2.0, ref_logp=-2.0)
+    assert read(same).taken_as is None and read(same).table.log_weight.max() == 0.0
+    tempered = read(frame.assign(source="reference", **logps))
+    assert "another temperature" in tempered.taken_as
+    assert tempered.table.log_weight.tolist() == [1.0] * 24
     assert "taken as the reference policy's" in read(frame).taken_as
     assert read(frame.assign(**logps)).table.log_weight.tolist() == [1.0] * 24
     assert (
@@ -123,3 +130,42 @@ def test_broken_parquet_files_are_named(broken, tmp_path):
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=match[broken]):
         read_scores(path, ConstrainedProblem("r", 1.0, (Constraint("g", margin=0.1),)))
+
+
+def test_tables_at_another_temperature_are_weighted_and_truncated_ones_refused(tmp_path):
+    """π_ref on ten answers: samples at T = 1.5 give its D(λ) once they are weighted; top_p .8 never
+    draws three of the answers, which no weight makes good."""
+    rng = np.random.default_rng(0)
+    logp = np.log(np.array([0.3, 0.2, 0.15, 0.1, 0.05, 0.05, 0.05, 0.04, 0.03, 0.03]))
+    reward, g = rng.normal(size=10), rng.normal(size=10)
+    problem = ConstrainedProblem("r", 0.5, (Constraint("g", threshold=0.2),))
+    hot = logp / 1.5 - np.logaddexp.reduce(logp / 1.5)
+    cut = np.where(np.arange(10) < 7, logp, -np.inf)
+    cut = cut - np.logaddexp.reduce(cut)
+
+    def table(law: np.ndarray, name: str) -> Path:
+        drawn = rng.choice(10, 300 * 64, p=np.exp(law))
+        pd.DataFrame(
+            {
+                "prompt_id": np.repeat([f"p{i}" for i in range(300)], 64),
+                "r": reward[drawn],
+                "g": g[drawn],
+                "source": "reference",
+                "sample_logp": law[drawn],
+                "ref_logp": logp[drawn],
+            }
+        ).to_parquet(tmp_path / name)
+        return tmp_path / name
+
+    read = read_scores(table(hot, "hot.parquet"), problem)
+    weighted, ignored = (
+        solve_one_shot(t, problem).dual_value
+        for t in (read.table, read_scores(tmp_path / "hot.parquet", problem, True).table)
+    )
+    exact = minimize_scalar(
+        lambda lam: 0.5 * np.logaddexp.reduce(logp + (reward + lam * g) / 0.5) - 0.2 * lam,
+        bounds=(0, 20),
+    ).fun
+    assert weighted == pytest.approx(exact, abs=0.02) and abs(ignored - exact) > 0.04
+    with pytest.raises(UserError, match=r"truncated law .* covers about 90 % of the reference"):
+        read_scores(table(cut, "cut.parquet"), problem)

@@ -4,34 +4,53 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from constrained_dpo.dual.one_shot import solve_one_shot
+from constrained_dpo.dual.one_shot import first_multipliers, solve_one_shot
 from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.dual.sensitivity import bootstrap_multipliers, stability, sweep
 from constrained_dpo.problem import ConstrainedProblem, Constraint
+from data_prep.errors import UserError
 from tests.helpers.tables import scored_frame
 
 
-def test_bootstrap_interval_covers_and_its_replicates_are_resampled_tables():
-    """Prompts drawn from a population of 4000: the interval of λ* covers the population's λ*."""
-    rng = np.random.default_rng(0)
-    shift = rng.normal(size=(4000, 1))
-    reward = rng.normal(size=(4000, 6)) + shift
-    utilities = (-0.6 * reward + rng.normal(size=(4000, 6)) + 0.5 * shift)[None]
-    problem = ConstrainedProblem("r", 0.5, (Constraint("g", margin=0.3),))
-    population = ScoreTable.from_arrays(reward, utilities)
-    truth, covered, replications = solve_one_shot(population, problem).lambda_["g"], 0, 80
+def normal_scores(rng: np.random.Generator, prompts: int, responses: int) -> ScoreTable:
+    """Reward and utility of a normal law, alike on every prompt up to a shift of both."""
+    shift = rng.normal(size=(prompts, 1))
+    reward = rng.normal(size=(prompts, responses))
+    utility = -0.6 * reward + 0.8 * rng.normal(size=reward.shape)
+    return ScoreTable.from_arrays(reward + shift, (utility + 0.5 * shift)[None])
+
+
+NORMAL = ConstrainedProblem("r", 0.5, (Constraint("g", margin=0.3),))
+# the maximizer's E[g] rises by (Cov(g, r) + λ Var(g))/β, with covariance −0.6 and variance 1
+NORMAL_LAMBDA = 0.3 * 0.5 + 0.6
+
+
+def test_the_bootstrap_covers_the_true_multiplier_although_responses_are_few():
+    """12 responses per prompt: λ* on them is biased by more than its spread over prompts, and the
+    interval covers the true one all the same."""
+    rng, covered, plain, replications = np.random.default_rng(0), 0, [], 24
     for _ in range(replications):
-        table = population.take(rng.integers(0, 4000, 80))
-        solution = solve_one_shot(table, problem)
-        interval = bootstrap_multipliers(table, problem, solution, 50, rng).interval
-        covered += interval.loc["g", "low"] <= truth <= interval.loc["g", "high"]
-    # 95 % ± 3 standard errors of so many replications; percentile intervals run a little low
-    assert 0.87 <= covered / replications <= 0.99
-    # One replicate by hand: the solver on the table with the prompts that were drawn.
+        table = normal_scores(rng, 150, 12)
+        plain.append(solve_one_shot(table, NORMAL).lambda_["g"])
+        interval = bootstrap_multipliers(table, NORMAL, 40, rng).interval
+        covered += interval.loc["g", "low"] <= NORMAL_LAMBDA <= interval.loc["g", "high"]
+    assert np.mean(plain) > NORMAL_LAMBDA + 1.5 * np.std(plain)
+    assert covered >= 0.85 * replications
+
+
+def test_a_replicate_is_the_corrected_multiplier_of_a_resampled_table():
+    table = normal_scores(np.random.default_rng(0), 80, 8)
     draws = np.random.default_rng(7).multinomial(80, np.full(80, 1 / 80))
-    by_hand = solve_one_shot(table.take(np.repeat(np.arange(80), draws)), problem).lambda_["g"]
-    one = bootstrap_multipliers(table, problem, solution, 3, np.random.default_rng(7)).draws["g"]
-    assert one[0] == pytest.approx(by_hand, abs=1e-6) and one.nunique() == 3
+    chosen = table.take(np.repeat(np.arange(80), draws))
+    by_hand = first_multipliers(chosen, NORMAL).lambda_["g"]
+    one = bootstrap_multipliers(table, NORMAL, 3, np.random.default_rng(7)).draws["g"]
+    assert one[0] == pytest.approx(by_hand, abs=1e-5) and one.nunique() == 3
+
+
+def test_three_responses_are_too_few_for_an_interval():
+    table = normal_scores(np.random.default_rng(0), 20, 3)
+    with pytest.raises(UserError, match="3 responses of a prompt are too few to correct"):
+        bootstrap_multipliers(table, NORMAL, 3, np.random.default_rng(7))
 
 
 def test_stability_shows_the_bias_of_few_responses_and_the_noise_of_few_prompts():
