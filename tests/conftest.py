@@ -11,6 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the commands set it
 # `make test` has two workers for two cores; the processes that tests start count too
 os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # its threads spin, and the tests' matrices are small
 
 from pathlib import Path
 
@@ -47,8 +48,8 @@ def quickstart_policy():
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """Two rounds of the embedded world, played by the CLI; read-only for tests, one for all
-    workers."""
+    """Two rounds of the embedded world, played by the CLI, its words in files beside the run;
+    read-only for tests, one for all workers."""
     from tests.helpers.cli import cdpo
 
     session = tmp_path_factory.getbasetemp()
@@ -57,7 +58,9 @@ def small_run(tmp_path_factory):
         if not folder.exists():
             playing = Path(tempfile.mkdtemp(dir=folder.parent))
             run = init_run(QUICKSTART, playing / "run", list(SMALL))
-            cdpo("run", run.path, check=0)
+            result = cdpo("run", run.path, "--json", check=0)
+            (playing / "stdout").write_text(result.stdout)
+            (playing / "stderr").write_text(result.stderr)
             playing.rename(folder)
     return RunDirectory(folder / "run")
 

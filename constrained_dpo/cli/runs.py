@@ -149,14 +149,20 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Where a run stands and what happens next."""
-    from constrained_dpo.report.words import print_samples, print_status, print_tables
+    from constrained_dpo.report.words import (
+        certificate_line,
+        print_samples,
+        print_status,
+        print_tables,
+    )
     from constrained_dpo.run.directory import RunDirectory
     from constrained_dpo.run.status import read_status
 
     directory = RunDirectory(run)
     content = read_status(directory)
     if as_json:
-        print_json(content.to_json())
+        words = certificate_line(content.rounds) if content.rounds else None
+        print_json(content.to_json() | {"certificate": words})
         return
     console = results_console()
     print_status(console, content)

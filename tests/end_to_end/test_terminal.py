@@ -15,7 +15,7 @@ from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import RoundRecord
 from constrained_dpo.run.status import expected_round_seconds
 from data_prep.quickstart import build_policy
-from tests.helpers.cli import called, cdpo
+from tests.helpers.cli import called
 from tests.helpers.paths import QUICKSTART, SMALL
 from tests.helpers.terminal import on_terminal, process_on_terminal
 
@@ -38,18 +38,19 @@ def assert_bars_and_live_lines(seen: str) -> None:
         assert re.search(rf"\r\x1b\[K{re.escape(phase)}: [0-9.]+ (s|min)", seen)
 
 
-def test_a_terminal_sees_bars_with_eta_and_a_live_line_per_phase_a_pipe_plain_lines(tmp_path):
-    """Round 0 on a terminal, round 1 of the same run in a pipe."""
-    run = new_run(tmp_path / "run")
-    seen = on_terminal("round", run.path)
+def test_a_terminal_sees_bars_with_eta_and_a_live_line_per_phase(tmp_path):
+    seen = on_terminal("round", new_run(tmp_path / "run").path)
     assert_bars_and_live_lines(seen)
     assert "verdict" in seen
 
-    result = cdpo("round", run.path, "--json", check=0)
-    assert not [sign for sign in ("\r", "%|", "\x1b") if sign in result.stderr]
-    assert "\x1b" not in result.stdout and json.loads(result.stdout)["round"] == 1
+
+def test_a_pipe_sees_plain_lines_and_only_results_on_stdout(small_run):
+    """What `cdpo run --json` wrote."""
+    stdout, stderr = ((small_run.path.parent / name).read_text() for name in ("stdout", "stderr"))
+    assert not [sign for sign in ("\r", "%|", "\x1b") if sign in stderr]
+    assert "\x1b" not in stdout and json.loads(stdout)["round"] == 1
     lines = r"^round 1: fit \.\.\.\nround 1: fit: [0-9.]+ (s|min)$"
-    assert re.search(lines, result.stderr, re.MULTILINE)
+    assert re.search(lines, stderr, re.MULTILINE)
 
 
 @pytest.mark.slow

@@ -82,7 +82,9 @@ class Oracle:
         )
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize(
+    "seed", [*range(40), *(pytest.param(s, marks=pytest.mark.slow) for s in range(40, 60))]
+)
 def test_minimum_on_random_tables(seed):
     table, problem = random_case(seed)
     m, oracle = len(problem.names), Oracle(table, problem)
@@ -138,7 +140,7 @@ def free_root(table, problem, oracle) -> np.ndarray | None:
 
 
 @pytest.mark.parametrize(
-    "seeds", [range(60), pytest.param(range(60, 120), marks=pytest.mark.slow)], ids=["60", "more"]
+    "seeds", [range(40), pytest.param(range(40, 120), marks=pytest.mark.slow)], ids=["40", "more"]
 )
 def test_multipliers_equal_a_root_of_the_gradient_where_the_hessian_is_well_conditioned(seeds):
     """λ to 1e-8: L-BFGS-B finds the active set, scipy's hybrid Powell method then solves ∇D = 0 on
@@ -151,7 +153,7 @@ def test_multipliers_equal_a_root_of_the_gradient_where_the_hessian_is_well_cond
             lam = solve_one_shot(table, problem).lambda_.to_numpy()
             np.testing.assert_allclose(lam, root, atol=1e-8, rtol=1e-8, err_msg=f"seed {seed}")
             compared += 1
-    assert compared >= 20
+    assert compared >= len(seeds) // 2
 
 
 @pytest.mark.parametrize("ragged", [False, True])

@@ -20,9 +20,9 @@ SETTINGS = [
     "prompts.test=0.4",
     "sampling.batch_size=256",
     "fit.max_length=16",
-    "fit.learning_rate=3e-3",
+    "fit.learning_rate=5e-3",
     "fit.batch_size=32",
-    "fit.steps=50",
+    "fit.steps=30",
     "fit.save_steps=5",
     "policy.quantization=none",
 ]
@@ -127,6 +127,7 @@ def test_a_call_that_ended_early_is_finished_by_the_same_call_and_holds_its_fold
         assert (output / name).read_bytes() == (prealigned[0] / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.exists(), reason="needs the real-text test bed")
 def test_real_hh_rows_are_fitted(tmp_path):
     recipe = tmp_path / "recipe.yaml"

@@ -112,7 +112,7 @@ def test_a_sweep_draws_one_pool_per_seed_and_compares_at_the_end(tmp_path, caplo
         pool = f"pools/seed{run.recipe().seed}"
         assert is_finished(run) and run.state().inherited["from"].endswith(pool)
     one, other = (read_parquet(item.path / "reference.parquet") for item in planned[:2])
-    pd.testing.assert_frame_equal(one, other)
+    pd.testing.assert_frame_equal(one, other, check_like=True)
     printed = cdpo("compare", *[item.path for item in planned], "--json", check=0).stdout
     (group,) = json.loads(printed)["groups"]
     methods = {(p["method"], p["runs"]) for p in group["points"]}

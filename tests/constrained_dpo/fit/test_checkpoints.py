@@ -25,13 +25,13 @@ from tests.helpers.moments import interrupt, when
 
 # Several epochs, the last of them cut short.
 LONG = {
-    "steps": 20,
+    "steps": 12,
     "gradient_accumulation": 2,
     "learning_rate": 2e-3,
-    "save_steps": 4,
+    "save_steps": 3,
     "holdout": 0.25,
     "early_stop": 50,
-    "eval_steps": 3,
+    "eval_steps": 2,
 }
 DROPOUT = LORA.model_copy(update={"dropout": 0.05})
 
@@ -67,7 +67,7 @@ def test_an_interrupted_fit_equals_one_never_interrupted(plain_policy, pool, tmp
     folder, checkpoints = tmp_path / "interrupted", tmp_path / "interrupted" / "checkpoints"
     fit = lambda: fit_log(plain_policy, pool, folder, lora=DROPOUT, checkpoints=checkpoints, **LONG)
     start, state = [], {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
-    for least, damage in ((8, truncate), (16, lose_the_seal)):
+    for least, damage in ((6, truncate), (9, lose_the_seal)):
         caplog.clear()
         reached = lambda least=least: max(whole(checkpoints), default=0) >= least
         with pytest.raises(KeyboardInterrupt), when(reached, interrupt):
