@@ -77,7 +77,7 @@ def rows_of(policy: Policy, count: int, responses: int) -> datasets.Dataset:
         [[ids(60, 141) for _ in range(responses)] for _ in range(count)],
     )
     flat = [p for p in prompts for _ in range(responses)], [r for row in drawn for r in row]
-    logps, _ = response_logps(policy.model, *flat, pad_id=0, batch_size=BATCH)
+    logps = response_logps(policy.model, *flat, pad_id=0, batch_size=BATCH)
     table = {
         "prompt_ids": prompts,
         "responses_ids": drawn,

@@ -43,7 +43,7 @@ RESPONSES = {
     "policy_logp": "logp",  # log π_θ at T = 1
     "ref_logp": "logp",  # log π_ref at T = 1
     # Σ_t KL(π_θ ‖ π_ref) over the vocabulary at each prefix, T = 1; null for dataset rows
-    "path_kl": "logp",
+    "path_kl": "nats",
 }
 
 
@@ -174,8 +174,8 @@ def validate_prompts(frame: pd.DataFrame, where: str) -> pd.DataFrame:
 
 
 def validate_responses(frame: pd.DataFrame, objectives: Iterable[str], where: str) -> pd.DataFrame:
-    """Checks a responses table: schema, unique ids, finite scores, log-probabilities finite and ≤ 0
-    (or null)."""
+    """Checks a responses table: schema, unique ids, finite scores, log-probabilities finite and ≤ 0,
+    path_kl finite and ≥ 0 (or null)."""
     objectives = list(objectives)
     _require_schema(frame, RESPONSES, where, "response_id")
     require_columns(frame, objectives, where)
@@ -188,6 +188,11 @@ def validate_responses(frame: pd.DataFrame, objectives: Iterable[str], where: st
             raise UserError(
                 f"{where}: {column} is not a log-probability in {_rows(bad, frame, 'response_id')}"
             )
+    path = frame["path_kl"].astype("float64").to_numpy()
+    bad = ~np.isnan(path) & ((path < -1e-3) | np.isinf(path))
+    if bad.any():
+        rows = _rows(bad, frame, "response_id")
+        raise UserError(f"{where}: path_kl is not a divergence in {rows}")
     empty = (frame["token_ids"].map(len) == 0).to_numpy()
     if empty.any():
         raise UserError(f"{where}: token_ids is empty in {_rows(empty, frame, 'response_id')}")

@@ -29,4 +29,5 @@ def mixed_means(samples: pd.DataFrame, off_policy: pd.DataFrame, names: list[str
         rest = (total - weight).where(total - weight > 0, np.nan)
         centre = ((weighted - weight * value) / rest).fillna(value)
         means[name] = ((centre + weight * (value - centre)) / count).groupby(prompts).sum()
-    return pd.DataFrame(means).rename_axis("prompt_id").sort_index()
+    index = pd.Index(np.sort(prompts.unique()), name="prompt_id")
+    return pd.DataFrame(means, index=index)

@@ -37,6 +37,7 @@ def responses(**changes) -> pd.DataFrame:
             "sample_logp": [-1.0, -2.0, np.nan],
             "policy_logp": [-1.0, -2.0, -3.0],
             "ref_logp": [-1.0, -2.0, -3.0],
+            "path_kl": [0.0, 0.5, np.nan],
             "helpful": [0.1, 0.2, 0.3],
         }
     )
@@ -63,6 +64,7 @@ def test_a_table_survives_the_file(tmp_path):
         ({"response_id": ["a", "a", "c"]}, r"duplicated response_id: 'a'"),
         ({"response": ["x", None, "z"]}, r"response is null in 'b'"),
         ({"policy_logp": [-1.0, 0.5, -3.0]}, r"policy_logp is not a log-probability in 'b'"),
+        ({"path_kl": [0.0, -0.5, 0.1]}, r"path_kl is not a divergence in 'b'"),
         ({"token_ids": [[1], [], [2]]}, r"token_ids is empty in 'b'"),
     ],
 )

@@ -131,7 +131,7 @@ def test_it_is_the_adapter_that_was_sampled(run, base, outside, evaluated):
     prompts = [tokenizer(prompt[pid])["input_ids"] for pid in samples["prompt_id"]]
     drawn = [ids.tolist() for ids in samples["token_ids"]]
     plain, pad_id = plain_peft(base, outside[0]), tokenizer.pad_token_id
-    logps, _ = response_logps(plain, prompts, drawn, pad_id=pad_id, batch_size=64)
+    logps = response_logps(plain, prompts, drawn, pad_id=pad_id, batch_size=64)
     ratio = samples["policy_logp"] - samples["ref_logp"]
     change = ratio.abs().mean()
     assert change > 0.05 and abs(logps - samples["policy_logp"]).mean() < 0.5 * change

@@ -68,7 +68,7 @@ def ragged_rows(policy, count: int, seed: int) -> datasets.Dataset:
     prompts = [ids(2, 10) for _ in range(count)]
     responses = [[ids(1, 13), ids(1, 13)] for _ in range(count)]
     flat = [p for p in prompts for _ in range(2)], [ids for pair in responses for ids in pair]
-    logps, _ = response_logps(policy.model, *flat, pad_id=0, batch_size=8)
+    logps = response_logps(policy.model, *flat, pad_id=0, batch_size=8)
     rows = {
         "prompt_ids": prompts,
         "responses_ids": responses,

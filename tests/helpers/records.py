@@ -3,28 +3,34 @@
 import pandas as pd
 
 from constrained_dpo.estimates.measure import Measurement
-from constrained_dpo.estimates.verdict import judge, one_sided_bounds, overall
+from constrained_dpo.estimates.verdict import judge, overall
 from constrained_dpo.run.record import RoundRecord
 
 
 def measurement(u: float, se: float = 0.01, **fields) -> Measurement:
-    """Estimates of a policy on 50 prompts, with the verdict that its slack has at 95 %."""
-    slack = pd.DataFrame({"u": u, "se": se, "skew": 0.0, "num_prompts": 50}, index=["g"])
-    bounds = one_sided_bounds(slack, 0.95)
+    """Estimates of a policy on 50 prompts, with the verdict that two standard errors give."""
+    low, high = u - 2 * se, u + 2 * se
+    bounds = pd.DataFrame({"one_low": low, "each_low": low, "each_high": high}, index=["g"])
     content = {
         "u": {"g": u},
         "u_se": {"g": se},
-        "u_skew": {"g": 0.0},
-        "u_ci_low": {"g": u - 2 * se},
-        "u_ci_high": {"g": u + 2 * se},
-        "u_low": bounds["low"].to_dict(),
-        "u_high": bounds["high"].to_dict(),
-        "verdicts": judge(slack, 0.95),
+        "u_ci_low": {"g": low},
+        "u_ci_high": {"g": high},
+        "u_low": {"g": low},
+        "u_each_low": {"g": low},
+        "u_each_high": {"g": high},
+        "u_bounds": {"g": (-10.0, 10.0)},
+        "bounds_seen": [],
+        "overall": overall(bounds),
+        "verdicts": judge(bounds),
+        "verdict_confidence": 0.95,
         "reward": 1.0,
         "reward_se": 0.1,
         "utilities": {"g": u},
         "kl": 0.5,
+        "kl_se": 0.02,
         "objective": 0.9,
+        "objective_se": 0.05,
         "kl_reason": None,
         "num_prompts": 50,
         "num_samples": 400,
@@ -44,7 +50,7 @@ def round_record(number: int = 0, u: float = 0.0, **fields) -> RoundRecord:
         "step": "subgradient",
         "steered_on": {"g": u},
         "test": test.to_json(),
-        "verdict": overall(test.verdicts),
+        "verdict": test.overall,
         "sampling_law": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 3},
     }
     return RoundRecord.from_json(content | fields)

@@ -26,11 +26,14 @@ def with_reward_scorer(block: str):
 
 
 def test_statistics_count_what_a_clip_cut():
-    table = pd.DataFrame({"r": [0.0, 1.0, 2.0, 3.0], "g": [0.0, 1.0, 1.0, 0.25]})
+    table = pd.DataFrame(
+        {"prompt_id": ["p", "q", "p", "q"], "r": [0.0, 1.0, 2.0, 3.0], "g": [0.0, 1.0, 1.0, 0.25]}
+    )
     options = {"r": ScorerOptions(), "g": ScorerOptions(clip=[0, 1])}
     statistics = score_statistics(table, options)
     assert statistics["r"]["mean"] == 1.5 and statistics["r"]["q25"] == 0.75
     assert statistics["r"]["std"] == pytest.approx(np.sqrt(1.25))
+    assert statistics["r"]["std_within"] == pytest.approx(np.sqrt(4 * 1.0 / 2))  # two freedoms
     assert statistics["g"]["clipped"] == 0.75 and "clipped" not in statistics["r"]
 
 
@@ -48,7 +51,9 @@ def test_drift_is_in_what_check_and_prepare_know_of_a_scorer(tmp_path):
         "helpful", learner.scorers["helpful"], recipe.scorers["helpful"], recipe
     )
     assert checked.quantization_drift == drift
-    pool = pd.DataFrame({"helpful": [0.0, 1.0], "harmless": [1.0, 2.0]})
+    pool = pd.DataFrame(
+        {"prompt_id": ["p", "p"], "helpful": [0.0, 1.0], "harmless": [1.0, 2.0]}
+    )
     facts = scorer_facts(recipe, pool, measured)
     write_json(run.scorers_file, {name: fact.to_json() for name, fact in facts.items()})
     lines = prepared_lines(run, recipe)

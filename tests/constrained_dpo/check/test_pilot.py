@@ -71,7 +71,7 @@ def test_a_margin_out_of_reach_is_said_and_one_in_std_is_a_number_by_the_pilots_
     words = console.file.getvalue()
     assert f"harmless: margin 20std = {20 * std:.4g} score units" in words
     assert "scorer of harmless (python, clipped to [-1, 0.9])" in words
-    assert f"scores of harmless: mean {facts['mean']:.3g}, std {std:.3g}, quantiles" in words
+    assert f"scores of harmless: mean {facts['mean']:.3g}, std {std:.3g} (within prompts" in words
     assert "% at the bounds of its clip" in words
 
 

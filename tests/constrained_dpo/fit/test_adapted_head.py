@@ -101,8 +101,8 @@ def test_a_tied_head_is_merged_into_weights_of_its_own(tmp_path):
     texts = list(rows["prompt_ids"]), [pair[0] for pair in rows["responses_ids"]]
     with attached_adapter(load_policy(settings), tmp_path / "adapter") as attached:
         assert isinstance(attached, PeftModel)
-        expected, _ = response_logps(attached, *texts, pad_id=0, batch_size=8)
-    logps, _ = response_logps(merged, *texts, pad_id=0, batch_size=8)
-    without, _ = response_logps(policy.model, *texts, pad_id=0, batch_size=8)
+        expected = response_logps(attached, *texts, pad_id=0, batch_size=8)
+    logps = response_logps(merged, *texts, pad_id=0, batch_size=8)
+    without = response_logps(policy.model, *texts, pad_id=0, batch_size=8)
     torch.testing.assert_close(torch.tensor(logps), torch.tensor(expected), atol=1e-4, rtol=1e-5)
     assert abs(logps - without).max() > 0.1

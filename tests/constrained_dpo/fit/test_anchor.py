@@ -63,7 +63,7 @@ def warm(quantized, first, tmp_path_factory) -> SimpleNamespace:
         few = trainer.train_dataset.select(range(8))
         prompts = [p for p in few["prompt_ids"] for _ in range(2)]
         responses = [ids for pair in few["responses_ids"] for ids in pair]
-        logps = lambda: response_logps(trainer.model, prompts, responses, pad_id=0, batch_size=8)[0]
+        logps = lambda: response_logps(trainer.model, prompts, responses, pad_id=0, batch_size=8)
         facts = SimpleNamespace(
             adapters=list(trainer.model.peft_config),
             start=adapter_weights(trainer),
@@ -146,7 +146,7 @@ def test_gradients_are_the_same_before_and_after_sampling(quantization, tmp_path
             modes = []
             for train in (True, False):
                 trainer.model.train(train)
-                logps, _ = response_logps(trainer.model, prompts, chosen, pad_id=0, batch_size=8)
+                logps = response_logps(trainer.model, prompts, chosen, pad_id=0, batch_size=8)
                 modes.append(logps)
             return gradients, modes
 
@@ -170,8 +170,8 @@ def test_the_adapter_loads_in_plain_peft(plain_policy, pool, tmp_path):
     few, tokens = pool.head(20), prompt_tokens(plain_policy)
     drawn = few["token_ids"].map(list).tolist()
     prompts = [tokens[p] for p in few["prompt_id"]]
-    theirs, _ = response_logps(plain, prompts, drawn, pad_id=0, batch_size=8)
+    theirs = response_logps(plain, prompts, drawn, pad_id=0, batch_size=8)
     with attached_adapter(plain_policy, tmp_path / "adapter") as model:
-        ours, _ = response_logps(model, prompts, drawn, pad_id=0, batch_size=8)
+        ours = response_logps(model, prompts, drawn, pad_id=0, batch_size=8)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert np.abs(ours - few["ref_logp"]).max() > 1e-3

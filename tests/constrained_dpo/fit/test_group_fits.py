@@ -83,7 +83,7 @@ def test_the_trainers_loss_is_that_of_the_responses_own_log_probabilities(
         trainer.model.eval()
         batch = trainer.data_collator([rows[i] for i in range(6)])
         loss = trainer.compute_loss(trainer.model, batch).item()
-        logps, _ = response_logps(
+        logps = response_logps(
             trainer.model,
             [rows[i]["prompt_ids"] for i in range(6) for _ in range(4)],
             [response for i in range(6) for response in rows[i]["responses_ids"]],
@@ -109,7 +109,7 @@ def test_a_fit_on_groups_brings_log_ratios_to_the_scores(
     prompts = [tokens[pid] for pid in pool["prompt_id"]]
     responses = [ids.tolist() for ids in pool["token_ids"]]
     with attached_adapter(policy, output) as model:
-        logps, _ = response_logps(model, prompts, responses, pad_id=0, batch_size=96)
+        logps = response_logps(model, prompts, responses, pad_id=0, batch_size=96)
     table = pd.DataFrame({"ratio": 0.5 * (logps - pool["ref_logp"])})
     table["score"] = pool["helpful"] + 0.5 * pool["harmless"]
     centred = table - table.groupby(pool["prompt_id"]).transform("mean")

@@ -111,7 +111,7 @@ def residual_of_adapter(policy, adapter, labels, pool) -> float:
             chosen = responses.loc[list(names)]
             drawn = [t.tolist() for t in chosen["token_ids"]]
             prompts = [tokens[prompt]] * len(drawn)
-            logps, _ = response_logps(model, prompts, drawn, pad_id=0, batch_size=8)
+            logps = response_logps(model, prompts, drawn, pad_id=0, batch_size=8)
             score = chosen["helpful"] + 0.5 * chosen["harmless"]
             squares.append((score - 0.25 * (logps - chosen["ref_logp"])).var(ddof=1))
     return float(np.sqrt(np.mean(squares)))

@@ -92,9 +92,9 @@ def test_prepare_freezes_the_unit_and_lambda_is_recomputed_from_it(frozen):
     assert run.recipe().problem.bounds.to_dict() == {"g0": 0.3 * std, "g1": 0.4}
     assert replay(run) == run.state().lambda_
     reference = read_parquet(run.reference_file)
-    dual = reference[reference["split"] == "dual"].groupby("prompt_id")["g0"].mean().mean()
-    slack = records[0].utilities["g0"] - dual - 0.3 * std
-    assert records[0].u["g0"] == pytest.approx(slack)
+    test = reference[reference["split"] == "test"].groupby("prompt_id")["g0"].mean().mean()
+    slack = records[0].test.utilities["g0"] - test - 0.3 * std
+    assert records[0].test.u["g0"] == pytest.approx(slack)
 
 
 def test_a_margin_in_std_moves_lambda_as_its_number_does(tmp_path, frozen):

@@ -114,7 +114,7 @@ def test_stored_scores_are_the_log_ratios_of_what_was_sampled(run, policy, token
     responses = [ids.tolist() for ids in samples["token_ids"]]
     pad_id = policy.tokenizer.pad_token_id
     with attached_adapter(policy, adapter) as model:
-        target, _ = response_logps(model, prompts, responses, pad_id=pad_id, batch_size=64)
+        target = response_logps(model, prompts, responses, pad_id=pad_id, batch_size=64)
     np.testing.assert_allclose(samples["harmless"], 0.5 * (target - samples["ref_logp"]), atol=1e-4)
 
 

@@ -57,10 +57,10 @@ def test_replay_recomputes_lambda_and_notices_a_changed_table(tmp_path, method):
         assert {r.step for r in records} == {"kept"} and lambdas[0] == lambdas[1]
         return
     assert {r.step for r in records} == {"subgradient"} and lambdas[0] != lambdas[1]
-    change(run.off_policy_file(1), policy_logp=1.0)  # moves the residual, but not λ
-    assert replay(run) == lambdas
-    change(run.samples_file(1), g0=0.01)
-    assert replay(run) != lambdas
+    for table, column in ((run.off_policy_file(1), "policy_logp"), (run.samples_file(1), "g0")):
+        change(table, **{column: 0.01})  # both are estimated from
+        assert replay(run) != lambdas
+        change(table, **{column: -0.01})
 
 
 PHASES = ["state", "round.json", "samples.parquet", "adapter", "pairs.parquet"]

@@ -104,7 +104,7 @@ def test_a_drifted_server_takes_the_certificate_with_the_reason(run, tmp_path):
     assert record.lagrangian_gap is None and record.kl is None and record.objective is None
     assert "nats per response from the policy" in record.certificate_reason
     assert record.kl_reason == record.certificate_reason
-    assert record.u == RoundRecord.read(run.round_file(0)).u
+    assert record.test.u == RoundRecord.read(run.round_file(0)).test.u
 
 
 def test_check_compares_the_server_with_the_policy(served):

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from constrained_dpo.dual.exact import TabularWorld
-from constrained_dpo.estimates.verdict import SATISFIED, one_sided_bounds, overall
+from constrained_dpo.estimates.verdict import SATISFIED
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import RoundRecord, read_records, replay
 from constrained_dpo.run.steering import (
@@ -31,7 +31,7 @@ def test_best_is_the_highest_objective_among_rounds_satisfied_on_dual_prompts():
         for t, (u, objective) in enumerate(values)
     ]
     # the last one is within its error
-    satisfied = [overall(r.verdicts) == SATISFIED for r in records]
+    satisfied = [r.overall == SATISFIED for r in records]
     assert satisfied == [False, True, True, False]
     assert best_round(records, 0.95) == 2
     with pytest.raises(UserError, match="no round of 2 is satisfied on the dual prompts at 95 %"):
@@ -40,16 +40,19 @@ def test_best_is_the_highest_objective_among_rounds_satisfied_on_dual_prompts():
     assert best_round([r.model_copy(update={"objective": None}) for r in records], 0.95) == 2
 
 
-def test_best_dual_is_the_smallest_value_of_the_fits_own_dual_function():
-    lagrangians = enumerate((2.0, 1.5, 1.7))
-    assert best_dual_round([round_record(t, lagrangian=value) for t, value in lagrangians]) == 1
+def test_best_dual_is_the_smallest_value_of_the_dual_function_not_the_worst_fit():
+    """The Lagrangian is smallest where the fit is worst, here in round 0."""
+    values = enumerate([(2.0, 0.1), (1.5, 1.4), (1.7, 1.6)])
+    records = [round_record(t, dual_value=d, lagrangian=own) for t, (d, own) in values]
+    assert best_dual_round(records) == 1
+    assert best_dual_round([round_record(0), *records]) == 1  # a null certificate has no value
     with pytest.raises(UserError, match="no round has a dual value"):
-        best_dual_round([round_record(0, objective=None)])
+        best_dual_round([round_record(0)])
 
 
-def settled(v=0.01, lam=0.5, after=0.51, objective=1.0) -> RoundRecord:
+def settled(v=0.01, se=0.005, lam=0.5, after=0.51, objective=1.0) -> RoundRecord:
     multipliers = {"lambda": {"g": lam}, "lambda_next": {"g": after}}
-    return round_record(steered_on={"g": v}, objective=objective, **multipliers)
+    return round_record(steered_on={"g": v}, u_se={"g": se}, objective=objective, **multipliers)
 
 
 def test_converged_asks_for_slackness_rest_and_the_gap():
@@ -57,10 +60,21 @@ def test_converged_asks_for_slackness_rest_and_the_gap():
     ask = lambda r, gap=None, bound=None: converged(r, needed, unit, 0.05, gap, bound)
     assert ask(settled())
     assert not ask(settled(v=-0.03)) and not ask(settled(v=0.03)) and not ask(settled(after=0.6))
+    assert not ask(settled(se=0.02))  # 0.01 + 0.02 is beyond 5 % of 0.5
     # complementary slackness: room is fine where λ = 0
     assert ask(settled(v=0.4, lam=0.0, after=0.0))
     assert ask(settled(), 0.2, 1.1)
     assert not ask(settled(), 0.05, 1.1) and not ask(settled(), 0.2, None)
+
+
+def test_noise_alone_ends_no_run():
+    """True u at −10 % of b and a standard error of 5 % of b: within six looks û alone is within
+    5 % of b in 64 of 100 runs, û and its error never."""
+    needed, unit = pd.Series({"g": 0.5}), pd.Series({"g": 1.0})
+    estimates = np.random.default_rng(0).normal(-0.05, 0.025, size=(200, 6))
+    assert (np.abs(estimates) <= 0.025).any(axis=1).mean() > 0.5
+    for v in estimates.ravel():
+        assert not converged(settled(v=v, se=0.025), needed, unit, 0.05, None, None)
 
 
 @pytest.fixture(scope="module")
@@ -75,20 +89,16 @@ def steered_low(tmp_path_factory):
 
 def test_steering_on_the_lower_bound_leaves_room_on_the_dual_prompts(steered_low):
     last = read_records(steered_low)[-1]
-    slack = pd.DataFrame(
-        {"u": last.u, "se": last.u_se, "skew": last.u_skew, "num_prompts": last.num_prompts}
-    )
-    low = one_sided_bounds(slack, 0.95).loc["g0", "low"]
-    assert last.steered_on["g0"] == low < last.u["g0"]
+    assert last.steered_on["g0"] == last.u_low["g0"] < last.u["g0"]
     assert abs(last.steered_on["g0"]) < 0.03 < last.u["g0"]
 
 
 def test_choices_of_a_round_by_name_and_number(steered_low):
     opened, records = RunDirectory(steered_low.path), read_records(steered_low)
     assert chosen_round(opened, "last") == 4 and chosen_round(opened, "1") == 1
-    satisfied = [r for r in records if overall(r.verdicts) == SATISFIED]
+    satisfied = [r for r in records if r.overall == SATISFIED]
     assert chosen_round(opened, "best") == max(satisfied, key=lambda r: r.objective).round
-    lowest = int(np.argmin([r.lagrangian for r in records]))
+    lowest = int(np.argmin([r.dual_value for r in records]))
     assert chosen_round(opened, "best-dual") == lowest
     with pytest.raises(UserError, match="give a round from 0 to 4, or best, best-dual, last"):
         chosen_round(opened, "5")
@@ -96,7 +106,7 @@ def test_choices_of_a_round_by_name_and_number(steered_low):
 
 def test_a_run_says_when_it_has_converged(tmp_path):
     world = random_world(3, 1, prompts=80, responses=50)
-    settings = ["dual.responses_per_prompt=128", "dual.step_size=0.7"]
+    settings = ["dual.responses_per_prompt=128", "dual.step_size=0.7", "dual.tolerance=0.2"]
     run, recipe, learner = make_run(tmp_path / "run", world, settings)
     reasons = []
     while not reasons or reasons[-1] is None:
@@ -105,7 +115,7 @@ def test_a_run_says_when_it_has_converged(tmp_path):
         assert record.steered_on == record.u  # on no bound unless it is asked for
         reasons.append(reason_to_stop(run, recipe, True))
     assert len(reasons) > 1 and reasons[-1].startswith("converged in round ")
-    assert "the constraints are met within 5 % and λ rests" in reasons[-1]
+    assert "the constraints are met within 20 % and λ rests" in reasons[-1]
     assert reason_to_stop(run, recipe, False) is None
     needed, unit = demanded(run, recipe)
     assert needed["g0"] == pytest.approx(0.4)
@@ -118,10 +128,11 @@ def with_utilities(world: TabularWorld, **utilities: np.ndarray) -> TabularWorld
 
 
 def test_an_infeasible_margin_stops_the_run_with_the_largest_margin_that_was_seen(tmp_path):
-    """A bounded utility that most responses reach: no policy gets above 1."""
+    """A utility whose range the recipe gives: no policy gets above 1."""
     world = random_world(3, 1, prompts=40, responses=50, margin=2.0)
     world = with_utilities(world, g0=(world.utilities["g0"] > 0).astype(float))
-    run, recipe, learner = make_run(tmp_path / "run", world)
+    settings = ["objective.constraints.g0.scorer.range=[0, 1]"]
+    run, recipe, learner = make_run(tmp_path / "run", world, settings)
     play(run, recipe, learner, 1)
     reason = reason_to_stop(run, recipe, False)
     assert reason.startswith("stopped after round 0: g0: infeasible") and "of 2 asked" in reason

@@ -37,7 +37,7 @@ def settings(base, adapter=None, **more):
 
 
 def logps(model):
-    return response_logps(model, PROMPTS, RESPONSES, pad_id=3, batch_size=2)[0]
+    return response_logps(model, PROMPTS, RESPONSES, pad_id=3, batch_size=2)
 
 
 def test_log_probabilities_are_those_of_base_plus_adapter(base, tmp_path):

@@ -40,7 +40,7 @@ def test_probabilities_of_all_responses_sum_to_one_and_are_the_samplers(
         # Sequences as they are, without the cache that the enumeration grows its tree from.
         listed, prompt = sequences[::40], tokens[table["prompt_id"][0]]
         prompts, pad_id = [prompt] * len(listed), policy.tokenizer.pad_token_id
-        whole, _ = response_logps(model, prompts, listed, pad_id=pad_id, batch_size=1024)
+        whole = response_logps(model, prompts, listed, pad_id=pad_id, batch_size=1024)
     np.testing.assert_allclose(logp[0, ::40], whole, atol=1e-4)
 
     drawn = Sampler(policy, tokens, SamplingSettings(max_new_tokens=3, batch_size=3000)).draw(
@@ -175,8 +175,8 @@ def test_log_probabilities_do_not_depend_on_batch_or_padding(plain_policy):
     model, rng = plain_policy.model, np.random.default_rng(0)
     prompts = [rng.integers(0, 30, rng.integers(1, 12)).tolist() for _ in range(24)]
     responses = [rng.integers(0, 30, rng.integers(1, 9)).tolist() for _ in range(24)]
-    alone, _ = response_logps(model, prompts, responses, pad_id=0, batch_size=1)
-    together, _ = response_logps(model, prompts, responses, pad_id=0, batch_size=16)
+    alone = response_logps(model, prompts, responses, pad_id=0, batch_size=1)
+    together = response_logps(model, prompts, responses, pad_id=0, batch_size=16)
     np.testing.assert_allclose(alone, together, atol=1e-4)
     with torch.no_grad():
         logits = model(torch.tensor([prompts[0] + responses[0]])).logits[0].log_softmax(-1)

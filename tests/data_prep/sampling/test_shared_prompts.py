@@ -14,7 +14,7 @@ from data_prep.sampling import generate as sampling
 from data_prep.sampling import logprobs
 from data_prep.sampling.generate import generate
 from data_prep.sampling.law import SamplingSettings, generation_arguments
-from data_prep.sampling.logprobs import response_logps
+from data_prep.sampling.logprobs import sampled_logps
 from tests.helpers.families import CONFIGS, REFUSED, VOCABULARY, model_of
 
 EOS = 5
@@ -89,7 +89,9 @@ def test_log_probabilities_of_repeated_responses_and_in_pieces(at_once, monkeypa
     count = lambda *a: rows.append(len(a[2]["input_ids"]))
     hook = model.register_forward_pre_hook(count, with_kwargs=True)
     laws = {"temperature": 0.7, "top_p": 0.9}
-    plain, warped = response_logps(model, prompts, responses, pad_id=0, batch_size=5, **laws)
+    logps = sampled_logps(model, prompts, responses, pad_id=0, batch_size=5, **laws)
+    plain, warped = logps.policy, logps.sample
+    assert (logps.ref == plain).all() and (logps.path_kl == 0).all()
     assert sum(rows) == 16 and max(rows) <= 5
     hook.remove()
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):

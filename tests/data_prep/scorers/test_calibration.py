@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from constrained_dpo.report.scorer_words import describe_calibration
 from data_prep.errors import UserError
@@ -66,7 +67,8 @@ def test_labelled_pairs_agree_with_a_scorer_as_computed_by_hand(adapter, handle,
     assert flipped["right"] == pytest.approx(1 - agreement["right"])
     lines = describe_calibration("g", {"beta": BETA, "std_within": 0.5, "labelled": agreement})
     assert "std within a prompt 0.5" in lines[0]
-    assert f"orders {100 * agreement['right']:.0f} ± " in lines[1]
+    low, high = stats.binomtest(7, 12).proportion_ci()  # Clopper and Pearson
+    assert f"orders 58 % [{100 * low:.0f}, {100 * high:.0f}] of 12" in lines[1]
 
 
 def test_a_response_that_is_no_text_is_named(tmp_path):
