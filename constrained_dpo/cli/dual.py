@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from constrained_dpo.dual.feasibility import Feasibility
-    from constrained_dpo.dual.one_shot import FirstMultipliers, OneShotSolution
+    from constrained_dpo.dual.one_shot import FirstMultipliers
     from constrained_dpo.dual.scores import ScoreTable
     from constrained_dpo.dual.sensitivity import SweepPoint
     from constrained_dpo.problem import ConstrainedProblem
@@ -65,6 +65,13 @@ def solve(
     threshold: Annotated[
         list[str], typer.Option(help="COLUMN=LEVEL, an absolute level, once per utility")
     ] = [],
+    ceiling: Annotated[
+        list[str],
+        typer.Option(
+            help="COLUMN=HIGHEST score that there can be, once per utility: a level above it is "
+            "infeasible, whatever was sampled"
+        ),
+    ] = [],
     max_lambda: MaxLambda = 1000.0,
     bootstrap: Annotated[
         int, typer.Option(help="resample the prompts so many times for a 95 % interval of λ*")
@@ -97,10 +104,11 @@ def solve(
     table = _table(scores, problem, assume_reference)
     first = first_multipliers(table, problem, max_lambda)
     solution = first.plain
-    feasibility = diagnose_feasibility(table, problem) if solution.at_bound else None
-    values = _solution_values(solution) | {
-        "lambda": first.lambda_.to_dict(),
-        "lambda_sampled": solution.lambda_.to_dict(),
+    ceilings = _ceilings(ceiling, problem)
+    feasibility = (
+        diagnose_feasibility(table, problem, None, ceilings) if solution.at_bound else None
+    )
+    values = _solution_values(first) | {
         "kkt_residual": solution.kkt_residual,
         "passes": solution.passes,
         "num_prompts": first.prompts,
@@ -174,10 +182,10 @@ def sweep(
 
         write_atomically(plot, render(lambda style: sweep_figure(points, problem, style), LIGHT))
     if as_json:
-        print_json([{"levels": p.bounds.to_dict()} | _solution_values(p.solution) for p in points])
+        print_json([{"levels": p.bounds.to_dict()} | _solution_values(p.first) for p in points])
     else:
         _print_sweep(points, problem)
-    if unmet := sum(bool(p.solution.at_bound) for p in points):
+    if unmet := sum(bool(p.first.plain.at_bound) for p in points):
         print(
             f"warning: in {unmet} of {len(points)} settings a multiplier is at its bound "
             f"{max_lambda:g} (marked !): these samples do not "
@@ -231,6 +239,14 @@ def _problem(
     return ConstrainedProblem(reward, beta, tuple(values[0] for values in margins + thresholds))
 
 
+def _ceilings(options: list[str], problem: "ConstrainedProblem") -> dict[str, float]:
+    """The highest scores by constraint; raises UserError for a name that is no constraint."""
+    ceilings = parse_assignments(options, "--ceiling")
+    if unknown := sorted(set(ceilings) - set(problem.names)):
+        raise UserError(f"--ceiling {unknown[0]}: no --constraint or --threshold names it")
+    return ceilings
+
+
 def _table(scores: Path, problem: "ConstrainedProblem", assume_reference: bool) -> "ScoreTable":
     from constrained_dpo.dual.score_files import read_scores
 
@@ -240,9 +256,11 @@ def _table(scores: Path, problem: "ConstrainedProblem", assume_reference: bool) 
     return read.table
 
 
-def _solution_values(solution: "OneShotSolution") -> dict[str, object]:
+def _solution_values(first: "FirstMultipliers") -> dict[str, object]:
+    solution = first.plain
     return {
-        "lambda": solution.lambda_.to_dict(),
+        "lambda": first.lambda_.to_dict(),
+        "lambda_sampled": solution.lambda_.to_dict(),
         "dual_value": solution.dual_value,
         "ess": solution.ess,
         "min_ess": solution.min_ess,
@@ -334,10 +352,8 @@ def _print_sweep(points: list["SweepPoint"], problem: "ConstrainedProblem") -> N
     for column in (*head, *(f"E[{n}]" for n in problem.objectives), "KL", "ESS"):
         table.add_column(column, justify="right")
     for point in points:
-        solution = point.solution
-        multipliers = (
-            f"{solution.lambda_[n]:.5g}{'!' if n in solution.at_bound else ''}" for n in names
-        )
+        solution, lambda_ = point.first.plain, point.first.lambda_
+        multipliers = (f"{lambda_[n]:.5g}{'!' if n in solution.at_bound else ''}" for n in names)
         levels = (f"{point.bounds[n]:.4g}" for n in names)
         means = (solution.reward, *solution.utilities, solution.kl)
         numbers = (f"{value:.4g}" for value in means)

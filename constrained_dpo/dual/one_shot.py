@@ -116,7 +116,10 @@ class FirstMultipliers:
 
 
 def first_multipliers(
-    table: ScoreTable, problem: ConstrainedProblem, max_lambda: float = 1e3
+    table: ScoreTable,
+    problem: ConstrainedProblem,
+    max_lambda: float = 1e3,
+    start: pd.Series | None = None,
 ) -> FirstMultipliers:
     """Estimate λ* = argmin D from samples of π_ref with few responses per prompt.
 
@@ -125,13 +128,16 @@ def first_multipliers(
     (Richardson's extrapolation; Quenouille 1956). Only prompts with at least half the largest
     number of responses are used: those with few would carry their bias into it. The correction is
     kept within half and twice λ_K. Where the samples do not reach a level, λ there is the linear
-    response β Cov(g)⁻¹ (a − ḡ_ref − Cov(g, r)/β) within prompts, at least 0.
+    response β Cov(g)⁻¹ (a − ḡ_ref − Cov(g, r)/β) within prompts, at least 0. start: λ to start the
+    search from.
     """
     table = richest(table)
-    plain = solve_one_shot(table, problem, max_lambda=max_lambda)
+    plain = solve_one_shot(table, problem, None, max_lambda, start)
     lambda_ = plain.lambda_
     if problem.names and int(table.counts.min()) >= MIN_HALVED:
-        solved = [solve_one_shot(half, problem, max_lambda=max_lambda) for half in halves(table)]
+        solved = [
+            solve_one_shot(half, problem, None, max_lambda, lambda_) for half in halves(table)
+        ]
         lambda_ = extrapolated(lambda_, (solved[0].lambda_ + solved[1].lambda_) / 2)
     if plain.at_bound:
         linear = _linear_response(table, problem, max_lambda)

@@ -14,8 +14,9 @@ import pandas as pd
 from constrained_dpo.dual.function import PromptTerms, prompt_terms
 from constrained_dpo.dual.one_shot import (
     MIN_HALVED,
-    OneShotSolution,
+    FirstMultipliers,
     extrapolated,
+    first_multipliers,
     halves,
     minimize_dual,
     richest,
@@ -171,10 +172,10 @@ def _response_ranks(table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One setting of the sweep: its margins and thresholds by constraint, and the solution."""
+    """One setting of the sweep: its margins and thresholds by constraint, and λ* there."""
 
     bounds: pd.Series
-    solution: OneShotSolution
+    first: FirstMultipliers
 
 
 def sweep(
@@ -183,12 +184,12 @@ def sweep(
     grid: dict[str, list[float]],
     max_lambda: float = 1e3,
 ) -> Iterator[SweepPoint]:
-    """λ* at every combination of the grid's values (margin or threshold, as the problem's
-    constraint is), each started from the last.
+    """Find λ* (`first_multipliers`) at every combination of the grid's values (margin or threshold,
+    as the problem's constraint is), each started from the last.
 
     grid: values by constraint; constraints that it does not name keep their level.
     """
-    previous, means = None, pd.Series(table.reference_means(), index=problem.names)
+    previous, table = None, richest(table)
     for values in product(
         *[grid.get(c.name, [problem.bounds[c.name]]) for c in problem.constraints]
     ):
@@ -199,6 +200,6 @@ def sweep(
             for c, v in zip(problem.constraints, values, strict=True)
         )
         setting = ConstrainedProblem(problem.reward, problem.beta, constraints)
-        solution = solve_one_shot(table, setting, setting.levels(means), max_lambda, previous)
-        previous = None if solution.at_bound else solution.lambda_
-        yield SweepPoint(setting.bounds, solution)
+        first = first_multipliers(table, setting, max_lambda, previous)
+        previous = None if first.plain.at_bound else first.plain.lambda_
+        yield SweepPoint(setting.bounds, first)

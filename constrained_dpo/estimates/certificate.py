@@ -1,4 +1,4 @@
-"""What may be claimed of a policy's distance from the optimum: D(λ) and the gaps, with their limits.
+"""What may be claimed of a policy's distance from the optimum: D(λ) and the gaps, with limits.
 numpy and scipy only.
 
 The Lagrangian gap D(λ) − L(π_θ, λ) = β E_x KL(π_θ ‖ π*_λ) ≥ 0 is estimated on the dual prompts from

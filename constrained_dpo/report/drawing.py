@@ -443,7 +443,7 @@ def sweep_figure(points: list[SweepPoint], problem: ConstrainedProblem, style: "
     for index, (setting, rows) in enumerate(
         bounds.groupby(others, sort=False) if others else [((), bounds)]
     ):
-        line = [points[i].solution for i in rows.index]
+        line = [points[i].first.plain for i in rows.index]
         label = ", ".join(f"{n} ≥ {v:g}" for n, v in zip(others, setting, strict=True))
         axes.plot(
             [s.utilities[across] for s in line],

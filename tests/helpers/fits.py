@@ -74,7 +74,8 @@ def ragged_rows(policy, count: int, seed: int) -> datasets.Dataset:
         "responses_ids": responses,
         "ref_logps": logps.astype(np.float32).reshape(-1, 2),
     }
-    return datasets.Dataset.from_dict(rows | {"target": np.ones(count, np.float32)})
+    ones = np.ones(count, np.float32)
+    return datasets.Dataset.from_dict(rows | {"target": ones, "weight": ones})
 
 
 def fit_log(

@@ -51,9 +51,7 @@ def test_drift_is_in_what_check_and_prepare_know_of_a_scorer(tmp_path):
         "helpful", learner.scorers["helpful"], recipe.scorers["helpful"], recipe
     )
     assert checked.quantization_drift == drift
-    pool = pd.DataFrame(
-        {"prompt_id": ["p", "p"], "helpful": [0.0, 1.0], "harmless": [1.0, 2.0]}
-    )
+    pool = pd.DataFrame({"prompt_id": ["p", "p"], "helpful": [0.0, 1.0], "harmless": [1.0, 2.0]})
     facts = scorer_facts(recipe, pool, measured)
     write_json(run.scorers_file, {name: fact.to_json() for name, fact in facts.items()})
     lines = prepared_lines(run, recipe)

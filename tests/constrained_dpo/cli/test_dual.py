@@ -44,7 +44,8 @@ def test_odd_tables_get_a_sensible_answer_or_a_clear_message(case, beta, tmp_pat
         "g=0.5",
         *(["--constraint", "h=0.5"] if case == "two identical utilities" else []),
     ]
-    solution, err = solve(path, *constraints, "--beta", beta, "--bootstrap", 20)
+    resampled = [] if case == "one response" else ["--bootstrap", 20]
+    solution, err = solve(path, *constraints, "--beta", beta, *resampled)
     if case == "one response":
         assert solution["at_bound"] == ["g"] and solution["ess"] == 1.0
         assert solution["feasibility"]["verdict"] == NO_EVIDENCE
@@ -68,12 +69,13 @@ def test_solve_says_what_cannot_be_met(tmp_path):
     frame = scored_frame(0, 100, 64, ("r", "g", "h")).assign(g=lambda f: f["g"].clip(-1, 1).round())
     frame.to_parquet(path := tmp_path / "t.parquet")
     levels = ["--constraint", "g=1.5", "--threshold", "h=0.2", "--beta", "0.5"]
-    solution, err = solve(path, *levels)
-    feasibility = solution["feasibility"]
-    assert solution["at_bound"] == feasibility["constraints"] == ["g"]
-    assert feasibility["verdict"] == INFEASIBLE
-    first, second = err.strip().splitlines()
-    assert "taken as the reference policy's samples" in first and "infeasible" in second
+    for ceiling, verdict in (([], NO_EVIDENCE), (["--ceiling", "g=1"], INFEASIBLE)):
+        solution, err = solve(path, *levels, *ceiling)
+        feasibility = solution["feasibility"]
+        assert solution["at_bound"] == feasibility["constraints"] == ["g"]
+        assert feasibility["verdict"] == verdict
+        first, second = err.strip().splitlines()
+        assert "taken as the reference policy's samples" in first and verdict in second
     options = ["--reward", "r", "--constraint", "g=0.3", "--beta", "0.5", "--max-lambda", "0.01"]
     _, err = invoke("solve", path, *options)
     assert "feasible" in err and "raise the bound" in err

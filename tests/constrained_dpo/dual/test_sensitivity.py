@@ -87,7 +87,7 @@ def test_sweep_equals_one_solve_per_setting_and_trades_reward_for_utility():
             ),
         )
         pd.testing.assert_series_equal(
-            point.solution.lambda_, solve_one_shot(table, setting).lambda_, atol=1e-9
+            point.first.lambda_, first_multipliers(table, setting).lambda_, atol=1e-8
         )
-    rewards = [p.solution.reward - 0.3 * p.solution.kl for p in points[::2]]
+    rewards = [p.first.plain.reward - 0.3 * p.first.plain.kl for p in points[::2]]
     assert rewards[0] > rewards[1] > rewards[2]

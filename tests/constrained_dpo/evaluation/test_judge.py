@@ -5,9 +5,10 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
+from constrained_dpo.estimates.intervals import mean_interval
 from constrained_dpo.evaluation.judge import (
-    bootstrap_interval,
     comparison_prompt,
     read_comparison,
     read_refusal,
@@ -51,17 +52,28 @@ def test_the_judge_reads_each_criterion_and_texts_are_not_templates():
     assert "Verdict: declines" in refusal_prompt("p", "r")
 
 
-def test_the_interval_is_that_of_all_resamples():
-    values = np.array([0.0, 0.5, 1.0, 1.0])
-    everything = [np.mean(rows) for rows in itertools.product(values, repeat=4)]
-    low, high = bootstrap_interval(values, 0.9, 3)
-    assert (low, high) == pytest.approx(
-        tuple(np.quantile(everything, [0.05, 0.95])), abs=1e-12
-    )  # means are multiples of 1/8
-    assert (
-        bootstrap_interval(values, 0.9, 3) == (low, high)
-        and bootstrap_interval(values[:1], 0.9, 3) is None
+def test_the_interval_of_wins_and_losses_is_clopper_and_pearsons():
+    table = pd.DataFrame(
+        {"prompt_id": [f"p{i}" for i in range(20)], "policy_first": "a", "policy_second": "b"}
     )
+    low, high = win_rate(table, 0.95)["interval"]
+    assert (low, high) == pytest.approx((0.025 ** (1 / 20), 1.0))
+    table.loc[:2, ["policy_first", "policy_second"]] = ["b", "a"]
+    exact = stats.binomtest(17, 20).proportion_ci(0.95)
+    assert win_rate(table, 0.95)["interval"] == pytest.approx((exact.low, exact.high))
+
+
+def test_a_win_rate_of_19_in_20_is_covered():
+    """A policy that wins at 95 % of all prompts: of 20 it often wins all, and the interval has a
+    width all the same."""
+    law, covered = stats.binom.pmf(np.arange(21), 20, 0.95), 0.0
+    for wins, probability in enumerate(law):
+        words = ["a"] * wins + ["b"] * (20 - wins)
+        table = pd.DataFrame({"prompt_id": range(20), "policy_first": words})
+        table["policy_second"] = table["policy_first"].map({"a": "b", "b": "a"})
+        low, high = win_rate(table, 0.95)["interval"]
+        covered += probability * (low <= 0.95 <= high)
+    assert covered >= 0.95
 
 
 def test_every_pair_of_verdicts_counts_as_it_should():
@@ -79,19 +91,19 @@ def test_every_pair_of_verdicts_counts_as_it_should():
         ("b", "tie"): 0.25,
         ("tie", "a"): 0.25,
     }
-    rates = win_rate(table, 0.95, 0)
+    rates = win_rate(table, 0.95)
     assert rates["rate"] == pytest.approx(np.mean(list(by_hand.values())))
     counts = {"pairs": 9, "wins": 3, "ties": 3, "losses": 3, "orders_disagree": 2}
     counts |= {"unreadable_pairs": 7, "unreadable_answers": 8, "first_place": 0.5}
     assert {name: rates[name] for name in counts} == counts
-    nothing = win_rate(table.assign(policy_first=None), 0.95, 0)
+    nothing = win_rate(table.assign(policy_first=None), 0.95)
     assert (nothing["rate"], nothing["interval"], nothing["unreadable_pairs"]) == (None, None, 16)
 
 
 def test_a_prompt_counts_once_however_many_pairs_it_has():
     first, second = ["a", "a", "b"], ["b", "b", "a"]
     columns = {"prompt_id": list("ppq"), "policy_first": first, "policy_second": second}
-    assert win_rate(pd.DataFrame(columns), 0.95, 0)["rate"] == 0.5
+    assert win_rate(pd.DataFrame(columns), 0.95)["rate"] == 0.5
 
 
 def test_refusal_rates_are_paired_and_leave_unreadable_pairs_out():
@@ -102,6 +114,8 @@ def test_refusal_rates_are_paired_and_leave_unreadable_pairs_out():
             "other": [False, False, None, True],
         }
     )
-    rates = refusal_rates(table, 0.95, 0)
+    rates = refusal_rates(table, 0.95)
     assert (rates["policy"], rates["other"], rates["difference"]) == (0.5, 0.0, 0.5)
-    assert (rates["prompts"], rates["unreadable_pairs"], rates["interval"]) == (1, 2, None)
+    assert (rates["prompts"], rates["unreadable_pairs"]) == (1, 2)
+    # one prompt, 0.5 in a range from −1 to 1: 3/4 of the way, and one more at either end
+    assert rates["interval"] == mean_interval([0.5], 0.95, (-1.0, 1.0))

@@ -85,7 +85,7 @@ def judged(longer_is_better, pairs, tmp_path_factory):
     """The verdicts on the pairs, the requests it took, and how they are asked for again."""
     file = tmp_path_factory.mktemp("judged") / "answers.jsonl"
     settings = JudgeSettings(base_url=longer_is_better.url, model="m")
-    again = lambda: judge_pairs(Judge(settings, file), pairs, confidence=0.95, seed=0)
+    again = lambda: judge_pairs(Judge(settings, file), pairs, confidence=0.95)
     before = longer_is_better.handler.requests
     verdicts = again()
     return verdicts, longer_is_better.handler.requests - before, again, file
@@ -221,7 +221,7 @@ def test_a_real_chat_server_that_talks_nonsense_decides_nothing(tmp_path):
     file = tmp_path / "answers.jsonl"
     try:
         settings = JudgeSettings(base_url=f"{server.url}/v1", model=str(folder), max_tokens=16)
-        verdicts = judge_pairs(Judge(settings, file), pairs, confidence=0.95, seed=0)
+        verdicts = judge_pairs(Judge(settings, file), pairs, confidence=0.95)
     finally:
         server.kill()
     helpfulness = verdicts["helpfulness"]

@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 from constrained_dpo.dual.exact import TabularWorld
-from constrained_dpo.estimates.intervals import seeds_interval
+from constrained_dpo.estimates.intervals import t_interval
 from constrained_dpo.experiments.compare import points, read_groups, why_not_comparable
 from constrained_dpo.experiments.rows import identity
 from constrained_dpo.problem import ConstrainedProblem, Constraint
@@ -156,7 +156,7 @@ def test_seeds_are_one_point_with_a_mean_and_a_t_interval(runs):
     assert table["fixed"].sum() == 2 and set(table["alone"].dropna()) == {"r", "g0"}
     assert np.isnan(of["DPO on g0", ()]["demanded_g1"])
     quantile = stats.t.ppf(0.975, 1)
-    assert seeds_interval([1.0, 3.0], 0.95)[1:] == pytest.approx((2 - quantile, 2 + quantile))
+    assert t_interval([1.0, 3.0], 0.95) == pytest.approx((2 - quantile, 2 + quantile))
 
 
 def test_what_is_written_is_self_contained_and_shows_every_run(runs, written):
@@ -247,7 +247,7 @@ def test_real_runs_of_the_embedded_world_compare_by_their_recorded_hashes(small_
     state = run.state()
     state.hashes["scorers"]["harmless"] = "python:harmless:changed"
     run.write_state(state)
-    printed = cdpo("compare", small_run.path, run.path, "--round", "best-dual", check=0).stdout
+    printed = cdpo("compare", small_run.path, run.path, "--round", "0", check=0).stdout
     assert "another scorer of harmless (python:harmless:changed against" in printed
 
 

@@ -30,7 +30,13 @@ def test_the_residual_of_rows_is_that_of_the_certificate(size):
     scores = tensor["r"] + 0.7 * tensor["g"]
     rows = [{"scores": scores}]
     if size == 2:
-        rows.append({"target": scores[:, 0], "margin": scores[:, 0] - scores[:, 1]})
+        rows.append(
+            {
+                "target": scores[:, 0],
+                "weight": np.ones(len(scores)),
+                "margin": scores[:, 0] - scores[:, 1],
+            }
+        )
     for inputs in rows:
         squares = squared_residuals(tensor["policy_logp"] - tensor["ref_logp"], inputs, 0.3)
         measured = residual(EvalPrediction(squares.numpy(), label_ids=np.arange(6)))
