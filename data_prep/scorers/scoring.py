@@ -74,7 +74,7 @@ def _checked(scores: np.ndarray, options: ScorerOptions, name: str, texts: list[
     """The scores; raises UserError for one outside the range that the recipe states."""
     low, high = options.range or (-np.inf, np.inf)
     outside = np.flatnonzero((scores < low) | (scores > high))
-    if options.indicator is None and options.clip is None and len(outside):
+    if options.indicator is None and len(outside):
         raise UserError(
             f"scorer of {name}: {scores[outside[0]]:g} for {len(outside)} responses, e.g. "
             f"{texts[outside[0]][:60]!r}, is outside its range [{low:g}, {high:g}]; state the "

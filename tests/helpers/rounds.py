@@ -23,9 +23,9 @@ def make_run(path, world, overrides=()) -> tuple[RunDirectory, Recipe, TabularLe
     scorer = {"type": "python", "target": "unused:unused"}
     raw["objective"] = {
         "beta": world.problem.beta,
-        "reward": {"name": "r", "scorer": scorer},
+        "reward": {"name": "r", "scorer": dict(scorer)},
         "constraints": [
-            {"name": c.name, "margin": c.margin, "scorer": scorer}
+            {"name": c.name, "margin": c.margin, "scorer": dict(scorer)}
             for c in world.problem.constraints
         ],
     }

@@ -1,10 +1,13 @@
 """`cdpo evaluate` on a real small run of the embedded world."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
+from constrained_dpo.estimates.intervals import spent_confidence
+from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import RoundRecord
 from data_prep.tables import read_parquet
 from tests.helpers.cli import cdpo
@@ -63,6 +66,30 @@ def test_the_same_arguments_give_the_stored_result(run, scorers, evaluated):
     words = ("evaluate", run.path, "--scorer", scorers)
     assert json.loads(cdpo(*words, "--json", check=0).stdout) == evaluated
     assert "verdict" in cdpo(*words, check=0).stdout
+
+
+def test_more_samples_join_an_earlier_evaluation_as_one_more_look(run, tmp_path):
+    copied = RunDirectory(shutil.copytree(run.path, tmp_path / "run"))
+    words = ("evaluate", copied.path, "--responses", 4, "--json")
+    first = json.loads(cdpo(*words, check=0).stdout)
+    before = read_parquet(copied.evaluation_folder(first["key"]) / "samples.parquet")
+    second = json.loads(cdpo(*words, "--more", check=0).stdout)
+    after = read_parquet(copied.evaluation_folder(second["key"]) / "samples.parquet")
+    assert second["key"] == first["key"] and (first["looks"], second["looks"]) == (1, 2)
+    assert second["num_samples"] == len(after) == 2 * first["num_samples"]
+    assert after["response_id"].is_unique
+    assert set(before["response_id"]) < set(after["response_id"])
+    added = after[~after["response_id"].isin(before["response_id"])]
+    assert added["response"].tolist() != before["response"].tolist()
+    confidence = copied.recipe().dual.confidence
+    looks = [spent_confidence(confidence, look) for look in (1, 2)]
+    assert [first["verdict_confidence"], second["verdict_confidence"]] == looks
+    assert json.loads(cdpo(*words, check=0).stdout) == second
+
+
+def test_more_of_nothing_is_refused(run, refused):
+    words = ("evaluate", run.path, "--responses", 3, "--more")
+    refused(*words, match="--more: there is no such evaluation yet")
 
 
 @pytest.fixture(scope="module")

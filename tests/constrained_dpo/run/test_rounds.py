@@ -2,10 +2,14 @@
 network, real files."""
 
 import shutil
+from itertools import pairwise
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from constrained_dpo.dual.exact import TabularWorld
+from constrained_dpo.estimates.verdict import look_confidence
 from constrained_dpo.run.prepare import prepare
 from constrained_dpo.run.record import replay
 from constrained_dpo.run.rounds import play_round
@@ -61,6 +65,29 @@ def test_replay_recomputes_lambda_and_notices_a_changed_table(tmp_path, method):
         change(table, **{column: 0.01})  # both are estimated from
         assert replay(run) != lambdas
         change(table, **{column: -0.01})
+
+
+def test_every_round_is_one_look_and_says_what_its_bounds_rest_on(tmp_path):
+    """g0 has a range in the recipe, g1 has none: its bounds are what the run has seen, in any
+    round."""
+    world = random_world(5, 2, prompts=20)
+    utility = np.clip(world.utilities["g0"], -2.0, 2.0)
+    world = TabularWorld(
+        world.problem, world.ref_logp, world.reward, world.utilities | {"g0": utility}
+    )
+    settings = ["dual.rounds=3", "objective.constraints.g0.scorer.range=[-2, 2]"]
+    run, recipe, learner = make_run(tmp_path / "run", world, settings)
+    records = play(run, recipe, learner, 4)
+    looks = [look_confidence(0.95, look, 3) for look in (1, 2, 3, 4)]
+    assert [r.test.verdict_confidence for r in records] == looks
+    assert [r.verdict_confidence for r in records] == [0.95] * 4  # of dual prompts: no verdict
+    seen = []
+    for record in records:
+        assert record.test.bounds_seen == ["g1"]
+        margin = recipe.problem.bounds["g0"]
+        assert record.test.u_bounds["g0"] == (-4.0 - margin, 4.0 - margin)
+        seen.append(record.test.u_bounds["g1"])
+    assert all(b[0] <= a[0] and b[1] >= a[1] for a, b in pairwise(seen)) and len(set(seen)) > 1
 
 
 PHASES = ["state", "round.json", "samples.parquet", "adapter", "pairs.parquet"]

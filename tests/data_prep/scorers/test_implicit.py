@@ -1,6 +1,8 @@
 """Implicit scorers: β·log-ratio of the sampled tokens against plain torch and PEFT, and who is
 refused."""
 
+import copy
+import dataclasses
 import json
 import shutil
 
@@ -10,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_prep.errors import UserError
+from data_prep.prompts.settings import PromptSettings
 from data_prep.scorers.cache import ScoreCache
+from data_prep.scorers.implicit import PolicyHandle
 from data_prep.scorers.scoring import make_scorer, score_tokens
 from data_prep.scorers.settings import ImplicitScorerSettings, ScorerOptions
 from tests.helpers.models import save_adapter, save_tiny_causal_lm, save_word_tokenizer
@@ -143,6 +147,22 @@ def test_texts_are_tokenized_as_the_recipe_says(adapter, handle):
     chat = r"a prompt is a list of messages, but prompts\.format is text"
     with pytest.raises(UserError, match=chat):
         scorer.tokenize([[{"role": "user", "content": "w2"}]], ["w5"])
+
+
+def test_a_chat_answer_is_closed_by_its_templates_turn_end(adapter, handle):
+    """The template ends a turn with w59, which the policy stops at, not with EOS."""
+    policy = handle.load()
+    end = policy.tokenizer.convert_tokens_to_ids("w59")
+    tokenizer = copy.deepcopy(policy.tokenizer)
+    chat = dataclasses.replace(policy, tokenizer=tokenizer, eos_ids=(*policy.eos_ids, end))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }} w59 {% endfor %}"
+        "{% if add_generation_prompt %}w1{% endif %}"
+    )
+    settings = PromptSettings(source="none", format="chat")
+    scorer = implicit(PolicyHandle(lambda: chat, settings, max_new_tokens=4), adapter=str(adapter))
+    _, responses = scorer.tokenize(["w2"], ["w5"])
+    assert tokenizer.decode(responses[0]) == "w5 w59"
 
 
 def test_the_cache_goes_by_tokens_and_one_weight_is_another_scorer(adapter, handle, tmp_path):

@@ -52,6 +52,34 @@ def test_python_scorer_scores_and_its_cache_never_scores_twice(tmp_path):
     assert scores_of(changed, cache, *texts).tolist() == [4, 6, 4, 4]
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, (-np.inf, np.inf)),
+        ({"range": [0, 4]}, (0, 4)),
+        ({"range": [0, 4], "clip": [1, 9]}, (1, 4)),
+        ({"clip": [-1, 2]}, (-1, 2)),
+        ({"indicator": 0.5}, (0, 1)),
+        ({"indicator": 0.5, "range": [-3, 3]}, (0, 1)),
+    ],
+    ids=str,
+)
+def test_the_range_of_a_score_follows_from_its_options(keys, expected):
+    assert ScorerOptions(**keys).score_range == expected
+
+
+def test_a_score_outside_its_stated_range_is_an_error_that_names_it(tmp_path):
+    scorer = python_scorer(tmp_path, "return [float(len(r)) for r in responses]")
+    cache = ScoreCache(tmp_path / "scores.sqlite")
+    texts = [str(i) for i in range(3)], ["a", "bb", "cccc"]
+    scores = scores_of(scorer, cache, *texts, range=[1, 4])
+    assert scores.tolist() == [1.0, 2.0, 4.0]
+    with pytest.raises(UserError, match=r"scorer of g: 4 for 1 responses.*\[1, 3\]"):
+        scores_of(scorer, cache, *texts, range=[1, 3])
+    inside = scores_of(scorer, cache, *texts, range=[0, 3], clip=[0, 3])
+    assert inside.tolist() == [1.0, 2.0, 3.0]
+
+
 def test_column_scorer_looks_up_and_refuses_what_it_does_not_know(tmp_path):
     table = pd.DataFrame({"prompt": ["a", "b"], "response": ["x", "y"], "helpful": [0.5, -1.0]})
     table.to_csv(tmp_path / "scored.csv", index=False)
