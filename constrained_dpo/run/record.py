@@ -94,7 +94,7 @@ class RoundTables:
 
     samples, reference: scored responses of π_θ and π_ref on dual and test prompts (column split);
     off_policy: π_ref's on the dual prompts with π_θ's log-probabilities, None where the sampling
-    law is not the policy; earlier: the dual samples of the rounds before, by name.
+    law is not the policy; earlier: the samples of the rounds before, by name.
     """
 
     number: int
@@ -106,10 +106,7 @@ class RoundTables:
     @classmethod
     def read(cls, run: RunDirectory, number: int) -> Self:
         """Read a round's tables from its run."""
-        earlier = {
-            f"round {t}": _of_split(read_parquet(run.samples_file(t)), "dual")
-            for t in range(number)
-        }
+        earlier = {f"round {t}": read_parquet(run.samples_file(t)) for t in range(number)}
         samples, reference = (
             read_parquet(run.samples_file(number)),
             read_parquet(run.reference_file),
@@ -124,7 +121,7 @@ class RoundTables:
             read_parquet(run.samples_file(number)),
             self.reference,
             _off_policy(run, number, self.reference),
-            self.earlier | {f"round {self.number}": _of_split(self.samples, "dual")},
+            self.earlier | {f"round {self.number}": self.samples},
         )
 
 
@@ -145,10 +142,9 @@ def _bounds(
 ) -> tuple[dict[str, tuple[float, float]], frozenset[str]]:
     """Bounds of a prompt's slack, and the constraints whose scores have a known range."""
     problem, ranges = recipe.problem, recipe.score_ranges
-    dual = _of_split(tables.reference, "dual")
-    seen = [prompt_slack(tables.samples, tables.reference, problem)]
-    seen += [reference_slack(tables.reference, problem)]
-    seen += [prompt_slack(samples, dual, problem) for samples in tables.earlier.values()]
+    seen = [reference_slack(tables.reference, problem)]
+    for samples in (*tables.earlier.values(), tables.samples):
+        seen.append(prompt_slack(samples, tables.reference, problem))
     return slack_bounds(problem, ranges, seen), bounded_constraints(problem, ranges)
 
 
@@ -189,8 +185,9 @@ def round_record(tables: RoundTables, recipe: Recipe, lambda_: pd.Series) -> Rou
         )
     )
     if reason is None:
-        off_policy, others = tables.off_policy, {"reference": splits["dual"][1], **tables.earlier}
-        certificate = certify(*splits["dual"], others, off_policy, problem, lambda_)
+        others = {"reference": splits["dual"][1]}
+        others |= {name: _of_split(table, "dual") for name, table in tables.earlier.items()}
+        certificate = certify(*splits["dual"], others, tables.off_policy, problem, lambda_)
     else:
         certificate = Certificate(certificate_reason=reason)
     slack = steered_on(recipe.dual, dual)
