@@ -23,7 +23,8 @@ from constrained_dpo.report.page import TEMPLATES, render_page
 from constrained_dpo.report.run_figures import Picture, pictures
 from constrained_dpo.report.run_samples import EXTREMES, FIRST_RESPONSES, sample_cards
 from constrained_dpo.report.scorer_words import measured_lines
-from constrained_dpo.report.words import MEANING, at_bound_warning, certificate_line
+from constrained_dpo.report.verdict_words import MEANING, basis
+from constrained_dpo.report.words import at_bound_warning, certificate_line
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import RoundRecord
 from constrained_dpo.run.scorer_facts import read_scorer_facts
@@ -150,6 +151,8 @@ def notes(contents: Contents) -> list[str]:
             f"one-sided at {confidence} over all constraints "
             "together. Both count prompts, not responses, as independent."
         )
+        for line in basis(record.test, contents.recipe.dual.confidence):
+            lines.append(f"{line[0].upper()}{line[1:]}.")
     if contents.shown != len(contents.records) - 1:
         lines.append(
             f"Round {contents.shown} was chosen with --round. `best` and `best-dual` do not look "

@@ -18,17 +18,12 @@ from constrained_dpo.evaluation.record import Evaluation
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from constrained_dpo.progress import duration
 from constrained_dpo.recipe.schema import Recipe
+from constrained_dpo.report.verdict_words import MEANING, basis
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import RoundRecord, read_optimum
 from constrained_dpo.run.status import RunStatus
 from data_prep.prompts.templates import last_user_text
 from data_prep.tables import read_parquet
-
-MEANING = {
-    "satisfied": "even u's lower bound is above 0, on fresh answers to unseen prompts",
-    "undecided": "0 lies between u's bounds; more test prompts would decide",
-    "violated": "even u's upper bound is below 0, on fresh answers to unseen prompts",
-}
 
 # rich drops colours under NO_COLOR and in files and pipes.
 COLOURS = {"satisfied": "green", "undecided": "yellow", "violated": "red"}
@@ -45,6 +40,14 @@ SHOWN_CHARACTERS = 60
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:+.3f}"
+
+
+def _gap(record: RoundRecord) -> str:
+    """The Lagrangian gap, or its interval where the samples carry no estimate."""
+    low, high = record.lagrangian_gap_low, record.lagrangian_gap_high
+    if record.lagrangian_gap is not None or low is None:
+        return _number(record.lagrangian_gap)
+    return f"{max(low, 0.0):.2f} to {'?' if high is None else f'{high:.2f}'}"
 
 
 def _verdict(word: str) -> Text:
@@ -72,6 +75,7 @@ def round_lines(run: RunDirectory, record: RoundRecord) -> list[str]:
         lines.append(("measured", _measured(constraint, test, confidence)))
     if problem.constraints:
         lines.append(("verdict", f"{record.verdict}: {MEANING[record.verdict]}"))
+        lines += [("", words) for words in basis(test, confidence)]
     change = test.reward - start
     words = "gained" if change >= 0 else "paid"
     lines.append(
@@ -164,6 +168,8 @@ def print_tables(console: Console, run: RunDirectory, record: RoundRecord) -> No
         console.print(f"KL and objective are null: {record.kl_reason}.")
     meaning = f" ({MEANING[record.verdict]})"
     console.print(Text.assemble("verdict on the test prompts: ", _verdict(record.verdict), meaning))
+    for line in basis(record.test, recipe.dual.confidence):
+        console.print(line, soft_wrap=True)
     for split, policy in (record.exact or {}).items():
         share = optimum[split].share_closed(policy) if optimum else None
         if share is not None:
@@ -307,6 +313,8 @@ def print_evaluation(console: Console, record: Evaluation, recipe: Recipe) -> No
         console.print(f"verdict on these prompts: {record.verdict}")
     else:
         console.print(f"verdict: {record.verdict} ({MEANING[record.verdict]})")
+        for line in basis(record, recipe.dual.confidence):
+            console.print(line, soft_wrap=True)
 
 
 def at_bound_warning(name: str) -> str:
@@ -328,9 +336,10 @@ def print_status(console: Console, status: RunStatus) -> None:
         for record in status.rounds:
             lambdas = "\n".join(f"{n} {v:.4f}" for n, v in record.lambda_.items())
             slacks = ("\n".join(_slack(m, n) for n in m.u) for m in (record, record.test))
-            numbers = (record.reward, record.kl, record.objective, record.lagrangian_gap)
+            numbers = (record.reward, record.kl, record.objective)
             word = _verdict(record.verdict)
-            table.add_row(str(record.round), lambdas, *slacks, *map(_number, numbers), word)
+            cells: tuple[str | Text, ...] = (*map(_number, numbers), _gap(record), word)
+            table.add_row(str(record.round), lambdas, *slacks, *cells)
         console.print(table)
         console.print(certificate_line(status.rounds))
         choices = {"best": status.best, "best-dual": status.best_dual}
