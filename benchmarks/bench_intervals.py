@@ -1,6 +1,6 @@
 """Do the intervals of `constrained_dpo.estimates.intervals` hold? Markdown tables on stdout.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_intervals.py > docs/measurements/intervals.md
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_intervals > docs/measurements/intervals.md
 
 Laws of the prompts' slack whose true mean is 0. False satisfied: the lower end of the interval at
 confidence 0.90, a one-sided bound at 5 %, is above 0. Coverage and width are of the interval at

@@ -133,6 +133,8 @@ def rows_of(records: list[RoundRecord], optimum: ExactOptimum) -> list[dict]:
                 "exact_gap": exact.lagrangian_gap,
                 "lagrangian_gap": record.lagrangian_gap,
                 "lagrangian_gap_se": record.lagrangian_gap_se,
+                "lagrangian_gap_low": record.lagrangian_gap_low,
+                "lagrangian_gap_high": record.lagrangian_gap_high,
                 "ess": record.ess,
                 "residual": record.residual,
                 "lambda": record.lambda_,

@@ -174,7 +174,7 @@ def validate_prompts(frame: pd.DataFrame, where: str) -> pd.DataFrame:
 
 
 def validate_responses(frame: pd.DataFrame, objectives: Iterable[str], where: str) -> pd.DataFrame:
-    """Checks a responses table: schema, unique ids, finite scores, log-probabilities finite and ≤ 0,
+    """Check a responses table: schema, unique ids, finite scores, log-probabilities finite and ≤ 0,
     path_kl finite and ≥ 0 (or null)."""
     objectives = list(objectives)
     _require_schema(frame, RESPONSES, where, "response_id")
