@@ -19,14 +19,14 @@ def test_bootstrap_interval_covers_and_its_replicates_are_resampled_tables():
     utilities = (-0.6 * reward + rng.normal(size=(4000, 6)) + 0.5 * shift)[None]
     problem = ConstrainedProblem("r", 0.5, (Constraint("g", margin=0.3),))
     population = ScoreTable.from_arrays(reward, utilities)
-    truth, covered, replications = solve_one_shot(population, problem).lambda_["g"], 0, 80
+    truth, covered, replications = solve_one_shot(population, problem).lambda_["g"], 0, 60
     for _ in range(replications):
         table = population.take(rng.integers(0, 4000, 80))
         solution = solve_one_shot(table, problem)
-        interval = bootstrap_multipliers(table, problem, solution, 50, rng).interval
+        interval = bootstrap_multipliers(table, problem, solution, 40, rng).interval
         covered += interval.loc["g", "low"] <= truth <= interval.loc["g", "high"]
     # 95 % ± 3 standard errors of so many replications; percentile intervals run a little low
-    assert 0.87 <= covered / replications <= 0.99
+    assert 0.86 <= covered / replications <= 0.99
     # One replicate by hand: the solver on the table with the prompts that were drawn.
     draws = np.random.default_rng(7).multinomial(80, np.full(80, 1 / 80))
     by_hand = solve_one_shot(table.take(np.repeat(np.arange(80), draws)), problem).lambda_["g"]

@@ -98,15 +98,15 @@ def test_jackknife_is_the_textbook_one_and_less_biased():
     rng = np.random.default_rng(0)
     values = pd.Series(rng.normal(size=15))
     ours = log_mean_exp(values, pd.Series(["a"] * 7 + ["b"] * 8))
-    for name, part in (("a", values[:7]), ("b", values[7:])):
-        plain = np.log(np.mean(np.exp(part)))
-        left_out = [np.log(np.mean(np.exp(part.drop(i)))) for i in part.index]
+    for name, chosen in (("a", values[:7]), ("b", values[7:])):
+        plain = np.log(np.mean(np.exp(chosen)))
+        left_out = [np.log(np.mean(np.exp(chosen.drop(i)))) for i in chosen.index]
         assert ours.loc[name, "plain"] == pytest.approx(plain)
         assert ours.loc[name, "jackknife"] == pytest.approx(
-            len(part) * plain - (len(part) - 1) * np.mean(left_out)
+            len(chosen) * plain - (len(chosen) - 1) * np.mean(left_out)
         )
         assert ours.loc[name, "ess"] == pytest.approx(
-            np.exp(part).sum() ** 2 / (np.exp(part) ** 2).sum()
+            np.exp(chosen).sum() ** 2 / (np.exp(chosen) ** 2).sum()
         )
     many = log_mean_exp(
         pd.Series(rng.normal(size=200_000)), pd.Series(np.repeat(np.arange(20_000), 10))
