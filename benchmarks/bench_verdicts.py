@@ -99,9 +99,7 @@ def first() -> None:
 def rounds() -> None:
     """The exact maximizer on 30 worlds of 40 prompts; their prompts differ in reward by a std of 3,
     within a prompt it is 1. Step size 0.5 (in the unit), λ_0 = 0, b = 0.4."""
-    header(
-        "unit of the step", "rounds to u within 5 %, median", "never in 20, of 30", "flips of u"
-    )
+    header("unit of the step", "rounds to u within 5 %, median", "never in 20, of 30", "flips of u")
     for name in ("total spread", "spread within prompts"):
         arrived, flips = [], []
         for seed in range(30):

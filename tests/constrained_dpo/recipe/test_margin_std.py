@@ -69,12 +69,12 @@ IN_STD_0 = ["objective.constraints.g0.margin=0.3std", "dual.init=one_shot"]
 
 @pytest.fixture(scope="module")
 def frozen(tmp_path_factory):
-    """Two rounds with g0's margin in std and g1's as a number; its world, its recipe.yaml before
+    """A round with g0's margin in std and g1's as a number; its world, its recipe.yaml before
     `prepare`, and its records."""
     world, folder = random_world(5, 2, prompts=20), tmp_path_factory.mktemp("std")
     run, recipe, learner = make_run(folder / "run", world, IN_STD_0)
     text = run.recipe_file.read_text()
-    return world, run, text, play(run, recipe, learner, 2)
+    return world, run, text, play(run, recipe, learner, 1)
 
 
 def dual_std(run) -> float:
@@ -102,7 +102,7 @@ def test_a_margin_in_std_moves_lambda_as_its_number_does(tmp_path, frozen):
     number = float(0.3 * dual_std(run))
     settings = [f"objective.constraints.g0.margin={number!r}", "dual.init=one_shot"]
     plain, recipe, learner = make_run(tmp_path / "run", world, settings)
-    play(plain, recipe, learner, 2)
+    play(plain, recipe, learner, 1)
     lambdas = [pd.DataFrame(each.state().lambda_) for each in (plain, run)]
     pd.testing.assert_frame_equal(*lambdas, rtol=1e-12)
 
@@ -113,7 +113,7 @@ def test_a_run_killed_before_its_state_was_written_comes_out_alike(tmp_path, fro
     state = killed.state()
     prepare(killed, recipe, learner, {})
     killed.write_state(state)
-    play(killed, killed.recipe(), learner, 2)
+    play(killed, killed.recipe(), learner, 1)
     assert tables_of(killed) == tables_of(run)
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from constrained_dpo.dual.exact import TabularWorld
-from constrained_dpo.problem import ConstrainedProblem, Constraint
+from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.report.contents import read_contents, signed
 from constrained_dpo.report.page import MAX_CHARACTERS
 from constrained_dpo.report.run_page import notes, verdict_sentence, write_report
@@ -24,7 +24,7 @@ from tests.helpers.pages import HOSTILE, Page
 from tests.helpers.rounds import make_run, play
 from tests.helpers.tables import random_world
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 @pytest.fixture(scope="module")
@@ -121,13 +121,13 @@ def test_the_verdict_of_one_constraint(tmp_path, margin, verdict):
 
 
 def test_model_output_prompts_and_names_are_text_never_markup(tmp_path):
-    world = random_world(2, 1, prompts=12, responses=10)
-    # a constraint may be called as the length histogram is
-    problem = ConstrainedProblem("r", 0.5, (Constraint("length", margin=0.4),))
-    world = TabularWorld(problem, world.ref_logp, world.reward, {"length": world.utilities["g0"]})
-    run, recipe, learner = make_run(
-        tmp_path / "run", world, ["dual.responses_per_prompt=6", "name=</title><b>bold</b>"]
-    )
+    world = random_world(2, 0, prompts=12, responses=10)
+    # an objective may be called as the length histogram is
+    problem = ConstrainedProblem("length", 0.5, ())
+    world = TabularWorld(problem, world.ref_logp, world.reward, {})
+    settings = ["objective.reward.name=length", "name=</title><b>bold</b>"]
+    settings += ["dual.responses_per_prompt=6"]
+    run, recipe, learner = make_run(tmp_path / "run", world, settings)
     learner.prompts["prompt"] = HOSTILE
     play(run, recipe, learner, 1)
     texts = [HOSTILE, "x" * (MAX_CHARACTERS + 5), ""]
@@ -142,7 +142,7 @@ def test_model_output_prompts_and_names_are_text_never_markup(tmp_path):
     assert not page.of("b") and not any("onerror" in attrs for _, attrs in page.tags)
     assert html.count("</script>") == 1
     files = {path.name for path in (run.path / "report").iterdir()}
-    assert {"scores-1-length.png", "length.png"} <= files
+    assert {"scores-0-length.png", "length.png"} <= files
 
 
 @pytest.fixture(scope="module")

@@ -79,11 +79,11 @@ def test_noise_alone_ends_no_run():
 
 @pytest.fixture(scope="module")
 def steered_low(tmp_path_factory):
-    """Five rounds that are steered on the lower bound of u, and their records."""
+    """Four rounds that are steered on the lower bound of u, and their records."""
     world = random_world(3, 1, prompts=40, responses=50)
     settings = ["dual.confidence_side=lower", "dual.step_size=0.9"]
     run, recipe, learner = make_run(tmp_path_factory.mktemp("low") / "run", world, settings)
-    play(run, recipe, learner, 5)
+    play(run, recipe, learner, 4)
     return run
 
 
@@ -95,13 +95,13 @@ def test_steering_on_the_lower_bound_leaves_room_on_the_dual_prompts(steered_low
 
 def test_choices_of_a_round_by_name_and_number(steered_low):
     opened, records = RunDirectory(steered_low.path), read_records(steered_low)
-    assert chosen_round(opened, "last") == 4 and chosen_round(opened, "1") == 1
+    assert chosen_round(opened, "last") == 3 and chosen_round(opened, "1") == 1
     satisfied = [r for r in records if r.overall == SATISFIED]
     assert chosen_round(opened, "best") == max(satisfied, key=lambda r: r.objective).round
     lowest = int(np.argmin([r.dual_value for r in records]))
     assert chosen_round(opened, "best-dual") == lowest
-    with pytest.raises(UserError, match="give a round from 0 to 4, or best, best-dual, last"):
-        chosen_round(opened, "5")
+    with pytest.raises(UserError, match="give a round from 0 to 3, or best, best-dual, last"):
+        chosen_round(opened, "4")
 
 
 def test_a_run_says_when_it_has_converged(tmp_path):
@@ -155,7 +155,7 @@ def test_without_evidence_a_run_goes_on_until_its_multiplier_is_at_the_bound(tmp
 
 
 def test_a_run_with_fixed_multipliers_is_not_stopped(tmp_path):
-    world = random_world(3, 1, prompts=40, responses=50, margin=9.0)
+    world = random_world(3, 1, prompts=20, responses=50, margin=9.0)
     run, recipe, learner = make_run(tmp_path / "run", world, ["dual.method=fixed"])
     (record,) = play(run, recipe, learner, 1)
     assert record.verdicts == {"g0": "violated"} and reason_to_stop(run, recipe, False) is None

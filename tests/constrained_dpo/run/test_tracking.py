@@ -17,15 +17,15 @@ from tests.helpers.cli import cdpo
 from tests.helpers.paths import QUICKSTART, SMALL
 from tests.helpers.records import measurement, round_record
 
-STEPS = 6
+STEPS = 4
 
 
 def played(path, trackers) -> RunDirectory:
-    few = ["prompts.max_fit=4", "prompts.max_test=2", "dual.prompts_per_round=2", "dual.rounds=1"]
+    few = ["prompts.max_fit=2", "prompts.max_test=2", "dual.prompts_per_round=2", "dual.rounds=1"]
     few += [f"fit.steps={STEPS}", "fit.warmup_steps=1", "fit.batch_size=8"]
     few += ["policy.quantization=none", "dual.init=zeros"]
     settings = [*SMALL, *few, f"fit.report_to=[{trackers}]"]
-    cdpo("init", QUICKSTART, path, *[part for s in settings for part in ("-s", s)], check=0)
+    cdpo("init", QUICKSTART, path, *[word for s in settings for word in ("-s", s)], check=0)
     cdpo("round", path, check=0)
     return RunDirectory(path)
 
