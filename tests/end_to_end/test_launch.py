@@ -129,6 +129,7 @@ def assert_same_tables(run: RunDirectory, expected: RunDirectory) -> None:
         assert file.read_bytes() == other.read_bytes(), file
 
 
+@pytest.mark.slow
 def test_a_round_of_two_processes_is_that_of_one_with_twice_the_batch(tmp_path_factory):
     """Prepared, fitted and judged by two; they speak with one voice."""
     model = f"policy.model={build_policy()}"
