@@ -19,8 +19,10 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from constrained_dpo.fit.checkpoints import SealedCheckpoints, fit_identity, start_from
+from constrained_dpo.fit.family import seal_family
 from constrained_dpo.fit.holdout import HeldOut, split_held_out
 from constrained_dpo.fit.rows import group_dataset, pair_dataset
+from constrained_dpo.fit.segments import SegmentEnd, keep_checkpoint, segmented, unfinished
 from constrained_dpo.fit.shared_prompts import evaluating
 from constrained_dpo.fit.trainer import FitPlan, PseudoPreferenceTrainer, build_trainer
 from constrained_dpo.fit.watch import StepWatch, training_log_text
@@ -58,17 +60,24 @@ def fit_adapter(
     bad_batch-process-N.json).
     """
     rows = group_dataset if plan.settings.grouped else pair_dataset
-    dataset = rows(labels, pool, prompt_tokens, plan.settings.max_length)
+    dataset = rows(labels, pool, prompt_tokens, plan.settings.max_length, plan.family)
     if is_main():
         shutil.rmtree(_temporary(plan), ignore_errors=True)
+        if plan.keep is not None:  # a segment is done when its checkpoint is kept
+            shutil.rmtree(plan.output, ignore_errors=True)
     plan, checkpoint, seals = _resumed(policy, dataset, plan)
     share, seed = plan.settings.holdout, plan.holdout_seed
     fitted, held_out = split_held_out(dataset, pool["prompt_id"], share, seed)
     measured = HeldOut(plan.settings.early_stop)
     callbacks = seals if held_out is None else [measured, *seals]
+    end = None
+    if plan.segments > 1:
+        plan, fitted, end = segmented(plan, fitted)
+        callbacks = [*callbacks, SegmentEnd(end)]
+        checkpoint = unfinished(checkpoint, end) or plan.begin
     logs, report_to = plan.logs if is_main() else None, plan.settings.report_to
     with _restored_base(policy), fit_logs(logs, report_to, resumed=checkpoint is not None):
-        saved = plan.checkpoints if plan.settings.save_steps else None
+        saved = plan.checkpoints if plan.settings.save_steps or end else None
         there = replace(plan, output=saved or _temporary(plan))
         trainer = build_trainer(policy, fitted, there, held_out, checkpoint is not None)
         trainer.watch = StepWatch(dataset, _bad_batch(plan))
@@ -89,6 +98,8 @@ def fit_adapter(
             if held_out is not None:
                 content["held_out"] = measured.record(held_out)
             _save(trainer, content, plan)
+            if is_main():
+                keep_checkpoint(plan, end)
         finally:
             if not shards_base():
                 trainer.model.unload()
@@ -141,7 +152,7 @@ def _save(trainer: PseudoPreferenceTrainer, content: dict[str, Any], plan: FitPl
     gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) if shards_base() else None
     if is_main():
         text = training_log_text(content | {"log": steps})
-        save_adapter(trainer.model, gathered, text, _temporary(plan), plan.output)
+        save_adapter(trainer.model, gathered, text, _temporary(plan), plan)
 
 
 def save_adapter(
@@ -149,14 +160,15 @@ def save_adapter(
     gathered: dict[str, torch.Tensor] | None,
     text: str,
     temporary: Path,
-    output: Path,
+    plan: FitPlan,
 ) -> None:
-    """Writes adapter and log beside `output`, then moves them there; raises OSError naming `output`
-    where that fails.
+    """Writes adapter, or family, and log beside the plan's output, then moves them there; raises
+    OSError naming the output where that fails.
 
     gathered: the model's whole tensors by name, where `model` holds only this process's part of
     them.
     """
+    output = plan.output
     try:
         # Even where the head is a target the base's own embeddings are not part of the adapter.
         model.save_pretrained(str(temporary), state_dict=gathered, save_embedding_layers=False)
@@ -164,6 +176,8 @@ def save_adapter(
         (temporary / "README.md").unlink(
             missing_ok=True
         )  # PEFT's model card describes another run than this one
+        if plan.family is not None:
+            seal_family(temporary, plan.family)
         for path in temporary.iterdir():
             with open(path, "rb") as handle:
                 os.fsync(handle.fileno())

@@ -59,7 +59,7 @@ def split_held_out(
 
 
 def squared_residuals(
-    log_ratio: torch.Tensor, inputs: dict[str, torch.Tensor], beta: float
+    log_ratio: torch.Tensor, inputs: dict[str, torch.Tensor], beta: float | torch.Tensor
 ) -> torch.Tensor:
     """Variance within each row of s_λ − β log π_θ/π_ref (squared score units), shape (num_rows,): 0
     at the maximizer, whatever drew the responses; log_ratio (num_rows, K). Of a pair (margin −

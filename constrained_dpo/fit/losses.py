@@ -21,9 +21,12 @@ def pair_loss(scaled_difference: torch.Tensor, target: torch.Tensor) -> torch.Te
     )
 
 
-def all_pairs_loss(log_ratio: torch.Tensor, score: torch.Tensor, beta: float) -> torch.Tensor:
+def all_pairs_loss(
+    log_ratio: torch.Tensor, score: torch.Tensor, beta: float | torch.Tensor
+) -> torch.Tensor:
     """`pair_loss` with soft targets σ(s_i − s_j), averaged over the K(K−1)/2 pairs of a group;
-    log_ratio (nats), score (score units): (num_groups, K), returns (num_groups,)."""
+    log_ratio (nats), score (score units): (num_groups, K), returns (num_groups,). beta: a number,
+    or (num_groups, 1)."""
     first, second = torch.triu_indices(
         score.shape[1], score.shape[1], offset=1, device=score.device
     )
@@ -31,9 +34,11 @@ def all_pairs_loss(log_ratio: torch.Tensor, score: torch.Tensor, beta: float) ->
     return pair_loss(beta * (log_ratio[:, first] - log_ratio[:, second]), target).mean(dim=1)
 
 
-def listwise_loss(log_ratio: torch.Tensor, score: torch.Tensor, beta: float) -> torch.Tensor:
+def listwise_loss(
+    log_ratio: torch.Tensor, score: torch.Tensor, beta: float | torch.Tensor
+) -> torch.Tensor:
     """KL(softmax(s/β) ‖ softmax(ρ)) over a group: 0 at the minimizer; log_ratio, score:
-    (num_groups, K), returns (num_groups,).
+    (num_groups, K), returns (num_groups,). beta: a number, or (num_groups, 1).
 
     Source: InfoNCA of Noise contrastive alignment of language models with explicit rewards,
     arXiv:2402.05369, less the entropy of the target, a constant. Unlike σ of a difference, the

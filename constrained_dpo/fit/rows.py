@@ -10,7 +10,9 @@ import pandas as pd
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from constrained_dpo.fit.family import Family, family_columns
 from data_prep.errors import UserError
+from data_prep.labels.multipliers import KAPPA
 
 UNSCORED = -100
 """The target of a position whose next token is nobody's response token."""
@@ -23,9 +25,13 @@ def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
 
 def labels_of(examples: list[dict]) -> dict[str, torch.Tensor]:
     """Give `ref_logps` (num_rows, K), and `target` and `weight` (num_rows,) of pairs or `scores`
-    (num_rows, K) of groups; beside them what no loss reads: the numbers of the rows, a pair's
-    `margin` (num_rows,), and `sample_logps` (num_rows, K)."""
-    keys = ("ref_logps", "target", "weight", "scores", "row", "margin", "sample_logps")
+    (num_rows, K) of groups; `gates` (num_rows, blocks) and `kappa` (num_rows,) of a family's rows;
+    beside them what no loss reads: the numbers of the rows, a pair's `margin` (num_rows,), and
+    `sample_logps` (num_rows, K)."""
+    keys = (
+        *("ref_logps", "target", "weight", "scores", "gates", "kappa"),
+        *("row", "margin", "sample_logps"),
+    )
     return {
         key: torch.tensor([example[key] for example in examples])
         for key in keys
@@ -92,11 +98,16 @@ class LengthBuckets(torch.utils.data.Sampler[int]):
 
 
 def pair_dataset(
-    pairs: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[str, list[int]], max_length: int
+    pairs: pd.DataFrame,
+    pool: pd.DataFrame,
+    prompt_tokens: dict[str, list[int]],
+    max_length: int,
+    family: Family | None = None,
 ) -> datasets.Dataset:
     """Make rows `prompt_ids, responses_ids, ref_logps, target, weight`, chosen before rejected;
     num_pairs rows.
 
+    family: of a conditional fit; its rows have `gates` and `kappa` too, by each pair's multipliers.
     weight: of the row in the loss, 1 on average; all prompts together weigh the same, however many
     pairs each has, as the expectation over prompts in the Lagrangian does. Beside them what
     `watch` follows: `row`, `prompt_id, chosen_id, rejected_id`, `margin` (score units) and
@@ -128,15 +139,23 @@ def pair_dataset(
                 [side["sample_logp"].to_numpy(np.float32, na_value=np.nan) for side in sides],
                 axis=1,
             ),
+            **_gates(pairs, family),
         }
     )
 
 
 def group_dataset(
-    groups: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[str, list[int]], max_length: int
+    groups: pd.DataFrame,
+    pool: pd.DataFrame,
+    prompt_tokens: dict[str, list[int]],
+    max_length: int,
+    family: Family | None = None,
 ) -> datasets.Dataset:
     """Rows `prompt_ids, responses_ids, ref_logps, scores`, the last three with K entries each;
     num_groups rows.
+
+    family: of a conditional fit; its rows have `gates` and `kappa` too, by each group's
+    multipliers.
 
     Beside them what `watch` follows: `row`, `prompt_id, group_id`, `response_id` and
     `sample_logps` (K each, nats). Raises UserError when a group names a response that is not in the
@@ -158,8 +177,18 @@ def group_dataset(
             "sample_logps": responses["sample_logp"]
             .to_numpy(np.float32, na_value=np.nan)
             .reshape(-1, size),
+            **_gates(groups.iloc[::size], family),
         }
     )
+
+
+def _gates(labels: pd.DataFrame, family: Family | None) -> dict[str, np.ndarray]:
+    """`gates` (num_rows, blocks) and `kappa` (num_rows,) of a family's rows; none otherwise."""
+    if family is None:
+        return {}
+    kappa = labels[KAPPA].to_numpy(np.float64) if KAPPA in labels else np.ones(len(labels))
+    gates = family.gates(family_columns(labels, family.units), kappa)
+    return {"gates": gates.astype(np.float32), "kappa": kappa.astype(np.float32)}
 
 
 def _named(

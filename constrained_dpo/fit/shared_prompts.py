@@ -10,7 +10,7 @@ nothing else carries state from token to token; `why_not_shared` measures it on 
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
+from constrained_dpo.fit.gates import Gates
 from constrained_dpo.fit.rows import UNSCORED, labels_of, padded, row_lengths
 from data_prep.sampling.logprobs import LOGITS_AT_ONCE, response_logps
 
@@ -88,11 +89,12 @@ def block_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     )[:, None]
 
 
-def add_shared_forward(model: PreTrainedModel) -> None:
+def add_shared_forward(model: PreTrainedModel, gates: Gates | None = None) -> None:
     """Lets `model(..., segments=, next_tokens=, num_responses=K)` return log π of each response
     (num_rows, K), nats; other calls stay as they are.
 
-    Inside the model's forward, so that wrappers (PEFT, DDP, FSDP) see an ordinary call.
+    Inside the model's forward, so that wrappers (PEFT, DDP, FSDP) see an ordinary call. gates: of a
+    conditional fit; the head sees tokens and no rows, so it is told whose each token is.
     """
     original = model.forward
 
@@ -104,7 +106,14 @@ def add_shared_forward(model: PreTrainedModel) -> None:
         kwargs |= {"attention_mask": block_mask(segments, self.dtype), "use_cache": False}
         hidden = self.base_model(*args, **kwargs).last_hidden_state
         scored = next_tokens != UNSCORED
-        logps = _token_logps(self.get_output_embeddings(), hidden[scored], next_tokens[scored])
+        layer = self.get_output_embeddings()
+        logps = _token_logps(
+            functools.partial(_gated_head, layer, gates),
+            layer.get_parameter("weight").shape[0],
+            hidden[scored],
+            scored.nonzero()[:, 0],
+            next_tokens[scored],
+        )
         table = logps.new_zeros(segments.shape).masked_scatter(scored, logps)
         return torch.stack(
             [(table * (segments == k)).sum(dim=1) for k in range(1, num_responses + 1)], dim=1
@@ -113,24 +122,37 @@ def add_shared_forward(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def _token_logps(head: torch.nn.Module, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def _gated_head(
+    head: torch.nn.Module, gates: Gates | None, states: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    """Logits of tokens that lie side by side; rows: (num_tokens,) the row of the batch of each."""
+    if gates is None:
+        return head(states)
+    with gates.by_token(rows):
+        return head(states)
+
+
+def _token_logps(
+    head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    vocabulary: int,
+    hidden: torch.Tensor,
+    rows: torch.Tensor,
+    tokens: torch.Tensor,
+) -> torch.Tensor:
     """log softmax(head(hidden))[token], shape (num_tokens,), float32.
 
     At most LOGITS_AT_ONCE logits exist at a time; more are computed piece by piece, and again in
     the backward pass.
     """
 
-    def piece(states: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        return -F.cross_entropy(head(states).float(), chosen, reduction="none")
+    def piece(states: torch.Tensor, owners: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        return -F.cross_entropy(head(states, owners).float(), chosen, reduction="none")
 
-    vocabulary = head.get_parameter("weight").shape[0]
     size = max(1, LOGITS_AT_ONCE // vocabulary)
     if len(hidden) <= size:
-        return piece(hidden, tokens)
-    parts = zip(hidden.split(size), tokens.split(size), strict=True)
-    return torch.cat(
-        [checkpoint(piece, states, chosen, use_reentrant=False) for states, chosen in parts]
-    )
+        return piece(hidden, rows, tokens)
+    parts = zip(hidden.split(size), rows.split(size), tokens.split(size), strict=True)
+    return torch.cat([checkpoint(piece, *part, use_reentrant=False) for part in parts])
 
 
 def adapted_head_logps(

@@ -18,12 +18,16 @@ import datasets
 import torch
 import transformers
 from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from constrained_dpo.fit.checkpoints import KEPT
+from constrained_dpo.fit.family import FAMILY_WEIGHTS, Family, is_family
+from constrained_dpo.fit.gates import Gates
 from constrained_dpo.fit.holdout import residual, squared_residuals
 from constrained_dpo.fit.losses import all_pairs_loss, listwise_loss, pair_loss
 from constrained_dpo.fit.rows import LengthBuckets, PaddedCollator, row_lengths
@@ -49,7 +53,9 @@ class FitPlan:
     output: the folder that appears when the fit is done; previous_adapter: where the adapter
     starts; logs: where the trackers of `settings.report_to` write; checkpoints: the folder for
     those of `settings.save_steps`; holdout_seed: draws the held-out prompts; run_name: what
-    trackers call this fit.
+    trackers call this fit. family: of a conditional fit, whose blocks have the rank of `lora` each.
+    segment, segments: the fit takes one of so many equal stretches of its schedule; begin: the
+    checkpoint at the end of the one before; keep: where this one's goes, None for the last.
     """
 
     settings: FitSettings
@@ -62,6 +68,11 @@ class FitPlan:
     checkpoints: Path | None = None
     holdout_seed: int = 0
     run_name: str | None = None
+    family: Family | None = None
+    segment: int = 0
+    segments: int = 1
+    begin: Path | None = None
+    keep: Path | None = None
 
 
 class PseudoPreferenceTrainer(DPOTrainer):
@@ -73,9 +84,23 @@ class PseudoPreferenceTrainer(DPOTrainer):
     watch: StepWatch | None = None
     padded_because: str | None = None  # why a row's prompt is not shared; None where it is
     adapted_head = False
+    gates: Gates | None = None
+    loraplus_ratio = 1.0
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         return dataset
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None and self.loraplus_ratio != 1:
+            optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = create_loraplus_optimizer(
+                self.model,
+                optimizer,
+                loraplus_lr_ratio=self.loraplus_ratio,
+                loraplus_weight_decay=self.args.weight_decay,
+                **settings,
+            )
+        return super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset=None):
         if not self.by_length:
@@ -92,7 +117,10 @@ class PseudoPreferenceTrainer(DPOTrainer):
     def _log_probabilities(self, model, inputs) -> torch.Tensor:
         """log π_θ of every response, (num_rows, K), nats, in the layout that the collator chose."""
         count = inputs["ref_logps"].shape[1]
-        if "segments" in inputs:
+        shared = "segments" in inputs
+        if self.gates is not None:  # until the backward pass is done: checkpoints compute again
+            self.gates.set(inputs["gates"], 1 if shared else count)
+        if shared:
             return model(**{name: inputs[name] for name in SHARED_INPUTS}, num_responses=count)
         sequences = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
         if self.adapted_head:
@@ -103,6 +131,10 @@ class PseudoPreferenceTrainer(DPOTrainer):
             .sum(dim=1)
             .view(-1, count)
         )
+
+    def _betas(self, inputs: dict[str, torch.Tensor]) -> float | torch.Tensor:
+        """β, or β/κ of each row of a family: (num_rows, 1)."""
+        return self.beta / inputs["kappa"][:, None] if "kappa" in inputs else self.beta
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         policy = self._log_probabilities(model, inputs)
@@ -130,7 +162,7 @@ class PseudoPreferenceTrainer(DPOTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, log_ratio = self.compute_loss(model, inputs, return_outputs=True)
-        return loss, squared_residuals(log_ratio, inputs, self.beta), inputs["row"]
+        return loss, squared_residuals(log_ratio, inputs, self._betas(inputs)), inputs["row"]
 
     def _save_checkpoint(self, model, trial):
         try:
@@ -147,23 +179,24 @@ class PseudoPreferenceTrainer(DPOTrainer):
     def _pair_loss(
         self, log_ratio: torch.Tensor, inputs: dict
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        chosen, rejected = log_ratio.unbind(dim=1)
-        scaled = {
+        betas = self._betas(inputs)
+        margin = (betas * (log_ratio[:, :1] - log_ratio[:, 1:])).squeeze(1)
+        chosen, rejected = (betas * log_ratio).unbind(dim=1)
+        reported = {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
+            "rewards/margins": margin,
         }
-        losses = pair_loss(self.beta * (chosen - rejected), inputs["target"])
-        loss = (inputs["weight"] * losses).mean()
-        return loss, {name: self.beta * value for name, value in scaled.items()}
+        return (inputs["weight"] * pair_loss(margin, inputs["target"])).mean(), reported
 
     def _group_loss(
         self, log_ratio: torch.Tensor, inputs: dict
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         scores, loss = inputs["scores"], listwise_loss if self.listwise else all_pairs_loss
-        spread = self.beta * (log_ratio.amax(dim=1) - log_ratio.amin(dim=1))
-        reported = {"rewards/mean": self.beta * log_ratio, "rewards/spread": spread}
-        return loss(log_ratio, scores, self.beta).mean(), reported
+        rewards = self._betas(inputs) * log_ratio
+        spread = rewards.amax(dim=1) - rewards.amin(dim=1)
+        reported = {"rewards/mean": rewards, "rewards/spread": spread}
+        return loss(log_ratio, scores, self._betas(inputs)).mean(), reported
 
 
 def training_config(plan: FitPlan, device: str, resumed: bool = False) -> DPOConfig:
@@ -243,6 +276,7 @@ def build_trainer(
     the KL to the last round's policy.
     """
     settings, lora = plan.settings, plan.lora
+    blocks = 1 if plan.family is None else plan.family.num_blocks
     target = (
         lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     )
@@ -256,14 +290,18 @@ def build_trainer(
             compute_metrics=residual,
             processing_class=policy.tokenizer,
             peft_config=LoraConfig(
-                r=lora.r,
-                lora_alpha=cast(int, lora.alpha),  # PEFT takes any number
+                r=blocks * lora.r,
+                lora_alpha=cast(int, blocks * lora.alpha),  # PEFT takes any number
                 lora_dropout=lora.dropout,
                 target_modules=target,
                 task_type="CAUSAL_LM",
             ),
         )
     trainer.listwise, trainer.by_length = settings.loss == "listwise", settings.group_by_length
+    trainer.loraplus_ratio = settings.loraplus_ratio
+    if plan.family is not None:
+        trainer.gates = Gates(plan.family.rank)
+        trainer.gates.attach(trainer.model)
     for callback in (
         PrinterCallback,
         transformers.ProgressCallback,
@@ -298,9 +336,14 @@ def _float_adapter(trainer: PseudoPreferenceTrainer, previous: Path | None, devi
             parameter.data = parameter.data.float()
     if previous is None:
         return
-    check_adapter_folder(previous, "warm start")
+    if not is_family(previous):
+        check_adapter_folder(previous, "warm start")
     with explained_loading("warm start", f"{previous} (of another base, or damaged?)"):
-        weights = load_peft_weights(str(previous), device=device)
+        weights = (
+            load_file(previous / FAMILY_WEIGHTS, device=device)
+            if is_family(previous)
+            else load_peft_weights(str(previous), device=device)
+        )
         loaded: Any = set_peft_model_state_dict(trainer.model, weights)
     if loaded.unexpected_keys:
         raise UserError(
@@ -311,7 +354,7 @@ def _float_adapter(trainer: PseudoPreferenceTrainer, previous: Path | None, devi
 def _share_prompts(trainer: PseudoPreferenceTrainer, policy: Policy) -> str | None:
     """Turns the shared layout on where it is exact and cheaper; returns the reason where it is
     not."""
-    add_shared_forward(trainer.model.get_base_model())
+    add_shared_forward(trainer.model.get_base_model(), trainer.gates)
     tolerance = (
         2e-5 if policy.settings.reproducible else 0.05
     )  # nats per token; half precision rounds at the third digit of a logit

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from constrained_dpo.fit.family import write_member
 from constrained_dpo.launch import shards_base
 from constrained_dpo.learners.embedded import EmbeddedValues
 from constrained_dpo.learners.protocol import FitJob
@@ -124,7 +125,7 @@ class LoraLearner:
         )
 
     def fit(self, job: FitJob) -> None:
-        """Write one round's adapter; the multipliers are in the labels already."""
+        """Write one round's adapter or family; the multipliers are in the labels already."""
         from constrained_dpo.fit.adapter import fit_adapter
         from constrained_dpo.fit.trainer import FitPlan
 
@@ -140,10 +141,19 @@ class LoraLearner:
             checkpoints=job.checkpoints,
             holdout_seed=derive_seed(recipe.seed, 0, "holdout"),
             run_name=f"{recipe.name}-{job.logs.name}",
+            family=job.family,
+            segment=job.segment,
+            segments=job.segments,
+            begin=job.begin,
+            keep=job.keep,
         )
         fit_adapter(self.policy, job.labels, job.pool, self.prompt_tokens, plan)
         if shards_base():
             self.unload()
+
+    def write_member(self, family: Path, lambda_: pd.Series, kappa: float, output: Path) -> None:
+        """Write a family's member at λ and κ as an ordinary adapter."""
+        write_member(family, lambda_, kappa, output)
 
     @property
     def sampler(self) -> Sampler | ServedSampler:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from constrained_dpo.dual.exact import ExactValues
+from constrained_dpo.fit.family import Family
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,11 @@ class FitJob:
     """One round's fit: what is trained on, where it starts from, where its adapter goes.
 
     labels: rows of the pairs or the groups table, under `lambda_`; pool: the responses they name.
-    previous: the adapter to start from; output: the folder that appears when the fit is done;
-    logs, checkpoints: folders for trackers and for a fit that may be killed.
+    previous: the adapter or family to start from; output: the folder that appears when the fit is
+    done; logs, checkpoints: folders for trackers and for a fit that may be killed. family: of a
+    conditional fit, whose output is a family and no adapter. segment, segments, begin: the stretch
+    of the fit's schedule, and the checkpoint that it goes on from (`fit.segments`);
+    keep: where the checkpoint at its end goes, None for the last.
     """
 
     labels: pd.DataFrame
@@ -28,6 +32,11 @@ class FitJob:
     output: Path
     logs: Path
     checkpoints: Path
+    family: Family | None = None
+    segment: int = 0
+    segments: int = 1
+    begin: Path | None = None
+    keep: Path | None = None
 
 
 class Source(Protocol):
@@ -64,7 +73,12 @@ class Learner(Source, Protocol):
     def exact(self) -> ExactValues | None: ...
 
     def fit(self, job: FitJob) -> None:
-        """Write one round's adapter to `job.output`."""
+        """Write one round's adapter, or family, to `job.output`."""
+
+    def write_member(
+        self, family: Path, lambda_: pd.Series, kappa: float, output: Path
+    ) -> None:
+        """Write the adapter of a family's member at λ and κ."""
 
     def log_probabilities(self, responses: pd.DataFrame, adapter: Path | None) -> np.ndarray:
         """Compute log π_θ (None: log π_ref) of stored responses: (num_responses,) nats."""

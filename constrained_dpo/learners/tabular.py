@@ -1,6 +1,6 @@
 """The exact Lagrangian maximizer over an enumerated world, as a learner. No network."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,22 @@ class TabularLearner:
     prompts: pd.DataFrame
 
     def fit(self, job: FitJob) -> None:
-        temporary = job.output.with_name(f".{job.output.name}.tmp")
+        if job.family is None:
+            self._write(self.world.maximizer(job.lambda_), job.output)
+        else:  # the family of all maximizers needs no fit
+            job.output.mkdir(parents=True)
+        if job.keep is not None:
+            job.keep.mkdir()
+
+    def write_member(self, family: Path, lambda_: pd.Series, kappa: float, output: Path) -> None:
+        problem = replace(self.world.problem, beta=self.world.problem.beta / kappa)
+        self._write(replace(self.world, problem=problem).maximizer(lambda_), output)
+
+    def _write(self, logp: np.ndarray, output: Path) -> None:
+        temporary = output.with_name(f".{output.name}.tmp")
         temporary.mkdir(parents=True, exist_ok=True)
-        np.save(temporary / "policy_logp.npy", self.world.maximizer(job.lambda_))
-        temporary.rename(job.output)
+        np.save(temporary / "policy_logp.npy", logp)
+        temporary.rename(output)
 
     def table(self, adapter: Path | None) -> np.ndarray:
         return self.world.ref_logp if adapter is None else np.load(adapter / "policy_logp.npy")

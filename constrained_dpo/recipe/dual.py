@@ -10,9 +10,9 @@ from data_prep.settings import Settings
 class DualSettings(Settings):
     """The multipliers and how they move."""
 
-    method: Literal["subgradient", "one_shot", "fixed"] = Field(
+    method: Literal["solve", "subgradient", "one_shot", "fixed"] = Field(
         "subgradient",
-        description="subgradient steps; one_shot: λ from reference samples, kept; fixed: λ = "
+        description="solve: the root of u, by trials of a conditional policy; subgradient: a step; one_shot: λ from reference samples, kept; fixed: λ = "
         "init, kept",
     )
     step_size: float = Field(0.5, gt=0, description="η, in units of step_scale")
@@ -40,6 +40,12 @@ class DualSettings(Settings):
         "none",
         description="lower: λ moves by the lower confidence bound of u, so that the constraint "
         "holds with probability `confidence`",
+    )
+    trials: int = Field(
+        8,
+        ge=1,
+        description="solve: at most so many multipliers are tried in a round, each with a quarter "
+        "of responses_per_prompt",
     )
     tolerance: float = Field(
         0.05,

@@ -12,6 +12,25 @@ EVAL_STEPS = 20
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
+class ConditionalSettings(Settings):
+    """The family that is fitted in place of one policy: π(y|x; λ) for every λ in a range."""
+
+    range: float = Field(
+        3.0, gt=1, description="rows are labelled under multipliers from λ/range to λ·range"
+    )
+    kappa: tuple[float, float] | None = Field(
+        None,
+        description="[low, high]: rows also vary κ = β/β_row in this range, so that the KL can be "
+        "set afterwards; null: β alone",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ConditionalSettings":
+        if self.kappa is not None and not 0 < self.kappa[0] < 1 < self.kappa[1]:
+            raise ValueError(f"kappa is {list(self.kappa)}; write [low, high] with 0 < low < 1 < high")
+        return self
+
+
 class FitSettings(Settings):
     """The DPO fit of one round. Defaults follow the paper where it reports them."""
 
@@ -45,6 +64,22 @@ class FitSettings(Settings):
     )
     pairs_per_prompt: int | Literal["all"] = Field(
         8, description="pairs drawn from a prompt's pool, anew each round"
+    )
+    conditional: ConditionalSettings | None = Field(
+        None,
+        description="fit one policy for every multiplier (dual.method: solve); policy.lora.r is "
+        "the rank of a block, one for the reward and each utility; null: fit the policy of λ alone",
+    )
+    refresh: int = Field(
+        1,
+        ge=1,
+        description="stretches of a fit; between two of them the policy is sampled again (a "
+        "refresh-th of dual.responses_per_prompt) and the labels are drawn anew",
+    )
+    loraplus_ratio: float = Field(
+        1.0,
+        ge=1,
+        description="LoRA+ (arXiv:2402.12354): learning rate of the adapter's B over that of A",
     )
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of the adapter")
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
@@ -146,6 +181,20 @@ class FitSettings(Settings):
             raise ValueError(
                 f"fit.labels {self.labels} is about pairs; groups (fit.group_size > 2, fit.loss "
                 "listwise) take soft"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _in_stretches(self) -> "FitSettings":
+        if self.refresh > 1 and self.early_stop is not None:
+            raise ValueError(
+                "fit.early_stop ends a fit of one stretch; set fit.refresh to 1, or early_stop to "
+                "null"
+            )
+        if self.labels == "given" and (self.refresh > 1 or self.conditional is not None):
+            raise ValueError(
+                "fit.labels: given are the dataset's own whatever λ is; set fit.refresh to 1 and "
+                "fit.conditional to null"
             )
         return self
 

@@ -20,7 +20,7 @@ from constrained_dpo.recipe.pool import PoolSettings
 from data_prep.errors import UserError
 from data_prep.models.settings import PolicySettings
 from data_prep.prompts.settings import PromptSettings
-from data_prep.sampling.law import SamplingSettings
+from data_prep.sampling.law import SamplingSettings, is_policy_law
 from data_prep.scorers.settings import NOT_IDENTIFIED, ScorerSettings
 from data_prep.settings import EMBEDDED, Settings
 
@@ -96,6 +96,12 @@ class ObjectiveSettings(Settings):
         gt=0, description="β: price of a nat of KL to the reference policy, in reward units"
     )
     reward: RewardSettings = Field(description="the reward")
+    kl_budget: float | None = Field(
+        None,
+        gt=0,
+        description="KL to the reference policy that is aimed at, in nats: κ = β/β' is solved for in "
+        "fit.conditional.kappa; null: β is what beta says",
+    )
     constraints: list[ConstraintSettings] = Field(
         description="the utilities; [] is single-reward DPO"
     )
@@ -133,7 +139,7 @@ class Recipe(Settings):
             self.dual.responses_per_prompt,
             self.dual.rounds,
         )
-        problems += self._label_mistakes() + self._scorer_mistakes()
+        problems += self._label_mistakes() + self._scorer_mistakes() + self._family_mistakes()
         if self.policy.model == EMBEDDED and self.sampling.max_new_tokens != 3:
             problems.append(
                 "the embedded world's answers have at most 3 tokens: sampling.max_new_tokens must "
@@ -169,6 +175,31 @@ class Recipe(Settings):
             mistakes.append(
                 "fit.labels: given takes every labelled pair; drop pool.shares and "
                 "pool.max_per_prompt"
+            )
+        return mistakes
+
+    def _family_mistakes(self) -> list[str]:
+        mistakes, conditional = [], self.fit.conditional
+        if (self.dual.method == "solve") != (conditional is not None):
+            mistakes.append(
+                "dual.method: solve and fit.conditional need each other: λ is solved for on a "
+                "policy that was fitted for every λ; give both, or another method and null"
+            )
+        if self.objective.kl_budget is not None and (
+            conditional is None or conditional.kappa is None
+        ):
+            mistakes.append(
+                "objective.kl_budget: the KL is set by κ; give fit.conditional.kappa a range, such "
+                "as [0.5, 1.5]"
+            )
+        if self.objective.kl_budget is not None and not is_policy_law(self.sampling):
+            mistakes.append(
+                "objective.kl_budget: no KL is known at sampling.temperature ≠ 1 or top_p < 1"
+            )
+        if self.fit.refresh > 1 and not self.pool.grow:
+            mistakes.append(
+                "fit.refresh: what is sampled within a fit joins the pool; set pool.grow to true, "
+                "or fit.refresh to 1"
             )
         return mistakes
 

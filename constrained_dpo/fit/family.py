@@ -1,0 +1,108 @@
+"""The conditional policy π(y|x; λ): one LoRA for every multiplier, and its ordinary members.
+
+log π*_λ/π_ref = κ (r + λ·g)/β − log Z is an exponential family. The adapter has the same shape: its
+rank is cut into blocks, one for the reward and one for each utility, and a gate stands between the
+two matrices (docs/method.md, The conditional policy):
+
+    ΔW(c) x = scale · B · diag(c, each repeated over its block) · A x ,   c = κ (1, λ_1/ν_1, …)
+
+with ν the multipliers of the first round, so that every block learns at the same pace whatever the
+scores' scale. Files only: neither torch nor PEFT.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data_prep.errors import UserError
+from data_prep.files import read_json, sync_folder
+from data_prep.models.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from data_prep.records import Record
+
+FAMILY_FILE, FAMILY_WEIGHTS = "family.json", "family.safetensors"
+"""Neither has a name that PEFT would load: weights without their gate are no policy."""
+
+
+class Family(Record):
+    """What a gated adapter is. units: ν by constraint, in the order of the blocks; rank: of one
+    block; low, high: the multipliers that it was trained on, by constraint; kappa: the range of κ =
+    β_recipe/β that it was trained on, None for κ = 1 alone."""
+
+    units: dict[str, float]
+    rank: int
+    low: dict[str, float]
+    high: dict[str, float]
+    kappa: tuple[float, float] | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        """One of the reward and one of each utility."""
+        return 1 + len(self.units)
+
+    def gates(self, lambda_: pd.DataFrame, kappa: np.ndarray | float = 1.0) -> np.ndarray:
+        """Compute c for rows of multipliers (columns by constraint): (num_rows, 1 + m)."""
+        ratios = [lambda_[name].to_numpy(np.float64) / unit for name, unit in self.units.items()]
+        gates = np.stack([np.ones(len(lambda_)), *ratios], axis=1)
+        return np.asarray(gates * np.broadcast_to(kappa, (len(lambda_),))[:, None])
+
+
+def is_family(folder: Path) -> bool:
+    """Tell whether a folder holds a gated adapter."""
+    return (folder / FAMILY_FILE).exists()
+
+
+def read_family(folder: Path) -> Family:
+    """Read what the gated adapter of a folder is; raises UserError where there is none."""
+    if not is_family(folder):
+        raise UserError(f"{folder}: holds no family ({FAMILY_FILE}); give a round's family folder")
+    return Family.from_json(read_json(folder / FAMILY_FILE)["family"], folder / FAMILY_FILE)
+
+
+def seal_family(folder: Path, family: Family) -> None:
+    """Turn PEFT's files in a folder into a family's, which PEFT does not load."""
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    content = {"family": family.to_json(), "adapter_config": config}
+    (folder / FAMILY_FILE).write_text(json.dumps(content, indent=1))
+    (folder / ADAPTER_WEIGHTS).rename(folder / FAMILY_WEIGHTS)
+    (folder / ADAPTER_CONFIG).unlink()
+
+
+def write_member(folder: Path, lambda_: pd.Series, kappa: float, output: Path) -> None:
+    """Write the family's member at λ and κ: an ordinary LoRA folder that appears whole.
+
+    The gate goes into A: its rows are scaled by the gates of their blocks. lambda_: by constraint.
+    Raises UserError where the folder holds no family.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    family = read_family(folder)
+    gates = family.gates(lambda_.to_frame().T, kappa)[0]
+    scale = np.repeat(gates, family.rank).astype(np.float32)[:, None]
+    weights = {
+        name: value * scale if ".lora_A." in name else value
+        for name, value in load_file(folder / FAMILY_WEIGHTS).items()
+    }
+    config = read_json(folder / FAMILY_FILE)["adapter_config"]
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(weights, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (temporary / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2))
+    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+        with open(temporary / name, "rb") as handle:
+            os.fsync(handle.fileno())
+    os.replace(temporary, output)
+    sync_folder(output.parent)
+
+
+def family_columns(labels: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+    """Take each label row's multipliers out of a labels table: columns by constraint."""
+    from data_prep.labels.multipliers import multiplier_columns
+
+    names = list(names)
+    return labels[multiplier_columns(names)].set_axis(names, axis=1)
