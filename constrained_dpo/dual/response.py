@@ -1,0 +1,125 @@
+"""What all trials together predict of v and KL at a point (λ, κ). numpy only.
+
+Every trial j predicts v_i at z = (λ, κ) as v_ij + ρ_i d_ij, d_ij = ½(J_ij + J_i)·(z − z_j) being
+the change that the maximizer would show (J_ij: the slopes at j, J_i: those near z; the trapezoid
+rule). The response ratio ρ_i, prior 1 ± ½, is below 1 for a family that is half fitted. Its error
+is the trial's standard error, plus a share of d_ij that grows with d_ij.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from constrained_dpo.dual.trial import Trial
+
+PRIOR_SD = 0.5  # of the response ratio around 1
+
+
+RATIO_RANGE = (0.1, 3.0)
+
+
+MODEL_ERROR = 0.15  # of a predicted change, relative, however small it is
+
+
+CURVATURE = 0.25  # what is added to that by a change of one standard deviation of the score
+
+
+TOO_LITTLE_SPREAD = 0.2  # a standard error of the ratio, from which "answers" cannot be told
+
+
+@dataclass(frozen=True)
+class Local:
+    """Predictions at a point; outputs are v by constraint, then KL where it is known.
+
+    value, se, ratio: (num_outputs,); slope: (num_outputs, m + 1) of the maximizer, by λ and κ;
+    change: (num_trials, num_outputs) from each trial to the point, before the ratio.
+    """
+
+    value: np.ndarray
+    se: np.ndarray
+    ratio: np.ndarray
+    slope: np.ndarray
+    change: np.ndarray
+
+
+@dataclass(frozen=True)
+class Response:
+    """Trials as arrays: points (num_trials, m + 1), λ then κ; values, se, spread (num_trials,
+    num_outputs): the outputs, their standard errors, and the score's standard deviation within
+    prompts; slopes (num_trials, num_outputs, m + 1)."""
+
+    points: np.ndarray
+    values: np.ndarray
+    se: np.ndarray
+    spread: np.ndarray
+    slopes: np.ndarray
+
+    @classmethod
+    def of(cls, trials: Sequence[Trial], names: list[str], with_kl: bool) -> "Response":
+        """Stack trials; with_kl: KL is an output too. Raises ValueError where a trial has none."""
+        rows = [_row(trial, names, with_kl) for trial in trials]
+        return cls(*(np.stack(column) for column in zip(*rows, strict=True)))
+
+    def at(self, point: np.ndarray) -> Local:
+        """Predict at point, (m + 1,)."""
+        steps = point - self.points
+        near = np.einsum("toz,tz->to", self.slopes, steps) / self.spread
+        closeness = 1.0 / (0.01 + (near**2).max(axis=1, initial=0.0))
+        slope = np.einsum("t,toz->oz", closeness / closeness.sum(), self.slopes)
+        change = np.einsum("toz,tz->to", self.slopes + slope, steps) / 2
+        doubt = np.abs(change) * (MODEL_ERROR + CURVATURE * np.abs(change) / self.spread)
+        weight = 1.0 / (self.se**2 + doubt**2)
+        fits = [
+            _regression(*columns)
+            for columns in zip(-change.T, self.values.T, weight.T, strict=True)
+        ]
+        value, se, ratio = np.array(fits).reshape(-1, 3).T
+        return Local(value, se, ratio, slope, change)
+
+    def answers(self, local: Local) -> np.ndarray:
+        """Tell by output whether it follows the predicted change: ρ̂ > 2 SE(ρ̂) by weighted least
+        squares without a prior, or too little spread to tell, (num_outputs,)."""
+        weight = 1.0 / self.se**2
+        total = weight.sum(axis=0)
+        change = -local.change + (weight * local.change).sum(axis=0) / total
+        square = (weight * change**2).sum(axis=0)
+        product = (weight * change * self.values).sum(axis=0)
+        unclear = square <= TOO_LITTLE_SPREAD**-2
+        return np.asarray(unclear | (product > 2 * np.sqrt(square)))
+
+
+def _row(trial: Trial, names: list[str], with_kl: bool) -> tuple[np.ndarray, ...]:
+    point = [*(trial.lambda_[n] for n in names), trial.kappa]
+    values, se = [trial.v[n] for n in names], [trial.u_se[n] for n in names]
+    slopes = [[*(trial.slope[n][j] for j in names), trial.slope_kappa[n]] for n in names]
+    spread = [error * np.sqrt(trial.num_samples) for error in se]
+    if with_kl:
+        if trial.kl is None or trial.kl_se is None:
+            raise ValueError("a KL budget needs trials whose samples have log-probabilities")
+        values, se = [*values, trial.kl], [*se, trial.kl_se]
+        slopes = [*slopes, [*(trial.kl_slope[n] for n in names), trial.kl_slope_kappa]]
+        spread = [*spread, max(trial.kl, trial.kl_se * np.sqrt(trial.num_samples))]
+    least = 1e-9 * (1.0 + np.abs(values))
+    return (
+        np.array(point),
+        np.array(values),
+        np.maximum(se, least),
+        np.maximum(spread, least),
+        np.array(slopes).reshape(len(values), len(point)),
+    )
+
+
+def _regression(
+    change: np.ndarray, values: np.ndarray, weight: np.ndarray
+) -> tuple[float, float, float]:
+    """Fit values = c + ρ change with ρ ~ 1 ± PRIOR_SD within RATIO_RANGE; c, its SE and ρ."""
+    total, prior = weight.sum(), PRIOR_SD**-2
+    mean = float((weight * change).sum() / total)
+    square = float((weight * (change - mean) ** 2).sum()) + prior
+    product = float((weight * (change - mean) * values).sum())
+    # the prior on ρ does not move with the centring: c = v̄ − ρ·mean
+    ratio = (product + prior) / square
+    clipped = float(np.clip(ratio, *RATIO_RANGE))
+    value = float((weight * values).sum() / total) - clipped * mean
+    return value, float(np.sqrt(1.0 / total + mean**2 / square)), clipped

@@ -1,0 +1,269 @@
+"""The dual of a conditional policy, solved by sampling: the λ (and κ) to try next, from the trials.
+
+The family is π(y|x; λ, κ) ∝ π_ref exp(κ(r + λ·g)/β), so λ is the price of utility in units of
+reward whatever κ is; the multiplier of g in the exponent is κλ/β, and the policy is the maximizer
+of the Lagrangian at λ and KL weight β/κ. numpy, pandas and scipy only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import optimize
+
+from constrained_dpo.dual.response import Local, Response
+from constrained_dpo.dual.trial import Trial
+from constrained_dpo.problem import by_name
+
+SETTLED = 0.6  # share of the tolerance that the prediction's standard error may have
+
+
+LIMIT = 3.0  # by what factor a λ may leave the range that was tried
+
+
+KL_TOLERANCE = 0.02  # of the budget
+
+
+STALLED = 0.5  # share of v that a step leaves when λ hardly moves it
+
+
+MAX_STEPS, MAX_SWEEPS = 60, 300  # of Newton's method, of coordinate descent within a step
+
+
+@dataclass(frozen=True)
+class SolveRule:
+    """What is solved, and how well; Series by constraint.
+
+    low, high: the box of λ, the trained range. tolerance: of |v_i|, score units. trials: how many
+    there may be. kappa: range of κ (None: 1 throughout); kl_budget: KL to meet with κ, nats (None:
+    κ stays at the value in its range that is nearest to 1).
+    """
+
+    low: pd.Series
+    high: pd.Series
+    tolerance: pd.Series
+    trials: int = 8
+    kappa: tuple[float, float] | None = None
+    kl_budget: float | None = None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The λ and κ to try next or, where `done`, to keep; reason: in words.
+
+    predicted, predicted_se: v at λ by all trials, score units; kl, kl_se: likewise under a budget,
+    nats. responds: whether u_i answers λ at all. at_edge: "low" or "high" where the root lies
+    beyond that end of the box, else ""; kappa_at_edge: the same for the budget.
+    """
+
+    lambda_: pd.Series
+    kappa: float
+    done: bool
+    reason: str
+    predicted: dict[str, float]
+    predicted_se: dict[str, float]
+    responds: dict[str, bool]
+    at_edge: dict[str, str]
+    kl: float | None = None
+    kl_se: float | None = None
+    kappa_at_edge: str = ""
+
+
+def next_point(trials: Sequence[Trial], rule: SolveRule, start: pd.Series) -> Solution:
+    """Find the λ (and κ) at which v_i = 0 where λ_i > 0 and v_i ≥ 0 where λ_i = 0, as far as these
+    trials tell.
+
+    A function of its arguments alone, so that a killed run goes on at the same point. start: λ of
+    the first trial, by constraint. Done: the prediction rests on a trial nearby and is sure enough;
+    or the root lies beyond an end of the box that was tried; or no trial is left. Source of the
+    slopes: Newton's method on D, whose Hessian is κ Cov(g)/β. Raises ValueError where a trial lacks
+    the KL that a budget needs.
+    """
+    search = _Search.of(trials, rule, start)
+    if search.response is None:
+        return search.first()
+    left = len(trials) < rule.trials
+    point = search.root(search.response)
+    if left:
+        point = search.farther(search.response, point)
+    return search.solution(search.response, point, left)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The rule as arrays, by constraint: low, high, tolerance, start, (m,); kappa: its range, the
+    same twice where it is not solved for; response: of the trials, if there are any."""
+
+    names: list[str]
+    low: np.ndarray
+    high: np.ndarray
+    tolerance: np.ndarray
+    start: np.ndarray
+    kappa: tuple[float, float]
+    budget: float | None
+    response: Response | None
+
+    @classmethod
+    def of(cls, trials: Sequence[Trial], rule: SolveRule, start: pd.Series) -> "_Search":
+        names = [str(name) for name in start.index]
+        low, high, tolerance = (
+            series.reindex(names).to_numpy(np.float64)
+            for series in (rule.low, rule.high, rule.tolerance)
+        )
+        kappa = rule.kappa or (1.0, 1.0)
+        if rule.kl_budget is None:
+            nearest = float(np.clip(1.0, *kappa))
+            kappa = nearest, nearest
+        response = Response.of(trials, names, rule.kl_budget is not None) if trials else None
+        first = np.clip(start.to_numpy(np.float64), low, high)
+        return cls(names, low, high, tolerance, first, kappa, rule.kl_budget, response)
+
+    def first(self) -> Solution:
+        unknown = {name: np.nan for name in self.names}
+        return Solution(
+            lambda_=pd.Series(self.start, index=self.names),
+            kappa=float(np.clip(1.0, *self.kappa)),
+            done=False,
+            reason="the first trial",
+            predicted=unknown,
+            predicted_se=unknown,
+            responds={name: True for name in self.names},
+            at_edge={name: "" for name in self.names},
+        )
+
+    def root(self, response: Response) -> np.ndarray:
+        """λ, then κ, (m + 1,): complementarity at each κ, and the κ that meets the budget."""
+        box = self.reachable(response)
+
+        def excess(kappa: float) -> float:
+            point = self.complementary(response, kappa, box)
+            return float(response.at(point).value[-1]) - budget
+
+        kappa, budget = self.kappa[0], self.budget
+        if budget is not None and excess(kappa) < 0:
+            kappa = self.kappa[1]
+            if excess(kappa) > 0:
+                kappa = float(optimize.brentq(excess, *self.kappa, xtol=1e-4))
+        return self.complementary(response, kappa, box)
+
+    def reachable(self, response: Response) -> tuple[np.ndarray, np.ndarray]:
+        """Ends of λ for now: within LIMIT of what was tried and, for one λ alone, inside the
+        bracket of trials whose v is surely below and surely above 0; each (m,)."""
+        tried, floor = response.points[:, :-1], self.high / 10
+        low = tried.min(axis=0) / LIMIT
+        low = np.clip(np.where(low < floor, 0.0, low), self.low, self.high)
+        high = np.clip(LIMIT * np.maximum(tried.max(axis=0), floor), self.low, self.high)
+        if len(self.names) == 1 and self.kappa[0] == self.kappa[1]:
+            at, v, sure = tried[:, 0], response.values[:, 0], 2 * response.se[:, 0]
+            below, above = at[v < -sure].max(initial=-np.inf), at[v > sure].min(initial=np.inf)
+            if below < above:
+                inside = (above - below) / 20 if np.isfinite(above - below) else 0.0
+                low, high = np.maximum(low, below + inside), np.minimum(high, above - inside)
+        return low, high
+
+    def complementary(
+        self, response: Response, kappa: float, box: tuple[np.ndarray, np.ndarray]
+    ) -> np.ndarray:
+        """λ, then κ, (m + 1,), where the predicted v meets complementarity within the box: Newton's
+        steps on a prediction that is made anew at every point."""
+        m, share, last = len(self.names), 1.0, np.zeros(len(self.names))
+        point = np.append(np.clip(response.points[-1, :-1], *box), kappa)
+        best, least = point, np.inf
+        for _ in range(MAX_STEPS):
+            local = response.at(point)
+            step = _box_step(
+                local.slope[:m, :m],
+                local.value[:m] / local.ratio[:m],
+                box[0] - point[:-1],
+                box[1] - point[:-1],
+            )
+            size = float(np.max(np.abs(local.slope[:m, :m] @ step) / self.tolerance, initial=0.0))
+            if size < least:
+                best, least = point, size
+            if size < 1e-4:
+                break
+            share = share / 2 if step @ last < 0 else min(1.0, 1.5 * share)
+            point, last = np.append(point[:-1] + share * step, kappa), step
+        return best
+
+    def farther(self, response: Response, point: np.ndarray) -> np.ndarray:
+        """Go on towards an end of the box, for one λ that no trial brackets and that hardly moves
+        v: halfway there and, from the fourth trial on, to the end itself."""
+        values, at, trials = response.values, response.points[:, 0], len(response.points)
+        if len(self.names) != 1 or self.kappa[0] != self.kappa[1] or trials < 2:
+            return point
+        v, sign = values[:, 0], np.sign(values[-1, 0])
+        surely = (sign * v > 2 * response.se[:, 0]).all()
+        if not surely or abs(v[-1]) < STALLED * abs(v[-2]):
+            return point
+        end, seen = (self.high[0], at.max()) if sign < 0 else (self.low[0], at.min())
+        half = np.sqrt(end * seen) if end > 0 and seen > 0 else (end + seen) / 2
+        goal = half if trials < 3 else end
+        return np.array([max(goal, point[0]) if sign < 0 else min(goal, point[0]), point[1]])
+
+    def solution(self, response: Response, point: np.ndarray, left: bool) -> Solution:
+        """Judge the point: is another trial needed?"""
+        m, lam, local = len(self.names), point[:-1], response.at(point)
+        tolerance, ends, goal = self.tolerance, (self.low, self.high), np.zeros(m)
+        if self.budget is not None:
+            tolerance = np.append(tolerance, KL_TOLERANCE * self.budget)
+            ends = np.append(self.low, self.kappa[0]), np.append(self.high, self.kappa[1])
+            goal = np.append(goal, self.budget)
+        at = point if self.budget is not None else lam
+        # κ is low where KL is short of the budget: KL − budget then has u's sign and slope
+        miss, close = local.value - goal, 1e-6 * (ends[1] - ends[0])
+        beyond = np.where((at <= ends[0] + close) & (miss >= 0), "low", "")
+        beyond = np.where((at >= ends[1] - close) & (miss <= 0), "high", beyond)
+        out, size = beyond != "", np.abs(miss)
+        sure = (local.se <= SETTLED * tolerance) | (out & (size > 2 * local.se))
+        good = out | (size <= np.maximum(tolerance, local.se))
+        near = (np.abs(local.change) <= 2 * tolerance).all(axis=1).any()
+        settled = bool(near and (sure & good).all())
+        free = (ends[0] <= 0) & (beyond == "low")
+        edge = np.where(out & ~free & (size > np.maximum(tolerance, local.se)), beyond, "")
+        matters = (lam > 0) | (local.value[:m] < 0)
+        answers = response.answers(local)[:m] | ~matters
+        return Solution(
+            lambda_=pd.Series(lam, index=self.names),
+            kappa=float(point[-1]),
+            done=settled or not left,
+            reason=_reason(settled, left, bool((edge != "").any())),
+            predicted=self.named(local.value),
+            predicted_se=self.named(local.se),
+            responds={n: bool(a) for n, a in zip(self.names, answers, strict=True)},
+            at_edge={n: str(e) for n, e in zip(self.names, edge[:m], strict=True)},
+            kl=float(local.value[-1]) if self.budget is not None else None,
+            kl_se=float(local.se[-1]) if self.budget is not None else None,
+            kappa_at_edge=str(edge[-1]) if self.budget is not None else "",
+        )
+
+    def named(self, values: np.ndarray) -> dict[str, float]:
+        return by_name(pd.Series(values[: len(self.names)], index=self.names))
+
+
+def _reason(settled: bool, left: bool, edge: bool) -> str:
+    if settled:
+        return "the root lies outside the trained range" if edge else "the target is met"
+    return "another trial is needed" if left else "all trials are used"
+
+
+def _box_step(
+    slope: np.ndarray, gradient: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> np.ndarray:
+    """Minimize ½Δ'HΔ + gradient'Δ over low ≤ Δ ≤ high, (m,), by coordinate descent.
+
+    H: slope (m, m), made symmetric and positive definite.
+    """
+    hessian = (slope + slope.T) / 2
+    ridge = 1e-9 + 1e-6 * float(np.trace(hessian)) / max(len(gradient), 1)
+    hessian = hessian + ridge * np.eye(len(gradient))
+    step = np.zeros_like(gradient)
+    for _ in range(MAX_SWEEPS):
+        before = step.copy()
+        for i in range(len(step)):
+            rest = gradient[i] + hessian[i] @ step - hessian[i, i] * step[i]
+            step[i] = np.clip(-rest / hessian[i, i], low[i], high[i])
+        if np.abs(step - before).max(initial=0.0) <= 1e-10 * (high - low).max(initial=0.0):
+            break
+    return step
