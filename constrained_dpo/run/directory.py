@@ -127,9 +127,28 @@ class RunDirectory:
     def groups_file(self, round_number: int) -> Path:
         return self.round_folder(round_number) / "groups.parquet"
 
-    def labels_file(self, round_number: int, grouped: bool) -> Path:
-        """What a round's fit reads beside the pool: its groups, or its pairs."""
-        return self.groups_file(round_number) if grouped else self.pairs_file(round_number)
+    def labels_file(self, round_number: int, grouped: bool, stretch: int = 0) -> Path:
+        """What a stretch of a round's fit reads beside the pool: its groups, or its pairs."""
+        whole = self.groups_file(round_number) if grouped else self.pairs_file(round_number)
+        return whole.with_stem(f"{whole.stem}-{stretch}") if stretch else whole
+
+    def refresh_folder(self, round_number: int, stretch: int) -> Path:
+        """What a stretch of a fit leaves for the next one: its policy and its checkpoint."""
+        return self.round_folder(round_number) / ".refresh" / str(stretch)
+
+    def refresh_file(self, round_number: int, stretch: int) -> Path:
+        """The pool's part that was sampled after a stretch of a fit."""
+        return self.path / "pool" / f"round-{round_number:03d}-refresh-{stretch}.parquet"
+
+    def family_folder(self, round_number: int, attempt: int = 0) -> Path:
+        """A round's gated adapter; attempt: fits that went before because λ moved nothing."""
+        name = f"family-{attempt}" if attempt else "family"
+        return self.round_folder(round_number) / name
+
+    def trials_folder(self, round_number: int, attempt: int = 0) -> Path:
+        """Scored samples of the members that were tried."""
+        name = f"trials-{attempt}" if attempt else "trials"
+        return self.round_folder(round_number) / name
 
     def adapter_folder(self, round_number: int) -> Path:
         return self.round_folder(round_number) / "adapter"
@@ -216,13 +235,15 @@ class RunDirectory:
         """Count the rounds whose dual step is in state.json."""
         return self.state().rounds_done
 
-    def pool(self, before_round: int) -> pd.DataFrame:
-        """The scored responses a round's pairs are drawn from: π_ref's, the dataset's, and those of
-        earlier rounds that grew it."""
+    def pool(self, before_round: int, stretches: int = 0) -> pd.DataFrame:
+        """The scored responses a round's labels are drawn from: π_ref's, the dataset's, those of
+        earlier rounds that grew it, and those after so many stretches of its own fit."""
         source = self.recipe().pool.source
         parts = [] if source == "dataset" else [read_parquet(self.pool_file(None))]
         parts += [] if source == "reference" else [read_parquet(self.dataset_pool_file)]
-        parts += [read_parquet(f) for t in range(before_round) if (f := self.pool_file(t)).exists()]
+        grown = [self.pool_file(t) for t in range(before_round)]
+        grown += [self.refresh_file(before_round, k) for k in range(stretches)]
+        parts += [read_parquet(file) for file in grown if file.exists()]
         return pd.concat(parts, ignore_index=True)
 
     @contextmanager

@@ -2,34 +2,40 @@
 file exists is done.
 
 The learner is an argument: anything with fit, sample and score. `LoraLearner` trains a language
-model; `TabularLearner` is the exact maximizer over an enumerated world.
+model; `TabularLearner` is the exact maximizer over an enumerated world. A fit may come in stretches
+(`fit.refresh`), with fresh samples and labels between. A conditional fit is followed by trials of
+its members (`run.trials`); the round's adapter is the member at the multipliers that they find.
 
 Under `accelerate launch` every process plays the round: sampling, scoring and the fit are shared,
 and what the main process alone writes is on disk before any goes on (`launch.wait`).
 """
 
 import logging
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 
+from constrained_dpo.dual.solve import Solution
 from constrained_dpo.launch import is_main, num_processes, summed, wait
 from constrained_dpo.learners.collect import Collection, collect
 from constrained_dpo.learners.protocol import FitJob, Learner
 from constrained_dpo.progress import timed
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.family import family_of, target_of, trial_responses
 from constrained_dpo.run.prepare import drop_shards, with_split
 from constrained_dpo.run.record import RoundRecord, RoundTables, round_record
+from constrained_dpo.run.relabel import unlabelled, write_labels
+from constrained_dpo.run.trials import Search, search
 from constrained_dpo.tracking import log_round
 from data_prep.files import write_json
-from data_prep.labels.lagrangian import lagrangian_score
-from data_prep.labels.pool import choose_responses
-from data_prep.labels.preferences import label_groups, label_pairs
-from data_prep.prompts.preference_rows import labelled
+from data_prep.labels.multipliers import KAPPA, multiplier_columns
 from data_prep.sampling.law import is_policy_law
 from data_prep.settings import derive_seed
-from data_prep.tables import read_parquet, validate_groups, validate_pairs, write_parquet
+from data_prep.tables import read_parquet, write_parquet
 
 log = logging.getLogger(__name__)
 
@@ -37,54 +43,228 @@ OFF_POLICY_RESPONSES = 64
 """Responses of π_ref per dual prompt that a round's policy is asked about: enough for the residual,
 and a bound on its cost."""
 
+MORE_FITS = 2
+"""Further fits of a round whose family does not answer λ yet."""
+
+PHASES = ("relabel", "fit", "refresh", "trials", "rescore", "off_policy")
+
+
+@dataclass
+class Round:
+    """A round under way. seconds: by phase, None where it was resumed or there was none."""
+
+    run: RunDirectory
+    recipe: Recipe
+    learner: Learner
+    number: int
+    lambda_: pd.Series
+    seconds: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(PHASES))
+
+    def phase(
+        self, name: str, done: bool, action: Callable[[], None], shared: bool = False
+    ) -> None:
+        """Do what is not done yet: in every process where the work is shared, else in the main one.
+        All leave it together."""
+        if not done and (shared or is_main()):
+            taken = timed(f"round {self.number}: {name}", action)
+            self.seconds[name] = (self.seconds[name] or 0.0) + taken
+        wait()
+
+    @property
+    def dual(self) -> pd.DataFrame:
+        """The prompts that λ moves by."""
+        prompts = self.run.prompts()
+        return prompts[prompts["split"] == "dual"]
+
+    def collection(self, phase: str, source: str, responses: int, adapter: Path) -> Collection:
+        """Say what is drawn of a policy of this round."""
+        return Collection(
+            phase=phase,
+            folder=self.run.shard_folder(phase),
+            source=source,
+            responses_per_prompt=responses,
+            shard_size=self.recipe.sampling.shard_size,
+            objectives=self.recipe.problem.objectives,
+            seed=self.recipe.seed,
+            round_number=self.number,
+            adapter=adapter,
+        )
+
 
 def play_round(run: RunDirectory, recipe: Recipe, learner: Learner) -> RoundRecord:
     """Play one dual iteration; return its record (round.json). Resume what a kill left undone."""
     state = run.state()
     number = state.rounds_done
     lambda_ = recipe.problem.multipliers(state.lambda_[-1])
-    seconds: dict[str, float | None] = dict.fromkeys(("relabel", "fit", "rescore", "off_policy"))
-
-    def phase(name: str, done: bool, action: Callable[[], None], shared: bool = False) -> None:
-        """Does what is not done yet: in every process where the work is shared, else in the main
-        one. All leave it together."""
-        if not done and (shared or is_main()):
-            seconds[name] = timed(f"round {number}: {name}", action)
-        wait()
-
-    labels, adapter = run.labels_file(number, recipe.fit.grouped), run.adapter_folder(number)
-    samples, off_policy = run.samples_file(number), run.off_policy_file(number)
-    phase("relabel", labels.exists(), lambda: _relabel(run, recipe, lambda_, number))
-    unlabelled = _unlabelled(run, recipe, number) if is_main() else 0
-    phase("fit", adapter.exists(), lambda: _fit(run, recipe, learner, lambda_, number), shared=True)
-    phase("rescore", samples.exists(), lambda: _rescore(run, recipe, learner, number), shared=True)
+    this = Round(run, recipe, learner, number, lambda_)
+    adapter, samples = run.adapter_folder(number), run.samples_file(number)
+    if recipe.fit.conditional is None:
+        fit_policy(this, adapter, attempt=0)
+    elif not adapter.exists():
+        solve(this)
+    missing = unlabelled(run, recipe, number) if is_main() else 0
+    this.phase("rescore", samples.exists(), lambda: _rescore(this), shared=True)
     if is_policy_law(recipe.sampling):
-        phase("off_policy", off_policy.exists(), lambda: _off_policy(run, learner, number))
-    counts = {"truncated_scores": summed(learner.truncated()), "unlabelled_prompts": unlabelled}
+        done = run.off_policy_file(number).exists()
+        this.phase("off_policy", done, lambda: _off_policy(run, learner, number))
+    counts = {"truncated_scores": summed(learner.truncated()), "unlabelled_prompts": missing}
     if is_main():
-        _close_round(run, recipe, learner, {"seconds": seconds, **counts})
+        _close_round(this, {"seconds": this.seconds, **counts})
     wait()
     return RoundRecord.read(run.round_file(number))
 
 
-def _close_round(
-    run: RunDirectory, recipe: Recipe, learner: Learner, facts: dict[str, object]
-) -> None:
+def fit_policy(this: Round, output: Path, attempt: int) -> None:
+    """Fit the round's adapter, or family, in as many stretches as the recipe says.
+
+    output: the folder that appears last; attempt: fits of this round that went before.
+    """
+    run, recipe, number = this.run, this.recipe, this.number
+    count = recipe.fit.refresh
+    first, grouped = attempt * count, recipe.fit.grouped
+    for stretch in range(first, first + count):
+        last = stretch == first + count - 1
+        labels = run.labels_file(number, grouped, stretch)
+        folder = run.refresh_folder(number, stretch)
+        fitted = output.exists() if last else (folder / "checkpoint").exists()
+        refreshed = run.refresh_file(number, stretch)
+        if not output.exists():
+            this.phase(
+                "relabel",
+                labels.exists(),
+                lambda labels=labels, s=stretch: write_labels(run, recipe, this.lambda_, number, s),
+            )
+            job = _fit_job(this, output, stretch, first)
+            this.phase("fit", fitted, lambda job=job: this.learner.fit(job), shared=True)
+        if not last and not output.exists():
+            this.phase(
+                "refresh", refreshed.exists(), lambda s=stretch: _refresh(this, s), shared=True
+            )
+    if is_main():
+        shutil.rmtree(run.refresh_folder(number, first).parent, ignore_errors=True)
+    wait()
+
+
+def _fit_job(this: Round, output: Path, stretch: int, first: int) -> FitJob:
+    """One stretch of a fit; the fit starts from the round's last family, or the last round's."""
+    run, recipe, number = this.run, this.recipe, this.number
+    count, conditional = recipe.fit.refresh, recipe.fit.conditional is not None
+    last = stretch == first + count - 1
+    folder = run.refresh_folder(number, stretch)
+    folder.mkdir(parents=True, exist_ok=True)
+    before = run.refresh_folder(number, stretch - 1) / "checkpoint"
+    return FitJob(
+        labels=read_parquet(run.labels_file(number, recipe.fit.grouped, stretch)),
+        pool=run.pool(number, stretch),
+        lambda_=this.lambda_,
+        round_number=number,
+        seed=derive_seed(recipe.seed, number, "fit", first),
+        previous=_previous(run, recipe, number, first // count),
+        output=output if last else folder / "policy",
+        logs=run.logs_folder(f"round-{number:03d}"),
+        checkpoints=run.checkpoints_folder(number),
+        family=family_of(run, recipe, this.lambda_) if conditional else None,
+        segment=stretch - first,
+        segments=count,
+        begin=before if stretch > first else None,
+        keep=None if last else folder / "checkpoint",
+    )
+
+
+def _previous(run: RunDirectory, recipe: Recipe, number: int, attempt: int) -> Path | None:
+    """Where a fit starts: the round's family before it, or the last round's policy."""
+    if attempt:
+        return run.family_folder(number, attempt - 1)
+    if not number or not recipe.fit.warm_start:
+        return None
+    if recipe.fit.conditional is None:
+        return run.adapter_folder(number - 1)
+    return last_family(run, number - 1)
+
+
+def last_family(run: RunDirectory, number: int) -> Path:
+    """Find the family that a round's adapter is a member of."""
+    attempts = [a for a in range(MORE_FITS + 1) if run.family_folder(number, a).exists()]
+    return run.family_folder(number, max(attempts, default=0))
+
+
+def _refresh(this: Round, stretch: int) -> None:
+    """Sample the policy of a stretch on the dual prompts; what it answers joins the pool."""
+    run, recipe, number = this.run, this.recipe, this.number
+    folder = run.refresh_folder(number, stretch)
+    adapter = folder / "policy"
+    if recipe.fit.conditional is not None:
+        adapter = folder / "adapter"
+        if is_main():
+            shutil.rmtree(adapter, ignore_errors=True)
+            this.learner.write_member(folder / "policy", this.lambda_, 1.0, adapter)
+        wait()
+    phase = f"round-{number:03d}-refresh-{stretch}"
+    responses = max(1, recipe.dual.responses_per_prompt // recipe.fit.refresh)
+    job = this.collection(phase, f"refresh:{number}.{stretch}", responses, adapter)
+    samples = collect(this.learner, this.dual, job)
+    if is_main():
+        write_parquet(samples, run.refresh_file(number, stretch))
+        drop_shards(run, phase)
+
+
+def solve(this: Round) -> None:
+    """Fit the family, try its members, and write the adapter of the one that meets the levels; a
+    family that does not answer λ yet is fitted further first."""
+    run, number = this.run, this.number
+    for attempt in range(MORE_FITS + 1):
+        fit_policy(this, run.family_folder(number, attempt), attempt)
+        solutions: list[Solution] = []
+        done = run.adapter_folder(number).exists()
+        this.phase(
+            "trials", done, lambda a=attempt, s=solutions: s.append(_trials(this, a)), shared=True
+        )
+        mute = [name for name, responds in solutions[0].responds.items() if not responds]
+        if not mute or attempt == MORE_FITS:
+            break
+        log.warning(
+            "round %d: u of %s does not answer λ yet; the family is fitted further",
+            number,
+            " and ".join(mute),
+        )
+    if is_main():
+        family, found = run.family_folder(number, attempt), solutions[0]
+        this.learner.write_member(family, found.lambda_, found.kappa, run.adapter_folder(number))
+    wait()
+
+
+def _trials(this: Round, attempt: int) -> Solution:
+    run, recipe, number = this.run, this.recipe, this.number
+    reference = read_parquet(run.reference_file)
+    search_ = Search(
+        family=run.family_folder(number, attempt),
+        folder=run.trials_folder(number, attempt),
+        shards=run.path / "shards",
+        phase=f"round-{number:03d}-trial-{attempt}",
+        source=f"trial:{number}.{attempt}",
+        round_number=number,
+        responses_per_prompt=trial_responses(recipe),
+    )
+    target = target_of(run, recipe, this.lambda_, number)
+    on_dual = reference[reference["split"] == "dual"]
+    return search(search_, target, recipe, this.learner, this.dual, on_dual)
+
+
+def _close_round(this: Round, facts: dict[str, object]) -> None:
     """The dual step and what a round leaves: the pool's growth, round.json, the trackers' point,
     λ_{t+1} in state.json. facts: fields of the record that no table holds."""
+    run, recipe, number = this.run, this.recipe, this.number
     state = run.state()
-    number = state.rounds_done
-    lambda_ = recipe.problem.multipliers(state.lambda_[-1])
     if recipe.pool.grow and not run.pool_file(number).exists():
-        samples = read_parquet(run.samples_file(number))
-        dual = samples[samples["split"] == "dual"].drop(columns="split")
-        write_parquet(dual, run.pool_file(number))
+        write_parquet(_grown(this), run.pool_file(number))
     if not run.round_file(number).exists():
-        record = round_record(RoundTables.read(run, number), recipe, lambda_)
+        record = round_record(RoundTables.read(run, recipe, number), recipe, this.lambda_)
         facts |= {"hashes": state.hashes, "processes": num_processes()}
-        if learner.exact is not None:
-            adapter = run.adapter_folder(number)
-            facts["exact"] = learner.exact.policy(adapter, lambda_, recipe.problem)
+        if this.learner.exact is not None:
+            at = recipe.problem.multipliers(record.policy_lambda)
+            facts["exact"] = this.learner.exact.policy(
+                run.adapter_folder(number), at, record.problem_of(recipe.problem)
+            )
         write_json(run.round_file(number), record.model_copy(update=facts).to_json())
     record = RoundRecord.read(run.round_file(number))
     log_round(
@@ -96,97 +276,36 @@ def _close_round(
         identity=f"{run.path.resolve()}/{recipe.hash()}",
     )
     drop_shards(run, _rescore_phase(number))
+    for stretch in range((MORE_FITS + 1) * recipe.fit.refresh):
+        run.refresh_file(number, stretch).unlink(missing_ok=True)
     run.write_state(state.model_copy(update={"lambda_": [*state.lambda_, record.lambda_next]}))
 
 
-def _relabel(run: RunDirectory, recipe: Recipe, lambda_: pd.Series, number: int) -> None:
-    fit, reward, seed = recipe.fit, recipe.problem.reward, recipe.seed
-    where = f"labels of round {number}"
-    if fit.labels == "given":
-        pool = run.pool(0)
-        score = pd.Series(lagrangian_score(pool, reward, lambda_), index=pool["response_id"])
-        pairs = labelled(read_parquet(run.given_pairs_file), score)
-        write_parquet(validate_pairs(pairs, where), run.pairs_file(number))
-        return
-    pool = choose_responses(
-        run.pool(number),
-        None if recipe.pool.shares is None else recipe.pool.shares.model_dump(),
-        recipe.pool.max_per_prompt,
-        reward=reward,
-        lambda_=lambda_,
-        beta=recipe.problem.beta,
-        seed=seed,
-        round_number=number,
-    )
-    if fit.grouped:
-        sizes = {"group_size": fit.group_size, "groups_per_prompt": fit.groups_per_prompt}
-        groups = label_groups(pool, reward, lambda_, **sizes, seed=seed, round_number=number)
-        write_parquet(validate_groups(groups, where), run.groups_file(number))
-        return
-    pairs = label_pairs(
-        pool,
-        reward,
-        lambda_,
-        labels=fit.labels,
-        pairs_per_prompt=None if fit.pairs_per_prompt == "all" else fit.pairs_per_prompt,
-        seed=seed,
-        round_number=number,
-    )
-    write_parquet(validate_pairs(pairs, where), run.pairs_file(number))
-
-
-def _unlabelled(run: RunDirectory, recipe: Recipe, number: int) -> int:
-    """How many fit and dual prompts have no row among a round's labels."""
-    prompts = run.prompts()
-    fits = prompts["prompt_id"][prompts["split"] != "test"]
-    labels = read_parquet(run.labels_file(number, recipe.fit.grouped), ["prompt_id"])
-    missing = int((~fits.isin(labels["prompt_id"])).sum())
-    if missing:
-        log.warning(
-            "round %d: %d of %d prompts have nothing to compare and no part in the fit",
-            number,
-            missing,
-            len(fits),
-        )
-    return missing
-
-
-def _fit(
-    run: RunDirectory, recipe: Recipe, learner: Learner, lambda_: pd.Series, number: int
-) -> None:
-    learner.fit(
-        FitJob(
-            labels=read_parquet(run.labels_file(number, recipe.fit.grouped)),
-            pool=run.pool(number),
-            lambda_=lambda_,
-            round_number=number,
-            seed=derive_seed(recipe.seed, number, "fit"),
-            previous=run.adapter_folder(number - 1) if number and recipe.fit.warm_start else None,
-            output=run.adapter_folder(number),
-            logs=run.logs_folder(f"round-{number:03d}"),
-            checkpoints=run.checkpoints_folder(number),
-        )
-    )
+def _grown(this: Round) -> pd.DataFrame:
+    """What a round adds to the pool: its samples on the dual prompts, those of its trials, and
+    those between the stretches of its fits."""
+    run, recipe, number = this.run, this.recipe, this.number
+    samples = read_parquet(run.samples_file(number))
+    parts = [samples[samples["split"] == "dual"].drop(columns="split")]
+    extra = [*multiplier_columns(recipe.problem.names), KAPPA]
+    for attempt in range(MORE_FITS + 1):
+        files = sorted(run.trials_folder(number, attempt).glob("[0-9]*.parquet"))
+        parts += [read_parquet(file).drop(columns=extra) for file in files]
+    stretches = range((MORE_FITS + 1) * recipe.fit.refresh)
+    files = [f for k in stretches if (f := run.refresh_file(number, k)).exists()]
+    return pd.concat([*parts, *map(read_parquet, files)], ignore_index=True)
 
 
 def _rescore_phase(number: int) -> str:
     return f"round-{number:03d}"
 
 
-def _rescore(run: RunDirectory, recipe: Recipe, learner: Learner, number: int) -> None:
+def _rescore(this: Round) -> None:
+    run, recipe, number = this.run, this.recipe, this.number
     prompts, phase = run.prompts(), _rescore_phase(number)
-    job = Collection(
-        phase=phase,
-        folder=run.shard_folder(phase),
-        source=f"round:{number}",
-        responses_per_prompt=recipe.dual.responses_per_prompt,
-        shard_size=recipe.sampling.shard_size,
-        objectives=recipe.problem.objectives,
-        seed=recipe.seed,
-        round_number=number,
-        adapter=run.adapter_folder(number),
-    )
-    samples = collect(learner, prompts[prompts["split"] != "fit"], job)
+    responses, adapter = recipe.dual.responses_per_prompt, run.adapter_folder(number)
+    job = this.collection(phase, f"round:{number}", responses, adapter)
+    samples = collect(this.learner, prompts[prompts["split"] != "fit"], job)
     if is_main():
         write_parquet(with_split(samples, prompts), run.samples_file(number))
 

@@ -18,6 +18,10 @@ from data_prep.labels.preferences import PromptRows, hashed_uniforms
 from data_prep.settings import derive_seed
 
 
+MAX_STRETCHES = 1000
+"""More than a round's fit is cut into."""
+
+
 def choose_responses(
     pool: pd.DataFrame,
     shares: Mapping[str, float] | None,
@@ -52,9 +56,7 @@ def choose_responses(
     )
     if shares is None:
         return pool[_rank(prompt, uniform) < limit]
-    drawn_in = (
-        pd.to_numeric(pool["source"].str.extract(r"^round:(\d+)$")[0]).fillna(-1).to_numpy(int)
-    )
+    drawn_in = _drawn_in(pool["source"])
     last = (drawn_in >= 0) & (drawn_in == drawn_in.max())
     given = (pool["source"] == "dataset").to_numpy()
     kinds = {
@@ -82,6 +84,16 @@ def choose_responses(
         chosen, last, from_last = chosen | picked, last & ~picked, from_last - hard
     rows_taken: pd.DataFrame = pool[chosen | _first(last, prompt, uniform, from_last)]
     return rows_taken
+
+
+def _drawn_in(source: pd.Series) -> np.ndarray:
+    """When responses were drawn, (num_responses,): −1 for what was there before any round; in a
+    round the stretches of its fit come before its other samples."""
+    drawn = source.str.extract(r"^(?:round|trial|refresh):(?P<round>\d+)(?:\.(?P<stretch>\d+))?")
+    order = pd.to_numeric(drawn["round"]).fillna(-1).to_numpy(int) * (MAX_STRETCHES + 1)
+    within = source.str.startswith("refresh:")
+    stretch = pd.to_numeric(drawn["stretch"]).where(within).fillna(MAX_STRETCHES).to_numpy(int)
+    return np.where(order < 0, -1, order + stretch)
 
 
 def responses_taken(

@@ -1,0 +1,81 @@
+"""A run's family: the law of its label rows' multipliers, its blocks, and what its trials aim at.
+
+All from π_ref's samples, the recipe and the multipliers so far, so that replay finds the same.
+"""
+
+import pandas as pd
+
+from constrained_dpo.dual.solve import SolveRule
+from constrained_dpo.estimates.slack import prompt_slack, reference_slack, slack_bounds
+from constrained_dpo.estimates.verdict import look_confidence
+from constrained_dpo.fit.family import Family
+from constrained_dpo.problem import by_name
+from constrained_dpo.recipe.schema import Recipe
+from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.steering import demanded
+from constrained_dpo.run.trials import Target
+from data_prep.labels.multipliers import MultiplierRange
+from data_prep.tables import read_parquet
+
+FLOOR = 0.1
+"""Share of std(r)/std(g) within prompts that stands in for a smaller multiplier, so that one of 0
+can move."""
+
+TRIAL_SHARE = 4
+"""A trial draws a quarter of dual.responses_per_prompt: eight of them are two full samples."""
+
+
+def trial_responses(recipe: Recipe) -> int:
+    """Count the responses of a prompt in one trial."""
+    return max(2, -(-recipe.dual.responses_per_prompt // TRIAL_SHARE))
+
+
+def multiplier_range(run: RunDirectory, recipe: Recipe, center: pd.Series) -> MultiplierRange:
+    """Give the law that a round's rows draw their multipliers from, around `center`."""
+    conditional = recipe.fit.conditional
+    if conditional is None:
+        raise ValueError("fit.conditional is null: the recipe fits no family")
+    _, unit = demanded(run, recipe)
+    return MultiplierRange(center, FLOOR * unit, conditional.range, conditional.kappa)
+
+
+def family_of(run: RunDirectory, recipe: Recipe, center: pd.Series) -> Family:
+    """Describe a round's family; its gates are in units of the first multipliers."""
+    law = multiplier_range(run, recipe, center)
+    first = recipe.problem.multipliers(run.state().lambda_[0])
+    return Family(
+        units=by_name(first.where(first > law.floor, law.floor)),
+        rank=recipe.policy.lora.r,
+        low=by_name(law.low),
+        high=by_name(law.high),
+        kappa=law.kappa,
+    )
+
+
+def target_of(run: RunDirectory, recipe: Recipe, center: pd.Series, number: int) -> Target:
+    """Say what a round's trials aim at: the levels, with the room that `confidence_side` asks for,
+    within the range that the family was trained on."""
+    law, dual, problem = multiplier_range(run, recipe, center), recipe.dual, recipe.problem
+    needed, _ = demanded(run, recipe)
+    reference = read_parquet(run.reference_file)
+    seen = [reference_slack(reference, problem)]
+    for earlier in range(number):
+        seen.append(prompt_slack(read_parquet(run.samples_file(earlier)), reference, problem))
+    looks = look_confidence(dual.confidence, dual.rounds, dual.rounds)
+    rule = SolveRule(
+        low=law.low,
+        high=law.high.clip(upper=dual.max_lambda),
+        tolerance=dual.tolerance / 2 * needed,
+        trials=dual.trials,
+        kappa=law.kappa,
+        kl_budget=recipe.objective.kl_budget,
+    )
+    return Target(
+        problem=problem,
+        rule=rule,
+        start=center,
+        confidence=looks if dual.confidence_side == "lower" else None,
+        bounds=slack_bounds(problem, recipe.score_ranges, seen),
+        test_prompts=int(reference.loc[reference["split"] == "test", "prompt_id"].nunique()),
+        responses=dual.responses_per_prompt,
+    )

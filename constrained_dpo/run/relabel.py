@@ -1,0 +1,80 @@
+"""The labels of a stretch of a round's fit, from the pool under the round's multipliers."""
+
+import logging
+
+import pandas as pd
+
+from constrained_dpo.recipe.schema import Recipe
+from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.family import multiplier_range
+from data_prep.labels.groups import label_groups
+from data_prep.labels.lagrangian import lagrangian_score
+from data_prep.labels.pool import choose_responses
+from data_prep.labels.preferences import label_pairs
+from data_prep.prompts.preference_rows import labelled
+from data_prep.settings import derive_seed
+from data_prep.tables import read_parquet, validate_groups, validate_pairs, write_parquet
+
+log = logging.getLogger(__name__)
+
+
+def write_labels(
+    run: RunDirectory, recipe: Recipe, lambda_: pd.Series, number: int, stretch: int = 0
+) -> None:
+    """Write the pairs or groups of a stretch of a round's fit.
+
+    Under λ itself, or under a range around it where the fit is conditional. A round's groups (or
+    pairs) are divided among the stretches of a fit.
+    """
+    fit, reward = recipe.fit, recipe.problem.reward
+    where = f"labels of round {number}"
+    output = run.labels_file(number, fit.grouped, stretch)
+    if fit.labels == "given":
+        pool = run.pool(0)
+        score = pd.Series(lagrangian_score(pool, reward, lambda_), index=pool["response_id"])
+        pairs = labelled(read_parquet(run.given_pairs_file), score)
+        write_parquet(validate_pairs(pairs, where), output)
+        return
+    # the first stretch has the round's own seed
+    seed = derive_seed(recipe.seed, "stretch", stretch) if stretch else recipe.seed
+    pool = choose_responses(
+        run.pool(number, stretch),
+        None if recipe.pool.shares is None else recipe.pool.shares.model_dump(),
+        recipe.pool.max_per_prompt,
+        reward=reward,
+        lambda_=lambda_,
+        beta=recipe.problem.beta,
+        seed=seed,
+        round_number=number,
+    )
+    law = lambda_ if fit.conditional is None else multiplier_range(run, recipe, lambda_)
+    rule = {"seed": seed, "round_number": number}
+    if fit.grouped:
+        count = -(-fit.groups_per_prompt // fit.refresh)
+        sizes = {"group_size": fit.group_size, "groups_per_prompt": count}
+        groups = label_groups(pool, reward, law, **sizes, **rule)
+        write_parquet(validate_groups(groups, where), output)
+        return
+    pairs_per_prompt = (
+        None if fit.pairs_per_prompt == "all" else -(-fit.pairs_per_prompt // fit.refresh)
+    )
+    pairs = label_pairs(
+        pool, reward, law, labels=fit.labels, pairs_per_prompt=pairs_per_prompt, **rule
+    )
+    write_parquet(validate_pairs(pairs, where), output)
+
+
+def unlabelled(run: RunDirectory, recipe: Recipe, number: int) -> int:
+    """Count the fit and dual prompts that have no row among a round's labels."""
+    prompts = run.prompts()
+    fits = prompts["prompt_id"][prompts["split"] != "test"]
+    labels = read_parquet(run.labels_file(number, recipe.fit.grouped), ["prompt_id"])
+    missing = int((~fits.isin(labels["prompt_id"])).sum())
+    if missing:
+        log.warning(
+            "round %d: %d of %d prompts have nothing to compare and no part in the fit",
+            number,
+            missing,
+            len(fits),
+        )
+    return missing
