@@ -23,9 +23,10 @@ from constrained_dpo.run.prepare import drop_shards, with_split
 from constrained_dpo.run.record import RoundRecord, RoundTables, round_record
 from constrained_dpo.tracking import log_round
 from data_prep.files import write_json
+from data_prep.labels.groups import label_groups
 from data_prep.labels.lagrangian import lagrangian_score
 from data_prep.labels.pool import choose_responses
-from data_prep.labels.preferences import label_groups, label_pairs
+from data_prep.labels.preferences import label_pairs
 from data_prep.prompts.preference_rows import labelled
 from data_prep.sampling.law import is_policy_law
 from data_prep.settings import derive_seed
