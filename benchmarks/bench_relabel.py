@@ -148,7 +148,8 @@ def measure(method: str, folder: Path, responses: int, pairs: int | None) -> Non
     elif method in ("label_pairs", "label_groups"):
         import pandas as pd
 
-        from data_prep.labels.preferences import label_groups, label_pairs
+        from data_prep.labels.groups import label_groups
+        from data_prep.labels.preferences import label_pairs
 
         table, lambda_ = pd.read_parquet(source), pd.Series({"g": LAMBDA})
         start = time.perf_counter(), time.process_time()

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data_prep.errors import UserError
+    from data_prep.labels.groups import label_groups
     from data_prep.labels.lagrangian import lagrangian_score
-    from data_prep.labels.preferences import label_groups, label_pairs
+    from data_prep.labels.preferences import label_pairs
     from data_prep.labels.relabel import relabel_groups, relabel_pairs
     from data_prep.prompts.split import split_prompts
     from data_prep.scorers.scoring import make_scorer, score_texts
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "UserError": "data_prep.errors",
-    "label_groups": "data_prep.labels.preferences",
+    "label_groups": "data_prep.labels.groups",
     "label_pairs": "data_prep.labels.preferences",
     "lagrangian_score": "data_prep.labels.lagrangian",
     "make_scorer": "data_prep.scorers.scoring",

@@ -5,11 +5,9 @@ Long format, one row per response (or pair), parquet with zstd. Shapes: a respon
 scorer.
 """
 
-import json
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +16,7 @@ import pyarrow.parquet as pq
 
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
+from data_prep.json_rows import read_json_rows
 
 SPLITS = (
     "fit",
@@ -72,7 +71,15 @@ GROUPS = {
 }
 
 
-RESERVED_NAMES = frozenset({*PROMPTS, *RESPONSES, *SERVED, *PAIRS, *GROUPS, "chosen", "rejected"})
+# Pairs and groups that draw their multipliers hold them in columns more: λ of each utility in
+# lambda/NAME (≥ 0, reward per utility; s_λ is of the row's own λ), and where it is drawn kappa =
+# β_recipe/β (> 0; no part of the score). All rows of a group have the same.
+MULTIPLIER_PREFIX = "lambda/"
+
+
+RESERVED_NAMES = frozenset(
+    {*PROMPTS, *RESPONSES, *SERVED, *PAIRS, *GROUPS, "chosen", "rejected", "kappa"}
+)
 
 
 _ARROW = {"string": pa.string(), "tokens": pa.list_(pa.int32()), "bool": pa.bool_()}
@@ -205,22 +212,58 @@ def without_scores(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[[*RESPONSES, *(c for c in SERVED if c in frame)]]
 
 
+def _require_multipliers(frame: pd.DataFrame, where: str, id_column: str) -> list[str]:
+    """The columns of rows' own multipliers, none where they have none; raises UserError where λ is
+    not finite and ≥ 0, or κ not finite and > 0."""
+    columns = [
+        c for c in map(str, frame.columns) if c.startswith(MULTIPLIER_PREFIX) or c == "kappa"
+    ]
+    for column in columns:
+        values = pd.to_numeric(frame[column], errors="coerce").to_numpy(
+            dtype=np.float64, na_value=np.nan
+        )
+        bad = ~np.isfinite(values) | ((values <= 0) if column == "kappa" else (values < 0))
+        if bad.any():
+            raise UserError(
+                f"{where}: column {column} is not a finite number "
+                f"{'> 0' if column == 'kappa' else '≥ 0'} in {_rows(bad, frame, id_column)}; "
+                "relabel the responses"
+            )
+    return columns
+
+
 def validate_pairs(frame: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Checks a pairs table; returns it with the schema's columns first."""
+    """Check a pairs table; return it as it is. Rows may have multipliers of their own.
+
+    Raises UserError on a missing column, a null or duplicated id, or a bad number.
+    """
     _require_schema(frame, PAIRS, where, "chosen_id")
+    _require_multipliers(frame, where, "chosen_id")
     require_unique(frame, ["prompt_id", "chosen_id", "rejected_id"], where)
     return frame
 
 
 def validate_groups(frame: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Checks a groups table; returns it with the schema's columns first. Every group has the same
-    number of responses."""
+    """Check a groups table; return it as it is. Rows may have multipliers of their own.
+
+    Raises UserError on a missing column, a null or duplicated id, a bad number, groups of different
+    sizes, or a group whose rows differ in their multipliers.
+    """
     _require_schema(frame, GROUPS, where, "response_id")
+    multipliers = _require_multipliers(frame, where, "response_id")
     require_unique(frame, ["group_id", "response_id"], where)
     if frame.groupby("group_id").size().nunique() > 1:
         raise UserError(
             f"{where}: groups differ in size; every group_id must have the same number of rows"
         )
+    for column in multipliers:
+        first = frame.groupby("group_id")[column].transform("first")
+        differs = (frame[column] != first).to_numpy()
+        if differs.any():
+            raise UserError(
+                f"{where}: column {column} differs within the group of "
+                f"{_rows(differs, frame, 'group_id')}; a group has one λ: relabel the responses"
+            )
     return frame
 
 
@@ -288,45 +331,3 @@ def read_table(path: Path) -> pd.DataFrame:
     raise UserError(
         f"{path}: unknown ending {kind or '(none)'}; use .parquet, .csv, .tsv, .json or .jsonl"
     )
-
-
-def read_json_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl file, or of a .json file that holds a list; raises UserError with the broken
-    lines' numbers."""
-    import gzip
-
-    path = Path(path)
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as handle:
-            text = handle.read()
-    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    if ".json" in path.suffixes:
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
-        rows = rows if isinstance(rows, list) else [rows]
-        broken = [i + 1 for i, row in enumerate(rows) if not isinstance(row, dict)]
-        what = "item"
-    else:
-        rows, broken, what = [], [], "line"
-        for number, line in enumerate(text.splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                row = None
-            if isinstance(row, dict):
-                rows.append(row)
-            else:
-                broken.append(number)
-    if broken:
-        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise UserError(
-            f"{path}: not a JSON object in {what} {', '.join(map(str, broken[:5]))}{more}; mend "
-            "or remove them"
-        )
-    return rows

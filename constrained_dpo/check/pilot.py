@@ -26,7 +26,8 @@ from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.progress import timed
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.scorer_facts import reference_stds, score_statistics
-from data_prep.labels.preferences import label_groups, label_pairs
+from data_prep.labels.groups import label_groups
+from data_prep.labels.preferences import label_pairs
 from data_prep.records import Record
 from data_prep.settings import derive_seed
 

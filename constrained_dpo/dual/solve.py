@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize
 
-from constrained_dpo.dual.response import Local, Response
+from constrained_dpo.dual.response import Response
 from constrained_dpo.dual.trial import Trial
 from constrained_dpo.problem import by_name
 
@@ -120,7 +120,7 @@ class _Search:
         return cls(names, low, high, tolerance, first, kappa, rule.kl_budget, response)
 
     def first(self) -> Solution:
-        unknown = {name: np.nan for name in self.names}
+        unknown = dict.fromkeys(self.names, np.nan)
         return Solution(
             lambda_=pd.Series(self.start, index=self.names),
             kappa=float(np.clip(1.0, *self.kappa)),
@@ -128,8 +128,8 @@ class _Search:
             reason="the first trial",
             predicted=unknown,
             predicted_se=unknown,
-            responds={name: True for name in self.names},
-            at_edge={name: "" for name in self.names},
+            responds=dict.fromkeys(self.names, True),
+            at_edge=dict.fromkeys(self.names, ""),
         )
 
     def root(self, response: Response) -> np.ndarray:

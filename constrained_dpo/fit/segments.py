@@ -19,6 +19,7 @@ from constrained_dpo.launch import num_processes, shards_base
 from data_prep.errors import UserError
 from data_prep.files import sync_folder
 
+
 def segmented(
     plan: FitPlan, rows: datasets.Dataset
 ) -> tuple[FitPlan, datasets.Dataset, int | None]:

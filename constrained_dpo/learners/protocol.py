@@ -75,9 +75,7 @@ class Learner(Source, Protocol):
     def fit(self, job: FitJob) -> None:
         """Write one round's adapter, or family, to `job.output`."""
 
-    def write_member(
-        self, family: Path, lambda_: pd.Series, kappa: float, output: Path
-    ) -> None:
+    def write_member(self, family: Path, lambda_: pd.Series, kappa: float, output: Path) -> None:
         """Write the adapter of a family's member at λ and κ."""
 
     def log_probabilities(self, responses: pd.DataFrame, adapter: Path | None) -> np.ndarray:

@@ -12,8 +12,8 @@ class DualSettings(Settings):
 
     method: Literal["solve", "subgradient", "one_shot", "fixed"] = Field(
         "subgradient",
-        description="solve: the root of u, by trials of a conditional policy; subgradient: a step; one_shot: λ from reference samples, kept; fixed: λ = "
-        "init, kept",
+        description="solve: the root of u, by trials of a conditional policy; subgradient: a step; "
+        "one_shot: λ from reference samples, kept; fixed: λ = init, kept",
     )
     step_size: float = Field(0.5, gt=0, description="η, in units of step_scale")
     step_schedule: Literal["constant", "inverse_sqrt"] = Field(

@@ -27,7 +27,9 @@ class ConditionalSettings(Settings):
     @model_validator(mode="after")
     def _ordered(self) -> "ConditionalSettings":
         if self.kappa is not None and not 0 < self.kappa[0] < 1 < self.kappa[1]:
-            raise ValueError(f"kappa is {list(self.kappa)}; write [low, high] with 0 < low < 1 < high")
+            raise ValueError(
+                f"kappa is {list(self.kappa)}; write [low, high] with 0 < low < 1 < high"
+            )
         return self
 
 

@@ -99,7 +99,7 @@ class ObjectiveSettings(Settings):
     kl_budget: float | None = Field(
         None,
         gt=0,
-        description="KL to the reference policy that is aimed at, in nats: κ = β/β' is solved for in "
+        description="KL to the reference policy that is aimed at, in nats, by solving for κ in "
         "fit.conditional.kappa; null: β is what beta says",
     )
     constraints: list[ConstraintSettings] = Field(

@@ -21,6 +21,10 @@ from data_prep.tables import read_parquet
 VERSION = 1
 
 
+MORE_FITS = 2
+"""Further fits of a round whose family does not answer λ yet."""
+
+
 class RunState(Record):
     """state.json: how far a run is, and what its numbers depend on.
 

@@ -12,7 +12,7 @@ from constrained_dpo.fit.family import Family
 from constrained_dpo.problem import by_name
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.steering import demanded
+from constrained_dpo.run.multipliers import demanded
 from constrained_dpo.run.trials import Target
 from data_prep.labels.multipliers import MultiplierRange
 from data_prep.tables import read_parquet
@@ -52,9 +52,11 @@ def family_of(run: RunDirectory, recipe: Recipe, center: pd.Series) -> Family:
     )
 
 
-def target_of(run: RunDirectory, recipe: Recipe, center: pd.Series, number: int) -> Target:
+def target_of(run: RunDirectory, recipe: Recipe, center: pd.Series, number: int) -> Target | None:
     """Say what a round's trials aim at: the levels, with the room that `confidence_side` asks for,
     within the range that the family was trained on."""
+    if recipe.fit.conditional is None:
+        return None
     law, dual, problem = multiplier_range(run, recipe, center), recipe.dual, recipe.problem
     needed, _ = demanded(run, recipe)
     reference = read_parquet(run.reference_file)

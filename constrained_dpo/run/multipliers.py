@@ -106,3 +106,14 @@ def next_multipliers(
     step = step_size_at(dual.step_size, dual.step_schedule, round_number) * unit
     v = pd.Series(slack, index=problem.names, dtype=float)
     return dual_step(lambda_, v, step, dual.max_lambda), "subgradient"
+
+
+def demanded(run: RunDirectory, recipe: Recipe) -> tuple[pd.Series, pd.Series]:
+    """Give by constraint the rise over π_ref that is demanded, |a − ḡ_ref|, at least a tenth of
+    std(g) (score units), and std(r)/std(g); stds within prompts."""
+    table, problem = reference_table(run, recipe), recipe.problem
+    means = pd.Series(table.reference_means(), index=problem.names)
+    spread = pd.Series([table.within_std(g) for g in table.utilities.T], index=problem.names)
+    rise = (problem.levels(means) - means).abs()
+    needed = rise.where(rise > spread / 10, spread / 10)
+    return needed, table.within_std(table.reward) / spread

@@ -1,12 +1,14 @@
 """The record of a round (round.json): a pure function of the run's tables and recipe."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import pandas as pd
 from pydantic import Field
 
 from constrained_dpo.dual.exact import ExactOptimum, ExactPolicy
+from constrained_dpo.dual.solve import Solution
+from constrained_dpo.dual.trial import Trial
 from constrained_dpo.estimates.certificate import Certificate, certify
 from constrained_dpo.estimates.measure import Measurement, Rule, measure
 from constrained_dpo.estimates.sampling_law import compare_sampler, why_not_the_policy
@@ -19,8 +21,10 @@ from constrained_dpo.estimates.slack import (
 from constrained_dpo.estimates.verdict import look_confidence
 from constrained_dpo.problem import ConstrainedProblem, by_name
 from constrained_dpo.recipe.schema import Recipe
-from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.directory import MORE_FITS, RunDirectory
+from constrained_dpo.run.family import target_of
 from constrained_dpo.run.multipliers import initial_multipliers, next_multipliers, steered_on
+from constrained_dpo.run.trials import Target
 from data_prep.files import read_json
 from data_prep.records import Record
 from data_prep.tables import read_parquet
@@ -39,7 +43,9 @@ class RoundRecord(Measurement, Certificate):
     under `test` on the test prompts, and so is the verdict.
 
     lambda_, lambda_next: the multipliers before and after the dual step; step: its kind;
-    steered_on: the slack that moved λ. seconds: by phase, None where a phase was resumed; hashes:
+    steered_on: the slack that moved λ. trials: of a conditional round, whose policy is the family's
+    member at lambda_next and κ `kappa`; at_edge: constraints whose root lies beyond an end of the
+    range that the family was trained on. seconds: by phase, None where a phase was resumed; hashes:
     of the run's inputs.
     """
 
@@ -48,6 +54,9 @@ class RoundRecord(Measurement, Certificate):
     lambda_next: dict[str, float]
     step: str
     steered_on: dict[str, float]
+    trials: list[Trial] | None = None
+    kappa: float = 1.0
+    at_edge: dict[str, str] = Field(default_factory=dict)
     test: Measurement
     verdict: str
     sampling_law: SamplingLaw
@@ -58,6 +67,11 @@ class RoundRecord(Measurement, Certificate):
     truncated_scores: dict[str, int] = Field(default_factory=dict)
     unlabelled_prompts: int = 0
     processes: int = 1
+
+    @property
+    def policy_lambda(self) -> dict[str, float]:
+        """The multipliers whose maximizer the round's policy is to be."""
+        return self.lambda_ if self.trials is None else self.lambda_next
 
     def exact_on(self, split: str) -> ExactPolicy | None:
         """Give a split's exact values, or those of all prompts where splits are not told apart."""
@@ -94,7 +108,8 @@ class RoundTables:
 
     samples, reference: scored responses of π_θ and π_ref on dual and test prompts (column split);
     off_policy: π_ref's on the dual prompts with π_θ's log-probabilities, None where the sampling
-    law is not the policy; earlier: the samples of the rounds before, by name.
+    law is not the policy; earlier: the samples of the rounds before, by name; trials: samples of
+    the members that were tried, in order, None where nothing is tried.
     """
 
     number: int
@@ -102,6 +117,7 @@ class RoundTables:
     reference: pd.DataFrame
     off_policy: pd.DataFrame | None
     earlier: dict[str, pd.DataFrame]
+    trials: list[pd.DataFrame] | None = None
 
     @classmethod
     def read(cls, run: RunDirectory, number: int) -> Self:
@@ -111,7 +127,8 @@ class RoundTables:
             read_parquet(run.samples_file(number)),
             read_parquet(run.reference_file),
         )
-        return cls(number, samples, reference, _off_policy(run, number, reference), earlier)
+        off_policy, trials = _off_policy(run, number, reference), read_trials(run, number)
+        return cls(number, samples, reference, off_policy, earlier, trials)
 
     def following(self, run: RunDirectory) -> "RoundTables":
         """Read the next round's tables, with these as the last of the earlier ones."""
@@ -122,7 +139,17 @@ class RoundTables:
             self.reference,
             _off_policy(run, number, self.reference),
             self.earlier | {f"round {self.number}": self.samples},
+            read_trials(run, number),
         )
+
+
+def read_trials(run: RunDirectory, number: int) -> list[pd.DataFrame] | None:
+    """Read the trials that a round's multipliers rest on; None where nothing is tried."""
+    folders = [run.trials_folder(number, attempt) for attempt in range(MORE_FITS, -1, -1)]
+    for folder in folders:
+        if folder.exists():
+            return [read_parquet(file) for file in sorted(folder.glob("[0-9]*.parquet"))]
+    return None
 
 
 def _of_split(table: pd.DataFrame, split: str) -> pd.DataFrame:
@@ -157,12 +184,19 @@ def seen_slack(run: RunDirectory, problem: ConstrainedProblem) -> list[pd.DataFr
     return seen
 
 
-def round_record(tables: RoundTables, recipe: Recipe, lambda_: pd.Series) -> RoundRecord:
+def round_record(
+    tables: RoundTables, recipe: Recipe, lambda_: pd.Series, target: Target | None = None
+) -> RoundRecord:
     """Compute a round's estimates, verdict, certificate and the next multipliers.
 
-    lambda_: the multipliers that the round's labels were made under.
+    lambda_: the multipliers that the round's labels were made under, or around; target: what the
+    trials of a conditional round aim at.
     """
-    problem, sampling, confidence = recipe.problem, recipe.sampling, recipe.dual.confidence
+    solved = _solved(tables, target)
+    kappa = 1.0 if solved is None else solved[0].kappa
+    problem = replace(recipe.problem, beta=recipe.problem.beta / kappa)
+    at = lambda_ if solved is None else solved[0].lambda_
+    sampling, confidence = recipe.sampling, recipe.dual.confidence
     reason = why_not_the_policy(sampling, tables.samples, tables.reference)
     splits = {
         split: (_of_split(tables.samples, split), _of_split(tables.reference, split))
@@ -187,11 +221,14 @@ def round_record(tables: RoundTables, recipe: Recipe, lambda_: pd.Series) -> Rou
     if reason is None:
         others = {"reference": splits["dual"][1]}
         others |= {name: _of_split(table, "dual") for name, table in tables.earlier.items()}
-        certificate = certify(*splits["dual"], others, tables.off_policy, problem, lambda_)
+        certificate = certify(*splits["dual"], others, tables.off_policy, problem, at)
     else:
         certificate = Certificate(certificate_reason=reason)
     slack = steered_on(recipe.dual, dual)
-    following, step = next_multipliers(recipe, tables.number, lambda_, slack)
+    if solved is None:
+        following, step = next_multipliers(recipe, tables.number, lambda_, slack)
+    else:
+        following, step = solved[0].lambda_, "solved"
     sampler = None
     if sampling.server is not None:
         both = pd.concat([tables.samples, tables.reference], ignore_index=True)
@@ -204,6 +241,7 @@ def round_record(tables: RoundTables, recipe: Recipe, lambda_: pd.Series) -> Rou
         lambda_next=by_name(following),
         step=step,
         steered_on=slack,
+        **_trial_fields(solved),
         test=test,
         verdict=test.overall,
         sampling_law=SamplingLaw(
@@ -213,6 +251,26 @@ def round_record(tables: RoundTables, recipe: Recipe, lambda_: pd.Series) -> Rou
         ),
         sampler=sampler,
     )
+
+
+Solved = tuple[Solution, list[Trial]]
+
+
+def _solved(tables: RoundTables, target: Target | None) -> Solved | None:
+    """What a conditional round's trials lead to."""
+    if target is None or tables.trials is None:
+        return None
+    reference = _of_split(tables.reference, "dual")
+    trials = [target.trial(samples, reference) for samples in tables.trials]
+    return target.solve(trials), trials
+
+
+def _trial_fields(solved: Solved | None) -> dict[str, Any]:
+    if solved is None:
+        return {}
+    solution, trials = solved
+    edges = {name: edge for name, edge in solution.at_edge.items() if edge}
+    return {"trials": trials, "kappa": solution.kappa, "at_edge": edges}
 
 
 def replay(run: RunDirectory) -> list[dict[str, float]]:
@@ -225,6 +283,8 @@ def replay(run: RunDirectory) -> list[dict[str, float]]:
     tables: RoundTables | None = None
     for _ in range(rounds):
         tables = RoundTables.read(run, 0) if tables is None else tables.following(run)
-        record = round_record(tables, recipe, history[-1])
+        record = round_record(
+            tables, recipe, history[-1], target_of(run, recipe, history[-1], tables.number)
+        )
         history.append(recipe.problem.multipliers(record.lambda_next))
     return [by_name(lambda_) for lambda_ in history]

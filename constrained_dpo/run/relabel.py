@@ -36,7 +36,7 @@ def write_labels(
         write_parquet(validate_pairs(pairs, where), output)
         return
     # the first stretch has the round's own seed
-    seed = derive_seed(recipe.seed, "stretch", stretch) if stretch else recipe.seed
+    seed = derive_seed(recipe.seed, number, "stretch", stretch) if stretch else recipe.seed
     pool = choose_responses(
         run.pool(number, stretch),
         None if recipe.pool.shares is None else recipe.pool.shares.model_dump(),

@@ -13,7 +13,8 @@ and what the main process alone writes is on disk before any goes on (`launch.wa
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +25,7 @@ from constrained_dpo.learners.collect import Collection, collect
 from constrained_dpo.learners.protocol import FitJob, Learner
 from constrained_dpo.progress import timed
 from constrained_dpo.recipe.schema import Recipe
-from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.directory import MORE_FITS, RunDirectory
 from constrained_dpo.run.family import family_of, target_of, trial_responses
 from constrained_dpo.run.prepare import drop_shards, with_split
 from constrained_dpo.run.record import RoundRecord, RoundTables, round_record
@@ -42,9 +43,6 @@ log = logging.getLogger(__name__)
 OFF_POLICY_RESPONSES = 64
 """Responses of π_ref per dual prompt that a round's policy is asked about: enough for the residual,
 and a bound on its cost."""
-
-MORE_FITS = 2
-"""Further fits of a round whose family does not answer λ yet."""
 
 PHASES = ("relabel", "fit", "refresh", "trials", "rescore", "off_policy")
 
@@ -132,14 +130,12 @@ def fit_policy(this: Round, output: Path, attempt: int) -> None:
             this.phase(
                 "relabel",
                 labels.exists(),
-                lambda labels=labels, s=stretch: write_labels(run, recipe, this.lambda_, number, s),
+                partial(write_labels, run, recipe, this.lambda_, number, stretch),
             )
             job = _fit_job(this, output, stretch, first)
-            this.phase("fit", fitted, lambda job=job: this.learner.fit(job), shared=True)
+            this.phase("fit", fitted, partial(this.learner.fit, job), shared=True)
         if not last and not output.exists():
-            this.phase(
-                "refresh", refreshed.exists(), lambda s=stretch: _refresh(this, s), shared=True
-            )
+            this.phase("refresh", refreshed.exists(), partial(_refresh, this, stretch), shared=True)
     if is_main():
         shutil.rmtree(run.refresh_folder(number, first).parent, ignore_errors=True)
     wait()
@@ -216,9 +212,7 @@ def solve(this: Round) -> None:
         fit_policy(this, run.family_folder(number, attempt), attempt)
         solutions: list[Solution] = []
         done = run.adapter_folder(number).exists()
-        this.phase(
-            "trials", done, lambda a=attempt, s=solutions: s.append(_trials(this, a)), shared=True
-        )
+        this.phase("trials", done, partial(_trials, this, attempt, solutions), shared=True)
         mute = [name for name, responds in solutions[0].responds.items() if not responds]
         if not mute or attempt == MORE_FITS:
             break
@@ -233,7 +227,8 @@ def solve(this: Round) -> None:
     wait()
 
 
-def _trials(this: Round, attempt: int) -> Solution:
+def _trials(this: Round, attempt: int, solutions: list[Solution]) -> None:
+    """Try members of a family; the solution joins the list."""
     run, recipe, number = this.run, this.recipe, this.number
     reference = read_parquet(run.reference_file)
     search_ = Search(
@@ -246,8 +241,10 @@ def _trials(this: Round, attempt: int) -> Solution:
         responses_per_prompt=trial_responses(recipe),
     )
     target = target_of(run, recipe, this.lambda_, number)
+    if target is None:
+        raise ValueError("fit.conditional is null: there is no family to try")
     on_dual = reference[reference["split"] == "dual"]
-    return search(search_, target, recipe, this.learner, this.dual, on_dual)
+    solutions.append(search(search_, target, recipe, this.learner, this.dual, on_dual))
 
 
 def _close_round(this: Round, facts: dict[str, object]) -> None:
@@ -258,13 +255,14 @@ def _close_round(this: Round, facts: dict[str, object]) -> None:
     if recipe.pool.grow and not run.pool_file(number).exists():
         write_parquet(_grown(this), run.pool_file(number))
     if not run.round_file(number).exists():
-        record = round_record(RoundTables.read(run, recipe, number), recipe, this.lambda_)
+        target = target_of(run, recipe, this.lambda_, number)
+        record = round_record(RoundTables.read(run, number), recipe, this.lambda_, target)
         facts |= {"hashes": state.hashes, "processes": num_processes()}
         if this.learner.exact is not None:
             at = recipe.problem.multipliers(record.policy_lambda)
-            facts["exact"] = this.learner.exact.policy(
-                run.adapter_folder(number), at, record.problem_of(recipe.problem)
-            )
+            problem = replace(recipe.problem, beta=recipe.problem.beta / record.kappa)
+            adapter = run.adapter_folder(number)
+            facts["exact"] = this.learner.exact.policy(adapter, at, problem)
         write_json(run.round_file(number), record.model_copy(update=facts).to_json())
     record = RoundRecord.read(run.round_file(number))
     log_round(

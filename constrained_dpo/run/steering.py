@@ -13,7 +13,6 @@ from constrained_dpo.estimates.certificate import best_bound
 from constrained_dpo.estimates.verdict import SATISFIED, VIOLATED
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.multipliers import reference_table
 from constrained_dpo.run.record import RoundRecord, read_records
 from data_prep.errors import UserError
 from data_prep.tables import read_parquet
@@ -105,17 +104,6 @@ def converged(
         if gap is None or gap > target_gap:
             return False
     return bool(met.all() and still.all())
-
-
-def demanded(run: RunDirectory, recipe: Recipe) -> tuple[pd.Series, pd.Series]:
-    """Give by constraint the rise over π_ref that is demanded, |a − ḡ_ref|, at least a tenth of
-    std(g) (score units), and std(r)/std(g); stds within prompts."""
-    table, problem = reference_table(run, recipe), recipe.problem
-    means = pd.Series(table.reference_means(), index=problem.names)
-    spread = pd.Series([table.within_std(g) for g in table.utilities.T], index=problem.names)
-    rise = (problem.levels(means) - means).abs()
-    needed = rise.where(rise > spread / 10, spread / 10)
-    return needed, table.within_std(table.reward) / spread
 
 
 def diagnose_run(run: RunDirectory, recipe: Recipe) -> Feasibility:

@@ -6,8 +6,7 @@ from the files. So a killed search goes on at the same λ, and replay needs noth
 
 import logging
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -141,8 +140,8 @@ def _played(
     )
     samples = collect(learner, dual, job)
     if is_main():
-        values = point.lambda_.set_axis(multiplier_columns(point.lambda_.index)).to_dict()
-        write_parquet(samples.assign(**values, **{KAPPA: point.kappa}), file)
+        columns = dict(zip(multiplier_columns(point.lambda_.index), point.lambda_, strict=True))
+        write_parquet(samples.assign(**columns, **{KAPPA: point.kappa}), file)
         shutil.rmtree(shards, ignore_errors=True)
         shutil.rmtree(adapter, ignore_errors=True)
     wait()

@@ -1,9 +1,12 @@
 """s_λ = r + λ·g, the score that pseudo-preferences compare."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 
 from data_prep.errors import UserError
+from data_prep.labels.multipliers import MultiplierRange, multiplier_columns
 from data_prep.tables import require_columns, require_finite
 
 
@@ -23,3 +26,51 @@ def lagrangian_score(responses: pd.DataFrame, reward: str, lambda_: pd.Series) -
     for name, value in lambda_.items():  # elementwise: the same bits in every process
         score += value * responses[name].to_numpy(np.float64)
     return score
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """What the scores of label rows are made of, by response.
+
+    base: (num_responses,) s_λ where λ is fixed, r where each label row draws its λ; utilities: by
+    their column of multipliers, (num_responses,) g_i of each λ_i that is drawn; law: of the drawn
+    multipliers, None where λ is fixed. Scores are in score units.
+    """
+
+    base: np.ndarray
+    utilities: dict[str, np.ndarray]
+    law: MultiplierRange | None
+
+    @classmethod
+    def of(
+        cls, responses: pd.DataFrame, reward: str, lambda_: pd.Series | MultiplierRange
+    ) -> "LabelScores":
+        """Take the scores of a table of responses. Raises UserError as `lagrangian_score` does."""
+        if isinstance(lambda_, pd.Series):
+            return cls(lagrangian_score(responses, reward, lambda_), {}, None)
+        names = [str(name) for name in lambda_.center.index]
+        base = lagrangian_score(responses, reward, pd.Series(dtype=float))
+        require_columns(responses, names, "responses")
+        require_finite(responses, names, "responses")
+        columns = zip(multiplier_columns(names), names, strict=True)
+        return cls(base, {c: responses[n].to_numpy(np.float64) for c, n in columns}, lambda_)
+
+    def take(self, rows: np.ndarray) -> "LabelScores":
+        """Take the scores of some responses, in their order."""
+        utilities = {column: values[rows] for column, values in self.utilities.items()}
+        return LabelScores(self.base[rows], utilities, self.law)
+
+    def draw(self, seed: int, *keys: np.ndarray) -> pd.DataFrame:
+        """Draw the multipliers of label rows as `MultiplierRange.draw`; no column where λ is
+        fixed."""
+        if self.law is None:
+            return pd.DataFrame(index=pd.RangeIndex(len(keys[0])))
+        return self.law.draw(seed, *keys)
+
+    def at(self, places: np.ndarray, multipliers: pd.DataFrame) -> np.ndarray:
+        """Give s = r + λ·g of the responses at `places`, each under its label row's multipliers,
+        shape (len(places),)."""
+        score: np.ndarray = self.base[places]
+        for column, utility in self.utilities.items():
+            score += multipliers[column].to_numpy() * utility[places]
+        return score

@@ -14,9 +14,8 @@ import numpy as np
 import pandas as pd
 
 from data_prep.labels.lagrangian import lagrangian_score
-from data_prep.labels.preferences import PromptRows, hashed_uniforms
+from data_prep.labels.prompt_rows import PromptRows, hashed_uniforms
 from data_prep.settings import derive_seed
-
 
 MAX_STRETCHES = 1000
 """More than a round's fit is cut into."""

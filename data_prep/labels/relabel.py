@@ -5,9 +5,6 @@ Pairs and groups come by prompt, ascending by prompt_id, and are written piece b
 they are many times more than the responses.
 """
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,17 +16,13 @@ import pyarrow.parquet as pq
 
 from data_prep.errors import UserError
 from data_prep.files import replacing
-from data_prep.labels.lagrangian import lagrangian_score
-from data_prep.labels.preferences import (
-    Labels,
-    PromptRows,
-    group_ids,
-    group_rows,
-    no_group,
-    no_pair,
-    pair_pieces,
-    require_responses,
-)
+from data_prep.labels.groups import group_ids, group_rows, group_scores, no_group
+from data_prep.labels.lagrangian import LabelScores
+from data_prep.labels.multipliers import MultiplierRange
+from data_prep.labels.preferences import Labels, Pairs, no_pair, pair_pieces
+from data_prep.labels.prompt_rows import PromptRows, require_responses
+from data_prep.labels.row_groups import arrow_texts, encoded, row_groups, taken
+from data_prep.settings import derive_seed
 from data_prep.tables import read_parquet, read_table, require_columns, require_unique
 
 IDS, TEXTS = ("prompt_id", "response_id"), ("prompt", "response")
@@ -38,15 +31,11 @@ IDS, TEXTS = ("prompt_id", "response_id"), ("prompt", "response")
 GROUPS_AT_ONCE = 1 << 15
 
 
-DICTIONARY_BYTES = 1 << 28
-"""Each text stands once per row group up to here, beyond it once per pair."""
-
-
 def relabel_pairs(
     path: Path,
     output: Path,
     reward: str,
-    lambda_: pd.Series,
+    lambda_: pd.Series | MultiplierRange,
     *,
     labels: Labels,
     pairs_per_prompt: int | None,
@@ -55,7 +44,8 @@ def relabel_pairs(
 ) -> dict[str, object]:
     """Write `label_pairs` of a file (parquet, csv, tsv, json, jsonl).
 
-    prompt_texts: add the columns prompt, chosen and rejected (texts). True takes the prompt from
+    With a range each pair draws its λ and has it in columns more, the last. prompt_texts: add the
+    columns prompt, chosen and rejected (texts). True takes the prompt from
     the file's column prompt (the first row of each prompt), a Series from itself, by prompt_id.
 
     Returns counts: pairs, prompts (with a pair), ambiguous_fraction (share of pairs with
@@ -64,32 +54,16 @@ def relabel_pairs(
     """
     responses = _read(path, reward, lambda_, prompt_texts)
     pairs = ambiguous = 0
-    with replacing(output) as temporary, _row_groups(temporary) as write:
+    with replacing(output) as temporary, row_groups(temporary) as write:
         pieces = pair_pieces(
             responses.prompts,
-            responses.score,
+            responses.scores,
             labels=labels,
             pairs_per_prompt=pairs_per_prompt,
             seed=seed,
         )
         for piece in pieces:
-            columns = {
-                name: _encoded(column.take(pa.array(piece.rows)), name)
-                for name, column in responses.columns.items()
-            }
-            table = {
-                "prompt_id": _taken(columns["prompt_id"], piece.chosen),
-                "chosen_id": _taken(columns["response_id"], piece.chosen),
-                "rejected_id": _taken(columns["response_id"], piece.rejected),
-                "prob": piece.prob,
-                "target": piece.target,
-                "margin": piece.margin,
-            }
-            if "prompt" in columns:
-                table["prompt"] = _taken(columns["prompt"], piece.chosen)
-                table["chosen"] = _taken(columns["response"], piece.chosen)
-                table["rejected"] = _taken(columns["response"], piece.rejected)
-            write(pa.table(table))
+            write(_pair_table(responses, piece))
             pairs += len(piece.prob)
             ambiguous += int((np.abs(piece.prob - 0.5) < 0.45).sum())
         if not pairs:
@@ -107,13 +81,13 @@ def relabel_groups(
     path: Path,
     output: Path,
     reward: str,
-    lambda_: pd.Series,
+    lambda_: pd.Series | MultiplierRange,
     *,
     group_size: int,
     groups_per_prompt: int,
     seed: int,
 ) -> dict[str, int]:
-    """Write `label_groups` of a file.
+    """Write `label_groups` of a file; with a range each group draws its λ.
 
     Returns counts: groups, prompts (with groups), too_few_responses (prompts left out). Raises
     UserError on a bad table, or where no prompt has `group_size` responses.
@@ -124,9 +98,10 @@ def relabel_groups(
     if not len(grouped):
         raise no_group(group_size)
     per_piece = max(1, GROUPS_AT_ONCE // groups_per_prompt)
-    with replacing(output) as temporary, _row_groups(temporary) as write:
+    with replacing(output) as temporary, row_groups(temporary) as write:
         for begin in range(0, len(grouped), per_piece):
-            write(_group_table(responses, grouped[begin : begin + per_piece]))
+            piece = grouped[begin : begin + per_piece]
+            write(_group_table(responses, piece, derive_seed(seed, 0, "lambda")))
     left_out = len(responses.prompts.counts) - len(grouped)
     return {
         "groups": len(grouped) * groups_per_prompt,
@@ -149,12 +124,12 @@ def read_prompt_texts(path: Path) -> pd.Series:
 @dataclass(frozen=True)
 class _Responses:
     """A file's responses. frame: the needed columns; hashes: of the response ids; texts: what
-    stands beside the ids; score: (num_responses,) s_λ, score units."""
+    stands beside the ids; scores: what the labels' scores are made of."""
 
     frame: pd.DataFrame
     hashes: np.ndarray
     texts: dict[str, pd.Series]
-    score: np.ndarray
+    scores: LabelScores
 
     @cached_property
     def prompts(self) -> PromptRows:
@@ -164,23 +139,24 @@ class _Responses:
     def columns(self) -> dict[str, pa.Array]:
         """Ids and texts in arrow, where taking rows makes no Python objects."""
         return {
-            name: _arrow(column)
+            name: arrow_texts(column)
             for name, column in [*((n, self.frame[n]) for n in IDS), *self.texts.items()]
         }
 
 
 def _read(
-    path: Path, reward: str, lambda_: pd.Series, prompt_texts: "pd.Series | bool"
+    path: Path, reward: str, lambda_: pd.Series | MultiplierRange, prompt_texts: "pd.Series | bool"
 ) -> _Responses:
     """The needed columns of a file; raises UserError with all rows that are wrong."""
     path, with_texts = Path(path), prompt_texts is not False
+    utilities = lambda_.index if isinstance(lambda_, pd.Series) else lambda_.center.index
     columns = [
         *IDS,
         reward,
-        *lambda_.index,
+        *utilities,
         *(TEXTS if prompt_texts is True else TEXTS[1:] if with_texts else ()),
     ]
-    frame = _read_columns(path, columns)
+    frame = read_columns(path, columns)
     require_columns(frame, IDS, "responses")
     for name in IDS:
         if frame[name].dtype != "str":
@@ -190,10 +166,14 @@ def _read(
     if with_texts:
         _require_texts(frame, columns[-2:] if prompt_texts is True else columns[-1:])
         texts = {"prompt": _prompts_of(frame, prompt_texts), "response": frame["response"]}
-    return _Responses(frame, hashes, texts, lagrangian_score(frame, reward, lambda_))
+    return _Responses(frame, hashes, texts, LabelScores.of(frame, reward, lambda_))
 
 
-def _read_columns(path: Path, columns: list[str]) -> pd.DataFrame:
+def read_columns(path: Path, columns: list[str]) -> pd.DataFrame:
+    """Read a table, of a parquet file those of the columns that it has alone.
+
+    Raises UserError where the file is missing or broken.
+    """
     if path.suffix != ".parquet" or not path.is_file():
         return read_table(path)
     try:
@@ -229,75 +209,45 @@ def _prompts_of(frame: pd.DataFrame, prompt_texts: "pd.Series | bool") -> pd.Ser
     return frame["prompt_id"].map(prompt_texts)
 
 
-def _group_table(responses: _Responses, grouped: np.ndarray) -> pa.Table:
-    """Rows of the groups table; grouped: (num_prompts, groups_per_prompt, group_size) row
-    numbers."""
+def _pair_table(responses: _Responses, pairs: Pairs) -> pa.Table:
+    """Rows of the pairs table, with texts where there are any."""
+    columns = {
+        name: encoded(column.take(pa.array(pairs.rows)), name)
+        for name, column in responses.columns.items()
+    }
+    table = {
+        "prompt_id": taken(columns["prompt_id"], pairs.chosen),
+        "chosen_id": taken(columns["response_id"], pairs.chosen),
+        "rejected_id": taken(columns["response_id"], pairs.rejected),
+        "prob": pairs.prob,
+        "target": pairs.target,
+        "margin": pairs.margin,
+    }
+    if "prompt" in columns:
+        table["prompt"] = taken(columns["prompt"], pairs.chosen)
+        table["chosen"] = taken(columns["response"], pairs.chosen)
+        table["rejected"] = taken(columns["response"], pairs.rejected)
+    drawn = pairs.multipliers
+    return pa.table(table | {str(name): drawn[name].to_numpy() for name in drawn})
+
+
+def _group_table(responses: _Responses, grouped: np.ndarray, seed: int) -> pa.Table:
+    """Rows of the groups table; grouped: (num_prompts, groups_per_prompt, group_size) row numbers;
+    seed: of the multipliers, where groups draw them."""
     _, groups_per_prompt, group_size = grouped.shape
     rows = grouped.reshape(-1)
     prompt_ids = responses.columns["prompt_id"].take(pa.array(grouped[:, 0, 0])).dictionary_encode()
-    groups = pa.array(
-        group_ids(prompt_ids.to_pylist(), groups_per_prompt), pa.large_string()
-    ).dictionary_encode()
+    names = group_ids(prompt_ids.to_pylist(), groups_per_prompt)
+    groups = pa.array(names, pa.large_string()).dictionary_encode()
+    score, multipliers = group_scores(responses.scores, grouped, names, seed)
     at = np.arange(len(rows)) // group_size
     ids = responses.columns["response_id"].take(pa.array(rows))
     return pa.table(
         {
-            "prompt_id": _taken(prompt_ids, at // groups_per_prompt),
-            "group_id": _taken(groups, at),
+            "prompt_id": taken(prompt_ids, at // groups_per_prompt),
+            "group_id": taken(groups, at),
             "response_id": ids.dictionary_encode(),
-            "score": responses.score[rows],
+            "score": score,
+            **{name: drawn.to_numpy() for name, drawn in multipliers.items()},
         }
     )
-
-
-def _arrow(texts: pd.Series) -> pa.Array:
-    array = pa.array(texts, pa.large_string())  # large: all texts may be more than 2 GiB
-    return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-
-
-def _encoded(texts: pa.Array, name: str) -> pa.DictionaryArray:
-    """As a dictionary, whose entries must differ; response ids do."""
-    if name == "response_id":
-        return pa.DictionaryArray.from_arrays(
-            pa.array(np.arange(len(texts), dtype=np.int32)), texts
-        )
-    return texts.dictionary_encode()
-
-
-def _taken(encoded: pa.DictionaryArray, places: np.ndarray) -> pa.DictionaryArray:
-    return pa.DictionaryArray.from_arrays(
-        pa.array(encoded.indices.to_numpy()[places]), encoded.dictionary
-    )
-
-
-@contextmanager
-def _row_groups(path: Path) -> Iterator[Callable[[pa.Table], None]]:
-    """Yields what writes a table as a row group; it compresses in a thread of its own while the
-    next one is made."""
-    with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(1))
-        writer: pq.ParquetWriter | None = None
-        pending: list[Future[None]] = []
-
-        def write(table: pa.Table) -> None:
-            nonlocal writer
-            if writer is None:
-                # Without the Arrow schema readers see plain texts, not dictionaries.
-                encoded = [f.name for f in table.schema if pa.types.is_dictionary(f.type)]
-                settings = {
-                    "compression": "zstd",
-                    "use_dictionary": encoded,
-                    "dictionary_pagesize_limit": DICTIONARY_BYTES,
-                }
-                writer = stack.enter_context(
-                    pq.ParquetWriter(path, table.schema, store_schema=False, **settings)
-                )
-                # before the writer is closed, also after an error
-                stack.callback(wait, pending)
-            for last in pending:
-                last.result()
-            pending[:] = [pool.submit(writer.write_table, table)]
-
-        yield write
-        for last in pending:
-            last.result()

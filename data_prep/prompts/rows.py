@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.errors import UserError
+from data_prep.json_rows import read_json_rows
 from data_prep.prompts.layouts import layout_columns
 from data_prep.prompts.settings import DatasetSource
 from data_prep.settings import EMBEDDED
-from data_prep.tables import read_json_rows
 
 BATCH_ROWS = 1024
 

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from data_prep.errors import UserError
+from data_prep.json_rows import read_json_rows
 from data_prep.tables import (
-    read_json_rows,
     read_parquet,
     read_table,
     validate_prompts,

@@ -19,7 +19,7 @@ from constrained_dpo.cli.main import main
 from constrained_dpo.fit.adapter import fit_adapter
 from constrained_dpo.fit.trainer import FitPlan
 from constrained_dpo.launch import join_launch, num_processes
-from data_prep.labels.preferences import label_groups
+from data_prep.labels.groups import label_groups
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import PolicySettings
 from tests.helpers.fits import LORA, fit_settings, make_pairs, make_pool, prompt_tokens

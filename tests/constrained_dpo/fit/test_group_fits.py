@@ -17,7 +17,7 @@ from constrained_dpo.fit.trainer import FitPlan
 from constrained_dpo.recipe.load import load_recipe
 from constrained_dpo.run.record import replay
 from data_prep.errors import UserError
-from data_prep.labels.preferences import label_groups
+from data_prep.labels.groups import label_groups
 from data_prep.models.adapters import attached_adapter
 from data_prep.sampling.logprobs import response_logps
 from data_prep.tables import read_parquet

@@ -11,7 +11,7 @@ from constrained_dpo.fit.holdout import residual, split_held_out, squared_residu
 from constrained_dpo.fit.rows import group_dataset, pair_dataset
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from data_prep.errors import UserError
-from data_prep.labels.preferences import label_groups
+from data_prep.labels.groups import label_groups
 from data_prep.models.adapters import attached_adapter
 from data_prep.sampling.logprobs import response_logps
 from tests.helpers.fits import fit_log, make_pairs, prompt_tokens

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from data_prep.errors import UserError
-from data_prep.labels.preferences import _tournament, label_groups, label_pairs
+from data_prep.labels.groups import label_groups
+from data_prep.labels.preferences import _tournament, label_pairs
 from data_prep.tables import validate_pairs
 from tests.helpers.tables import scored_frame
 

@@ -10,7 +10,8 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.labels import preferences, relabel
-from data_prep.labels.preferences import label_groups, label_pairs
+from data_prep.labels.groups import label_groups
+from data_prep.labels.preferences import label_pairs
 from data_prep.labels.relabel import relabel_groups, relabel_pairs
 from tests.helpers.cli import cdpo
 from tests.helpers.tables import scored_frame
