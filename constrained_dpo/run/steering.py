@@ -13,6 +13,7 @@ from constrained_dpo.estimates.certificate import best_bound
 from constrained_dpo.estimates.verdict import SATISFIED, VIOLATED
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.multipliers import demanded
 from constrained_dpo.run.record import RoundRecord, read_records
 from data_prep.errors import UserError
 from data_prep.tables import read_parquet
