@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import Annotated
 
 import typer
 
-from data_prep.console import parse_assignments, quiet_libraries, run_app
+from data_prep.console import AsJson, Output, quiet_libraries, run_app
 from data_prep.errors import UserError
+from data_prep.relabel_command import relabel
 
 app = typer.Typer(
     name="data-prep",
@@ -16,13 +17,7 @@ app = typer.Typer(
 )
 
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="parquet file to write")]
-
-
 Format = Annotated[str, typer.Option("--format", help="text or chat")]
-
-
-AsJson = Annotated[bool, typer.Option("--json", help="machine-readable summary")]
 
 
 @app.command()
@@ -205,104 +200,7 @@ def score(
     )
 
 
-@app.command()
-def relabel(
-    responses: Annotated[
-        Path,
-        typer.Argument(
-            help="scored responses: parquet, csv or jsonl with prompt_id, response_id and the "
-            "columns"
-        ),
-    ],
-    output: Output,
-    reward: Annotated[str, typer.Option(help="reward column")],
-    lambda_: Annotated[
-        list[str], typer.Option("--lambda", help="COL=VALUE, once per utility")
-    ] = [],
-    labels: Annotated[str, typer.Option(help="soft, bernoulli or argmax")] = "soft",
-    pairs_per_prompt: Annotated[str, typer.Option(help="a number, or all")] = "all",
-    seed: Annotated[int, typer.Option(help="seed of pairs and draws")] = 0,
-    text: Annotated[
-        bool, typer.Option("--text", help="add prompt, chosen, rejected texts")
-    ] = False,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="with --text: table of prompt_id, prompt; default: the responses' column"
-        ),
-    ] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="groups of so many responses with their scores s, instead of pairs"
-        ),
-    ] = None,
-    groups_per_prompt: Annotated[
-        int, typer.Option(min=1, help="groups per prompt, with --group-size")
-    ] = 4,
-    as_json: AsJson = False,
-) -> None:
-    """Pseudo-preference pairs under given multipliers: P(y1 ≻ y2) = σ(s(y1) − s(y2)), s = reward +
-    Σ λ·utility."""
-    import pandas as pd
-
-    from data_prep.labels.preferences import Labels
-    from data_prep.labels.relabel import read_prompt_texts, relabel_groups, relabel_pairs
-
-    if labels not in get_args(Labels):
-        raise UserError(f"--labels {labels}: is not one of {', '.join(get_args(Labels))}")
-    if pairs_per_prompt != "all" and not (pairs_per_prompt.isdigit() and int(pairs_per_prompt) > 0):
-        raise UserError(f"--pairs-per-prompt {pairs_per_prompt}: write a number ≥ 1, or all")
-    multipliers = pd.Series(parse_assignments(lambda_, "--lambda"), dtype=float)
-    if prompts is not None and not text:
-        raise UserError("--prompts: only --text writes prompts; add it, or leave --prompts out")
-    if group_size is not None:
-        if text or labels != "soft" or pairs_per_prompt != "all":
-            raise UserError(
-                "--group-size: groups hold scores; leave out --text, --labels and "
-                "--pairs-per-prompt"
-            )
-        grouped = relabel_groups(
-            responses,
-            output,
-            reward,
-            multipliers,
-            group_size=group_size,
-            groups_per_prompt=groups_per_prompt,
-            seed=seed,
-        )
-        left_out = grouped.pop("too_few_responses")
-        if as_json:
-            print(
-                json.dumps(
-                    {"output": str(output), **grouped, "left_out": {"too_few_responses": left_out}}
-                )
-            )
-        else:
-            counts = f"{grouped['groups']} groups of {group_size} responses"
-            counts += f" of {grouped['prompts']} prompts"
-            print(f"{output}: {counts}; left out: {left_out} prompts with fewer responses")
-        return
-    texts = text if prompts is None else read_prompt_texts(prompts)
-    done = relabel_pairs(
-        responses,
-        output,
-        reward,
-        multipliers,
-        labels=cast(Labels, labels),
-        pairs_per_prompt=None if pairs_per_prompt == "all" else int(pairs_per_prompt),
-        seed=seed,
-        prompt_texts=texts,
-    )
-    singles = done.pop("single_response")
-    if as_json:
-        print(json.dumps({"output": str(output), **done, "left_out": {"single_response": singles}}))
-        return
-    ambiguous = 100 * cast(float, done["ambiguous_fraction"])
-    print(
-        f"{output}: {done['pairs']} pairs of {done['prompts']} prompts, {ambiguous:.0f} % with P "
-        f"between 0.05 and 0.95; left out: {singles} prompts with a single response"
-    )
+app.command()(relabel)
 
 
 @app.command()

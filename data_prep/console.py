@@ -1,10 +1,19 @@
-"""What the command-line programs share: exit codes, quiet libraries, NAME=NUMBER options."""
+"""What the command-line programs share: exit codes, quiet libraries, options."""
 
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from data_prep.errors import UserError
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="parquet file to write")]
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable summary")]
 
 
 def run_app(application: Callable[[], None], may_speak: Callable[[], bool] = lambda: True) -> None:

@@ -13,7 +13,7 @@ import pandas as pd
 from data_prep.errors import UserError
 from data_prep.labels.prompt_rows import hashed_uniforms
 from data_prep.settings import derive_seed
-from data_prep.tables import MULTIPLIER_PREFIX, require_columns, require_finite
+from data_prep.tables import MULTIPLIER_PREFIX, require_columns, require_finite, require_ids
 
 KAPPA = "kappa"
 """The column of a labels table that holds each row's κ = β_recipe/β."""
@@ -112,31 +112,36 @@ def multiplier_floor(responses: pd.DataFrame, reward: str, utilities: Iterable[s
 
     responses: (num_responses,) rows with prompt_id, the reward's and the utilities' columns.
     Variances are pooled over prompts: Σ(x − prompt's mean)²/Σ(K − 1), K the prompt's responses.
-    Raises UserError on a missing column, a score that is not finite, or a score that is constant
-    within prompts.
+    Raises UserError on a missing column, a score that is not finite, a score that is constant
+    within prompts, or where no prompt has two responses.
     """
     names = [*dict.fromkeys(utilities)]
     require_columns(responses, ["prompt_id", reward, *names], "responses")
+    require_ids(responses, ["prompt_id"], "responses")
     require_finite(responses, [reward, *names], "responses")
+    if not responses["prompt_id"].duplicated().any():
+        raise UserError(
+            "responses: no prompt has two responses, so there is no scale for the floor of λ; "
+            "sample more per prompt"
+        )
     std = {name: _within_prompts(responses, name) for name in [reward, *names]}
     for name, value in std.items():
         if value == 0:
             raise UserError(
                 f"responses: column {name} is constant within prompts, so there is no scale for "
-                "the floor of λ; give the floor of every utility (--floor NAME=VALUE)"
+                "the floor of λ; give the floor of every utility (relabel: --floor NAME=VALUE)"
             )
-    return pd.Series({name: FLOOR_SHARE * std[reward] / std[name] for name in names}, dtype=float)
+    floors = {name: FLOOR_SHARE * std[reward] / std[name] for name in names}
+    # Twelve digits: the order of the rows, which moves the last bits of a sum, moves no floor.
+    return pd.Series({name: float(f"{value:.12g}") for name, value in floors.items()}, dtype=float)
 
 
 def _within_prompts(responses: pd.DataFrame, name: str) -> float:
     """Standard deviation within prompts, score units; 0 where rounding is all that differs."""
     score = responses[name].astype(float)
     by_prompt = score.groupby(responses["prompt_id"].to_numpy())
-    freedom = len(score) - by_prompt.ngroups
-    if not freedom:
-        return 0.0
     deviation = score - by_prompt.transform("mean")
-    std = float(np.sqrt((deviation**2).sum() / freedom))
+    std = float(np.sqrt((deviation**2).sum() / (len(score) - by_prompt.ngroups)))
     return std if std > 1e-12 * float(score.abs().max()) else 0.0
 
 

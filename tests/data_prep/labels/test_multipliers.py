@@ -1,0 +1,309 @@
+"""Labels under a range of multipliers: the law of the draws, scores that table and pool alone give
+again, and what the draws depend on."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import kstest
+
+from data_prep.errors import UserError
+from data_prep.labels.groups import label_groups
+from data_prep.labels.multipliers import (
+    KAPPA,
+    MultiplierRange,
+    multiplier_columns,
+    multiplier_floor,
+)
+from data_prep.labels.preferences import label_pairs
+from data_prep.labels.relabel import relabel_groups, relabel_pairs
+from data_prep.tables import GROUPS, PAIRS, validate_groups, validate_pairs
+from tests.helpers.cli import cdpo
+from tests.helpers.tables import scored_frame
+
+KEYS = np.random.default_rng(0).integers(0, 2**64, size=(2, 20_000), dtype=np.uint64)
+
+
+def range_of(factor=3.0, kappa=None, **center_and_floor):
+    center, floor = pd.DataFrame(center_and_floor).iloc
+    return MultiplierRange(center, floor, factor, kappa)
+
+
+RANGE = range_of(g=(0.4, 0.05), h=(0.0, 0.2), kappa=(0.5, 1.5))
+
+
+def frame_of(seed=0, prompts=40, responses=6):
+    frame = scored_frame(seed, prompts, responses)
+    return frame.assign(h=np.random.default_rng(seed + 9).normal(size=len(frame)))
+
+
+def pairs_of(frame, lambda_=RANGE, labels="soft", seed=0, round_number=0, count=None):
+    return label_pairs(
+        frame,
+        "r",
+        lambda_,
+        labels=labels,
+        pairs_per_prompt=count,
+        seed=seed,
+        round_number=round_number,
+    )
+
+
+def groups_of(frame, lambda_=RANGE, seed=0, round_number=0):
+    sizes = {"group_size": 3, "groups_per_prompt": 4}
+    return label_groups(frame, "r", lambda_, **sizes, seed=seed, round_number=round_number)
+
+
+DRAWN = [*multiplier_columns(["g", "h"]), KAPPA]
+
+
+@pytest.mark.parametrize(
+    ("center", "floor", "factor"),
+    [(0.4, 0.05, 3.0), (0.0, 0.05, 3.0), (0.1, 0.05, 5.0), (2.0, 1e-6, 1.5), (0.01, 0.05, 3.0)],
+)
+def test_multipliers_are_log_uniform_and_stretched_to_0_below_the_floor(center, floor, factor):
+    law = range_of(g=(center, floor), factor=factor)
+    drawn = law.draw(7, *KEYS)["lambda/g"]
+    middle = max(center, floor)
+    bottom, low = middle / factor, float(law.low["g"])
+    assert low == (0.0 if bottom <= floor else bottom)
+    assert law.high["g"] == middle * factor
+    assert drawn.between(low, law.high["g"]).all()
+
+    def distribution(value):
+        stretched = bottom + value / floor * (floor - bottom)
+        log_uniform = np.where((low == 0) & (value <= floor), stretched, value)
+        return np.log(log_uniform / bottom) / (2 * np.log(factor))
+
+    assert kstest(drawn, distribution).pvalue > 1e-3
+    if low == 0:
+        assert drawn.min() < 0.01 * floor
+
+
+def test_kappa_is_log_uniform_and_draws_of_columns_are_independent():
+    drawn = RANGE.draw(3, *KEYS)
+    assert list(drawn) == DRAWN and drawn.dtypes.eq(float).all()
+    assert drawn[KAPPA].between(0.5, 1.5).all()
+    assert kstest(np.log(drawn[KAPPA] / 0.5) / np.log(3), "uniform").pvalue > 1e-3
+    assert np.abs(drawn.corr(method="spearman").to_numpy() - np.eye(3)).max() < 0.03
+
+
+def test_a_row_s_draw_depends_on_seed_column_and_its_keys_alone():
+    drawn = RANGE.draw(3, *KEYS)
+    part = RANGE.draw(3, *KEYS[:, 5:9])
+    pd.testing.assert_frame_equal(part, drawn.iloc[5:9].reset_index(drop=True))
+    alone = range_of(g=(0.4, 0.05)).draw(3, *KEYS)
+    pd.testing.assert_frame_equal(alone, drawn[["lambda/g"]])
+    assert not (RANGE.draw(4, *KEYS) == drawn).any(axis=None)
+
+
+@pytest.mark.parametrize("labels", ["soft", "bernoulli", "argmax"])
+def test_pairs_stand_under_their_own_multipliers(labels):
+    frame = frame_of()
+    pairs = validate_pairs(pairs_of(frame, labels=labels), "pairs")
+    assert list(pairs) == [*PAIRS, *DRAWN]
+    assert pairs["lambda/g"].nunique() == len(pairs) == 40 * 15
+    by_id = frame.set_index("response_id")
+
+    def score(side):
+        response = by_id.loc[pairs[side]].reset_index()
+        reward, g, h = (response[name] for name in ("r", "g", "h"))
+        return reward + pairs["lambda/g"] * g + pairs["lambda/h"] * h  # κ is no part of it
+
+    margin = score("chosen_id") - score("rejected_id")
+    pd.testing.assert_series_equal(pairs["margin"], margin, check_names=False, check_exact=True)
+    np.testing.assert_allclose(pairs["prob"], 1 / (1 + np.exp(-margin)), atol=1e-12)
+    if labels == "argmax":
+        assert (pairs["margin"] > 0).all()
+
+
+def test_bernoulli_labels_are_drawn_under_the_pair_s_own_multiplier():
+    frame = scored_frame(2, 1500, 5).assign(r=0.0)
+    pairs = pairs_of(frame, range_of(g=(1.0, 1e-3), factor=8.0), "bernoulli")
+    higher = pairs["margin"] > 0  # chosen with P = σ(|margin|) of the pair's own λ
+    expected = 1 / (1 + np.exp(-pairs["margin"].abs()))
+    for part in (pairs["lambda/g"] < 0.5, pairs["lambda/g"] > 2):
+        error = (higher - expected)[part]
+        assert abs(error.mean()) < 4 * error.std() / np.sqrt(part.sum())
+
+
+def test_groups_stand_under_their_own_multipliers():
+    frame = frame_of()
+    groups = validate_groups(groups_of(frame), "groups")
+    assert list(groups) == [*GROUPS, *DRAWN]
+    assert groups.groupby("group_id")[DRAWN].nunique().eq(1).all(axis=None)
+    assert groups["lambda/g"].nunique() == groups["group_id"].nunique() == 160
+    of_row = frame.set_index("response_id").loc[groups["response_id"]].reset_index()
+    score = of_row["r"] + groups["lambda/g"] * of_row["g"] + groups["lambda/h"] * of_row["h"]
+    pd.testing.assert_series_equal(groups["score"], score, check_names=False, check_exact=True)
+
+
+@pytest.mark.parametrize("label", [pairs_of, groups_of])
+def test_draws_depend_on_seed_round_and_ids_but_not_on_the_table(label):
+    frame = frame_of()
+    whole = label(frame)
+    shuffled = label(frame.sample(frac=1, random_state=1))
+    pd.testing.assert_frame_equal(shuffled, whole, check_exact=True)
+    some = label(frame[frame["prompt_id"].isin(["p1", "p7"])])
+    same = whole[whole["prompt_id"].isin(["p1", "p7"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(some, same, check_exact=True)
+    for other in (label(frame, seed=1), label(frame, round_number=1)):
+        assert not np.isin(other["lambda/g"], whole["lambda/g"]).any()
+
+
+def test_a_pair_s_multiplier_does_not_depend_on_who_wins():
+    def by_pair(labels):
+        pairs = pairs_of(frame_of(), labels=labels)
+        ids = zip(pairs["chosen_id"], pairs["rejected_id"], strict=True)
+        return pairs[DRAWN].set_axis(["/".join(sorted(pair)) for pair in ids]).sort_index()
+
+    pd.testing.assert_frame_equal(by_pair("bernoulli"), by_pair("soft"), check_exact=True)
+
+
+def test_fixed_multipliers_add_no_column_and_change_no_bit():
+    frame, lambda_ = frame_of(), pd.Series({"g": 0.4, "h": 0.3})
+    score = frame.set_index("response_id")
+    score = score["r"] + 0.4 * score["g"] + 0.3 * score["h"]
+    pairs, groups = pairs_of(frame, lambda_), groups_of(frame, lambda_)
+    assert (list(pairs), list(groups)) == ([*PAIRS], [*GROUPS])
+    margin = score[pairs["chosen_id"]].to_numpy() - score[pairs["rejected_id"]].to_numpy()
+    assert (pairs["margin"] == margin).all()
+    assert (groups["score"].to_numpy() == score[groups["response_id"]].to_numpy()).all()
+
+
+def test_files_hold_the_draws_of_the_whole_table(tmp_path, monkeypatch):
+    frame, path, output = frame_of(), tmp_path / "s.parquet", tmp_path / "o.parquet"
+    frame.assign(prompt="ask", response="say").to_parquet(path)
+    monkeypatch.setattr("data_prep.labels.preferences.PIECE_PAIRS", 100)
+    monkeypatch.setattr("data_prep.labels.relabel.GROUPS_AT_ONCE", 20)
+    rule = {"labels": "soft", "pairs_per_prompt": 4, "seed": 5}
+    relabel_pairs(path, output, "r", RANGE, **rule, prompt_texts=True)
+    written = pd.read_parquet(output)
+    assert list(written) == [*PAIRS, "prompt", "chosen", "rejected", *DRAWN]
+    whole = pairs_of(frame, seed=5, count=4)
+    pd.testing.assert_frame_equal(written[list(whole)], whole, check_exact=True)
+    relabel_groups(path, output, "r", RANGE, group_size=3, groups_per_prompt=4, seed=5)
+    whole = groups_of(frame, seed=5)
+    pd.testing.assert_frame_equal(pd.read_parquet(output), whole, check_exact=True)
+
+
+def test_the_floor_is_a_tenth_of_the_pooled_scales_within_prompts():
+    frame = frame_of().sample(frac=0.7, random_state=2)
+    frame["g"] += 100.0 * frame["prompt_id"].str[1:].astype(int)  # between prompts: does not count
+
+    def std(name):
+        parts = [part[name].to_numpy() for _, part in frame.groupby("prompt_id")]
+        squares = sum(((x - x.mean()) ** 2).sum() for x in parts)
+        return np.sqrt(squares / sum(len(x) - 1 for x in parts))
+
+    floor = multiplier_floor(frame, "r", ["h", "g"])
+    assert list(floor.index) == ["h", "g"]
+    np.testing.assert_allclose(floor, [0.1 * std("r") / std(name) for name in ("h", "g")])
+    again = multiplier_floor(frame.sample(frac=1, random_state=3), "r", ["h", "g"])
+    pd.testing.assert_series_equal(again, floor, check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"g": 100.1}, "column g is constant within prompts.*--floor"),
+        ({"r": 0.3}, "column r is constant within prompts"),
+        ({"g": np.nan}, "column g is not a finite number"),
+        ({"prompt_id": None}, "column prompt_id is null in row 0"),
+        ({"prompt_id": [f"q{i}" for i in range(240)]}, "no prompt has two responses"),
+    ],
+)
+def test_a_table_without_scale_gives_no_floor(change, match):
+    with pytest.raises(UserError, match=match):
+        multiplier_floor(frame_of().assign(**change), "r", ["g"])
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"g": (-1.0, 0.1)}, "lambda of g is -1"),
+        ({"g": (np.inf, 0.1)}, "lambda of g is inf"),
+        ({"g": (1.0, 0.0)}, "floor of g is 0.0; give a finite number > 0"),
+        ({"g": (1.0, np.nan)}, "floor of g is nan"),
+        ({"factor": 1.0}, "the factor is 1.0; give a finite number > 1"),
+        ({"factor": np.inf}, "the factor is inf"),
+        ({"kappa": (0.0, 1.5)}, r"range of κ is 0.0 to 1.5; give 0 < low < high"),
+        ({"kappa": (1.5, 0.5)}, "range of κ is 1.5 to 0.5"),
+        ({"kappa": (0.5, np.nan)}, "range of κ is 0.5 to nan"),
+    ],
+)
+def test_bad_ranges_are_refused(change, match):
+    with pytest.raises(UserError, match=match):
+        range_of(**{"g": (0.4, 0.1), **change})
+    with pytest.raises(UserError, match="center is of g, floor of h"):
+        MultiplierRange(pd.Series({"g": 1.0}), pd.Series({"h": 1.0}), 3.0)
+
+
+def test_tables_with_bad_multipliers_are_refused():
+    pairs, groups = pairs_of(frame_of()), groups_of(frame_of())
+    for column, value, sign in [("lambda/g", -0.1, "≥"), (KAPPA, 0.0, ">"), (KAPPA, None, ">")]:
+        for validate, table in ((validate_pairs, pairs), (validate_groups, groups)):
+            bad = table.assign(**{column: table[column].where(table.index != 4, value)})
+            with pytest.raises(UserError, match=f"{column} is not a finite number {sign} 0 in 'y"):
+                validate(bad, "t")
+    other = groups.assign(**{"lambda/h": groups["lambda/h"].where(groups.index != 4, 0.3)})
+    with pytest.raises(UserError, match="lambda/h differs within the group of 'p0/1'"):
+        validate_groups(other, "t")
+
+
+def test_responses_without_a_utility_are_refused():
+    with pytest.raises(UserError, match="missing column h"):
+        pairs_of(frame_of().drop(columns="h"))
+    with pytest.raises(UserError, match="column h is not a finite number in 'y3'"):
+        groups_of(frame_of().assign(h=lambda f: f["h"].where(f.index != 3)))
+
+
+@pytest.fixture
+def command(tmp_path):
+    frame_of().to_parquet(tmp_path / "s.parquet")
+    relabel = ["data", "relabel", tmp_path / "s.parquet", "--reward", "r"]
+    return lambda *options, check=0: cdpo(
+        *relabel, "-o", tmp_path / "o.parquet", *options, check=check
+    )
+
+
+def test_relabel_draws_multipliers_from_the_shell(command, tmp_path):
+    frame = frame_of()
+    law = ["--lambda", "g=0.4", "--lambda", "h=0", "--range", "3", "--floor", "g=0.05"]
+    floor = pd.Series({"g": 0.05, "h": multiplier_floor(frame, "r", ["h"])["h"]})
+    expected = MultiplierRange(pd.Series({"g": 0.4, "h": 0.0}), floor, 3.0, (0.5, 1.5))
+    facts = json.loads(command(*law, "--kappa", "0.5:1.5", "--json").stdout)
+    pairs = pairs_of(frame, expected)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "o.parquet"), pairs, check_exact=True)
+    assert facts["multipliers"]["g"] == {"low": 0.4 / 3, "high": 0.4 * 3.0, "floor": 0.05}
+    assert facts["multipliers"]["h"] == {"low": 0.0, "high": floor["h"] * 3, "floor": floor["h"]}
+    assert facts["kappa"] == [0.5, 1.5]
+    groups = [*law, "--group-size", "3", "--groups-per-prompt", "4"]
+    words = command(*groups).stdout
+    assert "λ of g 0.1333 to 1.2, floor 0.05" in words
+    assert f"λ of h 0 to {3 * floor['h']:.4g}, floor {floor['h']:.4g}" in words
+    expected = MultiplierRange(expected.center, floor, 3.0)
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(tmp_path / "o.parquet"), groups_of(frame, expected), check_exact=True
+    )
+    assert "λ" not in command("--lambda", "g=0.4").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--range", "3"], "--range: there is no λ to draw; add --lambda"),
+        (["--lambda", "g=1", "--floor", "g=1"], "--floor: is of a range of multipliers; add"),
+        (["--lambda", "g=1", "--kappa", "1:2"], "--kappa: is of a range of multipliers; add"),
+        (["--lambda", "g=1", "--range", "1"], "the factor is 1.0; give a finite number > 1"),
+        (["--lambda", "g=1", "--range", "3", "--floor", "h=1"], "--floor h: has no --lambda"),
+        (["--lambda", "g=1", "--range", "3", "--kappa", "2"], "--kappa 2: write LOW:HIGH"),
+        (["--lambda", "g=1", "--range", "3", "--kappa", "2:1"], "range of κ is 2.0 to 1.0"),
+        (["--lambda", "x=1", "--range", "3"], "missing column x"),
+    ],
+)
+def test_wrong_options_are_one_line(command, options, match, tmp_path):
+    error = command(*options, check=2).stderr
+    assert match in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "o.parquet").exists()
