@@ -17,7 +17,7 @@ from constrained_dpo.report.scorer_words import (
     describe_margins,
     describe_statistics,
 )
-from constrained_dpo.report.words import describe_answers
+from constrained_dpo.report.status_words import describe_answers
 
 LARGE_SHARE, NEARLY_ALL = 0.3, 0.9
 """Shares of saturated and of tied pairs from which a recipe is advised."""
