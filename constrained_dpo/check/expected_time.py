@@ -1,11 +1,22 @@
 """How long a run will take, from what a pilot measured."""
 
 import math
+from dataclasses import dataclass
 
-from constrained_dpo.check.pilot import Timing
 from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.family import trial_responses
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per sampled and scored response of π_ref and of an adapter, per optimizer step, and
+    around a fit's steps."""
+
+    reference_response: float
+    response: float
+    step: float
+    around_fit: float
 
 
 def expected_seconds(

@@ -10,14 +10,13 @@ import math
 import resource
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.check.expected_time import expected_seconds
+from constrained_dpo.check.expected_time import Timing, expected_seconds
 from constrained_dpo.check.precision import Precision, expected_precision
 from constrained_dpo.check.score_scale import ScoreScale, initial_multipliers, score_scale
 from constrained_dpo.dual.one_shot import solve_one_shot
@@ -58,17 +57,6 @@ class Pilot(Record):
     scale: ScoreScale
     seconds: dict[str, float]
     peak_gib: float
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per sampled and scored response of π_ref and of an adapter, per optimizer step, and
-    around a fit's steps."""
-
-    reference_response: float
-    response: float
-    step: float
-    around_fit: float
 
 
 def run_pilot(

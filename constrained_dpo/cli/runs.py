@@ -63,8 +63,9 @@ def _opened(path: Path) -> "Run":
 
 def prepare(run: RunPath, as_json: AsJson = False) -> None:
     """Sample and score the reference policy, measure its utilities, find the first multipliers."""
+    from constrained_dpo.report.cells import at_bound_warning
     from constrained_dpo.report.scorer_words import prepared_lines
-    from constrained_dpo.report.status_words import at_bound_warning, describe_answers
+    from constrained_dpo.report.status_words import describe_answers
 
     opened = _opened(run)
     lambda_, directory = opened.prepare(), opened.directory

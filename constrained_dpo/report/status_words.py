@@ -9,7 +9,13 @@ from rich.text import Text
 from constrained_dpo.estimates.certificate import sentence
 from constrained_dpo.estimates.verdict import VIOLATED
 from constrained_dpo.progress import duration
-from constrained_dpo.report.words import _gap, _number, _slack, _verdict
+from constrained_dpo.report.cells import (
+    at_bound_warning,
+    gap_cell,
+    number_cell,
+    slack_cell,
+    verdict_cell,
+)
 from constrained_dpo.run.record import RoundRecord
 from constrained_dpo.run.status import RunStatus
 
@@ -30,14 +36,6 @@ def certificate_line(records: Sequence[RoundRecord]) -> str:
     return f"{line} ({details})"
 
 
-def at_bound_warning(name: str) -> str:
-    """Say what a multiplier at dual.max_lambda means."""
-    return (
-        f"warning: λ({name}) is at dual.max_lambda: more weight on {name} was not enough to reach "
-        f"its level; lower the margin or threshold of {name}, or give more responses per prompt"
-    )
-
-
 def print_status(console: Console, status: RunStatus) -> None:
     """Print where a run stands: a row per round, λ for the next one, what happens next."""
     console.print(f"{status.name}\n{status.problem}")
@@ -48,10 +46,10 @@ def print_status(console: Console, status: RunStatus) -> None:
             table.add_column(column, justify="right")
         for record in status.rounds:
             lambdas = "\n".join(f"{n} {v:.4f}" for n, v in record.lambda_.items())
-            slacks = ("\n".join(_slack(m, n) for n in m.u) for m in (record, record.test))
+            slacks = ("\n".join(slack_cell(m, n) for n in m.u) for m in (record, record.test))
             numbers = (record.reward, record.kl, record.objective)
-            word = _verdict(record.verdict)
-            cells: tuple[str | Text, ...] = (*map(_number, numbers), _gap(record), word)
+            word = verdict_cell(record.verdict)
+            cells: tuple[str | Text, ...] = (*map(number_cell, numbers), gap_cell(record), word)
             table.add_row(str(record.round), lambdas, *slacks, *cells)
         console.print(table)
         console.print(certificate_line(status.rounds))

@@ -13,16 +13,13 @@ from constrained_dpo.estimates.measure import Measurement
 from constrained_dpo.evaluation.record import Evaluation
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from constrained_dpo.recipe.schema import Recipe
-from constrained_dpo.report.status_words import at_bound_warning
+from constrained_dpo.report.cells import at_bound_warning, number_cell, slack_cell, verdict_cell
 from constrained_dpo.report.trial_words import trial_lines, trial_table
 from constrained_dpo.report.verdict_words import MEANING, basis
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import RoundRecord, read_optimum
 from data_prep.prompts.templates import last_user_text
 from data_prep.tables import read_parquet
-
-# rich drops colours under NO_COLOR and in files and pipes.
-COLOURS = {"satisfied": "green", "undecided": "yellow", "violated": "red"}
 
 EMBEDDED_WORLD = (
     "The embedded world: a small model, trained on the spot, answers requests such as `kid open "
@@ -32,27 +29,6 @@ EMBEDDED_WORLD = (
 
 SHOWN_CHARACTERS = 60
 """Of a prompt or response in the few lines about a round."""
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.3f}"
-
-
-def _gap(record: RoundRecord) -> str:
-    """The Lagrangian gap, or its interval where the samples carry no estimate."""
-    low, high = record.lagrangian_gap_low, record.lagrangian_gap_high
-    if record.lagrangian_gap is not None or low is None:
-        return _number(record.lagrangian_gap)
-    return f"{max(low, 0.0):.2f} to {'?' if high is None else f'{high:.2f}'}"
-
-
-def _verdict(word: str) -> Text:
-    return Text(word, style=COLOURS[word])
-
-
-def _slack(measured: Measurement, name: str) -> str:
-    low, high = measured.u_ci_low[name], measured.u_ci_high[name]
-    return f"{measured.u[name]:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def round_lines(run: RunDirectory, record: RoundRecord) -> list[str]:
@@ -171,7 +147,9 @@ def print_tables(console: Console, run: RunDirectory, record: RoundRecord) -> No
     if record.kl is None:
         console.print(f"KL and objective are null: {record.kl_reason}.")
     meaning = f" ({MEANING[record.verdict]})"
-    console.print(Text.assemble("verdict on the test prompts: ", _verdict(record.verdict), meaning))
+    console.print(
+        Text.assemble("verdict on the test prompts: ", verdict_cell(record.verdict), meaning)
+    )
     for line in basis(record.test, recipe.dual.confidence):
         console.print(line, soft_wrap=True)
     for split, policy in (record.exact or {}).items():
@@ -197,8 +175,8 @@ def _constraint_table(
     table.add_column("verdict", justify="right")
     for name in problem.names:
         before, after = record.lambda_[name], record.lambda_next[name]
-        slacks = _slack(record, name), _slack(record.test, name)
-        word = _verdict(record.test.verdicts[name])
+        slacks = slack_cell(record, name), slack_cell(record.test, name)
+        word = verdict_cell(record.test.verdicts[name])
         table.add_row(name, f"{before:.4f}", f"{after:.4f}", *slacks, word)
         for split, policy in (record.exact or {}).items():
             if optimum:
@@ -224,8 +202,8 @@ def _value_table(
         table.add_row(
             f"{split} prompts",
             f"{measured.reward:+.3f} ± {measured.reward_se:.3f}",
-            _number(measured.kl),
-            _number(measured.objective),
+            number_cell(measured.kl),
+            number_cell(measured.objective),
             f"{measured.mean_length:.1f}",
             f"{100 * measured.cut_off_fraction:.0f} %",
         )
@@ -240,11 +218,11 @@ def _value_table(
             if best
             else []
         )
-        table.add_row("  π_ref", _number(start), "", "", length, cut_off, style="dim")
+        table.add_row("  π_ref", number_cell(start), "", "", length, cut_off, style="dim")
         for label, policy in rows:
             if policy is not None:
                 cells = (policy.reward, policy.kl, policy.objective)
-                table.add_row(label, *map(_number, cells), "", "", style="dim")
+                table.add_row(label, *map(number_cell, cells), "", "", style="dim")
     return table
 
 
@@ -283,12 +261,12 @@ def print_evaluation(console: Console, record: Evaluation, recipe: Recipe) -> No
         table.add_column(column, justify="right")
     for name, row in record.change.items():
         constrained = name in problem.names
-        slack, word = (_slack(record, name), record.verdicts[name]) if constrained else ("", "")
+        slack, word = (slack_cell(record, name), record.verdicts[name]) if constrained else ("", "")
         change = f"{row.difference:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
         table.add_row(name, f"{row.reference:+.3f}", f"{row.policy:+.3f}", change, slack, word)
     console.print(table)
     console.print(
-        f"KL {_number(record.kl)} nats; mean length {record.mean_length:.1f} tokens, "
+        f"KL {number_cell(record.kl)} nats; mean length {record.mean_length:.1f} tokens, "
         f"{100 * record.cut_off_fraction:.0f} % cut off"
     )
     if record.kl is None:
