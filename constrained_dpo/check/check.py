@@ -31,6 +31,7 @@ from constrained_dpo.estimates.sampling_law import (
 )
 from constrained_dpo.learners.dataset_answers import answer_counts, tokenized_answers
 from constrained_dpo.learners.lora import LoraLearner
+from constrained_dpo.recipe.defaults import sized, split_counts
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.tracking import require_trackers
 from data_prep.errors import ServerUnreachable, UserError
@@ -117,6 +118,8 @@ def check_recipe(recipe: Recipe, *, pilot: bool, target_se: dict[str, float]) ->
                 f"({', '.join(recipe.problem.names) or 'there is none'}) and a value > 0"
             )
     prompts, left_out = _check_prompts(recipe, findings)
+    if prompts is not None:
+        recipe = sized(recipe, split_counts(prompts))
     policy = _check_policy(recipe, findings)
     scorers = _check_scorers(recipe, policy, findings)
     learner, lengths, dataset, sampler = None, None, None, None

@@ -51,7 +51,7 @@ def _further_responses(recipe: Recipe) -> int:
     """Responses per dual prompt that a round draws beside its own sample: between the stretches of
     its fit, and at most so many in trials."""
     fit, measured = recipe.fit, recipe.dual.responses_per_prompt
-    within = (fit.refresh - 1) * max(1, measured // fit.refresh)
+    within = (recipe.stretches - 1) * max(1, measured // recipe.stretches)
     trials = 0 if fit.conditional is None else recipe.dual.trials * trial_responses(recipe)
     return within + trials
 

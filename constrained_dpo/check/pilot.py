@@ -18,9 +18,9 @@ import pandas as pd
 
 from constrained_dpo.check.expected_time import Timing, expected_seconds
 from constrained_dpo.check.precision import Precision, expected_precision
-from constrained_dpo.check.score_scale import ScoreScale, initial_multipliers, score_scale
 from constrained_dpo.dual.one_shot import solve_one_shot
 from constrained_dpo.dual.scores import ScoreTable
+from constrained_dpo.estimates.score_scale import ScoreScale, initial_multipliers, score_scale
 from constrained_dpo.fit.family import Family
 from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.problem import ConstrainedProblem, by_name

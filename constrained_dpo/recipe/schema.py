@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -124,7 +124,26 @@ class Recipe(Settings):
         default_factory=PoolSettings, description="the pool of scored responses"
     )
     dual: DualSettings = Field(default_factory=DualSettings, description="the multipliers")
-    fit: FitSettings = Field(description="the DPO fit")
+    fit: FitSettings = Field(default_factory=FitSettings, description="the DPO fit")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_a_family(cls, content: Any) -> Any:
+        """Another method than solve fits one policy, unless the recipe says otherwise."""
+        dual = content.get("dual") if isinstance(content, Mapping) else None
+        if not isinstance(dual, Mapping) or dual.get("method", "solve") == "solve":
+            return content
+        fit = content.get("fit", {})
+        return (
+            content
+            if not isinstance(fit, Mapping)
+            else {**content, "fit": {"conditional": None, **fit}}
+        )
+
+    @property
+    def stretches(self) -> int:
+        """In how many stretches a fit comes: one where the pool does not grow."""
+        return self.fit.stretches if self.pool.grow else 1
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -196,7 +215,7 @@ class Recipe(Settings):
             mistakes.append(
                 "objective.kl_budget: no KL is known at sampling.temperature ≠ 1 or top_p < 1"
             )
-        if self.fit.refresh > 1 and not self.pool.grow:
+        if (self.fit.refresh or 1) > 1 and not self.pool.grow:
             mistakes.append(
                 "fit.refresh: what is sampled within a fit joins the pool; set pool.grow to true, "
                 "or fit.refresh to 1"

@@ -6,8 +6,8 @@ from rich.table import Table
 from constrained_dpo.check.check import CheckReport, Lengths
 from constrained_dpo.check.pilot import Pilot
 from constrained_dpo.check.precision import Precision
-from constrained_dpo.check.score_scale import ScoreScale
 from constrained_dpo.check.scorers import CheckedScorer
+from constrained_dpo.estimates.score_scale import LARGE_SHARE, ScoreScale
 from constrained_dpo.progress import duration
 from constrained_dpo.recipe.fit import FitSettings
 from constrained_dpo.recipe.schema import Recipe
@@ -19,8 +19,8 @@ from constrained_dpo.report.scorer_words import (
 )
 from constrained_dpo.report.status_words import describe_answers
 
-LARGE_SHARE, NEARLY_ALL = 0.3, 0.9
-"""Shares of saturated and of tied pairs from which a recipe is advised."""
+NEARLY_ALL = 0.9
+"""Share of tied pairs from which a recipe is advised."""
 
 
 def print_check(console: Console, report: CheckReport, recipe: Recipe) -> None:
@@ -165,7 +165,7 @@ def describe_scale(scale: ScoreScale, beta: float, fit: FitSettings) -> list[str
         f"{scale.beta_over_std:.3g}; {100 * scale.saturated:.0f} % of pairs saturated (P > 0.99), "
         f"{100 * scale.tied:.0f} % nearly tied (P < 0.6)"
     ]
-    if scale.saturated > LARGE_SHARE and fit.loss != "listwise":
+    if scale.saturated > LARGE_SHARE and fit.loss == "logistic":
         lines.append(
             "  a saturated pair says which answer is better and hardly by how much. fit.loss: "
             "listwise with fit.group_size: 8 keeps the scale; with a higher learning rate and "

@@ -18,6 +18,10 @@ TIED = math.log(0.6 / 0.4)
 """|s_i − s_j| below which the probability is between 0.4 and 0.6 (score units)."""
 
 
+LARGE_SHARE = 0.3
+"""Share of saturated pairs from which the scale of the scores is lost."""
+
+
 class ScoreScale(Record):
     """The scale of s_λ = r + λ·g.
 
