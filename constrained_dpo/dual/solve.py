@@ -25,6 +25,9 @@ LIMIT = 3.0  # by what factor a λ may leave the range that was tried
 KL_TOLERANCE = 0.02  # of the budget
 
 
+SURE = 3.0  # standard errors of one trial's v, from which its sign is taken as known
+
+
 STALLED = 0.5  # share of v that a step leaves when λ hardly moves it
 
 
@@ -134,17 +137,19 @@ class _Search:
 
     def root(self, response: Response) -> np.ndarray:
         """λ, then κ, (m + 1,): complementarity at each κ, and the κ that meets the budget."""
-        box = self.reachable(response)
+        box, budget = self.reachable(response), self.budget
+        if budget is None:
+            return self.complementary(response, self.kappa[0], box)
 
         def excess(kappa: float) -> float:
             point = self.complementary(response, kappa, box)
             return float(response.at(point).value[-1]) - budget
 
-        kappa, budget = self.kappa[0], self.budget
-        if budget is not None and excess(kappa) < 0:
-            kappa = self.kappa[1]
-            if excess(kappa) > 0:
-                kappa = float(optimize.brentq(excess, *self.kappa, xtol=1e-4))
+        low, high = self.kappa
+        if excess(low) >= 0 or excess(high) <= 0:
+            kappa = low if excess(low) >= 0 else high
+        else:
+            kappa = float(optimize.brentq(excess, low, high, xtol=1e-4))
         return self.complementary(response, kappa, box)
 
     def reachable(self, response: Response) -> tuple[np.ndarray, np.ndarray]:
@@ -155,11 +160,10 @@ class _Search:
         low = np.clip(np.where(low < floor, 0.0, low), self.low, self.high)
         high = np.clip(LIMIT * np.maximum(tried.max(axis=0), floor), self.low, self.high)
         if len(self.names) == 1 and self.kappa[0] == self.kappa[1]:
-            at, v, sure = tried[:, 0], response.values[:, 0], 2 * response.se[:, 0]
+            at, v, sure = tried[:, 0], response.values[:, 0], SURE * response.se[:, 0]
             below, above = at[v < -sure].max(initial=-np.inf), at[v > sure].min(initial=np.inf)
             if below < above:
-                inside = (above - below) / 20 if np.isfinite(above - below) else 0.0
-                low, high = np.maximum(low, below + inside), np.minimum(high, above - inside)
+                low, high = np.maximum(low, below), np.minimum(high, above)
         return low, high
 
     def complementary(
@@ -194,7 +198,7 @@ class _Search:
         if len(self.names) != 1 or self.kappa[0] != self.kappa[1] or trials < 2:
             return point
         v, sign = values[:, 0], np.sign(values[-1, 0])
-        surely = (sign * v > 2 * response.se[:, 0]).all()
+        surely = (sign * v > SURE * response.se[:, 0]).all()
         if not surely or abs(v[-1]) < STALLED * abs(v[-2]):
             return point
         end, seen = (self.high[0], at.max()) if sign < 0 else (self.low[0], at.min())
