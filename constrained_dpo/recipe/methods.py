@@ -146,7 +146,7 @@ def describe_method(recipe: Recipe) -> str:
         return "PeCAID" if implicit else "CAID"
     kind = "one-shot" if one_shot else dual.method
     if dual.method == "solve":
-        kind = "conditional policy"
+        return f"conditional policy, {fit.labels} labels"
     return f"{kind}, {fit.labels} labels, {'growing' if recipe.pool.grow else 'fixed'} pool"
 
 
