@@ -8,8 +8,9 @@ times the root, a box to 5 λ_0; rms of the exact u in % of b, share of worlds w
     Newton from the last trial   0.8-2.4, 75-95 %, 3.0-4.8     2.5-2.8, 65-72 %, 6.2-7.5
     Newton, all trials pooled    0.9-3.5, 62-100 %, 6.8-8.0    3.2-4.4, 7-35 %, 8.0
 
-(Newton's rows for half are without λ_0 at 4 times the root, where its box ended before the root.)
-next_point, two constraints, 20 worlds, the worse of both: 1.6-1.7 and, half, 1.6-2.0; never above 4.
+Newton's boxes began at λ_0/5 and not at λ_0/10; for half its rows are without λ_0 at 4 times the
+root, which that box did not hold.
+next_point, two constraints, 20 worlds, the worse of both: 1.6-1.7 and, half, 1.6-2.0; at most 3.7.
 With 8 responses a trial (its SE: 12 %): 4.3, half 4.7; SE of the prediction as large as its error.
 """
 
