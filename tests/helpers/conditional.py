@@ -56,5 +56,7 @@ def solve(
     while not (point := next_point(trials, rule, start)).done:
         logp = family(world, point.lambda_, point.kappa)
         samples = draw(world, logp, number, (seed, len(trials)))
+        if rule.kl_budget is None:
+            samples = samples.drop(columns="policy_logp")  # KL would take half of the time
         trials.append(trial(samples, samples, world.problem, point.lambda_, point.kappa, shifts))
     return point, trials
