@@ -89,17 +89,15 @@ def largest_difference(policy, family, folder, *, shared: bool, lora=LORA) -> fl
         assert (trainer.padded_because is None) == shared, trainer.padded_because
         randomize(trainer)
         gated = log_ratios(trainer, rows).double().numpy()
-        ungated = rows.remove_columns(["gates"]).add_column("gates", [[1.0] * gates(family)] * ROWS)
+        ungated = rows.remove_columns(["gates"]).add_column(
+            "gates", [[1.0] * family.num_blocks] * ROWS
+        )
         assert np.abs(gated - log_ratios(trainer, ungated).numpy()).max() > 0.1
         saved = save_family(trainer, family, folder)
     members = member_log_ratios(policy, saved, family, rows, folder / "members")
     assert np.abs(members).max() > 0.5
     lengths = np.array([[len(ids) for ids in pair] for pair in rows["responses_ids"]])
     return float(np.max(np.abs(gated - members) / lengths))
-
-
-def gates(family) -> int:
-    return family.num_blocks
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["padded", "shared"])
@@ -181,7 +179,7 @@ def test_a_member_is_the_weights_merged_by_hand(plain_policy, tmp_path):
 @pytest.fixture(scope="module")
 def saved(plain_policy, tmp_path_factory):
     """A family's folder, and what it is."""
-    family, folder = make_family("harmless", "short", kappa=(0.5, 1.5)), "family"
+    family = make_family("harmless", "short", kappa=(0.5, 1.5))
     folder = tmp_path_factory.mktemp("saved")
     rows = gated_rows(ragged_rows(plain_policy, ROWS, seed=0), family)
     with built_trainer(plain_policy, rows, folder / "fit", family=family) as trainer:
@@ -190,7 +188,7 @@ def saved(plain_policy, tmp_path_factory):
 
 
 def test_peft_loads_no_family_and_members_are_ordinary_adapters(plain_policy, saved, tmp_path):
-    folder, family = saved
+    folder, _ = saved
     assert {file.name for file in folder.iterdir()} == {
         FAMILY_FILE,
         FAMILY_WEIGHTS,
