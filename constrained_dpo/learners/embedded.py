@@ -59,7 +59,8 @@ class EmbeddedValues:
             scores[name] = apply_options(values, self.learner.scorer_settings[name])
         return scores
 
-    def _logps(self, split: str, adapter: Path | None) -> np.ndarray:
+    def logps(self, split: str, adapter: Path | None) -> np.ndarray:
+        """log π(y | x) of every answer to a split's prompts, (num_prompts, num_responses) nats."""
         from data_prep.sampling.enumeration import exact_logps
 
         return exact_logps(self.learner.policy, adapter, self.tokens[split])
@@ -67,7 +68,7 @@ class EmbeddedValues:
     @cached_property
     def reference_logps(self) -> dict[str, np.ndarray]:
         """log π_ref by split, (num_prompts, num_responses) nats."""
-        return {split: self._logps(split, None) for split in self.tokens}
+        return {split: self.logps(split, None) for split in self.tokens}
 
     def world(self, split: str, problem: ConstrainedProblem) -> TabularWorld:
         """One split's prompts as an enumerated world under a problem."""
@@ -81,7 +82,7 @@ class EmbeddedValues:
         """Evaluate an adapter's policy on each split, its Lagrangian gap at λ included."""
         values = {}
         for split in self.tokens:
-            logp = self._logps(split, adapter)
+            logp = self.logps(split, adapter)
             values[split] = self.world(split, problem).evaluate(logp, lambda_)
         return values
 
