@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import brentq
 
 from constrained_dpo import Run
 from constrained_dpo.dual.exact import TabularWorld
@@ -19,6 +18,7 @@ from constrained_dpo.run.rounds import last_family
 
 MARGINS = np.linspace(0, 1.5, 11)  # of b
 KAPPAS = (0.5, 0.75, 1.0, 1.25, 1.5)
+EXACT, STEPS = 0.002, 12  # of b, that a margin is solved to; and in how many steps at most
 BEYOND = 3.0  # how far above its trained range a family is asked, as a factor
 Table = Callable[[float], np.ndarray]  # log π(y | x) at a setting, (num_prompts, num_responses)
 
@@ -55,36 +55,34 @@ def front(world: TabularWorld, table: Table, high: float, samples: int = 9) -> l
     without constraint. u increases with the setting; an end of the range stands for what lies
     beyond."""
     problem, (name,) = world.problem, world.problem.names
-    seen: dict[float, np.ndarray] = {}
-
-    def logps(setting: float) -> np.ndarray:
-        if setting not in seen:
-            seen[setting] = table(setting)
-        return seen[setting]
-
     reference = world.evaluate(world.ref_logp)
     base, rise = reference.utilities[name], -reference.u[name]
     free = replace(world, problem=ConstrainedProblem(problem.reward, problem.beta, ()))
     gap = free.exact_optimum.objective - reference.objective
+    heights: dict[float, float] = {}  # rise of the utility in shares of b, by setting
+    logps: dict[float, np.ndarray] = {}
 
-    def risen(setting: float) -> float:
-        return world.evaluate(logps(setting)).utilities[name] - base
+    def ask(setting: float) -> float:
+        if setting not in heights:
+            logps[setting] = table(setting)
+            utility = world.evaluate(logps[setting]).utilities[name]
+            heights[setting] = (utility - base) / rise
+        return heights[setting]
 
-    settings = np.linspace(0, high, samples)
-    heights = [risen(float(setting)) for setting in settings]
+    for setting in np.linspace(0, high, samples):
+        ask(float(setting))
     rows = []
-    for share in MARGINS:
-        margin = float(share) * rise
-        setting = _setting(settings, heights, margin, lambda s, m=margin: risen(s) - m)
-        own = ConstrainedProblem(problem.reward, problem.beta, (Constraint(name, margin=margin),))
-        best = replace(world, problem=own)
-        at, lambda_ = best.exact_optimum, pd.Series(best.exact_optimum.lambda_)
-        policy = best.evaluate(logps(setting), lambda_)
+    for share in map(float, MARGINS):
+        setting = _setting(ask, heights, share)
+        own = Constraint(name, margin=share * rise)
+        best = replace(world, problem=replace(problem, constraints=(own,)))
+        optimum = best.exact_optimum
+        policy = best.evaluate(logps[setting], pd.Series(optimum.lambda_))
         rows.append(
             {
-                "margin": float(share),
+                "margin": share,
                 "setting": setting,
-                "lambda_star": at.lambda_[name],
+                "lambda_star": optimum.lambda_[name],
                 "u_over_b": policy.u[name] / rise,
                 "regret": policy.lagrangian_gap / gap,
                 "kl": policy.kl,
@@ -93,16 +91,22 @@ def front(world: TabularWorld, table: Table, high: float, samples: int = 9) -> l
     return rows
 
 
-def _setting(
-    settings: np.ndarray, heights: list[float], margin: float, excess: Callable[[float], float]
-) -> float:
-    above = [k for k, height in enumerate(heights) if height >= margin]
-    if not above:
-        return float(settings[int(np.argmax(heights))])
-    if above[0] == 0:
-        return float(settings[0])
-    ends = float(settings[above[0] - 1]), float(settings[above[0]])
-    return float(brentq(excess, *ends, rtol=1e-3, xtol=1e-3 * float(settings[-1])))
+def _setting(ask: Callable[[float], float], heights: dict[float, float], share: float) -> float:
+    """Find the setting at which the utility has risen by a share of b; the ends stand for what
+    lies beyond."""
+    for _ in range(STEPS):
+        settings = sorted(heights)
+        above = [k for k, setting in enumerate(settings) if heights[setting] >= share]
+        if not above:
+            return max(settings, key=lambda setting: heights[setting])
+        if above[0] == 0:
+            return settings[0]
+        ends = settings[above[0] - 1 : above[0] + 1]
+        nearest = min(ends, key=lambda setting: abs(heights[setting] - share))
+        if abs(heights[nearest] - share) < EXACT:
+            return nearest
+        ask(float(np.interp(share, [heights[end] for end in ends], ends)))
+    return min(heights, key=lambda setting: abs(heights[setting] - share))
 
 
 def kappas_of(run: Run, record: RoundRecord) -> list[dict]:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 
 import yaml
 
-from tests.helpers.paths import QUICKSTART, REPO
+from tests.helpers.paths import REPO
 
 WORLDS = ("embedded", "random 1", "random 2", "random 3", "random 4", "random 5")
 SCALES = {"std 1": (1, 0.25), "std 10": (10, 0.1)}  # of scores, β
@@ -70,7 +70,7 @@ class Task:
 
 def recipe_of(task: Task) -> dict:
     """Write out a run's recipe: quickstart.yaml with the world's scorers and the setting."""
-    recipe = yaml.safe_load(QUICKSTART.read_text())
+    recipe = yaml.safe_load((REPO / "recipes" / "quickstart.yaml").read_text())
     recipe |= {"name": "family", "seed": task.seed, "objective": _objective(task)}
     recipe["policy"] |= {"quantization": task.quantization}
     recipe["policy"]["lora"]["target_modules"] = HEAD
