@@ -1,5 +1,5 @@
-"""Exact values of the embedded world: every answer listed, scored and weighed by the policy's own
-forward."""
+"""Exact values of a small world, such as the embedded one: every answer listed, scored and weighed
+by the policy's own forward."""
 
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +18,16 @@ if TYPE_CHECKING:
 
 
 class EmbeddedValues:
-    """The `ExactValues` of a learner on the embedded world, by split (dual and test prompts)."""
+    """The `ExactValues` of a learner whose answers are few enough to list, by split (dual and test
+    prompts)."""
 
     def __init__(self, learner: "LoraLearner") -> None:
         self.learner = learner
+
+    @property
+    def length(self) -> int:
+        """The most tokens of an answer."""
+        return self.learner.recipe.sampling.max_new_tokens
 
     @cached_property
     def tokens(self) -> dict[str, dict[str, list[int]]]:
@@ -35,12 +41,12 @@ class EmbeddedValues:
     @cached_property
     def texts(self) -> list[str]:
         """Every answer as scorers read it."""
-        from data_prep.quickstart import VOCABULARY
         from data_prep.sampling.enumeration import enumerate_responses
         from data_prep.sampling.generate import decode
 
         policy = self.learner.policy
-        return decode(policy, enumerate_responses(policy.eos_ids[0], len(VOCABULARY)))
+        size = policy.model.config.vocab_size
+        return decode(policy, enumerate_responses(policy.eos_ids[0], size, self.length))
 
     @cached_property
     def scores(self) -> dict[str, dict[str, np.ndarray]]:
@@ -63,7 +69,7 @@ class EmbeddedValues:
         """log π(y | x) of every answer to a split's prompts, (num_prompts, num_responses) nats."""
         from data_prep.sampling.enumeration import exact_logps
 
-        return exact_logps(self.learner.policy, adapter, self.tokens[split])
+        return exact_logps(self.learner.policy, adapter, self.tokens[split], self.length)
 
     @cached_property
     def reference_logps(self) -> dict[str, np.ndarray]:
