@@ -22,6 +22,8 @@ def print_tables(records: list[dict]) -> None:
         _print_rounds(kind, chosen)
         _print_fronts(chosen)
         _print_kappas(chosen)
+    _print_unseen([r for r in records if "unseen" in r])
+    _print_peers([r for r in records if "peers" in r], runs)
 
 
 def met(row: dict) -> bool:
@@ -148,3 +150,47 @@ def _print_kappas(runs: list[Run]) -> None:
     for task, closed in rows:
         cells = [f"{100 * row['closed']:.0f} ({row['kl']:.2f})" for row in closed]
         print(f"| {task.world} | {task.seed} | " + " | ".join(cells) + " |")
+
+
+def _print_unseen(records: list[dict]) -> None:
+    if not records:
+        return
+    rounds = range(max(len(r["rounds"]) for r in records))
+    heads = ["setting", "seed", *(str(t) for t in rounds), "λ", "λ\\*", "KL", "KL\\*"]
+    print("\n**The unseen world**: u in % of b, gap closed in %, by round\n")
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    for r in records:
+        last, cells = r["rounds"][-1], [_cell(row) for row in r["rounds"]]
+        cells += [""] * (len(rounds) - len(cells))
+        cells += [f"{v:.3f}" for v in (last["lambda"]["g1"], r["lambda_star"]["g1"])]
+        cells += [f"{v:.2f}" for v in (last["kl"], r["kl_star"])]
+        print(f"| {r['unseen']['setting']} | {r['unseen']['seed']} | " + " | ".join(cells) + " |")
+
+
+def _print_peers(records: list[dict], runs: list[Run]) -> None:
+    """The peers' fronts beside those of the conditional runs of the same worlds and seeds."""
+    if not records:
+        return
+    print("\n**Peers** at equal passes: regret in % (u in % of b), by margin\n")
+    by_name: list[tuple[str, str, list[dict]]] = []
+    for record in records:
+        world, seed = record["peers"]["world"], record["peers"]["seed"]
+        ours = [
+            r["front"]
+            for task, r in runs
+            if "front" in r and (task.world, task.seed) == (world, seed)
+        ]
+        by_name += [(world, "conditional", front) for front in ours[:1]]
+        by_name += [(world, name, front) for name, front in record["fronts"].items()]
+    margins = sorted({round(row["margin"], 6) for _, _, front in by_name for row in front})
+    print("| world | way | " + " | ".join(f"{m:.2f} b" for m in margins) + " | mean | largest |")
+    print("|---" * (len(margins) + 4) + "|")
+    for world, name, front in by_name:
+        at = {round(row["margin"], 6): row for row in front}
+        cells = [
+            f"{100 * at[m]['regret']:.1f} ({100 * at[m]['u_over_b']:+.0f})" if m in at else ""
+            for m in margins
+        ]
+        regrets = [row["regret"] for row in front]
+        cells += [f"{100 * value:.1f}" for value in (np.mean(regrets), max(regrets))]
+        print(f"| {world} | {name} | " + " | ".join(cells) + " |")
