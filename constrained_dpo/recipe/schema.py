@@ -129,16 +129,17 @@ class Recipe(Settings):
     @model_validator(mode="before")
     @classmethod
     def _without_a_family(cls, content: Any) -> Any:
-        """Another method than solve fits one policy, unless the recipe says otherwise."""
-        dual = content.get("dual") if isinstance(content, Mapping) else None
-        if not isinstance(dual, Mapping) or dual.get("method", "solve") == "solve":
+        """Another method than solve, or no constraint at all, means one policy, unless the recipe
+        says otherwise."""
+        if not isinstance(content, Mapping):
             return content
-        fit = content.get("fit", {})
-        return (
-            content
-            if not isinstance(fit, Mapping)
-            else {**content, "fit": {"conditional": None, **fit}}
-        )
+        dual, fit = content.get("dual", {}), content.get("fit", {})
+        objective = content.get("objective", {})
+        if not all(isinstance(block, Mapping) for block in (dual, fit, objective)):
+            return content
+        if dual.get("method", "solve") == "solve" and objective.get("constraints") != []:
+            return content
+        return {**content, "fit": {"conditional": None, **fit}}
 
     @property
     def stretches(self) -> int:
@@ -199,7 +200,8 @@ class Recipe(Settings):
 
     def _family_mistakes(self) -> list[str]:
         mistakes, conditional = [], self.fit.conditional
-        if (self.dual.method == "solve") != (conditional is not None):
+        constrained = bool(self.objective.constraints)
+        if constrained and (self.dual.method == "solve") != (conditional is not None):
             mistakes.append(
                 "dual.method: solve and fit.conditional need each other: λ is solved for on a "
                 "policy that was fitted for every λ; give both, or another method and null"

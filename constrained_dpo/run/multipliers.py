@@ -97,7 +97,7 @@ def next_multipliers(
     slack: of `steered_on`. Source: CAID, arXiv:2505.19387, Algorithm 1.
     """
     dual, problem = recipe.dual, recipe.problem
-    if dual.method in ("one_shot", "fixed"):
+    if dual.method in ("one_shot", "fixed") or not problem.names:
         return lambda_, "kept"
     if dual.step_scale == "auto":
         raise ValueError(
