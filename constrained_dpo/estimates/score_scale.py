@@ -2,6 +2,7 @@
 saturated."""
 
 import math
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -64,6 +65,12 @@ def score_scale(
         saturated=saturated / pairs if pairs else 0.0,
         tied=tied / pairs if pairs else 1.0,
     )
+
+
+def loss_by_scale(grouped: bool, scale: ScoreScale) -> Literal["logistic", "listwise"]:
+    """Choose the loss (`fit.loss: auto`): listwise where rows are groups and more than LARGE_SHARE
+    of all pairs saturate."""
+    return "listwise" if grouped and scale.saturated > LARGE_SHARE else "logistic"
 
 
 def initial_multipliers(

@@ -42,3 +42,36 @@ def sized(recipe: Recipe, prompts: Mapping[str, int]) -> Recipe:
     if fit.warmup_steps is None:
         fit = fit.model_copy(update={"warmup_steps": 0 if fit.steps is None else fit.steps // 20})
     return recipe.model_copy(update={"fit": fit, "dual": dual, "sampling": sampling})
+
+
+def choices(recipe: Recipe, open_: Recipe, loss: str | None) -> list[str]:
+    """Say in words what the toolkit chose where the recipe leaves it open, and why.
+
+    recipe: sized; open_: as the user wrote it; loss: what `auto` comes to, None where that is not
+    known yet.
+    """
+    lines, fit = [], recipe.fit
+    if not open_.sampling.responses_per_prompt:
+        count = recipe.sampling.responses_per_prompt
+        lines.append(f"{count} responses of π_ref per fit prompt: about {POOL_RESPONSES} in all")
+    if not open_.dual.responses_per_prompt:
+        count = recipe.dual.responses_per_prompt
+        lines.append(
+            f"{count} responses per dual or test prompt: about {FRESH_RESPONSES} a round, which is "
+            "what keeps u's noise and the fit's drift small"
+        )
+    if open_.fit.steps is None and open_.fit.epochs is None:
+        rows = fit.batch_size * fit.gradient_accumulation
+        lines.append(f"{fit.steps} steps of {rows} rows a round: enough for a row of each prompt")
+    if not open_.fit.groups_per_prompt and fit.grouped:
+        lines.append(f"{fit.groups_per_prompt} groups per prompt and round: what the steps read")
+    if fit.loss == "auto" and loss is not None:
+        share = "most" if loss == "listwise" else "few"
+        lines.append(f"loss {loss}: {share} pairs saturate at this scale of the scores")
+    if fit.conditional is not None:
+        lines.append(
+            f"one policy for every λ within a factor {fit.conditional.range:g}, {recipe.stretches} "
+            f"stretches a fit, LoRA+ ratio {fit.loraplus_ratio:g}: nearest to the optimum in "
+            "docs/benchmarks.md"
+        )
+    return lines

@@ -47,6 +47,8 @@ def print_check(console: Console, report: CheckReport, recipe: Recipe) -> None:
                 "  sampling ignores the checkpoint's own generation settings: "
                 f"{policy['overridden_generation']}"
             )
+    for line in report.choices:
+        console.print(f"chosen: {line}", soft_wrap=True)
     for name, scorer in report.scorers.items():
         _print_scorer(console, name, scorer)
     for line in report.golden:

@@ -8,7 +8,7 @@ from constrained_dpo.dual.one_shot import first_multipliers
 from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.dual.steps import auto_step_scale, dual_step, step_size_at
 from constrained_dpo.estimates.measure import Measurement
-from constrained_dpo.estimates.score_scale import LARGE_SHARE, score_scale
+from constrained_dpo.estimates.score_scale import loss_by_scale, score_scale
 from constrained_dpo.problem import by_name
 from constrained_dpo.recipe.dual import DualSettings
 from constrained_dpo.recipe.schema import Recipe
@@ -128,17 +128,5 @@ def chosen_loss(run: RunDirectory, recipe: Recipe) -> Literal["logistic", "listw
     if recipe.fit.loss != "auto":
         return recipe.fit.loss
     first = recipe.problem.multipliers(run.state().lambda_[0])
-    return auto_loss(read_parquet(run.reference_file), recipe, first)
-
-
-def auto_loss(
-    reference: pd.DataFrame, recipe: Recipe, lambda_: pd.Series
-) -> Literal["logistic", "listwise"]:
-    """Choose listwise where more than LARGE_SHARE of all pairs saturate and rows are groups.
-
-    reference: π_ref's scored responses.
-    """
-    if not recipe.fit.grouped:
-        return "logistic"
-    scale = score_scale(reference, recipe.problem, lambda_, "")
-    return "listwise" if scale.saturated > LARGE_SHARE else "logistic"
+    reference = read_parquet(run.reference_file, ["prompt_id", *recipe.problem.objectives])
+    return loss_by_scale(recipe.fit.grouped, score_scale(reference, recipe.problem, first, ""))
