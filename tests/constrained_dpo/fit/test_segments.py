@@ -172,6 +172,7 @@ def test_stretches_on_held_out_prompts_are_measured_once_more_each(plain_policy,
 def test_sharded_launches_have_no_stretches(plain_policy, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     plan = FitPlan(fit_settings(), LORA, 0.25, 0, tmp_path, segments=2, keep=tmp_path)
     with pytest.raises(UserError, match=r"fit\.refresh: a fit cannot be cut .*set it to 1"):
         segmented(plan, ragged_rows(plain_policy, 4, seed=0))
