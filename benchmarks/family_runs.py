@@ -86,7 +86,7 @@ def row_of(record: RoundRecord, best: ExactOptimum, run: RunDirectory, recipe: R
     exact, number = record.exact_on("dual"), record.round
     fits = [a for a in range(MORE_FITS + 1) if run.family_folder(number, a).exists()]
     fit = recipe.fit.in_round(number)
-    rows = round((fit.steps or 0) / fit.refresh) * fit.refresh
+    rows = round((fit.steps or 0) / recipe.stretches) * recipe.stretches
     rows *= fit.batch_size * fit.gradient_accumulation
     pool, samples = read_parquet(run.pool_file(number)), read_parquet(run.samples_file(number))
     return {

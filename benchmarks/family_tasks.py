@@ -19,7 +19,11 @@ CONDITIONAL: Changes = {
     "fit": {"conditional": {}, "refresh": 4, "loraplus_ratio": 16, "learning_rate": 5e-4},
     "dual": {"method": "solve", "confidence_side": "none"},
 }
-SETTINGS: dict[str, Changes] = {"conditional": CONDITIONAL, "plain": PLAIN}
+SETTINGS: dict[str, Changes] = {
+    "conditional": CONDITIONAL,
+    "plain": PLAIN,
+    "minimal": {"dual": {"confidence_side": "none"}},  # policy, prompts and objective alone
+}
 STD10: dict[str, Changes] = {  # listwise, where pairs saturate
     "conditional": {"fit": {"loss": "listwise", "learning_rate": 2e-3, "loraplus_ratio": 1}},
     "plain": {
@@ -75,8 +79,11 @@ def recipe_of(task: Task) -> dict:
     recipe["policy"] |= {"quantization": task.quantization}
     recipe["policy"]["lora"]["target_modules"] = HEAD
     recipe["prompts"]["max_test"] = 4  # the test prompts play no part here
+    if task.setting == "minimal":
+        recipe |= {"pool": {}, "dual": {}, "fit": {}}
+        recipe["sampling"] = {"max_new_tokens": recipe["sampling"]["max_new_tokens"]}
     changes = [SETTINGS[task.setting]]
-    changes += [STD10[task.setting]] if task.scale == "std 10" else []
+    changes += [STD10.get(task.setting, {})] if task.scale == "std 10" else []
     for blocks in changes:
         for block, values in blocks.items():
             recipe[block] = recipe[block] | values
