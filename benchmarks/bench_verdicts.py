@@ -124,8 +124,10 @@ def rounds() -> None:
 
 
 def variance(folders: list[Path]) -> None:
-    """Variance over draws of 8 responses to each dual prompt, new estimate over old."""
-    header("run", "round", "KL", "KL estimate", "E[r] controlled", "u with π_ref's samples")
+    """Variance over draws of 8 responses of each law to each dual prompt, new estimate over
+    old."""
+    names = ("KL estimate", "E[r] controlled", "E[g] with π_ref's samples", "u with them")
+    header("run", "round", "KL", *names)
     for folder in folders:
         run = RunDirectory(folder)
         recipe, reference = run.recipe(), read_parquet(run.reference_file)
@@ -147,16 +149,19 @@ def _ratios(
     rng, draws = np.random.default_rng(0), []
     (name,) = problem.names
     for _ in range(200):
-        few = samples.sample(frac=1, random_state=rng).groupby("prompt_id").head(8)
+        few, of_reference = (
+            table.sample(frac=1, random_state=rng).groupby("prompt_id").head(8)
+            for table in (samples, off_policy)
+        )
         prompts, noise = few["prompt_id"], path_noise(few)
-        mixed = mixed_means(few, off_policy, [name])[name]
+        mixed = mixed_means(few, of_reference, [name])[name].mean()
         pairs = [
             (log_ratio(few), kl_values(few)),
             (few[problem.reward], controlled(few[problem.reward], noise, prompts)),
         ]
         row = [tuple(v.groupby(prompts).mean().mean() for v in pair) for pair in pairs]
-        row.append((few[name].groupby(prompts).mean().mean(), mixed.mean()))
-        draws.append(row)
+        plain, level = few[name].mean(), of_reference[name].mean()
+        draws.append([*row, (plain, mixed), (plain - level, mixed - level)])
     spread = np.var(np.array(draws), axis=0)  # (estimates, old and new)
     return (spread[:, 1] / spread[:, 0]).tolist()
 
