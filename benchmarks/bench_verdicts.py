@@ -139,7 +139,7 @@ def variance(folders: list[Path]) -> None:
             )
             kl = float(kl_values(samples).mean())
             ratios = _ratios(samples, off_policy, recipe.problem)
-            cells = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+            cells = " | ".join(f"{ratio:.2g}" for ratio in ratios)
             print(f"| {folder.name} | {number} | {kl:.2f} | {cells} |", flush=True)
 
 
