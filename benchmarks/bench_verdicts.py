@@ -185,18 +185,22 @@ def certificate(file: Path) -> None:
                     "interval": high is not None,
                     "low end holds": low <= exact,
                     "interval covers": high is not None and low <= exact <= high,
-                    "width": np.nan if high is None else (high - low) / exact,
+                    "high end within twice": high is not None and high <= 2 * exact,
+                    "low share": low / exact,
+                    "high share": np.nan if high is None else high / exact,
                 }
             )
     table = pd.DataFrame(rows)
-    header("scale", "rounds", "estimates", "of them cover", "intervals", "of them cover", "low end",
-           "width over the exact gap, median")  # fmt: skip
+    header("scale", "rounds", "estimates", "of them cover", "finite intervals", "of them cover",
+           "low end holds", "high end at most twice the exact gap", "low end / exact gap, median",
+           "high end / exact gap, median")  # fmt: skip
     for scale, group in table.groupby("scale"):
-        count = {c: int(group[c].sum()) for c in group.columns[1:-1]}
+        count = {c: int(group[c].sum()) for c in group.columns[1:-2]}
         print(
             f"| {scale} | {len(group)} | {count['estimate']} | {count['estimate covers']} | "
             f"{count['interval']} | {count['interval covers']} | {count['low end holds']} | "
-            f"{group['width'].median():.2f} |"
+            f"{count['high end within twice']} | {group['low share'].median():.2g} | "
+            f"{group['high share'].median():.2g} |"
         )
 
 
