@@ -65,9 +65,11 @@ bench-fit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_fit --checkpointing
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_sampling
 
-# Coverage of intervals and of verdicts (simulated; about half an hour on one core).
+# Intervals (24 minutes on one core), what decides verdicts (a minute), and whole runs (about half an hour); all simulated.
 bench-coverage: setup
-	$(BIN)/python -m benchmarks.bench_coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_intervals
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_verdicts laws
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_coverage
 
 # The one-shot dual beside gradient descent and L-BFGS-B (about 25 minutes, one core).
 bench-one-shot: setup
