@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup init round run status report test test-all lint bench bench-quality bench-methods bench-fit bench-coverage bench-one-shot bench-theory bench-kills bench-relabel bench-prepare clean
+.PHONY: setup init round run status report test test-all lint bench bench-quality bench-family bench-methods bench-fit bench-coverage bench-one-shot bench-theory bench-kills bench-relabel bench-prepare clean
 .DEFAULT_GOAL := round
 
 setup: $(VENV)/.installed
@@ -53,6 +53,17 @@ bench-quality: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_quality runs runs/bench-quality.jsonl
 	$(BIN)/python -m benchmarks.bench_quality table runs/bench-quality.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_ceiling
+
+# The conditional policy: what it must show (hours of one core; goes on where it stopped).
+bench-family: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --front --seeds 0 1 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --two --seeds 0 1 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --lam0 4 0.2 --rounds 2 --worlds embedded 'random 1' 'random 3'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --kappa --worlds embedded 'random 3'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --scale 'std 10' --rounds 7
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family peers runs/bench-family.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family unseen runs/bench-family.jsonl
+	$(BIN)/python -m benchmarks.bench_family table runs/bench-family.jsonl
 
 # The papers' methods beside ours, five seeds (100 runs, about two hours of one core; goes on where it stopped).
 bench-methods: setup
