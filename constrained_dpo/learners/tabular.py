@@ -116,7 +116,8 @@ class TabularLearner:
     def policy(
         self, adapter: Path, lambda_: pd.Series, problem: ConstrainedProblem
     ) -> dict[str, ExactPolicy]:
-        return {"all": self.world.evaluate(self.table(adapter), lambda_)}
+        world = replace(self.world, problem=problem)
+        return {"all": world.evaluate(self.table(adapter), lambda_)}
 
     def optimum(self, problem: ConstrainedProblem) -> dict[str, ExactOptimum]:
-        return {"all": self.world.exact_optimum}
+        return {"all": replace(self.world, problem=problem).exact_optimum}
