@@ -15,8 +15,8 @@ from constrained_dpo.evaluation.front import (
     settings_of,
     stored_points,
 )
-from constrained_dpo.evaluation.front_points import FrontOptions
 from constrained_dpo.evaluation.front_record import Front, FrontPoint, Setting
+from constrained_dpo.evaluation.front_source import FrontOptions
 from constrained_dpo.evaluation.record import Evaluation
 from constrained_dpo.learners.protocol import Learner
 from constrained_dpo.recipe.load import RecipeSource

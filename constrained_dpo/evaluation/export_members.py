@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from constrained_dpo.evaluation.export import new_folder, publish, require_free
-from constrained_dpo.evaluation.front_points import FrontOptions, FrontSource
 from constrained_dpo.evaluation.front_record import FrontPoint, Setting
+from constrained_dpo.evaluation.front_source import FrontOptions, FrontSource
 from constrained_dpo.evaluation.model_card import members_card
 from constrained_dpo.fit.family import write_member
 from constrained_dpo.recipe.schema import Recipe
@@ -75,7 +75,7 @@ def export_members(
         lambda_ = recipe.problem.multipliers(member.point.lambda_)
         write_member(source.family, lambda_, member.point.kappa, folder)
         write_json(folder / "measurement.json", member.point.to_json())
-    line = serve_line(members, temporary, output)
+    line = serve_line(members, output, temporary)
     notices = [notice for member in members for notice in member.notices()]
     card = members_card(run, recipe, [(m.name, m.point) for m in members], line, notices)
     (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -83,12 +83,12 @@ def export_members(
     return members
 
 
-def serve_line(members: Sequence[Member], written: Path, output: Path) -> str:
+def serve_line(members: Sequence[Member], output: Path, written: Path | None = None) -> str:
     """Give the vLLM command that serves the base with these adapters.
 
     written: where the adapters lie until they are published at `output`.
     """
-    first = written / members[0].folder.relative_to(output)
+    first = (written or output) / members[0].folder.relative_to(output)
     config = json.loads((first / ADAPTER_CONFIG).read_text())
     rank = served_rank(int(config["r"]))
     modules = " ".join(shlex.quote(f"{member.name}={member.folder}") for member in members)

@@ -10,8 +10,9 @@ from itertools import product
 
 import numpy as np
 
-from constrained_dpo.evaluation.front_points import FrontOptions, FrontSource, play_point
+from constrained_dpo.evaluation.front_points import play_point
 from constrained_dpo.evaluation.front_record import Front, FrontPoint, Setting
+from constrained_dpo.evaluation.front_source import FrontOptions, FrontSource
 from constrained_dpo.learners.protocol import Learner
 from constrained_dpo.problem import by_name
 from constrained_dpo.recipe.schema import Recipe
@@ -61,7 +62,7 @@ def settings_of(
     for kappa in kappas or ():
         if not (np.isfinite(kappa) and kappa > 0):
             raise UserError(f"kappa is {kappa:g}; give finite numbers > 0, such as 0.5")
-    solved = _combinations(margins or {}, recipe.problem.bounds.to_dict(), "margin")
+    solved = _combinations(margins or {}, by_name(recipe.problem.bounds), "margin")
     given = _combinations(lambdas or {}, record.policy_lambda, "lambda")
     if not margins and not lambdas and not kappas:
         solved = _default_margins(run, recipe)
@@ -70,10 +71,9 @@ def settings_of(
     if not lambdas and (margins or not kappas):
         given = []
     given = [by_name(recipe.problem.multipliers(values)) for values in given]
-    free = None if recipe.objective.kl_budget is not None else 1.0
+    free: list[float | None] = [None if recipe.objective.kl_budget is not None else 1.0]
     points = [
-        Setting(margins=values, kappa=kappa)
-        for values, kappa in product(solved, kappas or [free])
+        Setting(margins=values, kappa=kappa) for values, kappa in product(solved, kappas or free)
     ]
     points += [
         Setting(lambda_=values, kappa=kappa)
@@ -82,9 +82,7 @@ def settings_of(
     return list({point.key(): point for point in points}.values())
 
 
-def _combinations(
-    values: Values, others: Mapping[str, float], what: str
-) -> list[dict[str, float]]:
+def _combinations(values: Values, others: Mapping[str, float], what: str) -> list[dict[str, float]]:
     """Every combination of the values, with `others` where a constraint is not named."""
     for name, numbers in values.items():
         if name not in others:
@@ -94,11 +92,16 @@ def _combinations(
             )
         if not np.isfinite(numbers).all() or not np.size(numbers):
             raise UserError(f"{what} of {name}: {numbers}; give finite numbers")
-    grids = [np.atleast_1d(values.get(name, other)) for name, other in others.items()]
-    return [
-        {name: float(f"{value:.12g}") for name, value in zip(others, combination, strict=True)}
-        for combination in product(*grids)
+    grids = [
+        [_rounded(value) for value in np.atleast_1d(values[name])] if name in values else [other]
+        for name, other in others.items()
     ]
+    return [dict(zip(others, combination, strict=True)) for combination in product(*grids)]
+
+
+def _rounded(value: float) -> float:
+    """A number as it was meant: a grid's 0.30000000000000004 is the point 0.3."""
+    return float(f"{value:.12g}")
 
 
 def _default_margins(run: RunDirectory, recipe: Recipe) -> list[dict[str, float]]:
@@ -113,7 +116,7 @@ def _default_margins(run: RunDirectory, recipe: Recipe) -> list[dict[str, float]
     needed, rise = demanded(run, recipe)[0], problem.levels(means) - means
     full, zero = needed.where(rise >= 0, -needed), means.where(~problem.relative, 0.0)
     return [
-        {name: float(f"{zero[name] + share * full[name]:.12g}") for name in problem.names}
+        {name: _rounded(zero[name] + share * full[name]) for name in problem.names}
         for share in DEFAULT_SHARES
     ]
 

@@ -5,12 +5,10 @@ A point is a folder of its own: its trials, its samples, and point.json, which i
 killed search goes on where it stopped.
 """
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -23,99 +21,19 @@ from constrained_dpo.estimates.sampling_law import why_not_the_policy
 from constrained_dpo.estimates.slack import bounded_constraints, prompt_slack, slack_bounds
 from constrained_dpo.estimates.verdict import front_confidence
 from constrained_dpo.evaluation.front_record import FrontPoint, Setting
+from constrained_dpo.evaluation.front_source import FrontSource, of_split
 from constrained_dpo.learners.collect import Collection, collect
 from constrained_dpo.learners.protocol import Learner
-from constrained_dpo.problem import ConstrainedProblem, Constraint, by_name
-from constrained_dpo.recipe.schema import Recipe
-from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.family import multiplier_range, trial_responses
-from constrained_dpo.run.multipliers import demanded
-from constrained_dpo.run.record import RoundRecord, read_trials, seen_slack
-from constrained_dpo.run.rounds import last_family
+from constrained_dpo.monte_carlo import standard_error
+from constrained_dpo.problem import by_name
+from constrained_dpo.run.family import trial_responses
+from constrained_dpo.run.record import read_trials
 from constrained_dpo.run.trials import Search, Target, search
-from data_prep.files import hash_file, write_json
+from data_prep.files import write_json
 from data_prep.labels.multipliers import KAPPA, MultiplierRange, multiplier_columns
 from data_prep.tables import read_parquet, write_parquet
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FrontOptions:
-    """How a front is drawn. responses: per prompt (None: dual.responses_per_prompt); seed: another
-    draws others."""
-
-    responses: int | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class FrontSource:
-    """What the points of a round's front have in common."""
-
-    run: RunDirectory
-    recipe: Recipe
-    number: int
-    options: FrontOptions
-
-    @cached_property
-    def family(self) -> Path:
-        return last_family(self.run, self.number)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of the round's number and the family's files."""
-        files = [f"{file.name}:{hash_file(file)}" for file in sorted(self.family.iterdir())]
-        return hashlib.sha256(f"{self.number}:{files}".encode()).hexdigest()[:16]
-
-    @cached_property
-    def record(self) -> RoundRecord:
-        return RoundRecord.read(self.run.round_file(self.number))
-
-    @cached_property
-    def law(self) -> MultiplierRange:
-        """The multipliers that the family was trained on."""
-        center = self.recipe.problem.multipliers(self.run.state().lambda_[self.number])
-        return multiplier_range(self.run, self.recipe, center)
-
-    @cached_property
-    def reference(self) -> pd.DataFrame:
-        return read_parquet(self.run.reference_file)
-
-    @cached_property
-    def needed(self) -> pd.Series:
-        return demanded(self.run, self.recipe)[0]
-
-    @cached_property
-    def slack_of_rounds(self) -> list[pd.DataFrame]:
-        """Slacks by prompt at the recipe's levels, in the tables of the rounds."""
-        return seen_slack(self.run, self.recipe.problem)
-
-    @property
-    def responses(self) -> int:
-        return self.options.responses or self.recipe.dual.responses_per_prompt
-
-    def key(self, setting: Setting) -> str:
-        """Name a point's folder."""
-        return setting.key(self.fingerprint, self.responses, self.options.seed)
-
-    def problem(self, setting: Setting) -> ConstrainedProblem:
-        """The recipe's problem at the setting's levels."""
-        problem = self.recipe.problem
-        if setting.margins is None:
-            return problem
-        constraints = (
-            Constraint(c.name, margin=setting.margins[c.name])
-            if c.threshold is None
-            else Constraint(c.name, threshold=setting.margins[c.name])
-            for c in problem.constraints
-        )
-        return replace(problem, constraints=tuple(constraints))
-
-    def means(self) -> dict[str, float]:
-        """π_ref's means on the test prompts, by objective."""
-        table = _of_split(self.reference, "test")
-        return by_name(table.groupby("prompt_id")[self.recipe.problem.objectives].mean().mean())
 
 
 @dataclass(frozen=True)
@@ -174,7 +92,7 @@ def play_point(
     trials = _search_of(point)
     solution = None
     if setting.lambda_ is None:
-        on_dual = _of_split(source.reference, "dual")
+        on_dual = of_split(source.reference, "dual")
         known = [target.trial(table, on_dual) for table in _members(point)]
         prompts = source.run.prompts()
         dual = prompts[prompts["split"] == "dual"]
@@ -182,17 +100,13 @@ def play_point(
     member = _member(point, solution)
     samples = _samples(point, *member)
     played = [
-        target.trial(read_parquet(file), _of_split(source.reference, "dual"))
+        target.trial(read_parquet(file), of_split(source.reference, "dual"))
         for file in trials.files()
     ]
     record = _record(point, member, solution, played, samples)
     write_json(point.folder / "point.json", record.to_json())
     log.info("front: %s: %s", point.key, record.verdict)
     return record
-
-
-def _of_split(table: pd.DataFrame, split: str) -> pd.DataFrame:
-    return table[table["split"] == split]
 
 
 def _target(point: _Point) -> Target:
@@ -214,7 +128,7 @@ def _target(point: _Point) -> Target:
         start=source.recipe.problem.multipliers(source.record.policy_lambda),
         confidence=point.confidence if dual.confidence_side == "lower" else None,
         bounds=slack_bounds(problem, source.recipe.score_ranges, point.seen()),
-        test_prompts=_of_split(source.reference, "test")["prompt_id"].nunique(),
+        test_prompts=of_split(source.reference, "test")["prompt_id"].nunique(),
         responses=source.responses,
     )
 
@@ -237,13 +151,13 @@ def _members(point: _Point) -> list[pd.DataFrame]:
     and κ: of the round's trials, of its policy, and of earlier points and their trials."""
     source, run = point.source, point.source.run
     tables = list(read_trials(run, source.number) or [])
-    samples = _of_split(read_parquet(run.samples_file(source.number)), "dual")
+    samples = of_split(read_parquet(run.samples_file(source.number)), "dual")
     tables.append(_labelled(samples, source.record.policy_lambda, source.record.kappa))
     for other in point.earlier:
         if other.family == source.fingerprint:
             folder = run.front_folder(other.key)
             tables += [read_parquet(f) for f in sorted((folder / "trials").glob("[0-9]*.parquet"))]
-            samples = _of_split(read_parquet(folder / "samples.parquet"), "dual")
+            samples = of_split(read_parquet(folder / "samples.parquet"), "dual")
             tables.append(_labelled(samples, other.lambda_, other.kappa))
     kappa = point.setting.kappa
     if kappa is None:
@@ -291,7 +205,7 @@ def _samples(point: _Point, lambda_: pd.Series, kappa: float) -> pd.DataFrame:
             round_number=source.number,
             adapter=adapter,
         )
-        drawn = collect(point.learner, _of_split(prompts, split), job)
+        drawn = collect(point.learner, of_split(prompts, split), job)
         tables.append(drawn.assign(split=split))
     samples = pd.concat(tables, ignore_index=True)
     write_parquet(samples, file)
@@ -311,6 +225,7 @@ def _record(
     dual, test = _measured(point, samples)
     outside, kappa_outside = _outside(source.law, lambda_, kappa)
     exact = _exact(point, lambda_, kappa)
+    change = _reward_change(source, samples)
     shutil.rmtree(point.folder / ".adapter", ignore_errors=True)
     return FrontPoint(
         key=point.key,
@@ -330,6 +245,8 @@ def _record(
         dual=dual,
         test=test,
         reference=source.means(),
+        reward_change=float(change.mean()),
+        reward_change_se=standard_error(change),
         exact=exact,
     )
 
@@ -343,8 +260,8 @@ def _measured(point: _Point, samples: pd.DataFrame) -> tuple[Measurement, Measur
     reason = why_not_the_policy(source.recipe.sampling, samples, source.reference)
     dual, test = (
         measure(
-            _of_split(samples, split),
-            _of_split(source.reference, split),
+            of_split(samples, split),
+            of_split(source.reference, split),
             problem,
             rule=Rule(confidence, level, bounds, bounded),
             not_the_policy=reason,
@@ -354,13 +271,25 @@ def _measured(point: _Point, samples: pd.DataFrame) -> tuple[Measurement, Measur
     return dual, test
 
 
+def _reward_change(source: FrontSource, samples: pd.DataFrame) -> pd.Series:
+    """By test prompt, the mean reward minus that of the round's own policy: prompts differ more
+    than policies, so that a difference is known much better than its terms."""
+    reward = source.recipe.problem.reward
+    columns = ["prompt_id", "split", reward]
+    policy = read_parquet(source.run.samples_file(source.number), columns)
+    after, before = (
+        of_split(table, "test").groupby("prompt_id")[reward].mean() for table in (samples, policy)
+    )
+    return after - before
+
+
 def _outside(law: MultiplierRange, lambda_: pd.Series, kappa: float) -> tuple[dict[str, str], str]:
     """At which end λ, by constraint, and κ leave what the family was trained on; "" within it."""
     slip = 1e-9
     low, high = law.low * (1 - slip), law.high * (1 + slip)
     ends = {
-        str(name): "low" if value < low[name] else "high"
-        for name, value in lambda_.items()
+        name: "low" if value < low[name] else "high"
+        for name, value in by_name(lambda_).items()
         if not low[name] <= value <= high[name]
     }
     least, most = law.kappa or (1.0, 1.0)

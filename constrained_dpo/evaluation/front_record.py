@@ -53,7 +53,8 @@ class FrontRow(Record):
     was found for them or was given. look: among all points of the run's fronts; outside: at which
     end λ leaves the range that the family was trained on, kappa_outside: κ likewise; at_edge: where
     the root lies beyond the range that was searched. gains: E_π[g] − E_π_ref[g], with the same
-    interval's width as u. kl (nats) and objective E[r] − β KL at the recipe's β, None where the
+    interval's width as u. reward_change: E[r] minus that of the round's own policy, paired by
+    prompt, with the difference's standard error. kl (nats) and objective E[r] − β KL at the recipe's β, None where the
     samples are not from the policy itself.
     """
 
@@ -69,6 +70,8 @@ class FrontRow(Record):
     at_edge: dict[str, str]
     reward: float
     reward_se: float
+    reward_change: float
+    reward_change_se: float
     utilities: dict[str, float]
     gains: dict[str, float]
     u: dict[str, float]
@@ -102,7 +105,8 @@ class FrontPoint(Record):
 
     key: its folder's name; setting: what it was to be; lambda_, kappa: what it is; reason: how its
     search ended, and trials: what it tried, on the dual prompts. dual, test: estimates at the
-    setting's levels; family: a hash of the gated adapter; responses: of a prompt; exact: by split,
+    setting's levels; reference: π_ref's means on the test prompts, by objective; reward_change: as
+    in `FrontRow`; family: a hash of the gated adapter; responses: of a prompt; exact: by split,
     where every response of the world is listed.
     """
 
@@ -123,6 +127,8 @@ class FrontPoint(Record):
     dual: Measurement
     test: Measurement
     reference: dict[str, float]
+    reward_change: float
+    reward_change_se: float
     exact: dict[str, ExactPolicy] | None = None
 
     @property
@@ -134,6 +140,7 @@ class FrontPoint(Record):
         """Give the point in numbers; problem: the recipe's."""
         test, levels = self.test, self.setting.margins
         same = {"key", "round", "lambda_", "kappa", "look", "outside", "kappa_outside", "at_edge"}
+        same |= {"reward_change", "reward_change_se"}
         measured = {"reward", "reward_se", "utilities", "u", "u_ci_low", "u_ci_high", "verdicts"}
         measured |= {"kl", "kl_se", "objective", "objective_se", "verdict_confidence"}
         measured |= {"mean_length", "cut_off_fraction"}

@@ -23,18 +23,19 @@ def front_pictures(front: Front) -> Iterator[Picture]:
     names = list(front.levels)
     for index, name in enumerate(names, 1):
         points = "; ".join(
-            f"{setting_words(row)}: {signed(row.gains[name])}, {signed(row.reward)}"
+            f"{setting_words(row)}: {signed(row.gains[name])}, {signed(row.reward_change)}"
             for row in front.rows
         )
         yield Picture(
             "front" if len(names) == 1 else f"front-{index}-{name}",
             "front",
             f"What {name} costs",
-            f"Gain of {name} over π_ref and reward at each setting: {points}",
-            f"Gain of {name} over π_ref against E[{front.reward}], on the test prompts. Bars: "
-            f"{100 * front.confidence:g} % intervals of the gain and two standard errors of the "
-            "reward. Hollow: λ or κ outside the range that the family was trained on. Square: "
-            "π_ref. The reward leaves the KL term out.",
+            f"Gain of {name} over π_ref and change of reward at each setting: {points}",
+            f"Gain of {name} over π_ref, and the change of E[{front.reward}] against round "
+            f"{front.round}'s own policy, on the test prompts. Bars: {100 * front.confidence:g} % "
+            "intervals of the gain and two standard errors of the change. Numbers: the margin, or "
+            "the given λ. Hollow: outside the range that the family was trained on. The reward "
+            f"leaves the KL term out; π_ref's is {signed(front.reference[front.reward])}.",
             ["front/front.json"],
             partial(draw_front, front=front, name=name),
         )
@@ -50,16 +51,13 @@ def _series(front: Front) -> dict[str, list[FrontRow]]:
 
 
 def draw_front(style: Style, front: Front, name: str) -> "Figure":
-    """The gain of one utility over π_ref (x) and the reward (y) of every point, score units, with
-    their intervals, π_ref, and the margin that the recipe asks for."""
+    """The gain of one utility over π_ref (x) and the change of the reward against the run's own
+    policy (y) of every point, score units, with their intervals and the recipe's margin."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
     axes = figure.subplots()
-    start = front.reference[front.reward]
-    handles: list[Any] = axes.plot(
-        0.0, start, linestyle="", marker="s", markersize=8, color=style.neutral, label="π_ref"
-    )
+    handles: list[Any] = []
     for index, (label, rows) in enumerate(_series(front).items()):
         handles += _draw_series(axes, style, index, (label, name), rows)
     margin = front.levels[name] - _shift(front, name)
@@ -68,9 +66,10 @@ def draw_front(style: Style, front: Front, name: str) -> "Figure":
             margin, color=style.colour(1), linestyle="--", linewidth=1.3, label="recipe's margin"
         )
     )
+    axes.axhline(0, color=style.neutral, linewidth=1.0, zorder=0)
     axes.margins(0.08)
     axes.set_xlabel(f"gain of {name} over π_ref (score units)")
-    axes.set_ylabel(f"reward E[{front.reward}] (score units)")
+    axes.set_ylabel(f"change of E[{front.reward}] (score units)")
     columns = 3 if len(handles) <= 3 else 2
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=1.8)
     return figure
@@ -90,7 +89,7 @@ def _draw_series(
     """One kind of points with their intervals; labels: of the series, and the utility."""
     label, name = labels
     colour, marker = style.colour(0 if index == 0 else index + 1), MARKERS[index % len(MARKERS)]
-    x, y = [row.gains[name] for row in rows], [row.reward for row in rows]
+    x, y = [row.gains[name] for row in rows], [row.reward_change for row in rows]
     ends = [row.gain_interval(name) for row in rows]
     below = [gain - low for gain, (low, _) in zip(x, ends, strict=True)]
     above = [high - gain for gain, (_, high) in zip(x, ends, strict=True)]
@@ -98,7 +97,7 @@ def _draw_series(
         x,
         y,
         xerr=[below, above],
-        yerr=[2 * row.reward_se for row in rows],
+        yerr=[2 * row.reward_change_se for row in rows],
         linestyle="",
         color=colour,
         elinewidth=0.9,
@@ -106,13 +105,12 @@ def _draw_series(
     )
     if len(rows[0].levels) == 1:
         axes.plot(x, y, color=colour, linewidth=1.2)
-    for row, gain, reward in zip(rows, x, y, strict=True):
+    for place, (row, gain, reward) in enumerate(zip(rows, x, y, strict=True)):
         hollow = bool(row.outside or row.kappa_outside)
         face = style.background if hollow else colour
         axes.plot(gain, reward, marker=marker, markersize=6, color=colour, markerfacecolor=face)
         if len(rows) <= LABELLED:
             words = f"{row.levels[name] if row.solved else row.lambda_[name]:.3g}"
-            axes.annotate(
-                words, (gain, reward), (4, 5), textcoords="offset points", fontsize=7.5
-            )
+            offset = (4, 5) if place % 2 else (-4, -12)  # neighbours do not cover each other
+            axes.annotate(words, (gain, reward), offset, textcoords="offset points", fontsize=7.5)
     return list(axes.plot([], [], marker=marker, linestyle="", color=colour, label=label))

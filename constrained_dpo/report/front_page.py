@@ -105,6 +105,7 @@ def _setting(front: Front, row: FrontRow) -> dict[str, Any]:
         "confidence": f"{100 * row.verdict_confidence:.5g} %",
         "look": row.look,
         "reward": with_error(row.reward, row.reward_se),
+        "change": with_error(row.reward_change, row.reward_change_se),
         "kl": with_error(row.kl, row.kl_se),
         "objective": with_error(row.objective, row.objective_se),
         "kappa": f"{row.kappa:.4g}",

@@ -58,7 +58,8 @@ def front_notes(front: Front) -> list[str]:
     ranges = ", ".join(f"λ({n}) {front.low[n]:.3g} to {front.high[n]:.3g}" for n in front.levels)
     lines = [
         f"intervals are two-sided at {percent}, ± is a standard error; one prompt is one "
-        "observation",
+        "observation; change: of the reward against the round's own policy, prompts paired; gain: "
+        "over π_ref",
         f"every point is one look at the test prompts, and all looks of the run together hold at "
         f"{percent}: a verdict is held at more, the more looks there were before it",
     ]
@@ -73,7 +74,7 @@ def print_front(console: Console, front: Front) -> None:
     names = list(front.levels)
     percent = f"{100 * front.confidence:g} %"
     table = Table("setting", title=f"front of round {front.round}", title_justify="left")
-    for column in ("λ", f"E[{front.reward}]", f"gain [{percent}]", f"u [{percent}]"):
+    for column in ("λ", f"E[{front.reward}]", "change", f"gain [{percent}]", f"u [{percent}]"):
         table.add_column(column, justify="right")
     for column in ("KL", "objective", "verdict", "notes"):
         table.add_column(column, justify="left" if column == "notes" else "right")
@@ -84,7 +85,8 @@ def print_front(console: Console, front: Front) -> None:
         table.add_row(
             setting_words(row).replace(", ", "\n"),
             lambdas,
-            with_error(row.reward, row.reward_se),
+            signed(row.reward),
+            with_error(row.reward_change, row.reward_change_se),
             "\n".join(gain(row, name) for name in names),
             "\n".join(slack(row, name) for name in names),
             signed(row.kl, 2),
