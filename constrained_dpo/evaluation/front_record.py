@@ -54,8 +54,8 @@ class FrontRow(Record):
     end λ leaves the range that the family was trained on, kappa_outside: κ likewise; at_edge: where
     the root lies beyond the range that was searched. gains: E_π[g] − E_π_ref[g], with the same
     interval's width as u. reward_change: E[r] minus that of the round's own policy, paired by
-    prompt, with the difference's standard error. kl (nats) and objective E[r] − β KL at the recipe's β, None where the
-    samples are not from the policy itself.
+    prompt, with the difference's standard error. kl (nats) and objective E[r] − β KL at the
+    recipe's β, None where the samples are not from the policy itself.
     """
 
     key: str

@@ -16,6 +16,7 @@ from constrained_dpo.evaluation.front_record import Front, FrontRow
 from constrained_dpo.report.contents import signed
 from constrained_dpo.report.front_figures import front_pictures
 from constrained_dpo.report.front_words import (
+    distance,
     front_notes,
     gain,
     row_notes,
@@ -106,7 +107,7 @@ def _setting(front: Front, row: FrontRow) -> dict[str, Any]:
         "look": row.look,
         "reward": with_error(row.reward, row.reward_se),
         "change": with_error(row.reward_change, row.reward_change_se),
-        "kl": with_error(row.kl, row.kl_se),
+        "kl": distance(row),
         "objective": with_error(row.objective, row.objective_se),
         "kappa": f"{row.kappa:.4g}",
         "length": f"{row.mean_length:.1f}",

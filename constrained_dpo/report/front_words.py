@@ -52,6 +52,11 @@ def with_error(value: float | None, error: float | None) -> str:
     return "–" if value is None or error is None else f"{signed(value)} ± {error:.3f}"
 
 
+def distance(row: FrontRow) -> str:
+    """KL to π_ref with its standard error, or a dash."""
+    return "–" if row.kl is None or row.kl_se is None else f"{row.kl:.3f} ± {row.kl_se:.3f}"
+
+
 def front_notes(front: Front) -> list[str]:
     """Say what the numbers of a front are, and what its verdicts rest on."""
     percent = f"{100 * front.confidence:g} %"
@@ -89,7 +94,7 @@ def print_front(console: Console, front: Front) -> None:
             with_error(row.reward_change, row.reward_change_se),
             "\n".join(gain(row, name) for name in names),
             "\n".join(slack(row, name) for name in names),
-            signed(row.kl, 2),
+            "–" if row.kl is None else f"{row.kl:.2f}",
             signed(row.objective),
             Text(row.verdict, style=COLOURS[row.verdict]),
             ", ".join(marks),
