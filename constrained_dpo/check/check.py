@@ -29,8 +29,10 @@ from constrained_dpo.estimates.sampling_law import (
     compare_sampler,
     why_not_the_policy,
 )
+from constrained_dpo.estimates.score_scale import loss_by_scale
 from constrained_dpo.learners.dataset_answers import answer_counts, tokenized_answers
 from constrained_dpo.learners.lora import LoraLearner
+from constrained_dpo.recipe.defaults import choices, sized, split_counts
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.tracking import require_trackers
 from data_prep.errors import ServerUnreachable, UserError
@@ -62,7 +64,7 @@ class CheckReport(Record):
 
     prompts: by split; left_out: prompts by reason; dataset: its responses in the pool; sampler: the
     server's fingerprint and its log-probabilities beside ours; golden: a published score beside
-    ours, in words.
+    ours, in words; choices: what the recipe leaves to the toolkit, in words.
     """
 
     name: str
@@ -74,6 +76,7 @@ class CheckReport(Record):
     scorers: dict[str, CheckedScorer]
     sampler: dict[str, Any] | None
     golden: list[str]
+    choices: list[str]
     pilot: Pilot | None
     warnings: list[str]
     not_checked: list[str]
@@ -117,6 +120,9 @@ def check_recipe(recipe: Recipe, *, pilot: bool, target_se: dict[str, float]) ->
                 f"({', '.join(recipe.problem.names) or 'there is none'}) and a value > 0"
             )
     prompts, left_out = _check_prompts(recipe, findings)
+    as_written = recipe
+    if prompts is not None:
+        recipe = sized(recipe, split_counts(prompts))
     policy = _check_policy(recipe, findings)
     scorers = _check_scorers(recipe, policy, findings)
     learner, lengths, dataset, sampler = None, None, None, None
@@ -157,10 +163,16 @@ def check_recipe(recipe: Recipe, *, pilot: bool, target_se: dict[str, float]) ->
         scorers={n: checked_scorer(n, s, recipe.scorers[n], recipe) for n, s in scorers.items()},
         sampler=sampler,
         golden=golden_lines(recipe, scorers),
+        choices=[] if prompts is None else choices(recipe, as_written, _loss(recipe, pilot_report)),
         pilot=pilot_report,
         warnings=findings.warnings,
         not_checked=findings.unchecked,
     )
+
+
+def _loss(recipe: Recipe, pilot: Pilot | None) -> str | None:
+    """What `fit.loss: auto` comes to by the pilot's scores."""
+    return None if pilot is None else loss_by_scale(recipe.fit.grouped, pilot.scale)
 
 
 def _describe_policy(recipe: Recipe, policy: Policy) -> dict[str, Any]:

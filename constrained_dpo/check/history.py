@@ -3,7 +3,7 @@
 import pandas as pd
 from pydantic import Field
 
-from constrained_dpo.check.score_scale import ScoreScale, score_scale
+from constrained_dpo.estimates.score_scale import ScoreScale, score_scale
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import replay
 from data_prep.errors import UserError

@@ -10,23 +10,25 @@ import math
 import resource
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from constrained_dpo.check.expected_time import Timing, expected_seconds
 from constrained_dpo.check.precision import Precision, expected_precision
-from constrained_dpo.check.score_scale import ScoreScale, initial_multipliers, score_scale
 from constrained_dpo.dual.one_shot import solve_one_shot
 from constrained_dpo.dual.scores import ScoreTable
+from constrained_dpo.estimates.score_scale import ScoreScale, initial_multipliers, score_scale
+from constrained_dpo.fit.family import Family
 from constrained_dpo.learners.lora import LoraLearner
-from constrained_dpo.problem import ConstrainedProblem
+from constrained_dpo.problem import ConstrainedProblem, by_name
 from constrained_dpo.progress import timed
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.scorer_facts import reference_stds, score_statistics
 from data_prep.labels.groups import label_groups
+from data_prep.labels.multipliers import MultiplierRange
 from data_prep.labels.preferences import label_pairs
 from data_prep.records import Record
 from data_prep.settings import derive_seed
@@ -55,17 +57,6 @@ class Pilot(Record):
     scale: ScoreScale
     seconds: dict[str, float]
     peak_gib: float
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per sampled and scored response of π_ref and of an adapter, per optimizer step, and
-    around a fit's steps."""
-
-    reference_response: float
-    response: float
-    step: float
-    around_fit: float
 
 
 def run_pilot(
@@ -103,7 +94,7 @@ def run_pilot(
         ),
         calibrations=learner.calibrations(pool),
         scale=score_scale(pool, problem, *initial_multipliers(recipe.dual.init, problem)),
-        seconds=_expected_seconds(learner, counts, timing, given_responses),
+        seconds=expected_seconds(learner, counts, timing, given_responses),
         peak_gib=_peak_gib(),
     )
     return pilot, _out_of_reach(pool, problem, recipe.dual.max_lambda)
@@ -172,33 +163,31 @@ def _time_fit(learner: LoraLearner, pool: pd.DataFrame, folder: Path) -> tuple[f
     """(seconds per optimizer step, seconds around them) of a fit in the recipe's batches; its
     adapter is in `folder`."""
     from constrained_dpo.fit.adapter import fit_adapter
+    from constrained_dpo.fit.family import write_member
     from constrained_dpo.fit.trainer import FitPlan
 
     recipe = learner.recipe
-    reward, zero, rows = (
-        recipe.problem.reward,
-        pd.Series(0.0, index=recipe.problem.names),
-        TIMED_STEPS * recipe.fit.batch_size,
-    )
+    reward, rows = recipe.problem.reward, TIMED_STEPS * recipe.fit.batch_size
+    law, family = _family(recipe)
     if recipe.fit.grouped:
         per_prompt = math.ceil(rows / pool["prompt_id"].nunique())
         labels = label_groups(
             pool,
             reward,
-            zero,
+            law,
             group_size=recipe.fit.group_size,
             groups_per_prompt=per_prompt,
             seed=0,
         )
     else:
         kind = "soft" if recipe.fit.labels == "given" else recipe.fit.labels
-        labels = label_pairs(pool, reward, zero, labels=kind, pairs_per_prompt=None, seed=0)
+        labels = label_pairs(pool, reward, law, labels=kind, pairs_per_prompt=None, seed=0)
         labels = labels.iloc[np.resize(np.arange(len(labels)), rows)]
     # Every forward costs the same, so one per step is timed and multiplied.
     changed = {"epochs": None, "gradient_accumulation": 1}
-    unused: dict[str, Any] = {"holdout": 0.0, "early_stop": None, "report_to": []}
+    unused: dict[str, Any] = {"holdout": 0.0, "early_stop": None, "report_to": [], "refresh": 1}
     settings = recipe.fit.model_copy(update=changed | unused)
-    for name, steps in (("warmup", 1), ("adapter", TIMED_STEPS)):
+    for name, steps in (("warmup", 1), ("fitted", TIMED_STEPS)):
         start = time.perf_counter()
         plan = FitPlan(
             settings.model_copy(update={"steps": steps}),
@@ -206,56 +195,29 @@ def _time_fit(learner: LoraLearner, pool: pd.DataFrame, folder: Path) -> tuple[f
             recipe.objective.beta,
             seed=0,
             output=folder / name,
+            family=family,
         )
         fit_adapter(learner.policy, labels, pool, learner.prompt_tokens, plan)
         total = time.perf_counter() - start
-    log = json.loads((folder / "adapter" / "training_log.json").read_text())["log"]
+    log = json.loads((folder / "fitted" / "training_log.json").read_text())["log"]
+    if family is None:
+        (folder / "fitted").rename(folder / "adapter")
+    else:
+        ones = pd.Series(family.units, dtype=float)
+        write_member(folder / "fitted", ones, 1.0, folder / "adapter")
     trained = next(row["train_runtime"] for row in log if "train_runtime" in row)
     return trained / TIMED_STEPS * recipe.fit.gradient_accumulation, total - trained
 
 
-def _expected_seconds(
-    learner: LoraLearner, counts: dict[str, int], timing: Timing, given_responses: int
-) -> dict[str, float]:
-    """Seconds of prepare, fit and rescore (one round), and of the whole run.
-
-    A response of the dataset counts as one that is drawn, so what it costs is over-stated. The pool
-    of round 0 sets the number of steps where the recipe gives epochs; a growing pool with
-    pairs_per_prompt: all makes it larger.
-    """
-    recipe = learner.recipe
-    to_fit, measured = counts["fit"] + counts["dual"], recipe.dual.responses_per_prompt
-    drawn = 0 if recipe.pool.source == "dataset" else recipe.sampling.responses_per_prompt
-    responses = drawn + given_responses / to_fit
-    remeasured = (counts["dual"] + counts["test"]) * measured
-    fit_steps = _steps(recipe, to_fit, responses) * timing.step
-    prepare = (to_fit * responses + remeasured) * timing.reference_response
-    rescore = remeasured * timing.response
-    shares = [_share(recipe, number) for number in range(recipe.dual.rounds)]
-    fits = sum(share * fit_steps + timing.around_fit for share in shares)
-    return {
-        "prepare": prepare,
-        "fit": fit_steps + timing.around_fit,
-        "rescore": rescore,
-        "run": prepare + fits + recipe.dual.rounds * rescore,
-    }
-
-
-def _steps(recipe: Recipe, num_prompts: int, responses: float) -> int:
-    """Optimizer steps of the first fit."""
-    fit = recipe.fit
-    if fit.steps is not None:
-        return fit.steps
-    pairs = max(responses * (responses - 1) / 2, 0)
-    if fit.pairs_per_prompt != "all":
-        pairs = min(fit.pairs_per_prompt, pairs)
-    rows = num_prompts * (fit.groups_per_prompt if fit.grouped else pairs)
-    return math.ceil((fit.epochs or 0) * rows / (fit.batch_size * fit.gradient_accumulation))
-
-
-def _share(recipe: Recipe, number: int) -> float:
-    """A round's steps or epochs in shares of the first round's."""
-    first, this = recipe.fit, recipe.fit.in_round(number)
-    if first.steps is not None and this.steps is not None:
-        return this.steps / first.steps
-    return (this.epochs or 0) / (first.epochs or 1)
+def _family(recipe: Recipe) -> tuple[pd.Series | MultiplierRange, Family | None]:
+    """What the pilot's rows are labelled under, and the family that it fits: one of the recipe's
+    shape, about λ = 1, since only its cost is measured."""
+    names, conditional = recipe.problem.names, recipe.fit.conditional
+    if conditional is None:
+        return pd.Series(0.0, index=names), None
+    ones = pd.Series(1.0, index=names)
+    law = MultiplierRange(ones, 0.1 * ones, conditional.range, conditional.kappa)
+    ends = by_name(law.low), by_name(law.high)
+    return law, Family(
+        units=by_name(ones), rank=recipe.policy.lora.r, low=ends[0], high=ends[1], kappa=law.kappa
+    )

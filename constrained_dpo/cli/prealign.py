@@ -29,7 +29,7 @@ def prealign(
     """DPO on a dataset's human labels: the adapters of PeCAID's implicit scorers, and the baselines
     DPO-helpful and DPO-safe."""
     from constrained_dpo.recipe.load import load_recipe
-    from constrained_dpo.report.words import describe_answers
+    from constrained_dpo.report.status_words import describe_answers
 
     settings = load_recipe(recipe, overrides)
     column = labels or settings.fit.label_column

@@ -63,8 +63,9 @@ def _opened(path: Path) -> "Run":
 
 def prepare(run: RunPath, as_json: AsJson = False) -> None:
     """Sample and score the reference policy, measure its utilities, find the first multipliers."""
+    from constrained_dpo.report.cells import at_bound_warning
     from constrained_dpo.report.scorer_words import prepared_lines
-    from constrained_dpo.report.words import at_bound_warning, describe_answers
+    from constrained_dpo.report.status_words import describe_answers
 
     opened = _opened(run)
     lambda_, directory = opened.prepare(), opened.directory
@@ -149,12 +150,8 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Where a run stands and what happens next."""
-    from constrained_dpo.report.words import (
-        certificate_line,
-        print_samples,
-        print_status,
-        print_tables,
-    )
+    from constrained_dpo.report.status_words import certificate_line, print_status
+    from constrained_dpo.report.words import print_samples, print_tables
     from constrained_dpo.run.directory import RunDirectory
     from constrained_dpo.run.status import read_status
 

@@ -56,7 +56,7 @@ class Response:
     slopes: np.ndarray
 
     @classmethod
-    def of(cls, trials: Sequence[Trial], names: list[str], with_kl: bool) -> "Response":
+    def of(cls, trials: Sequence[Trial], names: list[str], *, with_kl: bool) -> "Response":
         """Stack trials; with_kl: KL is an output too. Raises ValueError where a trial has none."""
         rows = [_row(trial, names, with_kl) for trial in trials]
         return cls(*(np.stack(column) for column in zip(*rows, strict=True)))

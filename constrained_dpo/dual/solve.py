@@ -25,6 +25,9 @@ LIMIT = 3.0  # by what factor a λ may leave the range that was tried
 KL_TOLERANCE = 0.02  # of the budget
 
 
+SURE = 3.0  # standard errors of one trial's v, from which its sign is taken as known
+
+
 STALLED = 0.5  # share of v that a step leaves when λ hardly moves it
 
 
@@ -80,20 +83,21 @@ def next_point(trials: Sequence[Trial], rule: SolveRule, start: pd.Series) -> So
     slopes: Newton's method on D, whose Hessian is κ Cov(g)/β. Raises ValueError where a trial lacks
     the KL that a budget needs.
     """
-    search = _Search.of(trials, rule, start)
-    if search.response is None:
+    search = _Search.of(rule, start)
+    if not trials:
         return search.first()
+    response = Response.of(trials, search.names, with_kl=rule.kl_budget is not None)
     left = len(trials) < rule.trials
-    point = search.root(search.response)
+    point = search.root(response)
     if left:
-        point = search.farther(search.response, point)
-    return search.solution(search.response, point, left)
+        point = search.farther(response, point)
+    return search.solution(response, point, left)
 
 
 @dataclass(frozen=True)
 class _Search:
     """The rule as arrays, by constraint: low, high, tolerance, start, (m,); kappa: its range, the
-    same twice where it is not solved for; response: of the trials, if there are any."""
+    same twice where it is not solved for. A point is λ, then κ, (m + 1,)."""
 
     names: list[str]
     low: np.ndarray
@@ -102,10 +106,9 @@ class _Search:
     start: np.ndarray
     kappa: tuple[float, float]
     budget: float | None
-    response: Response | None
 
     @classmethod
-    def of(cls, trials: Sequence[Trial], rule: SolveRule, start: pd.Series) -> "_Search":
+    def of(cls, rule: SolveRule, start: pd.Series) -> "_Search":
         names = [str(name) for name in start.index]
         low, high, tolerance = (
             series.reindex(names).to_numpy(np.float64)
@@ -115,9 +118,13 @@ class _Search:
         if rule.kl_budget is None:
             nearest = float(np.clip(1.0, *kappa))
             kappa = nearest, nearest
-        response = Response.of(trials, names, rule.kl_budget is not None) if trials else None
         first = np.clip(start.to_numpy(np.float64), low, high)
-        return cls(names, low, high, tolerance, first, kappa, rule.kl_budget, response)
+        return cls(names, low, high, np.maximum(tolerance, 1e-12), first, kappa, rule.kl_budget)
+
+    @property
+    def one_unknown(self) -> bool:
+        """One λ alone is solved for, so that signs of v bracket it."""
+        return len(self.names) == 1 and self.kappa[0] == self.kappa[1]
 
     def first(self) -> Solution:
         unknown = dict.fromkeys(self.names, np.nan)
@@ -133,18 +140,21 @@ class _Search:
         )
 
     def root(self, response: Response) -> np.ndarray:
-        """λ, then κ, (m + 1,): complementarity at each κ, and the κ that meets the budget."""
-        box = self.reachable(response)
+        """The point: complementarity at each κ, and the κ at which that meets the budget."""
+        box, budget = self.reachable(response), self.budget
+        if budget is None:
+            return self.complementary(response, self.kappa[0], box)
 
         def excess(kappa: float) -> float:
             point = self.complementary(response, kappa, box)
             return float(response.at(point).value[-1]) - budget
 
-        kappa, budget = self.kappa[0], self.budget
-        if budget is not None and excess(kappa) < 0:
-            kappa = self.kappa[1]
-            if excess(kappa) > 0:
-                kappa = float(optimize.brentq(excess, *self.kappa, xtol=1e-4))
+        low, high = self.kappa
+        if excess(low) >= 0:
+            return self.complementary(response, low, box)
+        if excess(high) <= 0:
+            return self.complementary(response, high, box)
+        kappa = float(optimize.brentq(excess, low, high, xtol=1e-4))
         return self.complementary(response, kappa, box)
 
     def reachable(self, response: Response) -> tuple[np.ndarray, np.ndarray]:
@@ -154,19 +164,21 @@ class _Search:
         low = tried.min(axis=0) / LIMIT
         low = np.clip(np.where(low < floor, 0.0, low), self.low, self.high)
         high = np.clip(LIMIT * np.maximum(tried.max(axis=0), floor), self.low, self.high)
-        if len(self.names) == 1 and self.kappa[0] == self.kappa[1]:
-            at, v, sure = tried[:, 0], response.values[:, 0], 2 * response.se[:, 0]
+        if self.one_unknown:
+            at, v, sure = tried[:, 0], response.values[:, 0], SURE * response.se[:, 0]
             below, above = at[v < -sure].max(initial=-np.inf), at[v > sure].min(initial=np.inf)
             if below < above:
-                inside = (above - below) / 20 if np.isfinite(above - below) else 0.0
-                low, high = np.maximum(low, below + inside), np.minimum(high, above - inside)
+                low, high = np.maximum(low, below), np.minimum(high, above)
         return low, high
 
     def complementary(
         self, response: Response, kappa: float, box: tuple[np.ndarray, np.ndarray]
     ) -> np.ndarray:
-        """λ, then κ, (m + 1,), where the predicted v meets complementarity within the box: Newton's
-        steps on a prediction that is made anew at every point."""
+        """The point at κ where the predicted v meets complementarity within the box: Newton's steps
+        on a prediction that is made anew at every point.
+
+        J Δ = −v/ρ has the complementarity of ρ J Δ = −v, and J is symmetric.
+        """
         m, share, last = len(self.names), 1.0, np.zeros(len(self.names))
         point = np.append(np.clip(response.points[-1, :-1], *box), kappa)
         best, least = point, np.inf
@@ -191,10 +203,10 @@ class _Search:
         """Go on towards an end of the box, for one λ that no trial brackets and that hardly moves
         v: halfway there and, from the fourth trial on, to the end itself."""
         values, at, trials = response.values, response.points[:, 0], len(response.points)
-        if len(self.names) != 1 or self.kappa[0] != self.kappa[1] or trials < 2:
+        if not self.one_unknown or trials < 2:
             return point
         v, sign = values[:, 0], np.sign(values[-1, 0])
-        surely = (sign * v > 2 * response.se[:, 0]).all()
+        surely = (sign * v > SURE * response.se[:, 0]).all()
         if not surely or abs(v[-1]) < STALLED * abs(v[-2]):
             return point
         end, seen = (self.high[0], at.max()) if sign < 0 else (self.low[0], at.min())
@@ -211,7 +223,7 @@ class _Search:
             ends = np.append(self.low, self.kappa[0]), np.append(self.high, self.kappa[1])
             goal = np.append(goal, self.budget)
         at = point if self.budget is not None else lam
-        # κ is low where KL is short of the budget: KL − budget then has u's sign and slope
+        # KL − budget rises with κ as v rises with λ
         miss, close = local.value - goal, 1e-6 * (ends[1] - ends[0])
         beyond = np.where((at <= ends[0] + close) & (miss >= 0), "low", "")
         beyond = np.where((at >= ends[1] - close) & (miss <= 0), "high", beyond)
@@ -253,17 +265,16 @@ def _box_step(
 ) -> np.ndarray:
     """Minimize ½Δ'HΔ + gradient'Δ over low ≤ Δ ≤ high, (m,), by coordinate descent.
 
-    H: slope (m, m), made symmetric and positive definite.
+    H: slope (m, m), made symmetric and positive definite, whatever the units of each.
     """
     hessian = (slope + slope.T) / 2
-    ridge = 1e-9 + 1e-6 * float(np.trace(hessian)) / max(len(gradient), 1)
-    hessian = hessian + ridge * np.eye(len(gradient))
+    hessian = hessian + np.diag(1e-6 * np.diag(hessian) + 1e-30)
     step = np.zeros_like(gradient)
     for _ in range(MAX_SWEEPS):
         before = step.copy()
         for i in range(len(step)):
             rest = gradient[i] + hessian[i] @ step - hessian[i, i] * step[i]
             step[i] = np.clip(-rest / hessian[i, i], low[i], high[i])
-        if np.abs(step - before).max(initial=0.0) <= 1e-10 * (high - low).max(initial=0.0):
+        if np.abs(step - before).max(initial=0.0) <= 1e-6 * (high - low).max(initial=0.0):
             break
     return step

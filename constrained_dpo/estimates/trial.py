@@ -30,7 +30,7 @@ def trial(
     prompt has two responses.
     """
     names, beta = problem.names, problem.beta
-    u = prompt_slack(samples, reference, problem).mean()
+    slack = prompt_slack(samples, reference, problem)
     lam = lambda_.reindex(names).to_numpy(np.float64)
     utilities = samples[names].to_numpy(np.float64)
     lagrangian = samples[problem.reward].to_numpy(np.float64) + utilities @ lam
@@ -38,14 +38,14 @@ def trial(
     covariance, se = _within_prompts(scores, samples["prompt_id"])
     g_g, g_s = covariance[:-1, :-1], covariance[:-1, -1]
     kl, kl_se = _kl(samples)
-    slope = pd.DataFrame(kappa * g_g / beta, index=names, columns=names)
+    slope = kappa * g_g / beta
     return Trial(
         lambda_=by_name(lambda_.reindex(names)),
         kappa=kappa,
-        u=by_name(u),
+        u={name: float(slack[name].mean()) for name in names},
         u_se=by_name(pd.Series(se[:-1], index=names)),
         shift={name: float(shift[name]) for name in names},
-        slope={name: by_name(slope.loc[name]) for name in names},
+        slope={n: by_name(pd.Series(r, index=names)) for n, r in zip(names, slope, strict=True)},
         kl=kl,
         kl_se=kl_se,
         slope_kappa=by_name(pd.Series(g_s / beta, index=names)),

@@ -15,12 +15,13 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from data_prep.errors import UserError
-from data_prep.files import read_json, sync_folder
+from data_prep.files import sync_folder
 from data_prep.models.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from data_prep.records import Record
 
@@ -51,23 +52,37 @@ class Family(Record):
         return np.asarray(gates * np.broadcast_to(kappa, (len(lambda_),))[:, None])
 
 
+class SealedFamily(Record):
+    """family.json: the family, and PEFT's config of its weights, which a member's is too."""
+
+    family: Family
+    adapter_config: dict[str, Any]
+
+
 def is_family(folder: Path) -> bool:
     """Tell whether a folder holds a gated adapter."""
     return (folder / FAMILY_FILE).exists()
 
 
 def read_family(folder: Path) -> Family:
-    """Read what the gated adapter of a folder is; raises UserError where there is none."""
+    """Read what the gated adapter of a folder is.
+
+    Raises UserError where there is none, or its file is damaged.
+    """
+    return _sealed(folder).family
+
+
+def _sealed(folder: Path) -> SealedFamily:
     if not is_family(folder):
         raise UserError(f"{folder}: holds no family ({FAMILY_FILE}); give a round's family folder")
-    return Family.from_json(read_json(folder / FAMILY_FILE)["family"], folder / FAMILY_FILE)
+    return SealedFamily.read(folder / FAMILY_FILE)
 
 
 def seal_family(folder: Path, family: Family) -> None:
     """Turn PEFT's files in a folder into a family's, which PEFT does not load."""
     config = json.loads((folder / ADAPTER_CONFIG).read_text())
-    content = {"family": family.to_json(), "adapter_config": config}
-    (folder / FAMILY_FILE).write_text(json.dumps(content, indent=1))
+    sealed = SealedFamily(family=family, adapter_config=config)
+    (folder / FAMILY_FILE).write_text(json.dumps(sealed.to_json(), indent=1))
     (folder / ADAPTER_WEIGHTS).rename(folder / FAMILY_WEIGHTS)
     (folder / ADAPTER_CONFIG).unlink()
 
@@ -80,19 +95,19 @@ def write_member(folder: Path, lambda_: pd.Series, kappa: float, output: Path) -
     """
     from safetensors.numpy import load_file, save_file
 
-    family = read_family(folder)
+    sealed = _sealed(folder)
+    family = sealed.family
     gates = family.gates(lambda_.to_frame().T, kappa)[0]
     scale = np.repeat(gates, family.rank).astype(np.float32)[:, None]
     weights = {
         name: value * scale if ".lora_A." in name else value
         for name, value in load_file(folder / FAMILY_WEIGHTS).items()
     }
-    config = read_json(folder / FAMILY_FILE)["adapter_config"]
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file(weights, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    (temporary / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2))
+    (temporary / ADAPTER_CONFIG).write_text(json.dumps(sealed.adapter_config, indent=2))
     for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
         with open(temporary / name, "rb") as handle:
             os.fsync(handle.fileno())

@@ -1,5 +1,5 @@
-"""Exact values of the embedded world: every answer listed, scored and weighed by the policy's own
-forward."""
+"""Exact values of a small world, such as the embedded one: every answer listed, scored and weighed
+by the policy's own forward."""
 
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +18,16 @@ if TYPE_CHECKING:
 
 
 class EmbeddedValues:
-    """The `ExactValues` of a learner on the embedded world, by split (dual and test prompts)."""
+    """The `ExactValues` of a learner whose answers are few enough to list, by split (dual and test
+    prompts)."""
 
     def __init__(self, learner: "LoraLearner") -> None:
         self.learner = learner
+
+    @property
+    def length(self) -> int:
+        """The most tokens of an answer."""
+        return self.learner.recipe.sampling.max_new_tokens
 
     @cached_property
     def tokens(self) -> dict[str, dict[str, list[int]]]:
@@ -35,12 +41,12 @@ class EmbeddedValues:
     @cached_property
     def texts(self) -> list[str]:
         """Every answer as scorers read it."""
-        from data_prep.quickstart import VOCABULARY
         from data_prep.sampling.enumeration import enumerate_responses
         from data_prep.sampling.generate import decode
 
         policy = self.learner.policy
-        return decode(policy, enumerate_responses(policy.eos_ids[0], len(VOCABULARY)))
+        size = policy.model.config.vocab_size
+        return decode(policy, enumerate_responses(policy.eos_ids[0], size, self.length))
 
     @cached_property
     def scores(self) -> dict[str, dict[str, np.ndarray]]:
@@ -59,15 +65,16 @@ class EmbeddedValues:
             scores[name] = apply_options(values, self.learner.scorer_settings[name])
         return scores
 
-    def _logps(self, split: str, adapter: Path | None) -> np.ndarray:
+    def logps(self, split: str, adapter: Path | None) -> np.ndarray:
+        """log π(y | x) of every answer to a split's prompts, (num_prompts, num_responses) nats."""
         from data_prep.sampling.enumeration import exact_logps
 
-        return exact_logps(self.learner.policy, adapter, self.tokens[split])
+        return exact_logps(self.learner.policy, adapter, self.tokens[split], self.length)
 
     @cached_property
     def reference_logps(self) -> dict[str, np.ndarray]:
         """log π_ref by split, (num_prompts, num_responses) nats."""
-        return {split: self._logps(split, None) for split in self.tokens}
+        return {split: self.logps(split, None) for split in self.tokens}
 
     def world(self, split: str, problem: ConstrainedProblem) -> TabularWorld:
         """One split's prompts as an enumerated world under a problem."""
@@ -81,7 +88,7 @@ class EmbeddedValues:
         """Evaluate an adapter's policy on each split, its Lagrangian gap at λ included."""
         values = {}
         for split in self.tokens:
-            logp = self._logps(split, adapter)
+            logp = self.logps(split, adapter)
             values[split] = self.world(split, problem).evaluate(logp, lambda_)
         return values
 

@@ -131,7 +131,7 @@ class LoraLearner:
 
         recipe = self.recipe
         plan = FitPlan(
-            settings=recipe.fit.in_round(job.round_number),
+            settings=recipe.fit.in_round(job.round_number).model_copy(update={"loss": job.loss}),
             lora=recipe.policy.lora,
             beta=recipe.objective.beta,
             seed=job.seed,

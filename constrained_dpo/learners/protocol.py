@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,8 @@ class FitJob:
     done; logs, checkpoints: folders for trackers and for a fit that may be killed. family: of a
     conditional fit, whose output is a family and no adapter. segment, segments, begin: the stretch
     of the fit's schedule, and the checkpoint that it goes on from (`fit.segments`);
-    keep: where the checkpoint at its end goes, None for the last.
+    keep: where the checkpoint at its end goes, None for the last. loss: logistic or listwise, in
+    place of the recipe's auto.
     """
 
     labels: pd.DataFrame
@@ -37,6 +38,7 @@ class FitJob:
     segments: int = 1
     begin: Path | None = None
     keep: Path | None = None
+    loss: Literal["logistic", "listwise"] = "logistic"
 
 
 class Source(Protocol):

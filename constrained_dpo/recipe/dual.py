@@ -11,7 +11,7 @@ class DualSettings(Settings):
     """The multipliers and how they move."""
 
     method: Literal["solve", "subgradient", "one_shot", "fixed"] = Field(
-        "subgradient",
+        "solve",
         description="solve: the root of u, by trials of a conditional policy; subgradient: a step; "
         "one_shot: λ from reference samples, kept; fixed: λ = init, kept",
     )
@@ -31,15 +31,19 @@ class DualSettings(Settings):
         600, ge=2, description="dual prompts: a fixed subset of the fit prompts"
     )
     responses_per_prompt: int = Field(
-        8, ge=1, description="samples per dual or test prompt, of π_ref once and of π_θ each round"
+        0,
+        ge=0,
+        description="samples per dual or test prompt, of π_ref once and of π_θ each round; 0: "
+        "about 12,000 on the dual prompts, 8 to 256",
     )
     confidence: float = Field(
         0.95, gt=0.5, lt=1, description="level of the intervals of u and of the verdict"
     )
-    confidence_side: Literal["none", "lower"] = Field(
-        "none",
-        description="lower: λ moves by the lower confidence bound of u, so that the constraint "
-        "holds with probability `confidence`",
+    confidence_side: Literal["none", "lower"] | None = Field(
+        None,
+        description="lower: λ moves by the lower confidence bound of u (solve: with room for the "
+        "test prompts' verdict), so that the constraint holds with probability `confidence`; none: "
+        "by u; null: lower with solve, else none",
     )
     trials: int = Field(
         8,
@@ -53,6 +57,13 @@ class DualSettings(Settings):
         description="`cdpo run --until-converged`: slack in shares of the rise asked for, and "
         "change of λ in shares of λ",
     )
+
+    @property
+    def with_room(self) -> bool:
+        """Whether λ aims at a bound of u in place of u."""
+        side = self.confidence_side or ("lower" if self.method == "solve" else "none")
+        return side == "lower"
+
     target_gap: float | None = Field(
         None,
         gt=0,

@@ -34,7 +34,8 @@ class ConditionalSettings(Settings):
 
 
 class FitSettings(Settings):
-    """The DPO fit of one round. Defaults follow the paper where it reports them."""
+    """The DPO fit of one round. The defaults are the settings that came nearest to the optimum in
+    docs/benchmarks.md; the papers' are in their recipes."""
 
     labels: Literal["soft", "bernoulli", "argmax", "given"] = Field(
         "soft",
@@ -48,38 +49,40 @@ class FitSettings(Settings):
         "better_response_id or safer_response_id; chosen for "
         "rows of chosen and rejected",
     )
-    loss: Literal["logistic", "listwise"] = Field(
-        "logistic",
-        description="logistic: pairs; listwise: softmax(log-ratio) over a group fitted to "
-        "softmax(score/β), which keeps the scale where "
-        "pairs saturate",
+    loss: Literal["auto", "logistic", "listwise"] = Field(
+        "auto",
+        description="logistic: all pairs of a row; listwise: softmax(log-ratio) over a group "
+        "fitted to softmax(score/β), which keeps the scale where pairs saturate; auto: listwise "
+        "where more than 3 of 10 pairs of π_ref's responses do",
     )
     group_size: int = Field(
-        2,
+        8,
         ge=2,
         description="responses of a prompt in one row; logistic takes all their pairs (2: pairs)",
     )
     groups_per_prompt: int = Field(
-        4,
-        ge=1,
-        description="groups drawn from a prompt's pool, anew each round (pairs: pairs_per_prompt)",
+        0,
+        ge=0,
+        description="groups drawn from a prompt's pool, anew each round (pairs: pairs_per_prompt); "
+        "0: as many as the steps read",
     )
     pairs_per_prompt: int | Literal["all"] = Field(
         8, description="pairs drawn from a prompt's pool, anew each round"
     )
     conditional: ConditionalSettings | None = Field(
-        None,
+        ConditionalSettings(),
         description="fit one policy for every multiplier (dual.method: solve); policy.lora.r is "
         "the rank of a block, one for the reward and each utility; null: fit the policy of λ alone",
     )
-    refresh: int = Field(
-        1,
+    refresh: int | None = Field(
+        None,
         ge=1,
         description="stretches of a fit; between two of them the policy is sampled again (a "
-        "refresh-th of dual.responses_per_prompt) and the labels are drawn anew",
+        "refresh-th of dual.responses_per_prompt) and the labels are drawn anew; null: 4, or 1 "
+        "with given labels or an early stop",
     )
     loraplus_ratio: float = Field(
-        1.0,
+        16.0,
         ge=1,
         description="LoRA+ (arXiv:2402.12354): learning rate of the adapter's B over that of A",
     )
@@ -87,10 +90,11 @@ class FitSettings(Settings):
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
         "cosine", description="over one round"
     )
-    warmup_steps: int = Field(
-        0,
+    warmup_steps: int | None = Field(
+        None,
         ge=0,
-        description="linear warm-up at the start of each round (shorter where later_rounds are)",
+        description="linear warm-up at the start of each round (shorter where later_rounds are); "
+        "null: a twentieth of the steps, none where epochs are given",
     )
     optimizer: Literal["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit"] = (
         Field("adamw_torch", description="optimizer; its state starts fresh each round")
@@ -98,10 +102,13 @@ class FitSettings(Settings):
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of the adapter")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
     steps: int | None = Field(
-        None, ge=1, description="optimizer steps per round (give steps or epochs)"
+        None, ge=1, description="optimizer steps per round (instead of epochs)"
     )
     epochs: float | None = Field(
-        None, gt=0, description="passes over the round's pairs (give steps or epochs)"
+        None,
+        gt=0,
+        description="passes over the round's rows (instead of steps); neither: 200 steps, more "
+        "where a group of each prompt needs them",
     )
     later_rounds: Share | list[Share] = Field(
         1.0,
@@ -133,8 +140,8 @@ class FitSettings(Settings):
         description="optimizer steps between two checkpoints that a killed fit goes on from; "
         "null: it starts over",
     )
-    batch_size: int = Field(8, ge=1, description="rows (pairs or groups) per forward")
-    gradient_accumulation: int = Field(1, ge=1, description="forwards per optimizer step")
+    batch_size: int = Field(4, ge=1, description="rows (pairs or groups) per forward")
+    gradient_accumulation: int = Field(4, ge=1, description="forwards per optimizer step")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations: less memory, about a third slower"
     )
@@ -165,8 +172,8 @@ class FitSettings(Settings):
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> "FitSettings":
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of fit.steps and fit.epochs")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give one of fit.steps and fit.epochs")
         if self.warmup_steps and self.lr_scheduler == "constant":
             raise ValueError(
                 "fit.lr_scheduler constant has no warm-up; take constant_with_warmup, or set "
@@ -188,12 +195,12 @@ class FitSettings(Settings):
 
     @model_validator(mode="after")
     def _in_stretches(self) -> "FitSettings":
-        if self.refresh > 1 and self.early_stop is not None:
+        if self.stretches > 1 and self.early_stop is not None:
             raise ValueError(
                 "fit.early_stop ends a fit of one stretch; set fit.refresh to 1, or early_stop to "
                 "null"
             )
-        if self.labels == "given" and (self.refresh > 1 or self.conditional is not None):
+        if self.labels == "given" and (self.stretches > 1 or self.conditional is not None):
             raise ValueError(
                 "fit.labels: given are the dataset's own whatever λ is; set fit.refresh to 1 and "
                 "fit.conditional to null"
@@ -231,11 +238,18 @@ class FitSettings(Settings):
         `warmup_steps`, by `later_rounds`."""
         shares = self.later_rounds if isinstance(self.later_rounds, list) else [self.later_rounds]
         share = 1.0 if number == 0 else shares[min(number, len(shares)) - 1]
-        warmup = {"warmup_steps": int(share * self.warmup_steps)}
+        warmup = {"warmup_steps": int(share * (self.warmup_steps or 0))}
         if self.steps is not None:
             return self.model_copy(update={"steps": max(1, round(share * self.steps))} | warmup)
         epochs = share * (self.epochs or 0.0)
         return self.model_copy(update={"epochs": epochs} | warmup)
+
+    @property
+    def stretches(self) -> int:
+        """In how many stretches a fit comes, with fresh samples between."""
+        if self.refresh is not None:
+            return self.refresh
+        return 1 if self.labels == "given" or self.early_stop is not None else 4
 
     @property
     def grouped(self) -> bool:

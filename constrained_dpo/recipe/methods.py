@@ -14,7 +14,11 @@ from data_prep.errors import UserError
 _PAPERS = (
     *("fit.labels=bernoulli", "fit.label_column=null", "fit.loss=logistic", "fit.group_size=2"),
     *("pool.grow=false", "pool.shares=null", "dual.confidence_side=none"),
+    *("fit.conditional=null", "fit.refresh=1", "fit.loraplus_ratio=1"),
 )
+
+
+_FIXED = ("dual.method=fixed", "fit.conditional=null")
 
 
 METHODS: dict[str, tuple[str, ...]] = {
@@ -22,8 +26,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     "caid": ("dual.method=subgradient", "dual.init=one_shot", *_PAPERS),
     "mocan": ("dual.method=one_shot", *_PAPERS),
     "ours": (
-        "dual.method=subgradient",
+        "dual.method=solve",
         "dual.init=one_shot",
+        "dual.confidence_side=none",
+        "fit.conditional={}",
         "fit.labels=soft",
         "fit.label_column=null",
         "pool.grow=true",
@@ -62,7 +68,7 @@ def method_overrides(
     )  # people's labels know no weights
     if method == WEIGHTED_SUM:
         return [
-            "dual.method=fixed",
+            *_FIXED,
             f"dual.init={json.dumps(problem.multipliers(weights or {}).to_dict())}",
             *scored,
         ]
@@ -74,7 +80,7 @@ def method_overrides(
             f"{', '.join(names)}"
         )
     if name == problem.reward:
-        return ["dual.method=fixed", "dual.init=zeros", *scored]
+        return [*_FIXED, "dual.init=zeros", *scored]
     blocks = {c.name: c.model_dump(mode="json") for c in recipe.objective.constraints}
     reward = recipe.objective.reward.model_dump(mode="json")
     others = [block for other, block in blocks.items() if other != name] + [
@@ -84,7 +90,7 @@ def method_overrides(
     return [
         f"objective.reward={json.dumps(chosen)}",
         f"objective.constraints={json.dumps(others)}",
-        "dual.method=fixed",
+        *_FIXED,
         "dual.init=zeros",
         *scored,
     ]
@@ -129,21 +135,18 @@ def describe_method(recipe: Recipe) -> str:
     implicit = all(scorer.type == "implicit" for scorer in recipe.scorers.values())
     papers = (
         fit.labels == "bernoulli"
-        and fit.loss == "logistic"
+        and fit.loss != "listwise"
         and fit.group_size == 2
         and not recipe.pool.grow
     )
     one_shot = dual.method in ("one_shot", "fixed")
     if papers and one_shot:
         return "PeCAN" if implicit else "MoCAN"
-    if (
-        papers
-        and dual.method == "subgradient"
-        and dual.init == "one_shot"
-        and dual.confidence_side == "none"
-    ):
+    if papers and dual.method == "subgradient" and dual.init == "one_shot" and not dual.with_room:
         return "PeCAID" if implicit else "CAID"
     kind = "one-shot" if one_shot else dual.method
+    if dual.method == "solve":
+        return f"conditional policy, {fit.labels} labels"
     return f"{kind}, {fit.labels} labels, {'growing' if recipe.pool.grow else 'fixed'} pool"
 
 
@@ -151,25 +154,26 @@ def settings_line(recipe: Recipe) -> str:
     """A method's settings in one line: how λ moves, what is fitted on which labels and pool, β, how
     long."""
     dual, fit = recipe.dual, recipe.fit
-    steps = (
-        f"{fit.steps} steps"
-        if fit.steps is not None
-        else f"{fit.epochs:g} epoch{'' if fit.epochs == 1 else 's'}"
-    )
+    steps = "steps by the number of prompts" if fit.steps is None else f"{fit.steps} steps"
+    if fit.epochs is not None:
+        steps = f"{fit.epochs:g} epoch{'' if fit.epochs == 1 else 's'}"
     rows = (
         "pairs"
-        if fit.group_size == 2 and fit.loss == "logistic"
+        if fit.group_size == 2 and fit.loss != "listwise"
         else f"{fit.loss} groups of {fit.group_size}"
     )
     moves = {
+        "solve": f"λ solved for by trials of a conditional policy, from λ_0 {_start(dual.init)}",
         "subgradient": f"subgradient steps η {dual.step_size:g} from λ_0 {_start(dual.init)}",
         "one_shot": "λ one-shot, kept",
         "fixed": f"λ fixed at {_start(dual.init)}",
     }[dual.method]
     if not recipe.objective.constraints:
         moves = "no constraint"
-    elif dual.confidence_side == "lower" and dual.method == "subgradient":
-        moves += " on the lower bound"
+    elif dual.with_room:
+        moves += (
+            " on the lower bound" if dual.method == "subgradient" else ", with room for the test"
+        )
     pool = "growing pool" if recipe.pool.grow else "fixed pool"
     return (
         f"{moves}; {fit.labels} labels, {rows}, {pool}; β {recipe.objective.beta:g}; "

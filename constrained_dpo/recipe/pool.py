@@ -1,7 +1,8 @@
 """The keys of the recipe's `pool` block: which scored responses there are, and which of them a
 round trains on."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -55,14 +56,26 @@ class PoolSettings(Settings):
         "already)",
     )
     shares: PoolShares | None = Field(
-        None,
-        description="shares of the sources in what a round trains on; null: every response alike",
+        PoolShares(reference=0.1, recent=0.7, earlier=0.2),
+        description="shares of the sources in what a round trains on; null: every response alike "
+        "(the default where the pool does not grow, or has a dataset's)",
     )
     max_per_prompt: int | None = Field(
         None,
         ge=2,
         description="most responses of a prompt that a round trains on, drawn anew each round",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alike(cls, content: Any) -> Any:
+        """A fixed pool, or a dataset's, has no default shares."""
+        if not isinstance(content, Mapping) or "shares" in content:
+            return content
+        plain = (
+            content.get("grow", True) is True and content.get("source", "reference") == "reference"
+        )
+        return content if plain else {**content, "shares": None}
 
     @model_validator(mode="after")
     def _grown(self) -> "PoolSettings":
@@ -98,6 +111,7 @@ class PoolSettings(Settings):
         none. drawn: π_ref's responses to every prompt; measured: each round's to a dual prompt.
         Nothing is said of a dataset's responses, whose numbers differ."""
         row = "pair to compare" if group_size == 2 else f"group of fit.group_size {group_size}"
+        drawn, measured = drawn or group_size, measured or 8 * group_size  # 0: set by the prompts
         if drawn < group_size and self.source == "reference":
             return [f"sampling.responses_per_prompt: {drawn} gives the first round no {row}"]
         if self.max_per_prompt is not None and self.max_per_prompt < group_size:

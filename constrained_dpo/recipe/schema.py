@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -124,7 +124,27 @@ class Recipe(Settings):
         default_factory=PoolSettings, description="the pool of scored responses"
     )
     dual: DualSettings = Field(default_factory=DualSettings, description="the multipliers")
-    fit: FitSettings = Field(description="the DPO fit")
+    fit: FitSettings = Field(default_factory=FitSettings, description="the DPO fit")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_a_family(cls, content: Any) -> Any:
+        """Another method than solve, or no constraint at all, means one policy, unless the recipe
+        says otherwise."""
+        if not isinstance(content, Mapping):
+            return content
+        dual, fit = content.get("dual", {}), content.get("fit", {})
+        objective = content.get("objective", {})
+        if not all(isinstance(block, Mapping) for block in (dual, fit, objective)):
+            return content
+        if dual.get("method", "solve") == "solve" and objective.get("constraints") != []:
+            return content
+        return {**content, "fit": {"conditional": None, **fit}}
+
+    @property
+    def stretches(self) -> int:
+        """In how many stretches a fit comes: one where the pool does not grow."""
+        return self.fit.stretches if self.pool.grow else 1
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -180,7 +200,8 @@ class Recipe(Settings):
 
     def _family_mistakes(self) -> list[str]:
         mistakes, conditional = [], self.fit.conditional
-        if (self.dual.method == "solve") != (conditional is not None):
+        constrained = bool(self.objective.constraints)
+        if constrained and (self.dual.method == "solve") != (conditional is not None):
             mistakes.append(
                 "dual.method: solve and fit.conditional need each other: λ is solved for on a "
                 "policy that was fitted for every λ; give both, or another method and null"
@@ -196,7 +217,7 @@ class Recipe(Settings):
             mistakes.append(
                 "objective.kl_budget: no KL is known at sampling.temperature ≠ 1 or top_p < 1"
             )
-        if self.fit.refresh > 1 and not self.pool.grow:
+        if (self.fit.refresh or 1) > 1 and not self.pool.grow:
             mistakes.append(
                 "fit.refresh: what is sampled within a fit joins the pool; set pool.grow to true, "
                 "or fit.refresh to 1"

@@ -6,8 +6,8 @@ from rich.table import Table
 from constrained_dpo.check.check import CheckReport, Lengths
 from constrained_dpo.check.pilot import Pilot
 from constrained_dpo.check.precision import Precision
-from constrained_dpo.check.score_scale import ScoreScale
 from constrained_dpo.check.scorers import CheckedScorer
+from constrained_dpo.estimates.score_scale import LARGE_SHARE, ScoreScale
 from constrained_dpo.progress import duration
 from constrained_dpo.recipe.fit import FitSettings
 from constrained_dpo.recipe.schema import Recipe
@@ -17,10 +17,10 @@ from constrained_dpo.report.scorer_words import (
     describe_margins,
     describe_statistics,
 )
-from constrained_dpo.report.words import describe_answers
+from constrained_dpo.report.status_words import describe_answers
 
-LARGE_SHARE, NEARLY_ALL = 0.3, 0.9
-"""Shares of saturated and of tied pairs from which a recipe is advised."""
+NEARLY_ALL = 0.9
+"""Share of tied pairs from which a recipe is advised."""
 
 
 def print_check(console: Console, report: CheckReport, recipe: Recipe) -> None:
@@ -47,6 +47,8 @@ def print_check(console: Console, report: CheckReport, recipe: Recipe) -> None:
                 "  sampling ignores the checkpoint's own generation settings: "
                 f"{policy['overridden_generation']}"
             )
+    for line in report.choices:
+        console.print(f"chosen: {line}", soft_wrap=True)
     for name, scorer in report.scorers.items():
         _print_scorer(console, name, scorer)
     for line in report.golden:
@@ -165,7 +167,7 @@ def describe_scale(scale: ScoreScale, beta: float, fit: FitSettings) -> list[str
         f"{scale.beta_over_std:.3g}; {100 * scale.saturated:.0f} % of pairs saturated (P > 0.99), "
         f"{100 * scale.tied:.0f} % nearly tied (P < 0.6)"
     ]
-    if scale.saturated > LARGE_SHARE and fit.loss != "listwise":
+    if scale.saturated > LARGE_SHARE and fit.loss == "logistic":
         lines.append(
             "  a saturated pair says which answer is better and hardly by how much. fit.loss: "
             "listwise with fit.group_size: 8 keeps the scale; with a higher learning rate and "

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from constrained_dpo.report.cells import at_bound_warning
 from constrained_dpo.report.contents import (
     Contents,
     cut_off,
@@ -23,8 +24,8 @@ from constrained_dpo.report.page import TEMPLATES, render_page
 from constrained_dpo.report.run_figures import Picture, pictures
 from constrained_dpo.report.run_samples import EXTREMES, FIRST_RESPONSES, sample_cards
 from constrained_dpo.report.scorer_words import measured_lines
+from constrained_dpo.report.status_words import certificate_line
 from constrained_dpo.report.verdict_words import MEANING, basis
-from constrained_dpo.report.words import at_bound_warning, certificate_line
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import RoundRecord
 from constrained_dpo.run.scorer_facts import read_scorer_facts

@@ -3,30 +3,23 @@
 Every number comes from round.json, state.json, exact.json or the record that is printed.
 """
 
-from collections.abc import Sequence
-
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from constrained_dpo.dual.exact import ExactOptimum
-from constrained_dpo.estimates.certificate import sentence
 from constrained_dpo.estimates.measure import Measurement
-from constrained_dpo.estimates.verdict import VIOLATED
 from constrained_dpo.evaluation.record import Evaluation
 from constrained_dpo.problem import ConstrainedProblem, Constraint
-from constrained_dpo.progress import duration
 from constrained_dpo.recipe.schema import Recipe
+from constrained_dpo.report.cells import at_bound_warning, number_cell, slack_cell, verdict_cell
+from constrained_dpo.report.trial_words import trial_lines, trial_table
 from constrained_dpo.report.verdict_words import MEANING, basis
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import RoundRecord, read_optimum
-from constrained_dpo.run.status import RunStatus
 from data_prep.prompts.templates import last_user_text
 from data_prep.tables import read_parquet
-
-# rich drops colours under NO_COLOR and in files and pipes.
-COLOURS = {"satisfied": "green", "undecided": "yellow", "violated": "red"}
 
 EMBEDDED_WORLD = (
     "The embedded world: a small model, trained on the spot, answers requests such as `kid open "
@@ -36,27 +29,6 @@ EMBEDDED_WORLD = (
 
 SHOWN_CHARACTERS = 60
 """Of a prompt or response in the few lines about a round."""
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.3f}"
-
-
-def _gap(record: RoundRecord) -> str:
-    """The Lagrangian gap, or its interval where the samples carry no estimate."""
-    low, high = record.lagrangian_gap_low, record.lagrangian_gap_high
-    if record.lagrangian_gap is not None or low is None:
-        return _number(record.lagrangian_gap)
-    return f"{max(low, 0.0):.2f} to {'?' if high is None else f'{high:.2f}'}"
-
-
-def _verdict(word: str) -> Text:
-    return Text(word, style=COLOURS[word])
-
-
-def _slack(measured: Measurement, name: str) -> str:
-    low, high = measured.u_ci_low[name], measured.u_ci_high[name]
-    return f"{measured.u[name]:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def round_lines(run: RunDirectory, record: RoundRecord) -> list[str]:
@@ -89,8 +61,8 @@ def round_lines(run: RunDirectory, record: RoundRecord) -> list[str]:
     lines += _optimum_lines(record, read_optimum(run))
     lines.append(("example", _example(run, before, after)))
     if record.lambda_:
-        moves = (f"{n} {v:.3f} → {record.lambda_next[n]:.3f}" for n, v in record.lambda_.items())
-        lines.append(("weight λ", ", ".join(moves)))
+        lines.append(("weight λ", _moves(record)))
+    lines += trial_lines(record)
     for name in record.lambda_next:
         if record.lambda_next[name] >= recipe.dual.max_lambda:
             lines.append(("warning", at_bound_warning(name).removeprefix("warning: ")))
@@ -100,6 +72,12 @@ def round_lines(run: RunDirectory, record: RoundRecord) -> list[str]:
     lines.append(("next", f"cdpo run {run.path} ({rounds})" if left > 0 else more))
     lines.append(("more", f"cdpo status {run.path} --full; cdpo report {run.path}"))
     return [f"{head:<9} {text}" for head, text in lines]
+
+
+def _moves(record: RoundRecord) -> str:
+    moves = [f"{n} {v:.3f} → {record.lambda_next[n]:.3f}" for n, v in record.lambda_.items()]
+    count = "" if record.trials is None else f" (by {len(record.trials)} trials)"
+    return ", ".join(moves) + count
 
 
 def _required(constraint: Constraint) -> str:
@@ -163,11 +141,15 @@ def print_tables(console: Console, run: RunDirectory, record: RoundRecord) -> No
     """Print a round's tables: λ and u by constraint, then reward, KL and objective, then claims."""
     recipe, optimum = run.recipe(), read_optimum(run)
     console.print(_constraint_table(record, recipe.problem, optimum, recipe.dual.confidence))
+    if record.trials:
+        console.print(trial_table(record.trials))
     console.print(_value_table(run, record, recipe.problem, optimum))
     if record.kl is None:
         console.print(f"KL and objective are null: {record.kl_reason}.")
     meaning = f" ({MEANING[record.verdict]})"
-    console.print(Text.assemble("verdict on the test prompts: ", _verdict(record.verdict), meaning))
+    console.print(
+        Text.assemble("verdict on the test prompts: ", verdict_cell(record.verdict), meaning)
+    )
     for line in basis(record.test, recipe.dual.confidence):
         console.print(line, soft_wrap=True)
     for split, policy in (record.exact or {}).items():
@@ -193,8 +175,8 @@ def _constraint_table(
     table.add_column("verdict", justify="right")
     for name in problem.names:
         before, after = record.lambda_[name], record.lambda_next[name]
-        slacks = _slack(record, name), _slack(record.test, name)
-        word = _verdict(record.test.verdicts[name])
+        slacks = slack_cell(record, name), slack_cell(record.test, name)
+        word = verdict_cell(record.test.verdicts[name])
         table.add_row(name, f"{before:.4f}", f"{after:.4f}", *slacks, word)
         for split, policy in (record.exact or {}).items():
             if optimum:
@@ -220,8 +202,8 @@ def _value_table(
         table.add_row(
             f"{split} prompts",
             f"{measured.reward:+.3f} ± {measured.reward_se:.3f}",
-            _number(measured.kl),
-            _number(measured.objective),
+            number_cell(measured.kl),
+            number_cell(measured.objective),
             f"{measured.mean_length:.1f}",
             f"{100 * measured.cut_off_fraction:.0f} %",
         )
@@ -236,28 +218,12 @@ def _value_table(
             if best
             else []
         )
-        table.add_row("  π_ref", _number(start), "", "", length, cut_off, style="dim")
+        table.add_row("  π_ref", number_cell(start), "", "", length, cut_off, style="dim")
         for label, policy in rows:
             if policy is not None:
                 cells = (policy.reward, policy.kl, policy.objective)
-                table.add_row(label, *map(_number, cells), "", "", style="dim")
+                table.add_row(label, *map(number_cell, cells), "", "", style="dim")
     return table
-
-
-def certificate_line(records: Sequence[RoundRecord]) -> str:
-    """Say the certificate of the last of these rounds, with what a reader needs to weigh it."""
-    record = records[-1]
-    meets = record.overall != VIOLATED
-    claim = sentence(records, record.objective, record.objective_se, meets)
-    line = f"certificate (dual prompts): {claim}"
-    if record.ess is None:
-        return line
-    details = f"effective sample size {record.ess:.1f}"
-    if record.residual is not None:
-        details += f", off-policy residual {record.residual:.3f}"
-    if (exact := (record.exact or {}).get("dual")) is not None:
-        details += f"; exact distance from the best policy at this λ {exact.lagrangian_gap:.3f}"
-    return f"{line} ({details})"
 
 
 def print_samples(console: Console, run: RunDirectory, number: int, count: int = 5) -> None:
@@ -295,12 +261,12 @@ def print_evaluation(console: Console, record: Evaluation, recipe: Recipe) -> No
         table.add_column(column, justify="right")
     for name, row in record.change.items():
         constrained = name in problem.names
-        slack, word = (_slack(record, name), record.verdicts[name]) if constrained else ("", "")
+        slack, word = (slack_cell(record, name), record.verdicts[name]) if constrained else ("", "")
         change = f"{row.difference:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
         table.add_row(name, f"{row.reference:+.3f}", f"{row.policy:+.3f}", change, slack, word)
     console.print(table)
     console.print(
-        f"KL {_number(record.kl)} nats; mean length {record.mean_length:.1f} tokens, "
+        f"KL {number_cell(record.kl)} nats; mean length {record.mean_length:.1f} tokens, "
         f"{100 * record.cut_off_fraction:.0f} % cut off"
     )
     if record.kl is None:
@@ -315,58 +281,3 @@ def print_evaluation(console: Console, record: Evaluation, recipe: Recipe) -> No
         console.print(f"verdict: {record.verdict} ({MEANING[record.verdict]})")
         for line in basis(record, recipe.dual.confidence):
             console.print(line, soft_wrap=True)
-
-
-def at_bound_warning(name: str) -> str:
-    """Say what a multiplier at dual.max_lambda means."""
-    return (
-        f"warning: λ({name}) is at dual.max_lambda: more weight on {name} was not enough to reach "
-        f"its level; lower the margin or threshold of {name}, or give more responses per prompt"
-    )
-
-
-def print_status(console: Console, status: RunStatus) -> None:
-    """Print where a run stands: a row per round, λ for the next one, what happens next."""
-    console.print(f"{status.name}\n{status.problem}")
-    if status.rounds:
-        table = Table()
-        head = ["round", "λ", "u on dual prompts", "u on test prompts", f"E[{status.reward}]", "KL"]
-        for column in (*head, "objective", "gap at λ", "verdict on test"):
-            table.add_column(column, justify="right")
-        for record in status.rounds:
-            lambdas = "\n".join(f"{n} {v:.4f}" for n, v in record.lambda_.items())
-            slacks = ("\n".join(_slack(m, n) for n in m.u) for m in (record, record.test))
-            numbers = (record.reward, record.kl, record.objective)
-            word = _verdict(record.verdict)
-            cells: tuple[str | Text, ...] = (*map(_number, numbers), _gap(record), word)
-            table.add_row(str(record.round), lambdas, *slacks, *cells)
-        console.print(table)
-        console.print(certificate_line(status.rounds))
-        choices = {"best": status.best, "best-dual": status.best_dual}
-        words = ("none qualifies" if n is None else f"round {n}" for n in choices.values())
-        lines = (f"--round {c}: {w}" for c, w in zip(choices, words, strict=True))
-        console.print("; ".join(lines))
-    if status.lambda_:
-        values = ", ".join(f"{n} {v:.4f}" for n, v in status.lambda_.items())
-        console.print(f"λ for the next round: {values}")
-    for name in status.at_max_lambda:
-        console.print(at_bound_warning(name))
-    if left_out := {why: n for why, n in status.left_out.items() if n}:
-        console.print("prompts left out: " + ", ".join(f"{n} {why}" for why, n in left_out.items()))
-    if status.dataset:
-        console.print(describe_answers(status.dataset))
-    console.print(f"next: {status.next}")
-    if status.rounds_left and status.seconds_per_round is not None:
-        console.print(
-            f"expected from the rounds so far: {duration(status.seconds_per_round)} a round, "
-            f"{duration(status.seconds_left or 0.0)} for the {status.rounds_left} left"
-        )
-
-
-def describe_answers(counts: dict) -> str:
-    """Say how many of a dataset's responses are in the pool."""
-    left_out = ", ".join(f"{n} {why}" for why, n in counts["left_out"].items() if n) or "none"
-    return (
-        f"the dataset's responses: {counts['responses']} to {counts['prompts']} prompts "
-        f"({counts['prompts_without']} without); left out: {left_out}"
-    )

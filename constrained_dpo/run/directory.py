@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from pydantic import Field
 
+from constrained_dpo.recipe.defaults import sized, split_counts
 from constrained_dpo.recipe.load import load_recipe, read_document, recipe_text
 from constrained_dpo.recipe.schema import Recipe
 from data_prep.errors import UserError
@@ -204,11 +205,18 @@ class RunDirectory:
                 f"{self.recipe_file}: was changed after init; restore it, or start another run "
                 "with `cdpo init`"
             )
-        return recipe
+        if not self.prompts_file.exists():
+            return recipe
+        return sized(recipe, split_counts(read_parquet(self.prompts_file, ["split"])))
 
     def write_recipe(self, recipe: Recipe) -> None:
-        """Replace recipe.yaml by a recipe with what was measured; the user's comments stay."""
-        text = recipe_text(recipe, read_document(self.recipe_file))
+        """Write what was measured, the step scale and the unit of margins, into recipe.yaml; the
+        user's comments stay, and so does what the recipe leaves open."""
+        stds = {c.name: c.reference_std for c in recipe.objective.constraints}
+        stored = load_recipe(self.recipe_file).with_reference_stds(stds)
+        dual = stored.dual.model_copy(update={"step_scale": recipe.dual.step_scale})
+        stored = stored.model_copy(update={"dual": dual})
+        text = recipe_text(stored, read_document(self.recipe_file))
         write_atomically(self.recipe_file, text.encode())
 
     def _require(self) -> None:

@@ -76,7 +76,7 @@ def target_of(run: RunDirectory, recipe: Recipe, center: pd.Series, number: int)
         problem=problem,
         rule=rule,
         start=center,
-        confidence=looks if dual.confidence_side == "lower" else None,
+        confidence=looks if dual.with_room else None,
         bounds=slack_bounds(problem, recipe.score_ranges, seen),
         test_prompts=int(reference.loc[reference["split"] == "test", "prompt_id"].nunique()),
         responses=dual.responses_per_prompt,

@@ -1,11 +1,14 @@
 """The multipliers of a run: λ_0 from π_ref's samples, λ_{t+1} from a round's slack."""
 
+from typing import Literal
+
 import pandas as pd
 
 from constrained_dpo.dual.one_shot import first_multipliers
 from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.dual.steps import auto_step_scale, dual_step, step_size_at
 from constrained_dpo.estimates.measure import Measurement
+from constrained_dpo.estimates.score_scale import loss_by_scale, score_scale
 from constrained_dpo.problem import by_name
 from constrained_dpo.recipe.dual import DualSettings
 from constrained_dpo.recipe.schema import Recipe
@@ -83,7 +86,7 @@ def steered_on(dual: DualSettings, measured: Measurement) -> dict[str, float]:
 
     measured: on the dual prompts. Score units, by constraint.
     """
-    return measured.u if dual.confidence_side == "none" else measured.u_low
+    return measured.u_low if dual.with_room else measured.u
 
 
 def next_multipliers(
@@ -94,7 +97,7 @@ def next_multipliers(
     slack: of `steered_on`. Source: CAID, arXiv:2505.19387, Algorithm 1.
     """
     dual, problem = recipe.dual, recipe.problem
-    if dual.method in ("one_shot", "fixed"):
+    if dual.method in ("one_shot", "fixed") or not problem.names:
         return lambda_, "kept"
     if dual.step_scale == "auto":
         raise ValueError(
@@ -117,3 +120,13 @@ def demanded(run: RunDirectory, recipe: Recipe) -> tuple[pd.Series, pd.Series]:
     rise = (problem.levels(means) - means).abs()
     needed = rise.where(rise > spread / 10, spread / 10)
     return needed, table.within_std(table.reward) / spread
+
+
+def chosen_loss(run: RunDirectory, recipe: Recipe) -> Literal["logistic", "listwise"]:
+    """Choose the loss of a run's fits: the recipe's, or by how many pairs of π_ref's responses
+    saturate under λ_0 (auto)."""
+    if recipe.fit.loss != "auto":
+        return recipe.fit.loss
+    first = recipe.problem.multipliers(run.state().lambda_[0])
+    reference = read_parquet(run.reference_file, ["prompt_id", *recipe.problem.objectives])
+    return loss_by_scale(recipe.fit.grouped, score_scale(reference, recipe.problem, first, ""))

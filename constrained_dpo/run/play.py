@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from constrained_dpo.launch import check_launch, is_main, main_first, wait
 from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.learners.protocol import Learner
+from constrained_dpo.recipe.defaults import sized, split_counts
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.prepare import prepare, require_same_inputs
@@ -53,6 +54,7 @@ def open_prepared(run: RunDirectory) -> tuple[Recipe, LoraLearner]:
     done = run.state().prepared
     settings = recipe.prompts, recipe.dual.prompts_per_round
     prompts, left_out = (run.prompts(), {}) if done else split_prompts(*settings)
+    recipe = sized(recipe, split_counts(prompts))
     learner = LoraLearner(recipe, prompts, run.score_cache)
     with main_first():
         _ = learner.policy  # merged, trained or downloaded once

@@ -50,13 +50,13 @@ def write_labels(
     law = lambda_ if fit.conditional is None else multiplier_range(run, recipe, lambda_)
     rule = {"seed": seed, "round_number": number}
     if fit.grouped:
-        count = -(-fit.groups_per_prompt // fit.refresh)
+        count = -(-fit.groups_per_prompt // recipe.stretches)
         sizes = {"group_size": fit.group_size, "groups_per_prompt": count}
         groups = label_groups(pool, reward, law, **sizes, **rule)
         write_parquet(validate_groups(groups, where), output)
         return
     pairs_per_prompt = (
-        None if fit.pairs_per_prompt == "all" else -(-fit.pairs_per_prompt // fit.refresh)
+        None if fit.pairs_per_prompt == "all" else -(-fit.pairs_per_prompt // recipe.stretches)
     )
     pairs = label_pairs(
         pool, reward, law, labels=fit.labels, pairs_per_prompt=pairs_per_prompt, **rule

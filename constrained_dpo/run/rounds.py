@@ -27,6 +27,7 @@ from constrained_dpo.progress import timed
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import MORE_FITS, RunDirectory
 from constrained_dpo.run.family import family_of, target_of, trial_responses
+from constrained_dpo.run.multipliers import chosen_loss
 from constrained_dpo.run.prepare import drop_shards, with_split
 from constrained_dpo.run.record import RoundRecord, RoundTables, round_record
 from constrained_dpo.run.relabel import unlabelled, write_labels
@@ -118,7 +119,7 @@ def fit_policy(this: Round, output: Path, attempt: int) -> None:
     output: the folder that appears last; attempt: fits of this round that went before.
     """
     run, recipe, number = this.run, this.recipe, this.number
-    count = recipe.fit.refresh
+    count = recipe.stretches
     first, grouped = attempt * count, recipe.fit.grouped
     for stretch in range(first, first + count):
         last = stretch == first + count - 1
@@ -144,7 +145,7 @@ def fit_policy(this: Round, output: Path, attempt: int) -> None:
 def _fit_job(this: Round, output: Path, stretch: int, first: int) -> FitJob:
     """One stretch of a fit; the fit starts from the round's last family, or the last round's."""
     run, recipe, number = this.run, this.recipe, this.number
-    count, conditional = recipe.fit.refresh, recipe.fit.conditional is not None
+    count, conditional = recipe.stretches, recipe.fit.conditional is not None
     last = stretch == first + count - 1
     folder = run.refresh_folder(number, stretch)
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,6 +165,7 @@ def _fit_job(this: Round, output: Path, stretch: int, first: int) -> FitJob:
         segments=count,
         begin=before if stretch > first else None,
         keep=None if last else folder / "checkpoint",
+        loss=chosen_loss(run, recipe),
     )
 
 
@@ -196,7 +198,7 @@ def _refresh(this: Round, stretch: int) -> None:
             this.learner.write_member(folder / "policy", this.lambda_, 1.0, adapter)
         wait()
     phase = f"round-{number:03d}-refresh-{stretch}"
-    responses = max(1, recipe.dual.responses_per_prompt // recipe.fit.refresh)
+    responses = max(1, recipe.dual.responses_per_prompt // recipe.stretches)
     job = this.collection(phase, f"refresh:{number}.{stretch}", responses, adapter)
     samples = collect(this.learner, this.dual, job)
     if is_main():
@@ -274,7 +276,7 @@ def _close_round(this: Round, facts: dict[str, object]) -> None:
         identity=f"{run.path.resolve()}/{recipe.hash()}",
     )
     drop_shards(run, _rescore_phase(number))
-    for stretch in range((MORE_FITS + 1) * recipe.fit.refresh):
+    for stretch in range((MORE_FITS + 1) * recipe.stretches):
         run.refresh_file(number, stretch).unlink(missing_ok=True)
     run.write_state(state.model_copy(update={"lambda_": [*state.lambda_, record.lambda_next]}))
 
@@ -289,7 +291,7 @@ def _grown(this: Round) -> pd.DataFrame:
     for attempt in range(MORE_FITS + 1):
         files = sorted(run.trials_folder(number, attempt).glob("[0-9]*.parquet"))
         parts += [read_parquet(file).drop(columns=extra) for file in files]
-    stretches = range((MORE_FITS + 1) * recipe.fit.refresh)
+    stretches = range((MORE_FITS + 1) * recipe.stretches)
     files = [f for k in stretches if (f := run.refresh_file(number, k)).exists()]
     return pd.concat([*parts, *map(read_parquet, files)], ignore_index=True)
 

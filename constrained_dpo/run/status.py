@@ -88,9 +88,11 @@ def next_step(run: RunDirectory, recipe: Recipe) -> str:
             f"all {rounds} rounds of the recipe are done (cdpo report, evaluate or export; "
             "cdpo round plays another)"
         )
+    conditional = recipe.fit.conditional is not None
     files = {
         "relabel": run.labels_file(number, recipe.fit.grouped),
-        "fit": run.adapter_folder(number),
+        "fit": run.family_folder(number) if conditional else run.adapter_folder(number),
+        "trials": run.adapter_folder(number),
         "rescore": run.samples_file(number),
     }
     phase = next((name for name, path in files.items() if not path.exists()), None)
@@ -103,12 +105,12 @@ def expected_round_seconds(records: list[RoundRecord]) -> float | None:
     """Expect the seconds of a round: the sum over phases of their mean in the rounds that ran them
     whole (a resumed phase has none); None before.
 
-    The phase off_policy is not there at temperature ≠ 1 or top_p < 1.
+    Not every round has refreshes and trials, nor off_policy at temperature ≠ 1 or top_p < 1.
     """
     total = 0.0
-    for phase in ("relabel", "fit", "rescore", "off_policy"):
+    for phase in ("relabel", "fit", "refresh", "trials", "rescore", "off_policy"):
         times = [s for r in records if (s := r.seconds.get(phase)) is not None]
-        if not times and phase != "off_policy":
+        if not times and phase in ("relabel", "fit", "rescore"):
             return None
         total += sum(times) / max(len(times), 1)
     return round(total, 2)

@@ -69,7 +69,9 @@ class SamplingSettings(Settings):
     and gaps can be estimated."""
 
     responses_per_prompt: int = Field(
-        8, ge=1, description="responses of π_ref per fit prompt in the pool"
+        0,
+        ge=0,
+        description="responses of π_ref per fit prompt in the pool; 0: about 3,000 in all, 8 to 64",
     )
     max_new_tokens: int = Field(
         256, ge=1, description="a response without EOS after so many tokens is cut off, and says so"

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 import datasets
 import numpy as np
 import pandas as pd
+import torch
 
 from constrained_dpo.fit.adapter import fit_adapter
+from constrained_dpo.fit.family import Family
 from constrained_dpo.fit.trainer import FitPlan, build_trainer
 from constrained_dpo.recipe.load import load_recipe
 from data_prep.labels.preferences import label_pairs
@@ -78,10 +80,46 @@ def ragged_rows(policy, count: int, seed: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict(rows | {"target": ones, "weight": ones})
 
 
+def make_family(*names: str, kappa=None, rank: int = LORA.r) -> Family:
+    """A family of these constraints, its gates in units of 0.5, 0.6, ..."""
+    names = names or ("harmless",)
+    units = {name: 0.5 + 0.1 * number for number, name in enumerate(names)}
+    low, high = ({n: factor * unit for n, unit in units.items()} for factor in (1 / 3, 3.0))
+    return Family(units=units, rank=rank, low=low, high=high, kappa=kappa)
+
+
+def gated_rows(rows: datasets.Dataset, family: Family, seed: int = 0) -> datasets.Dataset:
+    """The rows, each under multipliers and κ of its own: `gates`, `kappa`, and `lambda/NAME`."""
+    rng = np.random.default_rng(seed)
+    lambda_ = pd.DataFrame({n: rng.uniform(0.0, 1.5, len(rows)) for n in family.units})
+    kappa = rng.uniform(0.5, 1.5, len(rows))
+    columns = {"gates": family.gates(lambda_, kappa).astype(np.float32)}
+    columns |= {"kappa": kappa.astype(np.float32)}
+    columns |= {f"lambda/{name}": lambda_[name].to_numpy() for name in lambda_}
+    return datasets.Dataset.from_dict(rows.to_dict() | columns)
+
+
+def randomize(trainer, std: float = 0.3) -> None:
+    """Moves the adapter away from π_ref."""
+    torch.manual_seed(1)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+
+
 def fit_log(
-    policy, pool, folder, *, labels=None, lora=LORA, previous=None, checkpoints=None, **changes
+    policy,
+    pool,
+    folder,
+    *,
+    labels=None,
+    lora=LORA,
+    previous=None,
+    checkpoints=None,
+    plan=None,
+    **changes,
 ) -> dict:
-    """A fit at folder/adapter; returns its training log."""
+    """A fit at folder/adapter, with more fields of its plan; returns its training log."""
     plan = FitPlan(
         fit_settings(**changes),
         lora,
@@ -90,6 +128,7 @@ def fit_log(
         output=folder / "adapter",
         previous_adapter=previous,
         checkpoints=checkpoints,
+        **plan or {},
     )
     labels = make_pairs(pool) if labels is None else labels
     fit_adapter(policy, labels, pool, prompt_tokens(policy), plan)
@@ -108,11 +147,14 @@ def built_trainer(
     previous=None,
     held_out=None,
     resumed=False,
+    family=None,
     **changes,
 ):
     """The trainer of a fit; the policy is the plain base again afterwards."""
     settings = fit_settings(**changes)
-    plan = FitPlan(settings, lora, beta, seed, output=folder, previous_adapter=previous)
+    plan = FitPlan(
+        settings, lora, beta, seed, output=folder, previous_adapter=previous, family=family
+    )
     trainer = build_trainer(policy, rows, plan, held_out, resumed)
     try:
         yield trainer

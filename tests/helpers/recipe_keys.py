@@ -25,6 +25,8 @@ def values_of(annotation: object) -> list[str]:
         return list(dict.fromkeys(v for each in get_args(annotation) for v in values_of(each)))
     if origin is list:
         return [f"list of {' or '.join(values_of(get_args(annotation)[0]))}s"]
+    if origin is tuple:
+        return ["two numbers"]
     if origin is dict:
         return ["{name: number}"]
     if isinstance(annotation, type) and issubclass(annotation, Settings):
@@ -45,7 +47,10 @@ def default_of(field: FieldInfo) -> str:
         return "required"
     if field.default_factory is not None:
         return ""
-    return f"`{field.default if isinstance(field.default, str) else json.dumps(field.default)}`"
+    default = field.default
+    if isinstance(default, Settings):
+        default = default.model_dump(exclude_defaults=True)
+    return f"`{default if isinstance(default, str) else json.dumps(default)}`"
 
 
 def title_of(name: str, block: type[Settings]) -> str:

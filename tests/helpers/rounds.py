@@ -30,6 +30,7 @@ def make_run(path, world, overrides=()) -> tuple[RunDirectory, Recipe, TabularLe
         ],
     }
     raw["dual"] = {
+        "method": "subgradient",
         "rounds": 5,
         "responses_per_prompt": 64,
         "init": "zeros",

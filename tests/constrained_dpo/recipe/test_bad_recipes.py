@@ -53,8 +53,7 @@ RECIPES = {
     "list for a block": (put("sampling", [1]), "sampling"),
     "null for a block": (put("objective", None), "objective"),
     "block for a list": (put("objective.constraints", {"a": 1}), "objective.constraints"),
-    "steps and epochs": (put("fit.epochs", 1), "exactly one of fit.steps and fit.epochs"),
-    "neither steps nor epochs": (put("fit.steps", None), "exactly one of fit.steps and fit.epochs"),
+    "steps and epochs": (put("fit.epochs", 1), "one of fit.steps and fit.epochs"),
     "margin and threshold": (put("objective.constraints.0.threshold", 1), "exactly one of margin"),
     "neither margin nor threshold": (
         put("objective.constraints.0.margin", None),

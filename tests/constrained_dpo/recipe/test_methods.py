@@ -24,7 +24,7 @@ def test_the_papers_methods_are_known_by_their_settings():
         "recipe": "subgradient, soft labels, growing pool",
         "caid": "CAID",
         "mocan": "MoCAN",
-        "ours": "subgradient, soft labels, growing pool",
+        "ours": "conditional policy, soft labels",
     }
     assert (
         describe_method(load_recipe(QUICKSTART, ["objective.constraints=[]"])) == "DPO on helpful"

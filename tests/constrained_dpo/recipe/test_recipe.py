@@ -103,7 +103,7 @@ def test_all_errors_are_shown_at_once_with_keys_and_suggestions(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "match"),
     [
-        (["fit.epochs=1"], "exactly one of fit.steps and fit.epochs"),
+        (["fit.epochs=1"], "one of fit.steps and fit.epochs"),
         (["objective.constraints.harmless.threshold=1"], "exactly one of margin"),
         (["objective.constraints.harmless.name=helpful"], "helpful is used twice"),
         (["objective.reward.name=response"], "response is a reserved column name"),

@@ -2,6 +2,7 @@
 saturated."""
 
 import math
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,10 @@ SATURATED = math.log(99)
 
 TIED = math.log(0.6 / 0.4)
 """|s_i − s_j| below which the probability is between 0.4 and 0.6 (score units)."""
+
+
+LARGE_SHARE = 0.3
+"""Share of saturated pairs from which the scale of the scores is lost."""
 
 
 class ScoreScale(Record):
@@ -60,6 +65,12 @@ def score_scale(
         saturated=saturated / pairs if pairs else 0.0,
         tied=tied / pairs if pairs else 1.0,
     )
+
+
+def loss_by_scale(grouped: bool, scale: ScoreScale) -> Literal["logistic", "listwise"]:
+    """Choose the loss (`fit.loss: auto`): listwise where rows are groups and more than LARGE_SHARE
+    of all pairs saturate."""
+    return "listwise" if grouped and scale.saturated > LARGE_SHARE else "logistic"
 
 
 def initial_multipliers(

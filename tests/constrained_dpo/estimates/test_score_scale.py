@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from constrained_dpo.check.check import CheckReport
-from constrained_dpo.check.score_scale import initial_multipliers, score_scale
+from constrained_dpo.estimates.score_scale import initial_multipliers, score_scale
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from constrained_dpo.recipe.load import load_recipe
 from constrained_dpo.report.check_words import describe_scale, print_check

@@ -1,0 +1,89 @@
+"""`make bench-family`: the conditional policy on enumerable worlds, with exact values.
+
+    python -m benchmarks.bench_family runs FILE.jsonl [--worlds ...] [--seeds ...] [--scale ...]
+        [--setting conditional|plain] [--two] [--lam0 4] [--kappa] [--front] [-s KEY=VALUE ...]
+    python -m benchmarks.bench_family unseen FILE.jsonl [--settings ...] [--seeds ...]
+    python -m benchmarks.bench_family peers FILE.jsonl [--worlds ...] [--seeds ...]
+    python -m benchmarks.bench_family table FILE.jsonl
+
+Records name their run; what FILE holds already is not played again, and a run that was killed goes
+on from where it was (--work). A round makes 200 steps of 128 sequences; the conditional policy
+samples a quarter of the policy's 256 answers a prompt after each quarter of a fit, 64 in a trial.
+"""
+
+import argparse
+import itertools
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+from benchmarks.family_peers import play_peers
+from benchmarks.family_runs import play_tasks
+from benchmarks.family_tables import print_tables
+from benchmarks.family_tasks import SCALES, SETTINGS, WORLDS, Task
+from benchmarks.family_unseen import play_unseen
+
+
+def tasks_of(arguments: argparse.Namespace) -> list[Task]:
+    """List the runs that the options name, by seed, then by world."""
+    return [
+        Task(
+            world=world,
+            seed=seed,
+            setting=arguments.setting,
+            scale=arguments.scale,
+            two=arguments.two,
+            rounds=arguments.rounds,
+            lambda_0=lambda_0,
+            kappa=arguments.kappa,
+            front=arguments.front,
+            changes=tuple(arguments.changes),
+            quantization=arguments.quantization,
+        )
+        for seed, world, lambda_0 in itertools.product(
+            arguments.seeds, arguments.worlds, arguments.lam0
+        )
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs, unseen, peers, table = map(commands.add_parser, ("runs", "unseen", "peers", "table"))
+    for command in (runs, unseen, peers, table):
+        command.add_argument("output", type=Path)
+    work = Path(tempfile.gettempdir()) / "bench-family"
+    for command in (runs, unseen, peers):
+        command.add_argument("--seeds", type=int, nargs="+", default=[0])
+        command.add_argument("--work", type=Path, default=work)
+    runs.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
+    runs.add_argument("--setting", choices=SETTINGS, default="conditional")
+    runs.add_argument("--scale", choices=SCALES, default="std 1")
+    runs.add_argument("--lam0", type=float, nargs="+", default=[None])
+    runs.add_argument("-s", dest="changes", action="append", default=[], metavar="KEY=VALUE")
+    runs.add_argument("--quantization", choices=("nf4", "none"), default="nf4")
+    for option in ("two", "kappa", "front"):
+        runs.add_argument(f"--{option}", action="store_true")
+    for command in (runs, unseen):
+        command.add_argument("--rounds", type=int, default=4)
+    unseen.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    peers.add_argument("--worlds", nargs="+", choices=WORLDS, default=["embedded", "random 3"])
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    output = arguments.output
+    if arguments.command == "table":
+        print_tables([json.loads(line) for line in output.read_text().splitlines()])
+    elif arguments.command == "runs":
+        play_tasks(output, arguments.work, tasks_of(arguments))
+    elif arguments.command == "unseen":
+        settings, rounds = arguments.settings, arguments.rounds
+        play_unseen(output, arguments.work, settings, arguments.seeds, rounds)
+    else:
+        play_peers(output, arguments.work, arguments.worlds, arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()
