@@ -12,10 +12,10 @@ from constrained_dpo.report.words import COLOURS
 def setting_words(row: FrontRow) -> str:
     """Say what a point is: the levels that λ was solved for, or the λ that was given, and κ."""
     if row.solved:
-        words = ", ".join(f"{name} {level:g}" for name, level in row.levels.items())
+        words = [f"{name} ≥ {level:g}" for name, level in row.levels.items()]
     else:
-        words = ", ".join(f"λ({name}) {value:.4g}" for name, value in row.lambda_.items())
-    return words + (f", κ {row.kappa:.4g}" if row.kappa != 1 else "")
+        words = [f"λ({name}) = {value:.4g}" for name, value in row.lambda_.items()]
+    return ", ".join(words + ([f"κ = {row.kappa:.4g}"] if row.kappa != 1 else []))
 
 
 def row_notes(row: FrontRow) -> list[str]:
@@ -26,8 +26,7 @@ def row_notes(row: FrontRow) -> list[str]:
     ]
     outside = [f"λ({name})" for name in row.outside] + ["κ"] * bool(row.kappa_outside)
     if outside:
-        verb = "lies" if len(outside) == 1 else "lie"
-        notes.append(f"{' and '.join(outside)} {verb} outside the trained range")
+        notes.append(f"outside the trained range: {' and '.join(outside)}")
     return notes
 
 
