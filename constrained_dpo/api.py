@@ -1,15 +1,27 @@
 """`Run`: a run from Python. The commands of `cdpo` do the same with the same functions."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Self, overload
 
 from constrained_dpo.check.history import History, check_history
 from constrained_dpo.evaluation.evaluate import Evaluated, EvaluationOptions, evaluate
-from constrained_dpo.evaluation.export import export_adapter, export_merged
+from constrained_dpo.evaluation.export import export_adapter, export_merged, require_free
+from constrained_dpo.evaluation.export_members import Member, export_members, varied_constraints
+from constrained_dpo.evaluation.front import (
+    Values,
+    play_points,
+    read_front,
+    settings_of,
+    stored_points,
+)
+from constrained_dpo.evaluation.front_record import Front, FrontPoint, Setting
+from constrained_dpo.evaluation.front_source import FrontOptions
 from constrained_dpo.evaluation.record import Evaluation
 from constrained_dpo.learners.protocol import Learner
 from constrained_dpo.recipe.load import RecipeSource
 from constrained_dpo.recipe.schema import Recipe
+from constrained_dpo.report.front_page import write_front
 from constrained_dpo.report.run_page import write_report
 from constrained_dpo.run.create import init_run
 from constrained_dpo.run.directory import RunDirectory
@@ -127,14 +139,43 @@ class Run:
         self._opened = None
         return evaluate(self.directory, options or EvaluationOptions())
 
+    @overload
     def export(
         self, output: str | Path, round: int | str = "last", *, merge: bool = False
-    ) -> Evaluation | None:
-        """Write a round's adapter with a model card to a new folder.
+    ) -> Evaluation | None: ...
+
+    @overload
+    def export(
+        self,
+        output: str | Path,
+        *,
+        margins: Values | None = None,
+        lambda_: Values | None = None,
+        kappa: float | Sequence[float] | None = None,
+    ) -> list[Member]: ...
+
+    def export(
+        self,
+        output: str | Path,
+        round: int | str = "last",
+        *,
+        merge: bool = False,
+        margins: Values | None = None,
+        lambda_: Values | None = None,
+        kappa: float | Sequence[float] | None = None,
+    ) -> Evaluation | list[Member] | None:
+        """Write a round's adapter, or members of the last round's family, with a model card to a
+        new folder.
 
         merge: the whole model instead, merged into the unquantized base and measured again; that
-        measurement is returned.
+        measurement is returned. margins, lambda_, kappa: as in `front`, one value each or several:
+        ordinary adapters, each sampled afresh and judged as a point of the front; several lie in
+        folders of `output`. Raises UserError where the output holds something already.
         """
+        if margins or lambda_ or kappa is not None:
+            kappas = [kappa] if isinstance(kappa, float | int) else kappa
+            settings = settings_of(self.directory, self.recipe, margins, lambda_, kappas)
+            return self._export_members(Path(output), settings)
         number = self._number(round)
         if not merge:
             export_adapter(self.directory, self.recipe, number, Path(output))
@@ -142,6 +183,41 @@ class Run:
         self._opened = None
         with self.directory.locked():
             return export_merged(self.directory, self.recipe, number, Path(output))
+
+    def _export_members(self, output: Path, settings: Sequence[Setting]) -> list[Member]:
+        require_free(output)  # before the sampling, not after
+        recipe, points = self.recipe, self._points(settings, FrontOptions())
+        varied = varied_constraints(recipe, settings)
+        return export_members(self.directory, recipe, points, varied, output)
+
+    def front(
+        self,
+        margins: Values | None = None,
+        lambdas: Values | None = None,
+        kappas: Sequence[float] | None = None,
+        options: FrontOptions | None = None,
+    ) -> Front:
+        """Play the trade-off of a conditional run: for each margin the λ that meets it, what that
+        policy does on the test prompts, and its verdict; write its page and figure.
+
+        margins: values by constraint, e.g. {"harmless": [0, 0.5, 1]} (None: the recipe's times 0 to
+        1.5); lambdas: multipliers to take as they are; kappas: how far from π_ref at all. Every
+        combination is a point; constraints that are not named stay at the recipe's margin, or at
+        the run's λ. Points that are stored are not played again.
+        """
+        settings = settings_of(self.directory, self.recipe, margins, lambdas, kappas)
+        self._points(settings, options or FrontOptions())
+        front = read_front(self.directory)
+        write_front(self.directory, front)
+        return front
+
+    def _points(self, settings: Sequence[Setting], options: FrontOptions) -> list[FrontPoint]:
+        """The points of these settings, played where they are not stored."""
+        stored = stored_points(self.directory, self.recipe, settings, options)
+        if stored is not None:
+            return stored
+        with held(self.directory):
+            return play_points(self.directory, *self._open(self.directory), settings, options)
 
     def check(self) -> History:
         """Recompute the multipliers of all rounds from the run's tables; raise UserError where a

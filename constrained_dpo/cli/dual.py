@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from constrained_dpo.cli.options import AsJson, print_json, results_console
+from constrained_dpo.cli.options import AsJson, parse_grids, print_json, results_console
 from data_prep.console import parse_assignments
 from data_prep.errors import UserError
 
@@ -192,30 +192,6 @@ def sweep(
             "reach the level within it; `cdpo dual solve` says why",
             file=sys.stderr,
         )
-
-
-def parse_grids(options: list[str], option: str) -> dict[str, list[float]]:
-    """NAME=LOW:HIGH:NUMBER or NAME=A,B,… as values by name; raises UserError."""
-    import numpy as np
-
-    grids: dict[str, list[float]] = {}
-    for text in options:
-        name, _, value = text.partition("=")
-        try:
-            if not name or name in grids:
-                raise ValueError
-            if ":" in value:
-                low, high, number = value.split(":")
-                grids[name] = np.linspace(float(low), float(high), int(number)).tolist()
-            else:
-                grids[name] = [float(v) for v in value.split(",")]
-            if not grids[name]:
-                raise ValueError
-        except ValueError as error:
-            raise UserError(
-                f"{option} {text}: write NAME=LOW:HIGH:NUMBER or NAME=A,B,…, each name once"
-            ) from error
-    return grids
 
 
 def _named(constraint: list[str], threshold: list[str]) -> list[tuple[str, list[str]]]:

@@ -1,5 +1,4 @@
-"""`cdpo evaluate` and `cdpo export`: a policy judged afresh, and taken away. Results on stdout, a
-user's mistake exits 2."""
+"""`cdpo evaluate`: a policy judged afresh. Results on stdout, a user's mistake exits 2."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -112,42 +111,3 @@ def _judge_options(
                 )
         return None
     return JudgeOptions(parse_judge(judge), against, unsafe)
-
-
-def export(
-    run: RunPath,
-    output: Annotated[Path, typer.Argument(help="new folder")],
-    round_: RoundChoice = "last",
-    merge: Annotated[
-        bool,
-        typer.Option(
-            "--merge",
-            help="merge into the unquantized base (bfloat16) and measure the result again",
-        ),
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write a round's adapter, or the merged model, with a model card."""
-    from constrained_dpo.report.words import print_evaluation
-    from constrained_dpo.run.directory import RunDirectory
-    from constrained_dpo.run.steering import chosen_round
-
-    directory = RunDirectory(run)
-    recipe, number = directory.recipe(), chosen_round(directory, round_)
-    quiet_libraries()
-    from constrained_dpo.api import Run
-
-    measured = Run(run).export(output, number, merge=merge)
-    facts: dict[str, object] = {"output": str(output), "round": number}
-    if measured is not None:
-        facts["measurement"] = measured.to_json()
-    if as_json:
-        print_json(facts)
-    elif measured is None:
-        print(f"{output}: adapter of round {number} and its model card (README.md)")
-    else:
-        print_evaluation(results_console(), measured, recipe)
-        print(
-            f"{output}: round {number} merged in bfloat16, its measurement (measurement.json) and "
-            "its model card (README.md)"
-        )

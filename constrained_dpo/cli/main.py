@@ -8,7 +8,9 @@ import typer
 from constrained_dpo.cli.check import check
 from constrained_dpo.cli.compare import compare
 from constrained_dpo.cli.dual import app as dual_app
-from constrained_dpo.cli.evaluate import evaluate, export
+from constrained_dpo.cli.evaluate import evaluate
+from constrained_dpo.cli.export import export
+from constrained_dpo.cli.front import front
 from constrained_dpo.cli.prealign import prealign
 from constrained_dpo.cli.runs import init, play_all, play_one, prepare, report, status
 from constrained_dpo.cli.sweep import sweep
@@ -24,8 +26,9 @@ app = typer.Typer(
     "dual step.",
 )
 
-for command in (init, check, prepare, status, report, evaluate, export, compare, sweep, prealign):
+for command in (init, check, prepare, status, report, evaluate, front, export, compare, sweep):
     app.command()(command)
+app.command()(prealign)
 app.command("round")(play_one)
 app.command("run")(play_all)
 app.add_typer(dual_app, name="dual")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from data_prep.errors import UserError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -39,3 +41,27 @@ def results_console(width: int = 140) -> "Console":
     return Console(
         width=None if sys.stdout.isatty() else width, markup=False, emoji=False, highlight=False
     )
+
+
+def parse_grids(options: list[str], option: str) -> dict[str, list[float]]:
+    """NAME=LOW:HIGH:NUMBER or NAME=A,B,… as values by name; raises UserError."""
+    import numpy as np
+
+    grids: dict[str, list[float]] = {}
+    for text in options:
+        name, _, value = text.partition("=")
+        try:
+            if not name or name in grids:
+                raise ValueError
+            if ":" in value:
+                low, high, number = value.split(":")
+                grids[name] = np.linspace(float(low), float(high), int(number)).tolist()
+            else:
+                grids[name] = [float(v) for v in value.split(",")]
+            if not grids[name]:
+                raise ValueError
+        except ValueError as error:
+            raise UserError(
+                f"{option} {text}: write NAME=LOW:HIGH:NUMBER or NAME=A,B,…, each name once"
+            ) from error
+    return grids

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from constrained_dpo.cli.compare import show
-from constrained_dpo.cli.dual import parse_grids
-from constrained_dpo.cli.options import AsJson, print_json
+from constrained_dpo.cli.options import AsJson, parse_grids, print_json
 from data_prep.console import parse_assignments, quiet_libraries
 from data_prep.errors import UserError
 

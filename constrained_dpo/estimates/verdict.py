@@ -37,13 +37,27 @@ def overall(u: pd.DataFrame) -> str:
 
 
 def look_confidence(confidence: float, look: int, planned: int) -> float:
-    """Give the confidence of the verdict at one look of a run at its test prompts.
+    """Give the confidence of the verdict at one round's look at the test prompts.
 
     look: 1, 2, ...; planned: the look that the recipe ends with. It keeps PLANNED_SHARE of the
-    error probability; the others share the rest by 6/(π² t²) (`intervals.spent_confidence`), so
-    that all verdicts of a run, however long, hold at once with `confidence`.
+    error probability; all other looks of the run share the rest by 6/(π² t²)
+    (`intervals.spent_confidence`). So the verdicts of all rounds and of all points of a front,
+    however many there are and in whatever order they come, hold at once with `confidence`: rounds
+    before the planned one have t = look, and after it rounds and points of a front take turns.
     """
     if look == planned:
         return 1 - PLANNED_SHARE * (1 - confidence)
-    rest = 1 - (1 - PLANNED_SHARE) * (1 - confidence)
-    return spent_confidence(rest, look if look < planned else look - 1)
+    return _rest(confidence, look if look < planned else 2 * look - planned - 2)
+
+
+def front_confidence(confidence: float, look: int, planned: int) -> float:
+    """Give the confidence of the verdict at one point of a run's fronts, as `look_confidence`.
+
+    look: 1, 2, ... over all points of the run's fronts; planned: as there, a look of a round.
+    """
+    return _rest(confidence, planned - 1 + 2 * look)
+
+
+def _rest(confidence: float, place: int) -> float:
+    """The confidence at a place of the sequence that shares what the planned look leaves."""
+    return spent_confidence(1 - (1 - PLANNED_SHARE) * (1 - confidence), place)

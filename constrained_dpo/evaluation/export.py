@@ -30,13 +30,13 @@ def export_adapter(run: RunDirectory, recipe: Recipe, number: int, output: Path)
     Raises UserError when `output` holds something already.
     """
     require_free(output)
-    temporary = _new_folder(output)
+    temporary = new_folder(output)
     for name in ADAPTER_FILES:
         shutil.copy2(run.adapter_folder(number) / name, temporary / name)
     record = RoundRecord.read(run.round_file(number))
     card = model_card(run, recipe, record, record.test, merged=False)
     (temporary / "README.md").write_text(card, encoding="utf-8")
-    _publish(temporary, output)
+    publish(temporary, output)
 
 
 def export_merged(run: RunDirectory, recipe: Recipe, number: int, output: Path) -> Evaluation:
@@ -52,7 +52,7 @@ def export_merged(run: RunDirectory, recipe: Recipe, number: int, output: Path) 
     # A server that sampled the run does not serve the merged model.
     sampling = recipe.sampling.model_copy(update={"backend": "hf", "server": None})
     recipe = recipe.model_copy(update={"sampling": sampling})
-    temporary = _new_folder(output)
+    temporary = new_folder(output)
     whole = recipe.policy.model_copy(update={"quantization": "none", "dtype": MERGED_DTYPE})
     adapter, source = run.adapter_folder(number), resolve_model(whole)
     merge_adapter(whole, source, adapter, temporary, f"round {number}")
@@ -78,7 +78,7 @@ def export_merged(run: RunDirectory, recipe: Recipe, number: int, output: Path) 
     played = RoundRecord.read(run.round_file(number))
     card = model_card(run, recipe, played, record, merged=True)
     (temporary / "README.md").write_text(card, encoding="utf-8")
-    _publish(temporary, output)
+    publish(temporary, output)
     return record
 
 
@@ -103,7 +103,7 @@ def require_free(output: Path) -> None:
         raise UserError(f"{output}: exists already; give a new folder to export to")
 
 
-def _new_folder(output: Path) -> Path:
+def new_folder(output: Path) -> Path:
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -115,7 +115,7 @@ def _new_folder(output: Path) -> Path:
     return temporary
 
 
-def _publish(temporary: Path, output: Path) -> None:
+def publish(temporary: Path, output: Path) -> None:
     """The folder appears whole or not at all."""
     if output.is_dir():
         output.rmdir()

@@ -1,18 +1,20 @@
 """The model card of an export: problem, λ, verdict, sampling law, scorers, limits."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from constrained_dpo.estimates.measure import Measurement
+from constrained_dpo.evaluation.front_record import FrontPoint
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import RoundRecord
 
 MERGED_DTYPE = "bfloat16"
 
-TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def model_card(
@@ -31,13 +33,8 @@ def model_card(
     kl = "not estimated (the samples are not from the policy itself)"
     if measured.kl is not None:
         kl = f"{measured.kl:.3f} nats"
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return _rendered(
+        "model_card.md",
         name=recipe.name,
         round=record.round,
         base=base,
@@ -56,6 +53,50 @@ def model_card(
         law=record.sampling_law,
         scorers=_scorer_rows(run, recipe),
         rounds_played=run.rounds_done(),
+    )
+
+
+def members_card(
+    run: RunDirectory,
+    recipe: Recipe,
+    members: Sequence[tuple[str, FrontPoint]],
+    serve_line: str,
+    notices: Sequence[str],
+) -> str:
+    """Write the README.md of one or several members of a run's family: levels, λ, verdict of each,
+    and how to serve them together.
+
+    members: by the adapter's name; notices: what a reader has to know of some of them.
+    """
+    points, problem = [point for _, point in members], recipe.problem
+    rows = [(name, point, point.row(problem)) for name, point in members]
+    return _rendered(
+        "members_card.md",
+        name=recipe.name,
+        round=points[0].round,
+        base=recipe.policy,
+        reference=_reference_words(recipe),
+        problem=problem,
+        rows=rows,
+        notices=notices,
+        serve_line=serve_line,
+        confidence=recipe.dual.confidence,
+        prompt_words=_prompt_words(recipe),
+        law=recipe.sampling,
+        scorers=_scorer_rows(run, recipe),
+        heads="lm_head" in (recipe.policy.lora.target_modules or ()),
+    )
+
+
+def _rendered(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.from_string((TEMPLATES / template).read_text(encoding="utf-8")).render(
+        values
     )
 
 
@@ -78,7 +119,7 @@ def _constraint_rows(
     return [
         {
             "name": name,
-            "multiplier": record.lambda_[name],
+            "multiplier": record.policy_lambda[name],
             "u": measured.u[name],
             "low": measured.u_ci_low[name],
             "high": measured.u_ci_high[name],

@@ -120,4 +120,4 @@ class TabularLearner:
         return {"all": world.evaluate(self.table(adapter), lambda_)}
 
     def optimum(self, problem: ConstrainedProblem) -> dict[str, ExactOptimum]:
-        return {"all": self.world.exact_optimum}
+        return {"all": replace(self.world, problem=problem).exact_optimum}

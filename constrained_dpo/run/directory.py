@@ -178,6 +178,16 @@ class RunDirectory:
         export."""
         return self.path / "evaluations" / key
 
+    def front_folder(self, key: str) -> Path:
+        """trials/, samples.parquet and point.json of one point of a front."""
+        return self.path / "front" / key
+
+    @property
+    def front_file(self) -> Path:
+        """The points of the run's fronts, and the order in which they looked at the test
+        prompts."""
+        return self.path / "front" / "front.json"
+
     def shard_folder(self, phase: str) -> Path:
         """Committed shards of a phase still under way."""
         return self.path / "shards" / phase

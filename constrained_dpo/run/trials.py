@@ -6,7 +6,8 @@ from the files. So a killed search goes on at the same λ, and replay needs noth
 
 import logging
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -58,9 +59,18 @@ class Target:
         kappa = float(samples[KAPPA].iloc[0])
         return measured_trial(samples, reference, self.problem, lambda_, kappa, shift)
 
-    def solve(self, trials: list[Trial]) -> Solution:
-        """Find the point to try next, or to keep."""
-        return next_point(trials, self.rule, self.start)
+    def solve(self, trials: Sequence[Trial], earlier: Sequence[Trial] = ()) -> Solution:
+        """Find the point to try next, or to keep.
+
+        earlier: trials of the same family that the prediction rests on as well; they use up none of
+        the rule's, and its first trial is where they predict the root.
+        """
+        rule = replace(self.rule, trials=self.rule.trials + len(earlier))
+        solution = next_point([*earlier, *trials], rule, self.start)
+        if earlier and not trials and not solution.done:
+            predicted = next_point(earlier, replace(rule, trials=len(earlier)), self.start)
+            return replace(predicted, done=False, reason="the first trial")
+        return solution
 
 
 @dataclass(frozen=True)
@@ -87,13 +97,15 @@ def search(
     learner: Learner,
     dual: pd.DataFrame,
     reference: pd.DataFrame,
+    earlier: Sequence[Trial] = (),
 ) -> Solution:
     """Try members of a family until the target is met or the trials are used up.
 
-    dual: prompts; reference: π_ref's scored responses to them. In a launch all processes sample.
+    dual: prompts; reference: π_ref's scored responses to them; earlier: of `Target.solve`. In a
+    launch all processes sample.
     """
     done = [target.trial(read_parquet(file), reference) for file in search_.files()]
-    while not (solution := target.solve(done)).done:
+    while not (solution := target.solve(done, earlier)).done:
         number = len(done)
         table = _played(search_, number, solution, recipe, learner, dual)
         done.append(target.trial(table, reference))

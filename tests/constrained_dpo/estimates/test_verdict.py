@@ -1,5 +1,7 @@
 """Verdicts: the words against their bounds, and what they promise, by simulation."""
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +13,7 @@ from constrained_dpo.estimates.verdict import (
     SATISFIED,
     UNDECIDED,
     VIOLATED,
+    front_confidence,
     judge,
     look_confidence,
     overall,
@@ -41,9 +44,13 @@ def test_words_follow_the_bounds():
 
 @pytest.mark.parametrize("planned", [1, 6, 24])
 def test_a_run_spends_its_error_probability_once(planned):
+    """However many rounds and points of fronts look at the test prompts, in whatever order."""
     spent = [1 - look_confidence(0.95, look, planned) for look in range(1, 100_001)]
-    assert sum(spent) <= 0.05 and sum(spent) == pytest.approx(0.05, abs=1e-6)
+    points = [1 - front_confidence(0.95, look, planned) for look in range(1, 100_001)]
+    together = sum(spent) + sum(points)
+    assert together <= 0.05 and together == pytest.approx(0.05, abs=1e-6)
     assert spent[planned - 1] == pytest.approx(0.025)
+    assert all(later < sooner for sooner, later in pairwise(points))
 
 
 def bounds_by_count(count: int, level: float) -> pd.DataFrame:
