@@ -5,8 +5,8 @@ from rich.table import Table
 from rich.text import Text
 
 from constrained_dpo.evaluation.front_record import Front, FrontRow
+from constrained_dpo.report.cells import COLOURS
 from constrained_dpo.report.contents import signed
-from constrained_dpo.report.words import COLOURS
 
 
 def setting_words(row: FrontRow) -> str:
