@@ -138,6 +138,7 @@ def fit_policy(this: Round, output: Path, attempt: int) -> None:
             this.phase("refresh", refreshed.exists(), partial(_refresh, this, stretch), shared=True)
     if is_main():
         shutil.rmtree(run.refresh_folder(number, first).parent, ignore_errors=True)
+        shutil.rmtree(run.checkpoints_folder(number), ignore_errors=True)
     wait()
 
 
