@@ -134,14 +134,15 @@ class _Search:
 
     def root(self, response: Response) -> np.ndarray:
         """λ, then κ, (m + 1,): complementarity at each κ, and the κ that meets the budget."""
-        box = self.reachable(response)
+        box, kappa, budget = self.reachable(response), self.kappa[0], self.budget
+        if budget is None:
+            return self.complementary(response, kappa, box)
 
         def excess(kappa: float) -> float:
             point = self.complementary(response, kappa, box)
             return float(response.at(point).value[-1]) - budget
 
-        kappa, budget = self.kappa[0], self.budget
-        if budget is not None and excess(kappa) < 0:
+        if excess(kappa) < 0:
             kappa = self.kappa[1]
             if excess(kappa) > 0:
                 kappa = float(optimize.brentq(excess, *self.kappa, xtol=1e-4))

@@ -38,14 +38,14 @@ def trial(
     covariance, se = _within_prompts(scores, samples["prompt_id"])
     g_g, g_s = covariance[:-1, :-1], covariance[:-1, -1]
     kl, kl_se = _kl(samples)
-    slope = pd.DataFrame(kappa * g_g / beta, index=names, columns=names)
+    slopes = [by_name(pd.Series(row, index=names)) for row in kappa * g_g / beta]
     return Trial(
         lambda_=by_name(lambda_.reindex(names)),
         kappa=kappa,
         u=by_name(u),
         u_se=by_name(pd.Series(se[:-1], index=names)),
         shift={name: float(shift[name]) for name in names},
-        slope={name: by_name(slope.loc[name]) for name in names},
+        slope=dict(zip(names, slopes, strict=True)),
         kl=kl,
         kl_se=kl_se,
         slope_kappa=by_name(pd.Series(g_s / beta, index=names)),
