@@ -198,6 +198,7 @@ def content(run: RunDirectory) -> dict[str, str]:
     for file in [
         *run.path.glob("exact.json"),
         *sorted(run.path.glob("rounds/*/adapter/*.safetensors")),
+        *sorted(run.path.glob("rounds/*/family*/*.safetensors")),
     ]:
         results[str(file.relative_to(run.path))] = hashlib.sha256(file.read_bytes()).hexdigest()
     return results
@@ -206,7 +207,10 @@ def content(run: RunDirectory) -> dict[str, str]:
 def leftovers(run: RunDirectory) -> list[str]:
     return [
         str(p)
-        for pattern in (".*.tmp", ".checkpoints", "shards/*/*", "*-journal")
+        for pattern in (
+            *(".*.tmp", ".checkpoints", ".refresh", ".adapter-*"),
+            *("shards/*/*", "*-refresh-*", "*-journal"),
+        )
         for p in run.path.rglob(pattern)
     ]
 

@@ -138,7 +138,10 @@ def fit_policy(this: Round, output: Path, attempt: int) -> None:
         if not last and not output.exists():
             this.phase("refresh", refreshed.exists(), partial(_refresh, this, stretch), shared=True)
     if is_main():
+        for stretch in range(first, first + count):
+            drop_shards(run, _refresh_phase(number, stretch))
         shutil.rmtree(run.refresh_folder(number, first).parent, ignore_errors=True)
+        shutil.rmtree(run.checkpoints_folder(number), ignore_errors=True)
     wait()
 
 
@@ -197,13 +200,12 @@ def _refresh(this: Round, stretch: int) -> None:
             shutil.rmtree(adapter, ignore_errors=True)
             this.learner.write_member(folder / "policy", this.lambda_, 1.0, adapter)
         wait()
-    phase = f"round-{number:03d}-refresh-{stretch}"
+    phase = _refresh_phase(number, stretch)
     responses = max(1, recipe.dual.responses_per_prompt // recipe.stretches)
     job = this.collection(phase, f"refresh:{number}.{stretch}", responses, adapter)
     samples = collect(this.learner, this.dual, job)
     if is_main():
         write_parquet(samples, run.refresh_file(number, stretch))
-        drop_shards(run, phase)
 
 
 def solve(this: Round) -> None:
@@ -294,6 +296,10 @@ def _grown(this: Round) -> pd.DataFrame:
     stretches = range((MORE_FITS + 1) * recipe.stretches)
     files = [f for k in stretches if (f := run.refresh_file(number, k)).exists()]
     return pd.concat([*parts, *map(read_parquet, files)], ignore_index=True)
+
+
+def _refresh_phase(number: int, stretch: int) -> str:
+    return f"round-{number:03d}-refresh-{stretch}"
 
 
 def _rescore_phase(number: int) -> str:

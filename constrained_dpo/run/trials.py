@@ -89,6 +89,24 @@ class Search:
         """The trials that are done."""
         return sorted(self.folder.glob("[0-9]*.parquet"))
 
+    def adapter(self, number: int) -> Path:
+        """The member of a trial, while it is under way."""
+        return self.folder / f".adapter-{number:02d}"
+
+    def shard_folder(self, number: int) -> Path:
+        """Committed shards of a trial, while it is under way."""
+        return self.shards / self.trial_phase(number)
+
+    def trial_phase(self, number: int) -> str:
+        """Name a trial's seeds and shards."""
+        return f"{self.phase}-{number:02d}"
+
+    def sweep(self) -> None:
+        """Remove what a kill left between a trial's table and the end of the trial."""
+        for number in range(len(self.files())):
+            for folder in (self.adapter(number), self.shard_folder(number)):
+                shutil.rmtree(folder, ignore_errors=True)
+
 
 def search(
     search_: Search,
@@ -104,6 +122,9 @@ def search(
     dual: prompts; reference: π_ref's scored responses to them; earlier: of `Target.solve`. In a
     launch all processes sample.
     """
+    if is_main():
+        search_.sweep()
+    wait()
     done = [target.trial(read_parquet(file), reference) for file in search_.files()]
     while not (solution := target.solve(done, earlier)).done:
         number = len(done)
@@ -132,16 +153,15 @@ def _played(
 ) -> pd.DataFrame:
     """Sample one member on the dual prompts; its table appears whole."""
     file = search_.folder / f"{number:02d}.parquet"
-    phase = f"{search_.phase}-{number:02d}"
-    adapter, shards = search_.folder / f".adapter-{number:02d}", search_.shards / phase
+    adapter = search_.adapter(number)
     if is_main():
         shutil.rmtree(adapter, ignore_errors=True)
         search_.folder.mkdir(parents=True, exist_ok=True)
         learner.write_member(search_.family, point.lambda_, point.kappa, adapter)
     wait()
     job = Collection(
-        phase=phase,
-        folder=shards,
+        phase=search_.trial_phase(number),
+        folder=search_.shard_folder(number),
         source=f"{search_.source}.{number}",
         responses_per_prompt=search_.responses_per_prompt,
         shard_size=recipe.sampling.shard_size,
@@ -154,7 +174,7 @@ def _played(
     if is_main():
         columns = dict(zip(multiplier_columns(point.lambda_.index), point.lambda_, strict=True))
         write_parquet(samples.assign(**columns, **{KAPPA: point.kappa}), file)
-        shutil.rmtree(shards, ignore_errors=True)
-        shutil.rmtree(adapter, ignore_errors=True)
-    wait()
+    wait()  # every process has read the shards
+    if is_main():
+        search_.sweep()
     return read_parquet(file)

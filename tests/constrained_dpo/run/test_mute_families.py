@@ -43,7 +43,7 @@ class Mute(TabularLearner):
         super().write_member(family, lambda_ if answers else pd.Series({"g0": 0.3}), kappa, output)
 
 
-MANY = ("dual.responses_per_prompt=256", "dual.init={g0: 0.7}", "fit.refresh=2")
+MANY = ("dual.responses_per_prompt=128", "dual.init={g0: 0.7}", "fit.refresh=2")
 
 
 @pytest.mark.parametrize("deaf", [1, MORE_FITS + 1])
