@@ -13,6 +13,7 @@ from constrained_dpo.dual.exact import TabularWorld
 from constrained_dpo.fit.family import read_family, write_member
 from constrained_dpo.learners.embedded import EmbeddedValues
 from constrained_dpo.problem import ConstrainedProblem, Constraint
+from constrained_dpo.run.play import open_prepared
 from constrained_dpo.run.record import RoundRecord
 from constrained_dpo.run.rounds import last_family
 
@@ -24,11 +25,8 @@ Table = Callable[[float], np.ndarray]  # log π(y | x) at a setting, (num_prompt
 
 
 def values_of(run: Run) -> EmbeddedValues:
-    """Give the exact values of a run's world."""
-    with_learner = run._open(run.directory)[1]
-    exact = with_learner.exact
-    assert isinstance(exact, EmbeddedValues)
-    return exact
+    """Give the exact values of a run's world, whose answers are few enough to list."""
+    return EmbeddedValues(open_prepared(run.directory)[1])
 
 
 def member_logps(values: EmbeddedValues, family: Path, lambda_: pd.Series, kappa: float = 1.0):

@@ -85,7 +85,6 @@ def _fixed(task: Task, folder: Path, lambda_: dict[str, float], prepared: Run) -
 def _played(run: Run, rounds: int) -> Path:
     while run.directory.rounds_done() < rounds:
         run.round()
-    run._opened = None
     return run.directory.adapter_folder(rounds - 1)
 
 

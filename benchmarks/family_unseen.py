@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import unseen_world
+from benchmarks.family_front import values_of
 from benchmarks.family_runs import row_of, row_words
 from benchmarks.family_tasks import Task, recipe_of
 from constrained_dpo import Run
-from constrained_dpo.learners.embedded import EmbeddedValues
 
 BETA, MARGIN = 0.25, 0.5
 
@@ -58,8 +58,7 @@ def play_unseen(
 
 def _play(run: Run, rounds: int) -> dict:
     run.prepare()
-    learner = run._open(run.directory)[1]
-    values, problem = EmbeddedValues(learner), run.recipe.problem
+    values, problem = values_of(run), run.recipe.problem
     best, rows = values.optimum(problem)["dual"], []
     for number in range(rounds):
         record = run.record(number) if number < run.directory.rounds_done() else run.round()

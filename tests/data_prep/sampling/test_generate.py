@@ -66,6 +66,22 @@ def test_probabilities_of_all_responses_sum_to_one_and_are_the_samplers(
     assert (drawn["ended"] == drawn["token_ids"].map(lambda ids: ids[-1] in policy.eos_ids)).all()
 
 
+@pytest.mark.parametrize("length", [1, 2])
+def test_shorter_answers_are_those_of_the_world_that_are_cut_there(quickstart_policy, length):
+    policy, vocabulary = quickstart_policy, len(VOCABULARY)
+    _, tokens = prompt_table(policy, 2)
+    cut = exact_logps(policy, None, tokens, length)
+    sequences = enumerate_responses(policy.eos_ids[0], vocabulary, length)
+    whole = dict.fromkeys(map(tuple, sequences), 0.0)
+    for ids, share in zip(
+        enumerate_responses(policy.eos_ids[0], vocabulary),
+        np.exp(exact_logps(policy, None, tokens))[0],
+        strict=True,
+    ):
+        whole[tuple(ids[:length])] += share
+    np.testing.assert_allclose(np.exp(cut[0]), list(whole.values()), atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def big_vocabulary_model(tmp_path_factory):
     """4,000 words, with top_k 20, min_p 0.9, repetition_penalty 1.3 and temperature 0.5 in the
