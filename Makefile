@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup init round run status report test test-all lint bench bench-quality bench-methods bench-fit bench-coverage bench-one-shot bench-theory bench-kills bench-relabel bench-prepare clean
+.PHONY: setup init round run status report test test-all lint bench bench-quality bench-family bench-methods bench-fit bench-coverage bench-one-shot bench-theory bench-kills bench-relabel bench-prepare clean
 .DEFAULT_GOAL := round
 
 setup: $(VENV)/.installed
@@ -54,6 +54,17 @@ bench-quality: setup
 	$(BIN)/python -m benchmarks.bench_quality table runs/bench-quality.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_ceiling
 
+# The conditional policy: what it must show (hours of one core; goes on where it stopped).
+bench-family: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --front --seeds 0 1 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --two --seeds 0 1 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --lam0 4 0.2 --rounds 2 --worlds embedded 'random 1' 'random 3'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --kappa --worlds embedded 'random 3'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --scale 'std 10' --rounds 7
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family peers runs/bench-family.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family unseen runs/bench-family.jsonl
+	$(BIN)/python -m benchmarks.bench_family table runs/bench-family.jsonl
+
 # The papers' methods beside ours, five seeds (100 runs, about two hours of one core; goes on where it stopped).
 bench-methods: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_methods runs runs/bench-methods.jsonl
@@ -65,9 +76,11 @@ bench-fit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_fit --checkpointing
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_sampling
 
-# Coverage of intervals and of verdicts (simulated; about half an hour on one core).
+# Intervals (24 minutes on one core), what decides verdicts (a minute), and whole runs (about half an hour); all simulated.
 bench-coverage: setup
-	$(BIN)/python -m benchmarks.bench_coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_intervals
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_verdicts laws
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_coverage
 
 # The one-shot dual beside gradient descent and L-BFGS-B (about 25 minutes, one core).
 bench-one-shot: setup

@@ -248,10 +248,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=30_000)
     parser.add_argument("--responses", type=int, default=128)
     parser.add_argument(
-        "--coverage",
-        action="store_true",
-        help="coverage of the bootstrap interval instead, 400 replications",
+        "--coverage", action="store_true", help="coverage of the bootstrap interval instead"
     )
+    parser.add_argument("--replications", type=int, default=400, help="of --coverage")
     parser.add_argument(
         "--one", nargs=5, metavar=("FOLDER", "METHOD", "SCALE", "BETA", "M"), help=argparse.SUPPRESS
     )
@@ -263,10 +262,11 @@ def main() -> None:
     if arguments.coverage:
         print("| prompts | 95 % intervals that cover λ* | mean width |\n|---|---|---|")
         for prompts in (30, 100, 1000):
-            covered, width = bootstrap_coverage(prompts, 400, seed=0)
+            count = arguments.replications
+            covered, width = bootstrap_coverage(prompts, count, seed=0)
             print(
                 f"| {prompts} | {100 * covered:.1f} % ± "
-                f"{100 * 1.96 * np.sqrt(covered * (1 - covered) / 400):.1f} % | {width:.3f} |",
+                f"{100 * 1.96 * np.sqrt(covered * (1 - covered) / count):.1f} % | {width:.3f} |",
                 flush=True,
             )
         return

@@ -117,7 +117,7 @@ def slopes(table: pd.DataFrame, std: float) -> pd.DataFrame:
         rows.append(
             {
                 "quantity": column,
-                "theorem": "1" if column.startswith("duality") else "1/2",
+                "theorem": "1" if column.startswith("primal-dual") else "1/2",
                 "mean slope [95 %]": f"{values.mean():.2f} [{values.mean() - half:.2f}, "
                 f"{values.mean() + half:.2f}]",
                 "smallest": f"{values.min():.3f}",

@@ -124,8 +124,10 @@ def rounds() -> None:
 
 
 def variance(folders: list[Path]) -> None:
-    """Variance over draws of 8 responses to each dual prompt, new estimate over old."""
-    header("run", "round", "KL", "KL estimate", "E[r] controlled", "u with π_ref's samples")
+    """Variance over draws of 8 responses of each law to each dual prompt, new estimate over
+    old."""
+    names = ("KL estimate", "E[r] controlled", "E[g] with π_ref's samples", "u with them")
+    header("run", "round", "KL", *names)
     for folder in folders:
         run = RunDirectory(folder)
         recipe, reference = run.recipe(), read_parquet(run.reference_file)
@@ -137,7 +139,7 @@ def variance(folders: list[Path]) -> None:
             )
             kl = float(kl_values(samples).mean())
             ratios = _ratios(samples, off_policy, recipe.problem)
-            cells = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+            cells = " | ".join(f"{ratio:.2g}" for ratio in ratios)
             print(f"| {folder.name} | {number} | {kl:.2f} | {cells} |", flush=True)
 
 
@@ -147,16 +149,19 @@ def _ratios(
     rng, draws = np.random.default_rng(0), []
     (name,) = problem.names
     for _ in range(200):
-        few = samples.sample(frac=1, random_state=rng).groupby("prompt_id").head(8)
+        few, of_reference = (
+            table.sample(frac=1, random_state=rng).groupby("prompt_id").head(8)
+            for table in (samples, off_policy)
+        )
         prompts, noise = few["prompt_id"], path_noise(few)
-        mixed = mixed_means(few, off_policy, [name])[name]
+        mixed = mixed_means(few, of_reference, [name])[name].mean()
         pairs = [
             (log_ratio(few), kl_values(few)),
             (few[problem.reward], controlled(few[problem.reward], noise, prompts)),
         ]
         row = [tuple(v.groupby(prompts).mean().mean() for v in pair) for pair in pairs]
-        row.append((few[name].groupby(prompts).mean().mean(), mixed.mean()))
-        draws.append(row)
+        plain, level = few[name].mean(), of_reference[name].mean()
+        draws.append([*row, (plain, mixed), (plain - level, mixed - level)])
     spread = np.var(np.array(draws), axis=0)  # (estimates, old and new)
     return (spread[:, 1] / spread[:, 0]).tolist()
 
@@ -180,18 +185,22 @@ def certificate(file: Path) -> None:
                     "interval": high is not None,
                     "low end holds": low <= exact,
                     "interval covers": high is not None and low <= exact <= high,
-                    "width": np.nan if high is None else (high - low) / exact,
+                    "high end within twice": high is not None and high <= 2 * exact,
+                    "low share": low / exact,
+                    "high share": np.nan if high is None else high / exact,
                 }
             )
     table = pd.DataFrame(rows)
-    header("scale", "rounds", "estimates", "of them cover", "intervals", "of them cover", "low end",
-           "width over the exact gap, median")  # fmt: skip
+    header("scale", "rounds", "estimates", "of them cover", "finite intervals", "of them cover",
+           "low end holds", "high end at most twice the exact gap", "low end / exact gap, median",
+           "high end / exact gap, median")  # fmt: skip
     for scale, group in table.groupby("scale"):
-        count = {c: int(group[c].sum()) for c in group.columns[1:-1]}
+        count = {c: int(group[c].sum()) for c in group.columns[1:-2]}
         print(
             f"| {scale} | {len(group)} | {count['estimate']} | {count['estimate covers']} | "
             f"{count['interval']} | {count['interval covers']} | {count['low end holds']} | "
-            f"{group['width'].median():.2f} |"
+            f"{count['high end within twice']} | {group['low share'].median():.2g} | "
+            f"{group['high share'].median():.2g} |"
         )
 
 

@@ -11,8 +11,11 @@ from constrained_dpo.problem import ConstrainedProblem
 POWER = 0.9
 """How often a policy with this much room is to be called satisfied."""
 
+LEVELS = 3
+"""The room depends on how far the worst case lies below it, and so on itself: a few repetitions."""
 
-def test_room(
+
+def required_room(
     samples: pd.DataFrame,
     reference: pd.DataFrame,
     problem: ConstrainedProblem,
@@ -29,7 +32,8 @@ def test_room(
     bound on the test prompts, `test_prompts` with `responses` responses each. The bound lies a
     width below u there, and u itself differs from the dual prompts' by the noise of both sets:
     room = width + z · std · √(1/N_test + 1/N_dual), std of a prompt's slack with that many
-    responses. The width is this sample's own, scaled by std/√N.
+    responses. The width is that of so many values with this std, of this sample's shape and around
+    the room itself, within the bounds.
     """
     slack = prompt_slack(samples, reference, problem)
     per_prompt = samples.groupby("prompt_id", sort=True)[problem.names]
@@ -37,13 +41,29 @@ def test_room(
     count = per_prompt.size().mean()
     rooms = {}
     for name in problem.names:
-        values, ends = slack[name].to_numpy(np.float64), bounds[name]
-        ends = (min(ends[0], values.min()), max(ends[1], values.max()))
+        values = slack[name].to_numpy(np.float64)
         variance = values.var(ddof=1)
         # the same prompts with another number of responses
         there = max(variance + noise[name] * (1 / responses - 1 / count), 0.05 * variance)
-        width = values.mean() - mean_interval(values, 2 * confidence - 1, ends)[0]
-        scale = np.sqrt(there / variance * len(values) / test_prompts) if variance > 0 else 1.0
-        spread = np.sqrt(there * (1 / test_prompts + 1 / len(values)))
-        rooms[name] = float(width * scale + stats.norm.ppf(POWER) * spread)
+        spread = float(np.sqrt(there * (1 / test_prompts + 1 / len(values))))
+        shape = _resized(values, test_prompts, np.sqrt(there))
+        room = 0.0
+        for _ in range(LEVELS):
+            width = _width(shape + room, confidence, bounds[name])
+            room = width + float(stats.norm.ppf(POWER)) * spread
+        rooms[name] = room
     return rooms
+
+
+def _resized(values: np.ndarray, count: int, std: float) -> np.ndarray:
+    """Quantiles of a sample, as many as `count`, with mean 0 and this standard deviation."""
+    quantiles = np.quantile(values, (np.arange(count) + 0.5) / count)
+    centred = quantiles - quantiles.mean()
+    size = centred.std(ddof=1) if count > 1 else 0.0
+    return centred * (std / size) if size > 0 else np.zeros(count)
+
+
+def _width(values: np.ndarray, confidence: float, ends: tuple[float, float]) -> float:
+    """How far the one-sided lower bound lies below the mean."""
+    within = min(ends[0], values.min()), max(ends[1], values.max())
+    return float(values.mean() - mean_interval(values, 2 * confidence - 1, within)[0])

@@ -14,7 +14,7 @@ import pandas as pd
 
 from constrained_dpo.dual.solve import Solution, SolveRule, next_point
 from constrained_dpo.dual.trial import Trial
-from constrained_dpo.estimates.room import test_room
+from constrained_dpo.estimates.room import required_room
 from constrained_dpo.estimates.slack import Bounds
 from constrained_dpo.estimates.trial import trial as measured_trial
 from constrained_dpo.launch import is_main, wait
@@ -47,7 +47,7 @@ class Target:
         lambda_ = samples.iloc[0][multiplier_columns(names)].set_axis(names).astype(float)
         shift = dict.fromkeys(names, 0.0)
         if self.confidence is not None:
-            shift = test_room(
+            shift = required_room(
                 samples,
                 reference,
                 self.problem,

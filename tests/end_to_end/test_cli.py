@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from constrained_dpo.dual.one_shot import solve_one_shot
+from constrained_dpo.dual.one_shot import first_multipliers
 from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from tests.helpers.cli import cdpo
@@ -58,9 +58,11 @@ def test_dual_solve_prints_the_solvers_answer(scores):
     words = ["dual", "solve", scores, "--reward", "r", "--constraint", "g=0.2", "--beta", "0.5"]
     answer = json.loads(cdpo(*words, "--json", check=0).stdout)
     problem = ConstrainedProblem("r", 0.5, (Constraint("g", margin=0.2),))
-    expected = solve_one_shot(ScoreTable.from_frame(pd.read_parquet(scores), problem), problem)
+    table = ScoreTable.from_frame(pd.read_parquet(scores), problem)
+    expected = first_multipliers(table, problem)
     assert answer["lambda"] == expected.lambda_.to_dict()
-    assert answer["dual_value"] == expected.dual_value
+    assert answer["lambda_sampled"] == expected.plain.lambda_.to_dict() != answer["lambda"]
+    assert answer["dual_value"] == expected.plain.dual_value
     assert set(answer) >= {"lambda", "dual_value", "ess", "reward", "utilities"}
     assert f"λ*(g) = {expected.lambda_['g']:.6g}" in cdpo(*words, check=0).stdout
 

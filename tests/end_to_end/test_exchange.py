@@ -11,6 +11,8 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from constrained_dpo.estimates.kl import controlled, path_noise
+from constrained_dpo.monte_carlo import standard_error
 from constrained_dpo.run.create import init_run
 from data_prep.models.adapters import attached_adapter
 from data_prep.models.policy import load_policy
@@ -135,7 +137,13 @@ def test_it_is_the_adapter_that_was_sampled(run, base, outside, evaluated):
     ratio = samples["policy_logp"] - samples["ref_logp"]
     change = ratio.abs().mean()
     assert change > 0.05 and abs(logps - samples["policy_logp"]).mean() < 0.5 * change
-    assert evaluated["kl"] == pytest.approx(ratio.groupby(samples["prompt_id"]).mean().mean())
+    # KL is the mean of path_kl with the noise that the log-ratio explains taken out: the same means
+    prompts, noise = samples["prompt_id"], path_noise(samples)
+    own = controlled(samples["path_kl"], noise, prompts).groupby(prompts).mean()
+    assert evaluated["kl"] == pytest.approx(own.mean())
+    for other in (samples["path_kl"], ratio):
+        apart = (other.groupby(prompts).mean() - own).to_numpy()
+        assert 0 < abs(apart.mean()) < 4 * standard_error(apart)
 
 
 def edited(adapter, folder, **config):

@@ -116,7 +116,8 @@ def assert_same_round(run: RunDirectory, expected: RunDirectory) -> None:
         assert ours[column].equals(theirs[column])
     np.testing.assert_allclose(ours["policy_logp"], theirs["policy_logp"], atol=1e-5)
     lambda_ = expected.state().lambda_[1]
-    assert run.state().lambda_[1] == pytest.approx(lambda_, abs=1e-9)
+    # u weighs π_ref's answers by log-probabilities, which are rounded by the batch they are in
+    assert run.state().lambda_[1] == pytest.approx(lambda_, abs=1e-7)
     assert replay(run) == run.state().lambda_
     assert not list(run.path.rglob(".*.tmp")) and not list(run.path.rglob("shards/*/*"))
 

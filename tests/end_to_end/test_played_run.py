@@ -57,8 +57,11 @@ def test_status_holds_the_certificate_in_json_too(status):
 
 
 def test_rounds_are_chosen_by_name(run, status):
-    assert status["best_dual"] in (0, 1)
-    assert "--round best-dual: round" in cdpo("status", run.path, check=0).stdout
+    assert [r["dual_value"] for r in status["rounds"]] == [None, None]  # too few responses
+    assert status["best_dual"] is None
+    assert "--round best-dual: none qualifies" in cdpo("status", run.path, check=0).stdout
+    report = cdpo("report", run.path, "--round", "best-dual", check=2)
+    assert "--round best-dual: no round has a dual value" in report.stderr
     satisfied = status["best"] is not None
     report = cdpo("report", run.path, "--round", "best", check=0 if satisfied else 2)
     assert satisfied or "no round of 2 is satisfied on the dual prompts at 95 %" in report.stderr
