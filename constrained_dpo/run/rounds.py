@@ -13,7 +13,7 @@ and what the main process alone writes is on disk before any goes on (`launch.wa
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +45,12 @@ OFF_POLICY_RESPONSES = 64
 """Responses of π_ref per dual prompt that a round's policy is asked about: enough for the residual,
 and a bound on its cost."""
 
-PHASES = ("relabel", "fit", "refresh", "trials", "rescore", "off_policy")
+
+def phases(recipe: Recipe) -> list[str]:
+    """Name the phases of a recipe's rounds, in order."""
+    refresh = ["refresh"] if recipe.stretches > 1 else []
+    trials = [] if recipe.fit.conditional is None else ["trials"]
+    return ["relabel", "fit", *refresh, *trials, "rescore", "off_policy"]
 
 
 @dataclass
@@ -57,7 +62,7 @@ class Round:
     learner: Learner
     number: int
     lambda_: pd.Series
-    seconds: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(PHASES))
+    seconds: dict[str, float | None]
 
     def phase(
         self, name: str, done: bool, action: Callable[[], None], shared: bool = False
@@ -95,7 +100,8 @@ def play_round(run: RunDirectory, recipe: Recipe, learner: Learner) -> RoundReco
     state = run.state()
     number = state.rounds_done
     lambda_ = recipe.problem.multipliers(state.lambda_[-1])
-    this = Round(run, recipe, learner, number, lambda_)
+    seconds: dict[str, float | None] = dict.fromkeys(phases(recipe))
+    this = Round(run, recipe, learner, number, lambda_, seconds)
     adapter, samples = run.adapter_folder(number), run.samples_file(number)
     if recipe.fit.conditional is None:
         fit_policy(this, adapter, attempt=0)

@@ -143,10 +143,10 @@ TINY = (
     "fit.warmup_steps=0",
     "fit.batch_size=2",
 )
-STD10 = pytest.param("quickstart_std10", marks=pytest.mark.slow)
+STD10 = pytest.param("quickstart_two_constraints", marks=pytest.mark.slow)
 
 
-@pytest.fixture(scope="module", params=["quickstart", STD10])
+@pytest.fixture(scope="module", params=["quickstart_caid", STD10])
 def played(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("groups") / "run"
     run = Run.create(RECIPES / f"{request.param}.yaml", path, list(TINY))

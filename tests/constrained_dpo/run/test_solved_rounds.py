@@ -19,7 +19,7 @@ from data_prep.tables import read_parquet
 from tests.helpers.rounds import make_run, play, tables_of
 from tests.helpers.tables import random_world
 
-SOLVE = ("dual.method=solve", "fit.conditional={}")
+SOLVE = ("dual.method=solve", "fit.conditional={}", "dual.confidence_side=none")
 MANY = "dual.responses_per_prompt=512"
 
 
