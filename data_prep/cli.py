@@ -177,7 +177,7 @@ def score(
     if name in RESERVED_NAMES:
         raise UserError(f"--name {name}: is a reserved column name; choose another")
     settings = parse_scorer(scorer, "--scorer")
-    table = read_table(responses)
+    table = read_table(responses, texts=["response"])
     require_columns(table, ["prompt", "response"], str(responses))
     if settings.type in ("classifier", "beaver", "guard"):
         quiet_libraries()

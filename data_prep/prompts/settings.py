@@ -32,7 +32,8 @@ class PromptSettings(Settings):
 
     source: LocalPath | DatasetSource = Field(
         validation_alias=AliasChoices("source", "train"),
-        description="file (jsonl, json, csv, tsv, txt, parquet; .gz), folder or {dataset: ...}",
+        description="file (jsonl, ndjson, json, csv, tsv, txt, parquet; .gz), folder or "
+        "{dataset: ...}",
     )
     format: Literal["text", "chat"] = Field(
         "text", description="text: put into `template`; chat: the tokenizer's chat template"
