@@ -30,12 +30,15 @@ class Settings(BaseModel):
 
 def _absolute(value: str, info: ValidationInfo) -> str:
     """A file or folder that exists, relative to one of the context's `folders`, as absolute; a
-    function of a file keeps its name behind the colon. Anything else stays as it is."""
+    function of a file keeps its name behind the colon, and a link its own name: a link into a cache
+    of blobs says by its ending what it is. Anything else stays as it is."""
     name, colon, function = value.rpartition(":") if ".py:" in value else (value, "", "")
     for folder in (info.context or {}).get("folders", ()) if value != EMBEDDED else ():
         candidate = folder / Path(name).expanduser()
         if name and candidate.exists():
-            return f"{candidate.resolve()}{colon}{function}"
+            link = candidate.parent.resolve() / candidate.name
+            path = link if candidate.name not in ("", "..") else candidate.resolve()
+            return f"{path}{colon}{function}"
     return value
 
 

@@ -5,7 +5,6 @@ A line that cannot be read is a row with a problem, so that all of them can be n
 that cannot be is a UserError.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,15 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.errors import UserError
+from data_prep.prompts.folders import files_of_split
 from data_prep.prompts.layouts import layout_columns
 from data_prep.prompts.settings import DatasetSource
 from data_prep.row_files import Row, file_kind, text_rows
 from data_prep.settings import EMBEDDED
 
 BATCH_ROWS = 1024
-
-
-_SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
 def source_name(source: str | Path | DatasetSource) -> str:
@@ -96,32 +93,7 @@ def _folder_rows(folder: Path, source: DatasetSource) -> Iterator[Row]:
             )
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _saved_rows(folder, source.split)
-    files = sorted(
-        f for pattern in ("*.parquet", "*.jsonl", "*.jsonl.gz") for f in folder.rglob(pattern)
-    )
-    if not files:
-        raise UserError(
-            f"prompts: {folder}: no such file: a folder without parquet or jsonl files (and not "
-            "one of save_to_disk)"
-        )
-
-    def of(split: str) -> list[Path]:
-        return [
-            f
-            for f in files
-            if re.match(rf"{re.escape(split)}(-|\.)", f.name)
-            or split in f.relative_to(folder).parts[:-1]
-        ]
-
-    chosen = of(source.split)
-    if not chosen:
-        if any(of(split) for split in _SPLIT_NAMES):
-            names = ", ".join(str(f.relative_to(folder)) for f in files[:5])
-            raise UserError(
-                f"prompts: {folder}: no file of split {source.split} in it ({names}); set split, "
-                "or give the file"
-            )
-        chosen = files
+    chosen = files_of_split(folder, source.split)
     several = len(chosen) > 1
     return (
         row._replace(where=f"{f.relative_to(folder)} {row.where}") if several else row

@@ -19,8 +19,7 @@ class DatasetSource(Settings):
         None, description="the hub dataset's configuration, e.g. alpaca-7b of PKU-SafeRLHF"
     )
     split: str = Field(
-        "train",
-        description="the dataset's split; in a folder of files those whose name begins with it",
+        "train", description="the dataset's split; in a folder of files those whose name holds it"
     )
     revision: str | None = Field(None, description="branch, tag or commit of the hub dataset")
 
