@@ -16,7 +16,8 @@ from constrained_dpo.recipe.schema import Recipe
 from data_prep.errors import UserError
 from data_prep.models.adapters import attached_adapter
 from data_prep.models.policy import Policy, load_policy
-from data_prep.prompts.templates import last_user_text, tokenize_prompts
+from data_prep.prompts.messages import Prompt, conversation_text, stored_prompt
+from data_prep.prompts.templates import tokenize_prompts
 from data_prep.sampling.generate import Sampler
 from data_prep.sampling.law import check_lengths, law_hash
 from data_prep.sampling.logprobs import response_logps
@@ -80,9 +81,18 @@ class LoraLearner:
 
     @cached_property
     def prompt_texts(self) -> pd.Series:
-        """What scorers are told the prompt was, by prompt_id."""
-        texts = [last_user_text(p, self.recipe.prompts.format) for p in self.prompts["prompt"]]
+        """What a judge is told the request was, by prompt_id: the text, or the conversation."""
+        texts = [conversation_text(prompt) for prompt in self._stored_prompts]
         return pd.Series(texts, index=self.prompts["prompt_id"])
+
+    def told(self, scorer: Scorer) -> pd.Series:
+        """What a scorer is told of every prompt, by prompt_id: a text, or messages."""
+        told = scorer.told(self._stored_prompts)
+        return pd.Series(told, index=self.prompts["prompt_id"], dtype=object)
+
+    @property
+    def _stored_prompts(self) -> list[Prompt]:
+        return [stored_prompt(p, self.recipe.prompts.format) for p in self.prompts["prompt"]]
 
     def unload(self) -> None:
         """Free the policy; it loads again when next needed."""
@@ -188,7 +198,6 @@ class LoraLearner:
             return response_logps(model, tokens, drawn, pad_id=pad_id, batch_size=size)
 
     def score(self, responses: pd.DataFrame) -> pd.DataFrame:
-        prompts = responses["prompt_id"].map(self.prompt_texts).tolist()
         texts = responses["response"].tolist()
         columns = {}
         for name, scorer in self.scorers.items():
@@ -210,6 +219,7 @@ class LoraLearner:
                     cache=self.cache,
                 )
             else:
+                prompts = responses["prompt_id"].map(self.told(scorer)).tolist()
                 columns[name] = score_texts(
                     scorer, prompts, texts, options=options, name=name, cache=self.cache
                 )

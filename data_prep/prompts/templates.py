@@ -1,12 +1,12 @@
 """Prompts as the policy reads them: rendered by template, tokenized."""
 
-import json
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from data_prep.errors import UserError
+from data_prep.prompts.messages import Messages, messages_in
 from data_prep.prompts.settings import PromptSettings
 
 if TYPE_CHECKING:
@@ -14,11 +14,6 @@ if TYPE_CHECKING:
 
 
 ENCODED_AT_ONCE = 1000
-
-
-def last_user_text(prompt: str, format: str) -> str:
-    """What scorers are told the prompt was: the text itself, or the last user message of a chat."""
-    return json.loads(prompt)[-1]["content"] if format == "chat" else prompt
 
 
 def rendered_prompts(
@@ -29,6 +24,7 @@ def rendered_prompts(
     if settings.format == "text":
         if "{prompt}" not in settings.template:
             raise UserError("prompts.template: does not contain {prompt}")
+        _refuse_chats(prompts)
         return [settings.template.replace("{prompt}", prompt) for prompt in prompts]
     if not tokenizer.chat_template:
         raise UserError(
@@ -37,16 +33,46 @@ def rendered_prompts(
         )
     from jinja2 import TemplateError
 
+    chats = [_stored_messages(prompt) for prompt in prompts]
     try:
         return [
-            tokenizer.apply_chat_template(json.loads(p), add_generation_prompt=True, tokenize=False)
-            for p in prompts
+            tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            for chat in chats
         ]
     except TemplateError as error:
         raise UserError(
             f"prompts: the tokenizer's chat template refuses a prompt ({error}); change the "
             "prompts or the template"
         ) from error
+
+
+def _refuse_chats(prompts: list[str]) -> None:
+    """Raises UserError for messages in a table of texts: their JSON is not what a user said."""
+    for prompt in prompts:
+        try:
+            chat = messages_in(prompt) is not None
+        except ValueError:
+            chat = False
+        if chat:
+            raise UserError(
+                f"prompts: {prompt[:40]!r} is a list of messages, and the format is text; set "
+                "prompts.format (--format) to chat"
+            )
+
+
+def _stored_messages(prompt: str) -> Messages:
+    """The messages of a stored prompt; raises UserError for one that is a text."""
+    messages = None
+    try:
+        messages = messages_in(prompt)
+    except ValueError as error:
+        raise UserError(f"prompts: {prompt[:40]!r} {error}") from error
+    if messages is None:
+        raise UserError(
+            f"prompts: {prompt[:40]!r} is a text, and the format is chat; set prompts.format "
+            "(--format) to text, or write the table with `data prompts --format chat`"
+        )
+    return messages
 
 
 def encode(

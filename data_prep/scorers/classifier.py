@@ -1,9 +1,11 @@
 """The `classifier` scorer: any AutoModelForSequenceClassification, batched by length."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import TemplateError
 from tqdm import tqdm
 
 from data_prep.errors import UserError
@@ -15,6 +17,7 @@ from data_prep.models.checkpoints import (
     resolve_device,
 )
 from data_prep.models.quantization import check_quantization, keep_exact_on_cpu, quantization_config
+from data_prep.prompts.messages import Prompt, as_messages, conversation_text
 from data_prep.scorers.calibration import measure_drift
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import OUTSIDE_FINGERPRINT, ClassifierScorerSettings, fill_template
@@ -38,6 +41,7 @@ class ClassifierScorer(Scorer):
 
     def __init__(self, settings: ClassifierScorerSettings) -> None:
         self.settings, self.key = settings, f"scorer {settings.model}"
+        self.reads_conversation = settings.text != "pair"
         self._load()
         self.label = self._label_index()
         self._check_output()
@@ -209,7 +213,7 @@ class ClassifierScorer(Scorer):
             )
         self.model.config.get_text_config().pad_token_id = pad
 
-    def text_length(self, prompt: str, response: str) -> int:
+    def text_length(self, prompt: Prompt, response: str) -> int:
         """Tokens that the model would read for this text, its format's own included; nothing is
         cut."""
         return len(self._tokenize(prompt, self._closed(response))["input_ids"])
@@ -217,18 +221,25 @@ class ClassifierScorer(Scorer):
     def _closed(self, response: str) -> str:
         return response + (self.tokenizer.eos_token or "" if self.settings.append_eos else "")
 
-    def _tokenize(self, prompt: str, response: str) -> dict[str, list[int]]:
+    def _tokenize(self, prompt: Prompt, response: str) -> dict[str, list[int]]:
         settings = self.settings
         if settings.text == "pair":
             return self.tokenizer(prompt, response)
         if settings.text == "template":
-            text = fill_template(settings.template or "", prompt, response)
+            text = fill_template(settings.template or "", conversation_text(prompt), response)
             has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
             return self.tokenizer(text, add_special_tokens=not has_bos)
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+        messages = [*as_messages(prompt), {"role": "assistant", "content": response}]
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+        except (TemplateError, TypeError) as error:
+            reason, roles = str(error).splitlines()[0], ", ".join(m["role"] for m in messages)
+            raise UserError(
+                f"{self.key}: its chat template refuses messages of {roles} ({reason}); use text: "
+                "template"
+            ) from error
 
-    def _encode(self, prompt: str, response: str) -> dict[str, list[int]]:
+    def _encode(self, prompt: Prompt, response: str) -> dict[str, list[int]]:
         settings, response = self.settings, self._closed(response)
         encoded = self._tokenize(prompt, response)
         length = len(encoded["input_ids"])
@@ -244,7 +255,7 @@ class ClassifierScorer(Scorer):
         return dict(encoded)
 
     def _truncate(
-        self, encoded: dict[str, list[int]], prompt: str, response: str
+        self, encoded: dict[str, list[int]], prompt: Prompt, response: str
     ) -> dict[str, list[int]]:
         """The response is what is judged, so the prompt's beginning goes first."""
         if self.settings.text == "pair":
@@ -257,7 +268,7 @@ class ClassifierScorer(Scorer):
                 self.tokenizer.truncation_side = side
         return {key: values[-self.window :] for key, values in encoded.items()}
 
-    def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+    def score(self, prompts: Sequence[Prompt], responses: list[str]) -> np.ndarray:
         encoded = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
         pad = self.tokenizer.pad_token_id
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
