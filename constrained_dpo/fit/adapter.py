@@ -5,7 +5,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from constrained_dpo.launch import is_main, rank, shards_base, wait
 from constrained_dpo.tracking import fit_logs
 from data_prep.errors import UserError
 from data_prep.files import sync_folder
+from data_prep.models.attachment import intact_base
 from data_prep.models.policy import Policy
 from data_prep.sampling.logprobs import response_logps
 
@@ -198,8 +199,10 @@ def _restored_base(policy: Policy) -> Iterator[None]:
     """TRL patches the base's forward and, for checkpointing, its embeddings; the base leaves the
     fit as it came."""
     forward = policy.model.__dict__.get("forward")
+    # Sharded modules are others for good; the policy is then loaded again.
+    whole = nullcontext() if shards_base() else intact_base(policy.model)
     try:
-        with warnings.catch_warnings():
+        with whole, warnings.catch_warnings():
             # transformers renames gradient checkpointing and warns of its own calls
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             yield

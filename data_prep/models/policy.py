@@ -20,7 +20,8 @@ from data_prep.models.checkpoints import (
     fingerprint_model,
     resolve_device,
 )
-from data_prep.models.quantization import check_quantization, keep_exact_on_cpu, quantization_config
+from data_prep.models.loading import LOADED_WITH, load_checkpoint, require_used
+from data_prep.models.quantization import check_quantization, keep_exact_on_cpu
 from data_prep.models.settings import POLICY, PolicySettings
 from data_prep.settings import EMBEDDED
 
@@ -130,28 +131,21 @@ def _load(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = resolve_device(settings.device, _key(owner, "device"))
-    dtype = getattr(torch, settings.dtype)
-    with explained_loading(_key(owner, "model"), source):
+    device, key = resolve_device(settings.device, _key(owner, "device")), _key(owner, "model")
+    with explained_loading(key, source):
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=settings.revision,
-            dtype=dtype,
-            quantization_config=quantization_config(settings.quantization, dtype),
-            device_map={"": device},
-            use_safetensors=None if settings.allow_pickle else True,
-            trust_remote_code=settings.trust_remote_code,
-            output_loading_info=True,
-        )
-    check_tokenizer(tokenizer, source, settings.revision, _key(owner, "model"))
+    model, loading = load_checkpoint(
+        AutoModelForCausalLM, source, key, device=device, **settings.model_dump(include=LOADED_WITH)
+    )
+    check_tokenizer(tokenizer, source, settings.revision, key)
     if fresh := sorted(loading["missing_keys"]):
         raise UserError(
-            f"{_key(owner, 'model')}: {source}: weights {', '.join(fresh[:3])} are not in the "
+            f"{key}: {source}: weights {', '.join(fresh[:3])} are not in the "
             "checkpoint and were newly initialised; save it whole"
         )
+    require_used(loading, key, source)
     check_quantization(model, settings.quantization, _key(owner, "quantization"))
     keep_exact_on_cpu(model)
     for module in model.modules():

@@ -19,6 +19,7 @@ from data_prep.models.checkpoints import (
     fingerprint_model,
     resolve_device,
 )
+from data_prep.models.loading import load_checkpoint
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import OUTSIDE_FINGERPRINT, BeaverScorerSettings, fill_template
 
@@ -93,17 +94,17 @@ class BeaverScorer(Scorer):
                 settings.model, revision=settings.revision, trust_remote_code=False
             )
             self._check_config(config)
-            self.model, loading = LlamaForScore.from_pretrained(
-                settings.model,
-                revision=settings.revision,
-                config=config,
-                dtype=getattr(torch, settings.dtype),
-                device_map={"": device},
-                use_safetensors=None if settings.allow_pickle else True,
-                # reported below by name, where transformers only says that there are some
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+        self.model, loading = load_checkpoint(
+            LlamaForScore,
+            settings.model,
+            self.key,
+            revision=settings.revision,
+            dtype=settings.dtype,
+            device=device,
+            allow_pickle=settings.allow_pickle,
+            # reported below by name, where transformers only says that there are some
+            ignore_mismatched_sizes=True,
+        )
         self._check_loading(config, loading)
         self.model.eval()
         self._check_tokens()

@@ -14,13 +14,13 @@ from data_prep.models.checkpoints import (
     fingerprint_model,
     resolve_device,
 )
-from data_prep.models.quantization import check_quantization, keep_exact_on_cpu, quantization_config
+from data_prep.models.loading import LOADED_WITH, load_checkpoint, require_used
+from data_prep.models.quantization import check_quantization, keep_exact_on_cpu
 from data_prep.scorers.calibration import measure_drift
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import OUTSIDE_FINGERPRINT, ClassifierScorerSettings, fill_template
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
@@ -56,8 +56,7 @@ class ClassifierScorer(Scorer):
 
     def _load(self) -> None:
         """Tokenizer and model, whole and quantized as asked, on the device."""
-        import torch
-        from transformers import AutoTokenizer
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         settings, folder = self.settings, Path(self.settings.model)
         device = resolve_device(settings.device, f"{self.key}: device")
@@ -70,7 +69,15 @@ class ClassifierScorer(Scorer):
                 revision=settings.revision,
                 trust_remote_code=settings.trust_remote_code,
             )
-            self.model, loading = _load_model(settings, getattr(torch, settings.dtype), device)
+            left = _left_unquantized(settings)
+        self.model, loading = load_checkpoint(
+            AutoModelForSequenceClassification,
+            settings.model,
+            self.key,
+            device=device,
+            keep=left,
+            **settings.model_dump(include=LOADED_WITH),
+        )
         check_tokenizer(self.tokenizer, settings.model, settings.revision, self.key)
         mismatched = {str(key) for key in loading.get("mismatched_keys", ())}
         if fresh := sorted(set(loading["missing_keys"]) | mismatched):
@@ -79,6 +86,7 @@ class ClassifierScorer(Scorer):
                 "checkpoint and were newly initialised, so its scores would be noise; use a "
                 "checkpoint saved with its classification head"
             )
+        require_used(loading, self.key, settings.model)
         if settings.quantization != "none":
             head = _head_modules(self.model)
             key = f"{self.key}: quantization"
@@ -314,32 +322,17 @@ def _head_modules(model: "PreTrainedModel") -> list[str]:
     return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
-def _load_model(
-    settings: ClassifierScorerSettings, dtype: "torch.dtype", device: str
-) -> "tuple[PreTrainedModel, dict]":
-    """The model and what transformers says of its loading; below the head quantized as asked."""
+def _left_unquantized(settings: ClassifierScorerSettings) -> list[str] | None:
+    """The modules that stay as they are where the rest is quantized; None where nothing is."""
+    if settings.quantization == "none":
+        return None
+    import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    how = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    quantized = {}
-    if settings.quantization != "none":
-        import torch
-
-        with torch.device("meta"):
-            empty = AutoModelForSequenceClassification.from_config(
-                AutoConfig.from_pretrained(settings.model, **how),
-                trust_remote_code=settings.trust_remote_code,
-            )
-        left = _head_modules(empty)
-        quantized = {
-            "quantization_config": quantization_config(settings.quantization, dtype, left),
-            "device_map": {"": device},
-        }
-    return AutoModelForSequenceClassification.from_pretrained(
-        settings.model,
-        dtype=dtype,
-        use_safetensors=None if settings.allow_pickle else True,
-        output_loading_info=True,
-        **how,
-        **quantized,
+    trusted = settings.trust_remote_code
+    config = AutoConfig.from_pretrained(
+        settings.model, revision=settings.revision, trust_remote_code=trusted
     )
+    with torch.device("meta"):
+        empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trusted)
+    return _head_modules(empty)
