@@ -23,6 +23,7 @@ from data_prep.models.checkpoints import (
 from data_prep.models.loading import LOADED_WITH, load_checkpoint, require_used
 from data_prep.models.quantization import check_quantization, keep_exact_on_cpu
 from data_prep.models.settings import POLICY, PolicySettings
+from data_prep.models.tokens import embedded_rows, set_padding, window_of
 from data_prep.settings import EMBEDDED
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Policy:
     @property
     def window(self) -> int | None:
         """The longest sequence the base accepts, in tokens (None if its config does not say)."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return window_of(self.model)
 
 
 def resolve_model(settings: PolicySettings, owner: str = POLICY) -> str:
@@ -105,9 +106,8 @@ def load_policy(settings: PolicySettings, owner: str = POLICY) -> Policy:
 
     source = resolve_model(settings, owner)
     model, tokenizer = _load(settings, source, owner)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     eos_ids = _eos_ids(model, tokenizer, owner)
+    set_padding(tokenizer, model, eos_ids)
     overridden = _overridden_generation(model.generation_config)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -170,7 +170,14 @@ def _eos_ids(
             f"{_key(owner, 'model')}: neither tokenizer nor generation_config names an EOS token, "
             "so no response could end"
         )
-    return tuple(sorted(ids))
+    rows = embedded_rows(model)
+    known = sorted(number for number in ids if 0 <= number < rows)
+    if not known:
+        raise UserError(
+            f"{_key(owner, 'model')}: its EOS token ({min(ids)}) lies outside the model's "
+            f"vocabulary of {rows}, so no response could end; save it with a token that it knows"
+        )
+    return tuple(known)
 
 
 def _overridden_generation(config: "GenerationConfig") -> dict[str, object]:

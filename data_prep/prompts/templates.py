@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from data_prep.errors import UserError
+from data_prep.models.tokens import lacking_template
 from data_prep.prompts.settings import PromptSettings
 
 if TYPE_CHECKING:
@@ -30,10 +31,10 @@ def rendered_prompts(
         if "{prompt}" not in settings.template:
             raise UserError("prompts.template: does not contain {prompt}")
         return [settings.template.replace("{prompt}", prompt) for prompt in prompts]
-    if not tokenizer.chat_template:
+    if problem := lacking_template(tokenizer):
         raise UserError(
-            "prompts.format: chat, but the tokenizer has no chat template; set format: text with "
-            "an explicit template"
+            f"prompts.format: chat, but the tokenizer has {problem}; set format: text with an "
+            "explicit template"
         )
     from jinja2 import TemplateError
 

@@ -20,6 +20,7 @@ from data_prep.models.checkpoints import (
     resolve_device,
 )
 from data_prep.models.loading import load_checkpoint
+from data_prep.models.tokens import as_text, encode
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import OUTSIDE_FINGERPRINT, BeaverScorerSettings, fill_template
 
@@ -202,9 +203,10 @@ class BeaverScorer(Scorer):
 
     def _tokenize(self, prompt: str, response: str) -> list[int]:
         eos = self.tokenizer.eos_token_id
-        text = fill_template(self.settings.template, prompt, response)
+        marked = (as_text(self.tokenizer, part) for part in (prompt, response))
+        text = fill_template(self.settings.template, *marked)
         has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        ids = self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
+        ids = encode(self.tokenizer, text, not has_bos)["input_ids"]
         while ids and ids[-1] == eos:
             ids = ids[:-1]
         return [*ids, eos] if self.settings.append_eos else ids

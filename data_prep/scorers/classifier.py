@@ -16,6 +16,7 @@ from data_prep.models.checkpoints import (
 )
 from data_prep.models.loading import LOADED_WITH, load_checkpoint, require_used
 from data_prep.models.quantization import check_quantization, keep_exact_on_cpu
+from data_prep.models.tokens import OPEN, as_text, encode, encode_pair, lacking_template, window_of
 from data_prep.scorers.calibration import measure_drift
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import OUTSIDE_FINGERPRINT, ClassifierScorerSettings, fill_template
@@ -43,7 +44,7 @@ class ClassifierScorer(Scorer):
         self._check_output()
         self._set_padding()
         self._check_layout()
-        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        window = window_of(self.model)
         self.truncates = settings.truncate
         self.window = min(
             v for v in (settings.max_length, window, self.tokenizer.model_max_length) if v
@@ -101,9 +102,9 @@ class ClassifierScorer(Scorer):
                 f"scorer {settings.model}: text: template needs a template with {{response}} (and "
                 "mostly {prompt})"
             )
-        if settings.text == "chat" and not self.tokenizer.chat_template:
+        if settings.text == "chat" and (problem := lacking_template(self.tokenizer)):
             raise UserError(
-                f"scorer {settings.model}: text: chat, but its tokenizer has no chat template; "
+                f"scorer {settings.model}: text: chat, but its tokenizer has {problem}; "
                 "use pair or template"
             )
 
@@ -223,18 +224,25 @@ class ClassifierScorer(Scorer):
         return len(self._tokenize(prompt, self._closed(response))["input_ids"])
 
     def _closed(self, response: str) -> str:
-        return response + (self.tokenizer.eos_token or "" if self.settings.append_eos else "")
+        """The response, control tokens in it marked as text, with the EOS that the recipe asks
+        for."""
+        closing = self.tokenizer.eos_token or "" if self.settings.append_eos else ""
+        return as_text(self.tokenizer, response) + closing
 
     def _tokenize(self, prompt: str, response: str) -> dict[str, list[int]]:
-        settings = self.settings
+        """Token ids of a prompt and a response as `_closed` gives it."""
+        settings, prompt = self.settings, as_text(self.tokenizer, prompt)
         if settings.text == "pair":
+            if OPEN in prompt + response:
+                return encode_pair(self.tokenizer, prompt, response)
             return self.tokenizer(prompt, response)
         if settings.text == "template":
             text = fill_template(settings.template or "", prompt, response)
             has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-            return self.tokenizer(text, add_special_tokens=not has_bos)
+            return encode(self.tokenizer, text, not has_bos)
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        return encode(self.tokenizer, text, add_special_tokens=False)
 
     def _encode(self, prompt: str, response: str) -> dict[str, list[int]]:
         settings, response = self.settings, self._closed(response)
@@ -256,6 +264,9 @@ class ClassifierScorer(Scorer):
     ) -> dict[str, list[int]]:
         """The response is what is judged, so the prompt's beginning goes first."""
         if self.settings.text == "pair":
+            marked = as_text(self.tokenizer, prompt)
+            if OPEN in marked + response:
+                return encode_pair(self.tokenizer, marked, response, self.window)
             side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "left"
             response_fits = len(self.tokenizer("", response)["input_ids"]) < self.window
             strategy = "only_first" if response_fits else "longest_first"

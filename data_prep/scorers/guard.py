@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from data_prep.errors import UserError
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import PolicySettings
+from data_prep.models.tokens import as_text, encode, lacking_template
 from data_prep.sampling.logprobs import response_logits
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import GuardScorerSettings, fill_template
@@ -114,9 +115,10 @@ class GuardScorer(Scorer):
         }
         loaded = load_policy(PolicySettings(**settings.model_dump(include=contents)), self.key)
         self.model, self.tokenizer, self.eos_ids = loaded.model, loaded.tokenizer, loaded.eos_ids
-        if settings.template is None and not self.tokenizer.chat_template:
+        problem = lacking_template(self.tokenizer)
+        if settings.template is None and problem:
             raise UserError(
-                f"{self.key}: its tokenizer has no chat template; set template, with {{prompt}} "
+                f"{self.key}: its tokenizer has {problem}; set template, with {{prompt}} "
                 f"and {{response}}"
             )
         self.truncates = settings.truncate
@@ -141,7 +143,9 @@ class GuardScorer(Scorer):
         ]
 
     def _text(self, prompt: str, response: str) -> str:
-        """What the guard reads, up to where it begins to write."""
+        """What the guard reads, up to where it begins to write; control tokens of the user's are
+        marked as text."""
+        prompt, response = (as_text(self.tokenizer, text) for text in (prompt, response))
         if self.settings.template is not None:
             return fill_template(self.settings.template, prompt, response)
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
@@ -160,7 +164,7 @@ class GuardScorer(Scorer):
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
         # A chat template writes its own special tokens.
         special = self.settings.template is not None and not (bos and text.startswith(bos))
-        ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        ids = encode(self.tokenizer, text, special)["input_ids"]
         return (
             ids[:-1]
             if ids and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(eos)
