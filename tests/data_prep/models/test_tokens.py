@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoTokenizer,
     BartConfig,
     BartForSequenceClassification,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -22,7 +24,7 @@ from data_prep.prompts.templates import rendered_prompts
 from data_prep.sampling.logprobs import response_logps
 from data_prep.scorers.scoring import make_scorer
 from data_prep.scorers.settings import ClassifierScorerSettings
-from tests.helpers.models import save_tiny_causal_lm, save_word_tokenizer
+from tests.helpers.models import save_tiny_causal_lm
 
 PROMPTS, RESPONSES = [[5, 6, 7], [8]], [[11, 12, 2], [13]]
 
@@ -79,7 +81,13 @@ def test_named_templates_need_a_default(tmp_path):
     assert rendered_prompts([prompt], chat, tokenizer) == ["w1"] and not lacking_template(tokenizer)
 
 
-SMALL = {"vocab_size": 64, "num_labels": 1, "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {
+    "vocab_size": 260,
+    "num_labels": 1,
+    "pad_token_id": 3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def roberta(positions):
@@ -98,26 +106,39 @@ def bart():
         for name, number in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))
     }
     return BartForSequenceClassification(
-        BartConfig(**SMALL, **sides, d_model=16, max_position_embeddings=20)
+        BartConfig(**SMALL, **sides, d_model=16, max_position_embeddings=60)
     )
 
 
 def test_windows_are_what_the_positions_hold():
     """RoBERTa's begin behind the padding index; BART's table is longer than its window."""
-    for model, window in ((roberta(24), 20), (bart(), 20)):
+    for model, window in ((roberta(24), 20), (bart(), 60)):
         assert window_of(model) == window
-        model.eval()(torch.full((1, window), 5))
+        model.eval()(torch.tensor([[5] * (window - 1) + [2]]))
+
+
+def save_letters(folder):
+    """A tokenizer of single bytes with control tokens beside them."""
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[("<s>", 1)]
+    )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
 def scorer(folder, model, **keys):
-    save_word_tokenizer(folder, "ask say </s> a b c")
+    save_letters(folder)
     model.save_pretrained(folder)
     return make_scorer(ClassifierScorerSettings(type="classifier", model=str(folder), **keys))
 
 
 @pytest.mark.parametrize("layout", ["pair", "template"])
 def test_a_typed_eos_is_text_to_a_model_that_counts_it(layout, tmp_path):
-    template = "ask {prompt} say {response} </s>" if layout == "template" else None
+    template = "ask {prompt} say {response}</s>" if layout == "template" else None
     keys = {"text": layout, "template": template, "append_eos": layout == "pair"}
     judge = scorer(tmp_path, bart(), **keys)
     responses = ["a b", "a </s> b", "</s>"]
@@ -128,15 +149,13 @@ def test_a_typed_eos_is_text_to_a_model_that_counts_it(layout, tmp_path):
 
 
 def test_control_tokens_of_a_user_are_characters_and_the_templates_own_are_control(tmp_path):
-    save_word_tokenizer(tmp_path, "a b c")
+    save_letters(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    unknown = tokenizer.unk_token_id
-    marked = as_text(tokenizer, "a </s> b")
-    assert encode(tokenizer, "a </s> b")["input_ids"] == tokenizer("a </s> b")["input_ids"]
-    a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
-    # In characters it is a word that this vocabulary lacks or splits; never the control token.
-    ids = encode(tokenizer, f"{marked} </s>")["input_ids"]
-    assert ids[0] == 1 and ids[1] == a and ids[-1] == 2 and ids.count(2) == 1 + (unknown == 2)
-    pair = encode_pair(tokenizer, marked, "b")["input_ids"]
-    assert 2 not in pair and pair.count(1) == tokenizer("a", "b")["input_ids"].count(1)
-    assert len(encode_pair(tokenizer, marked, "b b", room=4)["input_ids"]) == 4 and b in pair
+    typed = tokenizer("a</s>b", add_special_tokens=False, split_special_tokens=True).input_ids
+    b = tokenizer("b", add_special_tokens=False).input_ids
+    assert len(typed) == 6
+    marked = as_text(tokenizer, "a</s>b")
+    assert encode(tokenizer, "a</s>b")["input_ids"] == tokenizer("a</s>b").input_ids
+    assert encode(tokenizer, f"{marked}</s>")["input_ids"] == [1, *typed, 2]
+    assert encode_pair(tokenizer, marked, "b")["input_ids"] == [1, *typed, 1, *b]
+    assert encode_pair(tokenizer, marked, "b", room=5)["input_ids"] == [1, *typed[-2:], 1, *b]
