@@ -29,7 +29,7 @@ RANKS = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"})
 
 DECIDED = {
     "ACCELERATE_MIXED_PRECISION": ("no", "policy.dtype decides; launch with --mixed_precision no"),
-    "ACCELERATE_DYNAMO_BACKEND": ("no", "launch with --dynamo_backend no"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "a fit is not compiled; launch with --dynamo_backend no"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "fit.gradient_accumulation decides"),
 }
 """What a launch must leave to the recipe: the value that changes nothing, and what to do."""
@@ -69,10 +69,16 @@ def _check_launched(size: int) -> None:
                 "LOCAL_RANK, or start the command with `accelerate launch`"
             )
     _number("MASTER_PORT")
+    require_undecided()
+
+
+def require_undecided() -> None:
+    """Raises UserError where the environment decides what the recipe decides; also for programs
+    that fit without the command line."""
     for name, (harmless, advice) in DECIDED.items():
         value = os.environ.get(name, harmless).lower()
         if value not in ("", harmless, "auto"):
-            raise UserError(f"{name}={value} in the environment of the launch: {advice}")
+            raise UserError(f"{name}={value} in the environment: {advice}; unset it")
 
 
 def _number(name: str) -> int:

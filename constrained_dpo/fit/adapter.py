@@ -18,6 +18,7 @@ import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
 
+from constrained_dpo.environment import require_undecided
 from constrained_dpo.fit.checkpoints import SealedCheckpoints, fit_identity, start_from
 from constrained_dpo.fit.family import seal_family
 from constrained_dpo.fit.holdout import HeldOut, split_held_out
@@ -60,6 +61,7 @@ def fit_adapter(
     bad_batch.json beside the output (what the N-th process of a launch saw: in
     bad_batch-process-N.json).
     """
+    require_undecided()
     rows = group_dataset if plan.settings.grouped else pair_dataset
     dataset = rows(labels, pool, prompt_tokens, plan.settings.max_length, plan.family)
     if is_main():
