@@ -95,7 +95,8 @@ class LoraLearner:
         """Put the prompts' token ids into their table, which stays as it is from then on."""
         if TOKEN_IDS not in self.prompts:
             tokens = [np.array(self.prompt_tokens[p], np.int32) for p in self.prompts["prompt_id"]]
-            self.prompts = self.prompts.assign(**{TOKEN_IDS: tokens})
+            kept = pd.Series(tokens, index=self.prompts.index, dtype=object)
+            self.prompts = self.prompts.assign(**{TOKEN_IDS: kept})
 
     def unload(self) -> None:
         """Free the policy; it loads again when next needed."""

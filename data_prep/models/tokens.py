@@ -1,5 +1,4 @@
-"""What models and tokenizers leave open: padding, windows, chat templates, and control tokens that
-stand in a user's text.
+"""What models and tokenizers leave open: padding, windows, and control tokens in a user's text.
 
 A control token is the tokenizer's or the template's to write. Where a person typed `</s>`, it is
 four characters: read as control it would end the text, or be the EOS that a model counts.
@@ -53,16 +52,6 @@ def window_of(model: "PreTrainedModel") -> int | None:
     ]
     said = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min((number for number in (said, *held) if number and number > 0), default=None)
-
-
-def lacking_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """What the tokenizer has in place of a usable chat template; None where it has one."""
-    template = tokenizer.chat_template
-    if not template:
-        return "no chat template"
-    if isinstance(template, dict) and "default" not in template:
-        return f"several chat templates ({', '.join(template)}) and none of them is the default"
-    return None
 
 
 def as_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:

@@ -17,12 +17,11 @@ import numpy as np
 import pandas as pd
 
 from data_prep.errors import UserError
-from data_prep.models.tokens import lacking_template
 from data_prep.prompts.layouts import answers_of, preferred, prompt_of
 from data_prep.prompts.rows import source_name
 from data_prep.prompts.settings import PromptSettings
 from data_prep.prompts.split import LISTED, parsed_rows, prompt_id
-from data_prep.prompts.templates import ENCODED_AT_ONCE, encode, rendered_prompts
+from data_prep.prompts.templates import ENCODED_AT_ONCE, encode, lacking_template, rendered_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from data_prep.errors import UserError
-from data_prep.models.tokens import lacking_template
 from data_prep.prompts.settings import PromptSettings
 
 if TYPE_CHECKING:
@@ -20,6 +19,16 @@ ENCODED_AT_ONCE = 1000
 def last_user_text(prompt: str, format: str) -> str:
     """What scorers are told the prompt was: the text itself, or the last user message of a chat."""
     return json.loads(prompt)[-1]["content"] if format == "chat" else prompt
+
+
+def lacking_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """What the tokenizer has in place of a usable chat template; None where it has one."""
+    template = tokenizer.chat_template
+    if not template:
+        return "no chat template"
+    if isinstance(template, dict) and "default" not in template:
+        return f"several chat templates ({', '.join(template)}) and none of them is the default"
+    return None
 
 
 def rendered_prompts(

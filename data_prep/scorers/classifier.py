@@ -16,7 +16,8 @@ from data_prep.models.checkpoints import (
 )
 from data_prep.models.loading import LOADED_WITH, load_checkpoint, require_used
 from data_prep.models.quantization import check_quantization, keep_exact_on_cpu
-from data_prep.models.tokens import OPEN, as_text, encode, encode_pair, lacking_template, window_of
+from data_prep.models.tokens import OPEN, as_text, encode, encode_pair, window_of
+from data_prep.prompts.templates import lacking_template
 from data_prep.scorers.calibration import measure_drift
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import OUTSIDE_FINGERPRINT, ClassifierScorerSettings, fill_template

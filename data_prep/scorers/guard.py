@@ -20,7 +20,8 @@ from transformers import GenerationConfig
 from data_prep.errors import UserError
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import PolicySettings
-from data_prep.models.tokens import as_text, encode, lacking_template
+from data_prep.models.tokens import as_text, encode
+from data_prep.prompts.templates import lacking_template
 from data_prep.sampling.logprobs import response_logits
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import GuardScorerSettings, fill_template

@@ -18,9 +18,9 @@ from transformers import (
 from data_prep.errors import UserError
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import PolicySettings
-from data_prep.models.tokens import as_text, encode, encode_pair, lacking_template, window_of
+from data_prep.models.tokens import as_text, encode, encode_pair, window_of
 from data_prep.prompts.settings import PromptSettings
-from data_prep.prompts.templates import rendered_prompts
+from data_prep.prompts.templates import lacking_template, rendered_prompts
 from data_prep.sampling.logprobs import response_logps
 from data_prep.scorers.scoring import make_scorer
 from data_prep.scorers.settings import ClassifierScorerSettings
