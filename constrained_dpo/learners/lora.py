@@ -29,6 +29,9 @@ from data_prep.scorers.scoring import make_scorer, score_texts, score_tokens
 from data_prep.scorers.settings import ScorerSettings
 from data_prep.settings import EMBEDDED, derive_seed
 
+TOKEN_IDS = "token_ids"
+"""The column of the prompts table with what the policy reads."""
+
 
 class LoraLearner:
     """Fit LoRA adapters with TRL, sample and score with the recipe's policy and scorers.
@@ -77,6 +80,10 @@ class LoraLearner:
 
     @cached_property
     def prompt_tokens(self) -> dict[str, list[int]]:
+        """Token ids by prompt_id: those that `prepare` kept, since a template may hold the date."""
+        if TOKEN_IDS in self.prompts:
+            kept = zip(self.prompts["prompt_id"], self.prompts[TOKEN_IDS], strict=True)
+            return {pid: [int(i) for i in ids] for pid, ids in kept}
         return tokenize_prompts(self.prompts, self.recipe.prompts, self.policy.tokenizer)
 
     @cached_property
@@ -93,6 +100,13 @@ class LoraLearner:
     @property
     def _stored_prompts(self) -> list[Prompt]:
         return [stored_prompt(p, self.recipe.prompts.format) for p in self.prompts["prompt"]]
+
+    def keep_tokens(self) -> None:
+        """Put the prompts' token ids into their table, which stays as it is from then on."""
+        if TOKEN_IDS not in self.prompts:
+            tokens = [np.array(self.prompt_tokens[p], np.int32) for p in self.prompts["prompt_id"]]
+            kept = pd.Series(tokens, index=self.prompts.index, dtype=object)
+            self.prompts = self.prompts.assign(**{TOKEN_IDS: kept})
 
     def unload(self) -> None:
         """Free the policy; it loads again when next needed."""

@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 ENCODED_AT_ONCE = 1000
 
 
+def lacking_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """What the tokenizer has in place of a usable chat template; None where it has one."""
+    template = tokenizer.chat_template
+    if not template:
+        return "no chat template"
+    if isinstance(template, dict) and "default" not in template:
+        return f"several chat templates ({', '.join(template)}) and none of them is the default"
+    return None
+
+
 def rendered_prompts(
     prompts: list[str], settings: PromptSettings, tokenizer: "PreTrainedTokenizerBase"
 ) -> list[str]:
@@ -26,10 +36,10 @@ def rendered_prompts(
             raise UserError("prompts.template: does not contain {prompt}")
         _refuse_chats(prompts)
         return [settings.template.replace("{prompt}", prompt) for prompt in prompts]
-    if not tokenizer.chat_template:
+    if problem := lacking_template(tokenizer):
         raise UserError(
-            "prompts.format: chat, but the tokenizer has no chat template; set format: text with "
-            "an explicit template"
+            f"prompts.format: chat, but the tokenizer has {problem}; set format: text with an "
+            "explicit template"
         )
     from jinja2 import TemplateError
 

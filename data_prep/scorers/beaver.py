@@ -20,6 +20,8 @@ from data_prep.models.checkpoints import (
     fingerprint_model,
     resolve_device,
 )
+from data_prep.models.loading import load_checkpoint
+from data_prep.models.tokens import as_text, encode
 from data_prep.prompts.messages import Prompt, conversation_text
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import OUTSIDE_FINGERPRINT, BeaverScorerSettings, fill_template
@@ -96,17 +98,17 @@ class BeaverScorer(Scorer):
                 settings.model, revision=settings.revision, trust_remote_code=False
             )
             self._check_config(config)
-            self.model, loading = LlamaForScore.from_pretrained(
-                settings.model,
-                revision=settings.revision,
-                config=config,
-                dtype=getattr(torch, settings.dtype),
-                device_map={"": device},
-                use_safetensors=None if settings.allow_pickle else True,
-                # reported below by name, where transformers only says that there are some
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+        self.model, loading = load_checkpoint(
+            LlamaForScore,
+            settings.model,
+            self.key,
+            revision=settings.revision,
+            dtype=settings.dtype,
+            device=device,
+            allow_pickle=settings.allow_pickle,
+            # reported below by name, where transformers only says that there are some
+            ignore_mismatched_sizes=True,
+        )
         self._check_loading(config, loading)
         self.model.eval()
         self._check_tokens()
@@ -204,9 +206,11 @@ class BeaverScorer(Scorer):
 
     def _tokenize(self, prompt: Prompt, response: str) -> list[int]:
         eos = self.tokenizer.eos_token_id
-        text = fill_template(self.settings.template, conversation_text(prompt), response)
+        told = conversation_text(prompt)
+        marked = (as_text(self.tokenizer, text) for text in (told, response))
+        text = fill_template(self.settings.template, *marked)
         has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        ids = self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
+        ids = encode(self.tokenizer, text, not has_bos)["input_ids"]
         while ids and ids[-1] == eos:
             ids = ids[:-1]
         return [*ids, eos] if self.settings.append_eos else ids

@@ -16,14 +16,16 @@ from data_prep.models.checkpoints import (
     fingerprint_model,
     resolve_device,
 )
-from data_prep.models.quantization import check_quantization, keep_exact_on_cpu, quantization_config
+from data_prep.models.loading import LOADED_WITH, load_checkpoint, require_used
+from data_prep.models.quantization import check_quantization, keep_exact_on_cpu
+from data_prep.models.tokens import OPEN, as_text, encode, encode_pair, window_of
 from data_prep.prompts.messages import Prompt, as_messages, conversation_text
+from data_prep.prompts.templates import lacking_template
 from data_prep.scorers.calibration import measure_drift
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import OUTSIDE_FINGERPRINT, ClassifierScorerSettings, fill_template
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
@@ -47,7 +49,7 @@ class ClassifierScorer(Scorer):
         self._check_output()
         self._set_padding()
         self._check_layout()
-        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        window = window_of(self.model)
         self.truncates = settings.truncate
         self.window = min(
             v for v in (settings.max_length, window, self.tokenizer.model_max_length) if v
@@ -60,8 +62,7 @@ class ClassifierScorer(Scorer):
 
     def _load(self) -> None:
         """Tokenizer and model, whole and quantized as asked, on the device."""
-        import torch
-        from transformers import AutoTokenizer
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         settings, folder = self.settings, Path(self.settings.model)
         device = resolve_device(settings.device, f"{self.key}: device")
@@ -74,7 +75,15 @@ class ClassifierScorer(Scorer):
                 revision=settings.revision,
                 trust_remote_code=settings.trust_remote_code,
             )
-            self.model, loading = _load_model(settings, getattr(torch, settings.dtype), device)
+            left = _left_unquantized(settings)
+        self.model, loading = load_checkpoint(
+            AutoModelForSequenceClassification,
+            settings.model,
+            self.key,
+            device=device,
+            keep=left,
+            **settings.model_dump(include=LOADED_WITH),
+        )
         check_tokenizer(self.tokenizer, settings.model, settings.revision, self.key)
         mismatched = {str(key) for key in loading.get("mismatched_keys", ())}
         if fresh := sorted(set(loading["missing_keys"]) | mismatched):
@@ -83,6 +92,7 @@ class ClassifierScorer(Scorer):
                 "checkpoint and were newly initialised, so its scores would be noise; use a "
                 "checkpoint saved with its classification head"
             )
+        require_used(loading, self.key, settings.model)
         if settings.quantization != "none":
             head = _head_modules(self.model)
             key = f"{self.key}: quantization"
@@ -97,9 +107,9 @@ class ClassifierScorer(Scorer):
                 f"scorer {settings.model}: text: template needs a template with {{response}} (and "
                 "mostly {prompt})"
             )
-        if settings.text == "chat" and not self.tokenizer.chat_template:
+        if settings.text == "chat" and (problem := lacking_template(self.tokenizer)):
             raise UserError(
-                f"scorer {settings.model}: text: chat, but its tokenizer has no chat template; "
+                f"scorer {settings.model}: text: chat, but its tokenizer has {problem}; "
                 "use pair or template"
             )
 
@@ -219,25 +229,36 @@ class ClassifierScorer(Scorer):
         return len(self._tokenize(prompt, self._closed(response))["input_ids"])
 
     def _closed(self, response: str) -> str:
-        return response + (self.tokenizer.eos_token or "" if self.settings.append_eos else "")
+        """The response, control tokens in it marked as text, with the EOS that the recipe asks
+        for."""
+        closing = self.tokenizer.eos_token or "" if self.settings.append_eos else ""
+        return as_text(self.tokenizer, response) + closing
 
     def _tokenize(self, prompt: Prompt, response: str) -> dict[str, list[int]]:
-        settings = self.settings
+        """Token ids of a prompt and a response as `_closed` gives it."""
+        settings, told = self.settings, as_text(self.tokenizer, conversation_text(prompt))
         if settings.text == "pair":
-            return self.tokenizer(prompt, response)
+            if OPEN in told + response:
+                return encode_pair(self.tokenizer, told, response)
+            return self.tokenizer(told, response)
         if settings.text == "template":
-            text = fill_template(settings.template or "", conversation_text(prompt), response)
+            text = fill_template(settings.template or "", told, response)
             has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-            return self.tokenizer(text, add_special_tokens=not has_bos)
-        messages = [*as_messages(prompt), {"role": "assistant", "content": response}]
+            return encode(self.tokenizer, text, not has_bos)
+        messages = [
+            {"role": m["role"], "content": as_text(self.tokenizer, m["content"])}
+            for m in as_messages(prompt)
+        ]
+        messages.append({"role": "assistant", "content": response})
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
         except (TemplateError, TypeError) as error:
             reason, roles = str(error).splitlines()[0], ", ".join(m["role"] for m in messages)
             raise UserError(
                 f"{self.key}: its chat template refuses messages of {roles} ({reason}); use text: "
                 "template"
             ) from error
+        return encode(self.tokenizer, text, add_special_tokens=False)
 
     def _encode(self, prompt: Prompt, response: str) -> dict[str, list[int]]:
         settings, response = self.settings, self._closed(response)
@@ -259,11 +280,15 @@ class ClassifierScorer(Scorer):
     ) -> dict[str, list[int]]:
         """The response is what is judged, so the prompt's beginning goes first."""
         if self.settings.text == "pair":
+            told = conversation_text(prompt)
+            marked = as_text(self.tokenizer, told)
+            if OPEN in marked + response:
+                return encode_pair(self.tokenizer, marked, response, self.window)
             side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "left"
             response_fits = len(self.tokenizer("", response)["input_ids"]) < self.window
             strategy = "only_first" if response_fits else "longest_first"
             try:
-                return self.tokenizer(prompt, response, truncation=strategy, max_length=self.window)
+                return self.tokenizer(told, response, truncation=strategy, max_length=self.window)
             finally:
                 self.tokenizer.truncation_side = side
         return {key: values[-self.window :] for key, values in encoded.items()}
@@ -325,32 +350,17 @@ def _head_modules(model: "PreTrainedModel") -> list[str]:
     return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
-def _load_model(
-    settings: ClassifierScorerSettings, dtype: "torch.dtype", device: str
-) -> "tuple[PreTrainedModel, dict]":
-    """The model and what transformers says of its loading; below the head quantized as asked."""
+def _left_unquantized(settings: ClassifierScorerSettings) -> list[str] | None:
+    """The modules that stay as they are where the rest is quantized; None where nothing is."""
+    if settings.quantization == "none":
+        return None
+    import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    how = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    quantized = {}
-    if settings.quantization != "none":
-        import torch
-
-        with torch.device("meta"):
-            empty = AutoModelForSequenceClassification.from_config(
-                AutoConfig.from_pretrained(settings.model, **how),
-                trust_remote_code=settings.trust_remote_code,
-            )
-        left = _head_modules(empty)
-        quantized = {
-            "quantization_config": quantization_config(settings.quantization, dtype, left),
-            "device_map": {"": device},
-        }
-    return AutoModelForSequenceClassification.from_pretrained(
-        settings.model,
-        dtype=dtype,
-        use_safetensors=None if settings.allow_pickle else True,
-        output_loading_info=True,
-        **how,
-        **quantized,
+    trusted = settings.trust_remote_code
+    config = AutoConfig.from_pretrained(
+        settings.model, revision=settings.revision, trust_remote_code=trusted
     )
+    with torch.device("meta"):
+        empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trusted)
+    return _head_modules(empty)

@@ -20,7 +20,9 @@ from transformers import GenerationConfig
 from data_prep.errors import UserError
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import PolicySettings
+from data_prep.models.tokens import as_text, encode
 from data_prep.prompts.messages import Prompt, as_messages, conversation_text, without_first_turn
+from data_prep.prompts.templates import lacking_template
 from data_prep.sampling.logprobs import response_logits
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import GuardScorerSettings, fill_template
@@ -116,9 +118,10 @@ class GuardScorer(Scorer):
         }
         loaded = load_policy(PolicySettings(**settings.model_dump(include=contents)), self.key)
         self.model, self.tokenizer, self.eos_ids = loaded.model, loaded.tokenizer, loaded.eos_ids
-        if settings.template is None and not self.tokenizer.chat_template:
+        problem = lacking_template(self.tokenizer)
+        if settings.template is None and problem:
             raise UserError(
-                f"{self.key}: its tokenizer has no chat template; set template, with {{prompt}} "
+                f"{self.key}: its tokenizer has {problem}; set template, with {{prompt}} "
                 f"and {{response}}"
             )
         self.truncates = settings.truncate
@@ -143,10 +146,17 @@ class GuardScorer(Scorer):
         ]
 
     def _text(self, prompt: Prompt, response: str) -> str:
-        """What the guard reads, up to where it begins to write."""
+        """What the guard reads, up to where it begins to write; control tokens of the user's are
+        marked as text."""
+        response = as_text(self.tokenizer, response)
         if self.settings.template is not None:
-            return fill_template(self.settings.template, conversation_text(prompt), response)
-        messages = [*as_messages(prompt), {"role": "assistant", "content": response}]
+            told = as_text(self.tokenizer, conversation_text(prompt))
+            return fill_template(self.settings.template, told, response)
+        messages = [
+            {"role": m["role"], "content": as_text(self.tokenizer, m["content"])}
+            for m in as_messages(prompt)
+        ]
+        messages.append({"role": "assistant", "content": response})
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
@@ -162,7 +172,7 @@ class GuardScorer(Scorer):
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
         # A chat template writes its own special tokens.
         special = self.settings.template is not None and not (bos and text.startswith(bos))
-        ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        ids = encode(self.tokenizer, text, special)["input_ids"]
         return (
             ids[:-1]
             if ids and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(eos)
