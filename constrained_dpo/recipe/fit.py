@@ -80,7 +80,7 @@ class FitSettings(Settings):
         ge=1,
         description="stretches of a fit; between two of them the policy is sampled again (a "
         "refresh-th of dual.responses_per_prompt) and the labels are drawn anew; null: 4, or 1 "
-        "with given labels or an early stop",
+        "with given labels, an early stop, or too few samples for a group after a stretch",
     )
     loraplus_ratio: float = Field(
         16.0,

@@ -157,8 +157,13 @@ class Recipe(Settings):
 
     @property
     def stretches(self) -> int:
-        """In how many stretches a fit comes: one where the pool does not grow."""
-        return self.fit.stretches if self.pool.grow else 1
+        """In how many stretches a fit comes: one where the pool does not grow, and by default where
+        a stretch's samples would give no group."""
+        measured = self.dual.responses_per_prompt
+        few = 0 < measured < self.fit.stretches * self.fit.group_size
+        if not self.pool.grow or (few and self.fit.refresh is None):
+            return 1
+        return self.fit.stretches
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -235,6 +240,13 @@ class Recipe(Settings):
             mistakes.append(
                 "fit.refresh: what is sampled within a fit joins the pool; set pool.grow to true, "
                 "or fit.refresh to 1"
+            )
+        measured, refresh = self.dual.responses_per_prompt, self.fit.refresh or 1
+        if refresh > 1 and 0 < measured < refresh * self.fit.group_size:
+            mistakes.append(
+                f"fit.refresh: {measured // refresh} responses of a prompt after a stretch give no "
+                f"group of {self.fit.group_size}; raise dual.responses_per_prompt, or lower "
+                "fit.refresh or fit.group_size"
             )
         return mistakes
 

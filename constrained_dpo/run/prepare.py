@@ -16,6 +16,7 @@ from constrained_dpo.learners.lora import TOKEN_IDS, LoraLearner
 from constrained_dpo.learners.protocol import Learner
 from constrained_dpo.problem import by_name
 from constrained_dpo.progress import timed
+from constrained_dpo.recipe.defaults import sized, split_counts
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.multipliers import initial_multipliers, resolve_margins, resolve_step_scale
@@ -34,6 +35,7 @@ def prepare(
     left_out: counts of prompts left out, for state.json. Raises UserError for a score that is
     constant on the reference pool.
     """
+    recipe = sized(recipe, split_counts(learner.prompts))
     if is_main():
         _keep_prompts(run, learner)
     wait()
