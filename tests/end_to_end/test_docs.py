@@ -77,6 +77,7 @@ def test_your_own_model_works_as_written(tiny_model, tmp_path, monkeypatch):
     assert len(mine) == 3 and len(tighter) == 2 and 0 < mine[0]["brief"] < tighter[0]["brief"]
 
 
+@pytest.mark.slow
 def test_the_python_examples_play_a_whole_run(tmp_path, monkeypatch):
     from data_prep.models.policy import resolve_model
     from data_prep.models.settings import PolicySettings

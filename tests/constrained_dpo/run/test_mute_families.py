@@ -15,6 +15,7 @@ from tests.helpers.tables import random_world
 SOLVE = ("dual.method=solve", "fit.conditional={}", "dual.confidence_side=none")
 
 
+@pytest.mark.slow
 def test_the_lower_bound_as_target_ends_satisfied(tmp_path):
     """On the test prompts, which no trial saw, in most of ten seeds; and truly so."""
     world, words = random_world(3, prompts=80, responses=40), []

@@ -42,7 +42,9 @@ def assert_near_zero(run, learner, number: int, share: float = 0.05) -> None:
         assert abs(exact.u[constraint.name]) <= share * constraint.margin, exact.u
 
 
-@pytest.mark.parametrize(("factor", "edge"), [(4.0, "low"), (0.2, "high")])
+@pytest.mark.parametrize(
+    ("factor", "edge"), [(4.0, "low"), pytest.param(0.2, "high", marks=pytest.mark.slow)]
+)
 def test_a_wrong_first_multiplier_is_made_good_in_the_next_round(tmp_path, factor, edge):
     """λ_0 lies outside the trained range around it: round 0 ends at the range's edge."""
     world = random_world(3, prompts=60, responses=50)
@@ -61,6 +63,7 @@ def test_a_wrong_first_multiplier_is_made_good_in_the_next_round(tmp_path, facto
     assert second.residual < 1e-6  # it is judged at the multipliers it was solved for
 
 
+@pytest.mark.slow
 def test_two_constraints_are_held_together(tmp_path):
     world = random_world(3, 2, prompts=60, responses=50)
     run, recipe, learner = make_run(tmp_path / "run", world, [*SOLVE, MANY, "fit.refresh=2"])
@@ -82,7 +85,7 @@ def test_a_constraint_that_is_met_without_a_multiplier_gets_none(tmp_path):
     assert exact.u["g0"] > 1 and abs(exact.u["g1"]) <= 0.05 * 0.4
 
 
-@pytest.mark.parametrize("budget", [0.6, 9.0])
+@pytest.mark.parametrize("budget", [0.6, pytest.param(9.0, marks=pytest.mark.slow)])
 def test_kappa_meets_a_budget_of_kl(tmp_path, budget):
     """Or stands at the end of its range where that is not enough."""
     world = random_world(3, prompts=60, responses=50)
