@@ -156,15 +156,20 @@ def _print_unseen(records: list[dict]) -> None:
     if not records:
         return
     rounds = range(max(len(r["rounds"]) for r in records))
-    heads = ["setting", "seed", *(str(t) for t in rounds), "λ", "λ\\*", "KL", "KL\\*"]
-    print("\n**The unseen world**: u in % of b, gap closed in %, by round\n")
+    heads = ["world", "setting", "seed", *(str(t) for t in rounds), "λ", "λ\\*", "KL", "KL\\*"]
+    print("\n**Unseen worlds**: u in % of b, gap closed in %, by round\n")
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for r in records:
         last, cells = r["rounds"][-1], [_cell(row) for row in r["rounds"]]
         cells += [""] * (len(rounds) - len(cells))
         cells += [f"{v:.3f}" for v in (last["lambda"]["g1"], r["lambda_star"]["g1"])]
         cells += [f"{v:.2f}" for v in (last["kl"], r["kl_star"])]
-        print(f"| {r['unseen']['setting']} | {r['unseen']['seed']} | " + " | ".join(cells) + " |")
+        key = r["unseen"]
+        print(
+            f"| {key.get('world', 'pairs')} | {key['setting']} | {key['seed']} | "
+            + " | ".join(cells)
+            + " |"
+        )
 
 
 def _print_peers(records: list[dict], runs: list[Run]) -> None:
