@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
+from constrained_dpo.environment import launch_words, waiting
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def _state() -> "PartialState":
 def wait() -> None:
     """Returns when every process is here."""
     if num_processes() > 1:
-        _state().wait_for_everyone()
+        with waiting():
+            _state().wait_for_everyone()
 
 
 @contextmanager
@@ -81,7 +83,8 @@ def summed(counts: dict[str, int]) -> dict[str, int]:
 
     all_counts: list = [None] * num_processes()
     _state()
-    torch.distributed.all_gather_object(all_counts, counts)
+    with waiting():
+        torch.distributed.all_gather_object(all_counts, counts)
     names = sorted(set().union(*all_counts))
     return {name: sum(counted.get(name, 0) for counted in all_counts) for name in names}
 
@@ -149,7 +152,8 @@ def join_launch() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not is_main():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    _state()
+    with waiting(launch_words() if is_main() else None):
+        _state()
 
 
 def may_speak() -> bool:

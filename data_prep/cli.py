@@ -170,6 +170,7 @@ def score(
 ) -> None:
     """Add one score column (higher is better) to a table of prompts and responses."""
     from data_prep.scorers.cache import ScoreCache
+    from data_prep.scorers.functions import table_prompts
     from data_prep.scorers.scoring import make_scorer, score_texts
     from data_prep.scorers.settings import parse_scorer
     from data_prep.tables import RESERVED_NAMES, read_table, require_columns, write_parquet
@@ -177,19 +178,21 @@ def score(
     if name in RESERVED_NAMES:
         raise UserError(f"--name {name}: is a reserved column name; choose another")
     settings = parse_scorer(scorer, "--scorer")
-    table = read_table(responses)
+    table = read_table(responses, texts=["response"])
     require_columns(table, ["prompt", "response"], str(responses))
     if settings.type in ("classifier", "beaver", "guard"):
         quiet_libraries()
+    prompts, judge = table_prompts(table, str(responses)), make_scorer(settings)
     values = score_texts(
-        make_scorer(settings),
-        table["prompt"].astype(str).tolist(),
-        table["response"].astype(str).tolist(),
+        judge,
+        judge.told(prompts),
+        table["response"].tolist(),
         options=settings,
         name=name,
         cache=ScoreCache(cache),
     )
-    write_parquet(table.assign(**{name: values}), output)
+    stored = [p if isinstance(p, str) else json.dumps(p, ensure_ascii=False) for p in prompts]
+    write_parquet(table.assign(prompt=stored, **{name: values}), output)
     if as_json:
         facts = {k: _plain(getattr(values, k)()) for k in ("mean", "std", "min", "max")}
         print(json.dumps({"output": str(output), "name": name, "rows": len(values), **facts}))

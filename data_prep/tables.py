@@ -5,7 +5,6 @@ Long format, one row per response (or pair), parquet with zstd. Shapes: a respon
 scorer.
 """
 
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,9 +13,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.columns import IDS, csv_frame, id_texts, json_frame, text_problems
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
-from data_prep.json_rows import read_json_rows
+from data_prep.row_files import file_kind, refuse_problems, text_rows
 
 SPLITS = (
     "fit",
@@ -100,7 +100,7 @@ def _rows(mask: np.ndarray, frame: pd.DataFrame, id_column: str | None) -> str:
 def require_columns(frame: pd.DataFrame, columns: Iterable[str], where: str) -> None:
     """Raises UserError when a column is missing or the table is empty."""
     missing = [c for c in columns if c not in frame.columns]
-    if missing:
+    if missing and len(frame.columns):
         raise UserError(
             f"{where}: missing column {', '.join(missing)}; it has "
             f"{', '.join(map(str, frame.columns))}"
@@ -287,47 +287,77 @@ def write_parquet(frame: pd.DataFrame, path: Path) -> None:
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
-    """Reads a parquet table; raises UserError naming the file when it is missing, truncated or
-    lacks a column."""
+    """Reads a parquet table, ids as texts; raises UserError naming the file when it is missing,
+    truncated or lacks a column."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
     try:
         frame: pd.DataFrame = pq.read_table(path, columns=columns).to_pandas()
-        return frame
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError, UnicodeDecodeError) as error:
         first_line = str(error).splitlines()[0]
         raise UserError(
             f"{path}: not a readable parquet file ({first_line}); write it again"
         ) from error
+    return _with_text_ids(frame, path, None)
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Reads a parquet, csv, tsv, json or jsonl table by its ending (`.gz` allowed); raises
-    UserError naming file and line."""
+def read_columns(path: Path, columns: list[str]) -> pd.DataFrame:
+    """Read a table, of a parquet file those of the columns that it has alone.
+
+    Raises UserError where the file is missing or broken.
+    """
+    if file_kind(path) != ".parquet" or not path.is_file():
+        return read_table(path)
+    try:
+        present = pq.read_schema(path).names
+    except (pa.ArrowInvalid, OSError):
+        present = columns  # reading it says what is wrong
+    return read_parquet(path, [name for name in dict.fromkeys(columns) if name in present])
+
+
+def read_table(path: Path, texts: Iterable[str] = ()) -> pd.DataFrame:
+    """Reads a parquet, csv, tsv, json, jsonl or ndjson table by its ending (`.gz` allowed).
+
+    Ids are texts in every format, and so are the columns of `columns.TEXTS` in csv and tsv; texts:
+    columns that must be texts in every row. Raises UserError naming file and rows.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    suffixes = [s for s in path.suffixes if s != ".gz"]
-    kind = suffixes[-1] if suffixes else ""
+    kind, places = file_kind(path), None
     if kind == ".parquet":
-        return read_parquet(path)
-    if kind in (".csv", ".tsv"):
-        try:
-            return pd.read_csv(path, sep="," if kind == ".csv" else "\t")
-        except (
-            pd.errors.ParserError,
-            pd.errors.EmptyDataError,
-            UnicodeDecodeError,
-            OSError,
-            EOFError,
-            zlib.error,
-        ) as error:
-            raise UserError(
-                f"{path}: not a readable {kind[1:]} file ({str(error).strip().splitlines()[0]})"
-            ) from error
-    if kind in (".json", ".jsonl"):
-        return pd.DataFrame(read_json_rows(path))
-    raise UserError(
-        f"{path}: unknown ending {kind or '(none)'}; use .parquet, .csv, .tsv, .json or .jsonl"
-    )
+        frame = read_parquet(path)
+    else:
+        if kind == ".txt":
+            raise UserError(f"{path}: unknown ending .txt; a table is .parquet, .csv or .jsonl")
+        rows = list(text_rows(path))
+        refuse_problems(path, [f"{row.where}: {row.problem}" for row in rows if row.problem])
+        if kind in (".csv", ".tsv"):
+            frame, places = csv_frame(rows), [row.where for row in rows]
+        else:
+            frame, places = json_frame(rows)
+        frame = _with_text_ids(frame, path, places)
+    problems = [
+        f"{_place(i, places)}: {problem}"
+        for name in texts
+        if name in frame
+        for i, problem in text_problems(frame[name])
+    ]
+    refuse_problems(path, problems)
+    return frame
+
+
+def _place(position: int, places: list[str] | None) -> str:
+    return places[position] if places else f"row {position + 1}"
+
+
+def _with_text_ids(frame: pd.DataFrame, path: Path, places: list[str] | None) -> pd.DataFrame:
+    """The table with its ids as texts; raises UserError for what is no id."""
+    for name in [str(column) for column in frame.columns if column in IDS]:
+        column, bad = id_texts(frame[name])
+        what = [f"{_place(i, places)}: {name} is {frame[name].iloc[i]!r}, not an id" for i in bad]
+        refuse_problems(path, what)
+        if column is not frame[name]:
+            frame[name] = column
+    return frame

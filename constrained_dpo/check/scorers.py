@@ -72,7 +72,7 @@ def try_scorer(name: str, scorer: Scorer, recipe: Recipe, learner: "LoraLearner 
     Raises UserError where the run's first shard would.
     """
     canned, polite, rude = probe(recipe)
-    prompt = canned if learner is None else learner.prompt_texts.iloc[0]
+    prompt = canned if learner is None else learner.told(scorer).iloc[0]
     _scores(name, scorer, [prompt] * 2, [polite, rude], negate=False)
 
 
@@ -131,7 +131,8 @@ def scorer_windows(learner: "LoraLearner") -> tuple[dict[str, ScorerWindow], lis
         if isinstance(scorer, TokenScorer):
             longest, truncate = max(len(learner.prompt_tokens[pid]) for pid in kept), False
         else:
-            lengths = [scorer.text_length(learner.prompt_texts[pid], "") for pid in kept]
+            told = learner.told(scorer)
+            lengths = [scorer.text_length(told[pid], "") for pid in kept]
             longest = max(n for n in lengths if n is not None)
             truncate = scorer.truncates
         window = ScorerWindow(longest_prompt=longest, window=scorer.window, truncate=truncate)

@@ -14,6 +14,7 @@ from constrained_dpo.cli.front import front
 from constrained_dpo.cli.prealign import prealign
 from constrained_dpo.cli.runs import init, play_all, play_one, prepare, report, status
 from constrained_dpo.cli.sweep import sweep
+from constrained_dpo.environment import settle_environment
 from constrained_dpo.launch import join_launch, may_speak, num_processes, run_launched
 from data_prep.cli import app as data_app
 from data_prep.console import run_app
@@ -51,6 +52,7 @@ def _run_with_others() -> None:
 
 def main() -> None:
     """Run `cdpo` on this process's arguments."""
+    run_app(settle_environment)
     if num_processes() == 1:
         run_app(app)
     else:

@@ -5,13 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.problem import ConstrainedProblem
 from data_prep.errors import UserError
-from data_prep.tables import read_parquet, read_table
+from data_prep.tables import read_columns
 
 LOG_PROBABILITIES = ("sample_logp", "ref_logp")
 
@@ -41,7 +39,7 @@ def read_scores(
     does not cover π_ref.
     """
     path = Path(path)
-    frame = _read_columns(
+    frame = read_columns(
         path, ["prompt_id", *problem.objectives, "source", "response_id", *LOG_PROBABILITIES]
     )
     weight, taken_as = _log_weight(frame, path, assume_reference)
@@ -50,16 +48,6 @@ def read_scores(
     return ScoreFile(
         ScoreTable.from_frame(frame.assign(log_weight=weight), problem, "log_weight"), taken_as
     )
-
-
-def _read_columns(path: Path, columns: list[str]) -> pd.DataFrame:
-    if path.suffix != ".parquet" or not path.is_file():
-        return read_table(path)
-    try:
-        present = pq.read_schema(path).names
-    except (pa.ArrowInvalid, OSError):
-        present = columns  # reading it says what is wrong
-    return read_parquet(path, [name for name in present if name in columns])
 
 
 def _log_weight(

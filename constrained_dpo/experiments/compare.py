@@ -16,7 +16,7 @@ from constrained_dpo.experiments.rows import Row, read_row
 from constrained_dpo.recipe.methods import is_fixed, is_weighted_sum, method_labels
 from constrained_dpo.run.directory import RunDirectory
 from data_prep.errors import UserError
-from data_prep.prompts.templates import last_user_text
+from data_prep.prompts.messages import last_user_text
 from data_prep.tables import read_parquet
 
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
 
+from constrained_dpo.environment import require_undecided
 from constrained_dpo.fit.checkpoints import SealedCheckpoints, fit_identity, start_from
 from constrained_dpo.fit.family import seal_family
 from constrained_dpo.fit.holdout import HeldOut, split_held_out
@@ -30,6 +31,7 @@ from constrained_dpo.launch import is_main, rank, shards_base, wait
 from constrained_dpo.tracking import fit_logs
 from data_prep.errors import UserError
 from data_prep.files import sync_folder
+from data_prep.models.attachment import intact_base
 from data_prep.models.policy import Policy
 from data_prep.sampling.logprobs import response_logps
 
@@ -59,6 +61,7 @@ def fit_adapter(
     bad_batch.json beside the output (what the N-th process of a launch saw: in
     bad_batch-process-N.json).
     """
+    require_undecided()
     rows = group_dataset if plan.settings.grouped else pair_dataset
     dataset = rows(labels, pool, prompt_tokens, plan.settings.max_length, plan.family)
     if is_main():
@@ -198,8 +201,10 @@ def _restored_base(policy: Policy) -> Iterator[None]:
     """TRL patches the base's forward and, for checkpointing, its embeddings; the base leaves the
     fit as it came."""
     forward = policy.model.__dict__.get("forward")
+    # Sharded modules are others for good; the policy is then loaded again.
+    whole = nullcontext() if shards_base() else intact_base(policy.model)
     try:
-        with warnings.catch_warnings():
+        with whole, warnings.catch_warnings():
             # transformers renames gradient checkpointing and warns of its own calls
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             yield

@@ -41,7 +41,8 @@ from constrained_dpo.fit.shared_prompts import (
 from constrained_dpo.fit.watch import FitProgress, StepWatch, kl_estimate
 from constrained_dpo.recipe.fit import FitSettings
 from data_prep.errors import UserError
-from data_prep.models.checkpoints import check_adapter_folder, explained_loading
+from data_prep.models.attachment import check_lora_only
+from data_prep.models.checkpoints import explained_loading
 from data_prep.models.policy import Policy
 from data_prep.models.settings import LoraSettings
 
@@ -210,7 +211,7 @@ def training_config(plan: FitPlan, device: str, resumed: bool = False) -> DPOCon
         beta=plan.beta,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler,
-        warmup_steps=settings.warmup_steps,
+        warmup_steps=settings.warmup_steps or 0,
         optim=settings.optimizer,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
@@ -337,7 +338,7 @@ def _float_adapter(trainer: PseudoPreferenceTrainer, previous: Path | None, devi
     if previous is None:
         return
     if not is_family(previous):
-        check_adapter_folder(previous, "warm start")
+        check_lora_only(previous, "warm start")
     with explained_loading("warm start", f"{previous} (of another base, or damaged?)"):
         weights = (
             load_file(previous / FAMILY_WEIGHTS, device=device)

@@ -59,7 +59,8 @@ class EmbeddedValues:
             if isinstance(scorer, TokenScorer):
                 values = scorer.exact_scores(tokens)
             else:
-                prompts = [self.learner.prompt_texts[pid] for pid in tokens]
+                told = self.learner.told(scorer)
+                prompts = [told[pid] for pid in tokens]
                 repeated = ([prompt] * len(self.texts) for prompt in prompts)
                 values = np.stack([scorer.score(prompt, self.texts) for prompt in repeated])
             scores[name] = apply_options(values, self.learner.scorer_settings[name])

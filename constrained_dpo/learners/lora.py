@@ -16,7 +16,8 @@ from constrained_dpo.recipe.schema import Recipe
 from data_prep.errors import UserError
 from data_prep.models.adapters import attached_adapter
 from data_prep.models.policy import Policy, load_policy
-from data_prep.prompts.templates import last_user_text, tokenize_prompts
+from data_prep.prompts.messages import Prompt, conversation_text, stored_prompt
+from data_prep.prompts.templates import tokenize_prompts
 from data_prep.sampling.generate import Sampler
 from data_prep.sampling.law import check_lengths, law_hash
 from data_prep.sampling.logprobs import response_logps
@@ -27,6 +28,9 @@ from data_prep.scorers.protocol import Scorer, TokenScorer
 from data_prep.scorers.scoring import make_scorer, score_texts, score_tokens
 from data_prep.scorers.settings import ScorerSettings
 from data_prep.settings import EMBEDDED, derive_seed
+
+TOKEN_IDS = "token_ids"
+"""The column of the prompts table with what the policy reads."""
 
 
 class LoraLearner:
@@ -76,13 +80,33 @@ class LoraLearner:
 
     @cached_property
     def prompt_tokens(self) -> dict[str, list[int]]:
+        """Token ids by prompt_id: those that `prepare` kept, since a template may hold the date."""
+        if TOKEN_IDS in self.prompts:
+            kept = zip(self.prompts["prompt_id"], self.prompts[TOKEN_IDS], strict=True)
+            return {pid: [int(i) for i in ids] for pid, ids in kept}
         return tokenize_prompts(self.prompts, self.recipe.prompts, self.policy.tokenizer)
 
     @cached_property
     def prompt_texts(self) -> pd.Series:
-        """What scorers are told the prompt was, by prompt_id."""
-        texts = [last_user_text(p, self.recipe.prompts.format) for p in self.prompts["prompt"]]
+        """What a judge is told the request was, by prompt_id: the text, or the conversation."""
+        texts = [conversation_text(prompt) for prompt in self._stored_prompts]
         return pd.Series(texts, index=self.prompts["prompt_id"])
+
+    def told(self, scorer: Scorer) -> pd.Series:
+        """What a scorer is told of every prompt, by prompt_id: a text, or messages."""
+        told = scorer.told(self._stored_prompts)
+        return pd.Series(told, index=self.prompts["prompt_id"], dtype=object)
+
+    @property
+    def _stored_prompts(self) -> list[Prompt]:
+        return [stored_prompt(p, self.recipe.prompts.format) for p in self.prompts["prompt"]]
+
+    def keep_tokens(self) -> None:
+        """Put the prompts' token ids into their table, which stays as it is from then on."""
+        if TOKEN_IDS not in self.prompts:
+            tokens = [np.array(self.prompt_tokens[p], np.int32) for p in self.prompts["prompt_id"]]
+            kept = pd.Series(tokens, index=self.prompts.index, dtype=object)
+            self.prompts = self.prompts.assign(**{TOKEN_IDS: kept})
 
     def unload(self) -> None:
         """Free the policy; it loads again when next needed."""
@@ -188,7 +212,6 @@ class LoraLearner:
             return response_logps(model, tokens, drawn, pad_id=pad_id, batch_size=size)
 
     def score(self, responses: pd.DataFrame) -> pd.DataFrame:
-        prompts = responses["prompt_id"].map(self.prompt_texts).tolist()
         texts = responses["response"].tolist()
         columns = {}
         for name, scorer in self.scorers.items():
@@ -210,6 +233,7 @@ class LoraLearner:
                     cache=self.cache,
                 )
             else:
+                prompts = responses["prompt_id"].map(self.told(scorer)).tolist()
                 columns[name] = score_texts(
                     scorer, prompts, texts, options=options, name=name, cache=self.cache
                 )

@@ -58,7 +58,8 @@ class FitSettings(Settings):
     group_size: int = Field(
         8,
         ge=2,
-        description="responses of a prompt in one row; logistic takes all their pairs (2: pairs)",
+        description="responses of a prompt in one row, or as many as sampling.responses_per_prompt "
+        "where those are fewer; logistic takes all their pairs (2: pairs)",
     )
     groups_per_prompt: int = Field(
         0,

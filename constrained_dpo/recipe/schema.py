@@ -141,6 +141,20 @@ class Recipe(Settings):
             return content
         return {**content, "fit": {"conditional": None, **fit}}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rows_that_fit(cls, content: Any) -> Any:
+        """Few responses of a prompt make smaller groups, unless the recipe says how large."""
+        if not isinstance(content, Mapping):
+            return content
+        fit, sampling = content.get("fit", {}), content.get("sampling", {})
+        if not isinstance(fit, Mapping) or not isinstance(sampling, Mapping):
+            return content
+        drawn, default = sampling.get("responses_per_prompt"), FitSettings().group_size
+        if "group_size" in fit or type(drawn) is not int or not 2 <= drawn < default:
+            return content
+        return {**content, "fit": {**fit, "group_size": drawn}}
+
     @property
     def stretches(self) -> int:
         """In how many stretches a fit comes: one where the pool does not grow."""

@@ -18,7 +18,7 @@ from constrained_dpo.report.trial_words import trial_lines, trial_table
 from constrained_dpo.report.verdict_words import MEANING, basis
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import RoundRecord, read_optimum
-from data_prep.prompts.templates import last_user_text
+from data_prep.prompts.messages import last_user_text
 from data_prep.tables import read_parquet
 
 EMBEDDED_WORLD = (

@@ -12,7 +12,7 @@ from constrained_dpo.learners.dataset_answers import (
     collect_answers,
     tokenized_answers,
 )
-from constrained_dpo.learners.lora import LoraLearner
+from constrained_dpo.learners.lora import TOKEN_IDS, LoraLearner
 from constrained_dpo.learners.protocol import Learner
 from constrained_dpo.problem import by_name
 from constrained_dpo.progress import timed
@@ -35,8 +35,9 @@ def prepare(
     constant on the reference pool.
     """
     if is_main():
-        _keep_prompts(run, learner.prompts)
+        _keep_prompts(run, learner)
     wait()
+    _take_kept_tokens(run, learner)
     identity: dict[str, Any] = {}
     timed("prepare: load policy and scorers", lambda: identity.update(learner.identity()))
     _require_inherited(run, identity)
@@ -58,14 +59,33 @@ def prepare(
     return recipe if is_main() else run.recipe()
 
 
-def _keep_prompts(run: RunDirectory, prompts: pd.DataFrame) -> None:
-    if not run.prompts_file.exists():
-        write_parquet(prompts, run.prompts_file)
-    elif not read_parquet(run.prompts_file).equals(prompts.reset_index(drop=True)):
-        raise UserError(
-            f"{run.prompts_file}: the prompt source changed while the run was being prepared; "
-            "restore it or start another run"
-        )
+def _keep_prompts(run: RunDirectory, learner: Learner) -> None:
+    """Write the prompts with their token ids, once: a template that reads the clock would give
+    others later. Raises UserError where the source gives other prompts than those kept."""
+    prompts = learner.prompts.reset_index(drop=True)
+    if run.prompts_file.exists():
+        kept = read_parquet(run.prompts_file)
+        if not kept.drop(columns=TOKEN_IDS, errors="ignore").equals(
+            prompts.drop(columns=TOKEN_IDS, errors="ignore")
+        ):
+            raise UserError(
+                f"{run.prompts_file}: the prompt source changed while the run was being prepared; "
+                "restore it or start another run"
+            )
+        if TOKEN_IDS in kept:
+            return
+    if isinstance(learner, LoraLearner):
+        learner.keep_tokens()
+        prompts = learner.prompts.reset_index(drop=True)
+    write_parquet(prompts, run.prompts_file)
+
+
+def _take_kept_tokens(run: RunDirectory, learner: Learner) -> None:
+    """Go on with the token ids that were kept, by whichever process and whenever."""
+    kept = read_parquet(run.prompts_file)
+    if isinstance(learner, LoraLearner) and TOKEN_IDS in kept:
+        learner.prompts = kept
+        learner.__dict__.pop("prompt_tokens", None)
 
 
 def _require_inherited(run: RunDirectory, identity: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_prep.errors import UserError
 from data_prep.files import replacing
@@ -23,7 +22,7 @@ from data_prep.labels.preferences import Labels, Pairs, no_pair, pair_pieces
 from data_prep.labels.prompt_rows import PromptRows, require_responses
 from data_prep.labels.row_groups import arrow_texts, encoded, row_groups, taken
 from data_prep.settings import derive_seed
-from data_prep.tables import read_parquet, read_table, require_columns, require_unique
+from data_prep.tables import read_columns, read_table, require_columns, require_unique
 
 IDS, TEXTS = ("prompt_id", "response_id"), ("prompt", "response")
 
@@ -118,7 +117,7 @@ def read_prompt_texts(path: Path) -> pd.Series:
     table = read_table(path)
     require_columns(table, ["prompt_id", "prompt"], str(path))
     require_unique(table, ["prompt_id"], str(path))
-    return table.astype({"prompt_id": str}).set_index("prompt_id")["prompt"]
+    return table.set_index("prompt_id")["prompt"]
 
 
 @dataclass(frozen=True)
@@ -158,29 +157,12 @@ def _read(
     ]
     frame = read_columns(path, columns)
     require_columns(frame, IDS, "responses")
-    for name in IDS:
-        if frame[name].dtype != "str":
-            frame[name] = frame[name].map(str, na_action="ignore")  # ids that are numbers
     hashes = require_responses(frame)
     texts: dict[str, pd.Series] = {}
     if with_texts:
         _require_texts(frame, columns[-2:] if prompt_texts is True else columns[-1:])
         texts = {"prompt": _prompts_of(frame, prompt_texts), "response": frame["response"]}
     return _Responses(frame, hashes, texts, LabelScores.of(frame, reward, lambda_))
-
-
-def read_columns(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Read a table, of a parquet file those of the columns that it has alone.
-
-    Raises UserError where the file is missing or broken.
-    """
-    if path.suffix != ".parquet" or not path.is_file():
-        return read_table(path)
-    try:
-        present = pq.read_schema(path).names
-    except (pa.ArrowInvalid, OSError):
-        present = columns  # reading it says what is wrong
-    return read_parquet(path, [name for name in dict.fromkeys(columns) if name in present])
 
 
 def _require_texts(frame: pd.DataFrame, columns: list[str]) -> None:

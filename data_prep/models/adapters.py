@@ -19,6 +19,14 @@ from filelock import UnixFileLock
 
 from data_prep.errors import UserError
 from data_prep.files import cache_folder, hash_file, sync_folder
+from data_prep.models.attachment import (
+    adapter_config,
+    check_detachable,
+    intact_base,
+    require_same_tensors,
+    require_untouched,
+    tensor_marks,
+)
 from data_prep.models.checkpoints import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -27,6 +35,7 @@ from data_prep.models.checkpoints import (
     explained_loading,
     fingerprint_model,
 )
+from data_prep.models.loading import LOADED_WITH, load_checkpoint, require_used
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,13 +112,8 @@ def check_adapter_config(
 
     key: what messages call the adapter; advice: what to do where the base is another.
     """
-    try:
-        config = json.loads((adapter / ADAPTER_CONFIG).read_text())
-        kind, trained_on = config.get("peft_type"), config.get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise UserError(
-            f"{key}: {adapter / ADAPTER_CONFIG} is not a JSON mapping ({error})"
-        ) from error
+    config = adapter_config(adapter, key)
+    kind, trained_on = config.get("peft_type"), config.get("base_model_name_or_path")
     if kind != "LORA":
         raise UserError(f"{key}: {adapter} is of PEFT type {kind}; only LORA is supported")
     if not trained_on:
@@ -135,7 +139,6 @@ def merge_adapter(
     base: folder or hub id; key: what messages call the adapter. Raises UserError for an adapter
     that does not fit the base.
     """
-    import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -146,13 +149,15 @@ def merge_adapter(
             revision=None if has_tokenizer else settings.revision,
             trust_remote_code=settings.trust_remote_code and not has_tokenizer,
         )
-        model = AutoModelForCausalLM.from_pretrained(
-            base,
-            revision=settings.revision,
-            dtype=getattr(torch, settings.dtype),
-            use_safetensors=None if settings.allow_pickle else True,
-            trust_remote_code=settings.trust_remote_code,
-        )
+    whole = settings.model_copy(update={"quantization": "none"})
+    model, loading = load_checkpoint(
+        AutoModelForCausalLM,
+        base,
+        "policy.model",
+        device="cpu",
+        **whole.model_dump(include=LOADED_WITH),
+    )
+    require_used(loading, "policy.model", base)
     if getattr(model, "is_quantized", False):
         raise UserError(
             f"{key}: {base} is a quantized checkpoint, into which nothing can be merged; give its "
@@ -180,6 +185,7 @@ def merge_adapter(
         merged = with_adapter.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise UserError(f"{key}: {adapter} cannot be merged ({error})") from error
+    _record_untied(merged)
     merged.generation_config.do_sample = (
         # lets sampling keys of the base's generation_config pass validation; they are kept
         True
@@ -199,6 +205,16 @@ def _untie_adapted_head(model: "PreTrainedModel") -> None:
     head, words = bases
     if head.weight is words.weight and any(isinstance(layer, BaseTunerLayer) for layer in layers):
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = (
+            False
+        )
+
+
+def _record_untied(model: "PreTrainedModel") -> None:
+    """Says in the config where head and embeddings no longer share weights, since an adapter
+    trained one of them whole: read as tied, the other would be lost."""
+    head, words = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not words.weight:
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = (
             False
         )
@@ -226,17 +242,20 @@ def check_all_loaded(model: "PreTrainedModel", adapter: Path, base: str, key: st
 @contextlib.contextmanager
 def attached_adapter(policy: "Policy", adapter: Path | None) -> Iterator["PreTrainedModel"]:
     """The policy with the adapter of that folder (None: the reference policy itself), in eval mode;
-    detached on leaving."""
+    detached on leaving.
+
+    Raises UserError for an adapter that cannot be taken off again.
+    """
     if adapter is None:
         yield policy.model
         return
-    check_adapter_folder(Path(adapter), "adapter")
+    check_detachable(Path(adapter), "adapter")
     from peft import PeftModel
 
-    with explained_loading("adapter", f"{adapter} (of another base, or damaged?)"):
-        model = PeftModel.from_pretrained(policy.model, str(adapter), is_trainable=False)
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.unload()
+    with intact_base(policy.model):
+        same = require_same_tensors(policy.model, Path(adapter))
+        before = tensor_marks(policy.model)
+        with explained_loading("adapter", f"{adapter} (of another base, or damaged?)"):
+            model = PeftModel.from_pretrained(policy.model, str(adapter), is_trainable=False)
+        require_untouched(before, same, adapter)
+        yield model.eval()

@@ -95,7 +95,14 @@ def explained_loading(key: str, source: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+    except (
+        ImportError,  # of a library that a tokenizer or a kind of quantization needs
+        OSError,
+        ValueError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        SafetensorError,
+    ) as error:
         text = str(error).strip() or type(error).__name__
         if "trust_remote_code" in text:
             raise UserError(

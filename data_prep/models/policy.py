@@ -20,8 +20,10 @@ from data_prep.models.checkpoints import (
     fingerprint_model,
     resolve_device,
 )
-from data_prep.models.quantization import check_quantization, keep_exact_on_cpu, quantization_config
+from data_prep.models.loading import LOADED_WITH, load_checkpoint, require_used
+from data_prep.models.quantization import check_quantization, keep_exact_on_cpu
 from data_prep.models.settings import POLICY, PolicySettings
+from data_prep.models.tokens import embedded_rows, set_padding, window_of
 from data_prep.settings import EMBEDDED
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class Policy:
     @property
     def window(self) -> int | None:
         """The longest sequence the base accepts, in tokens (None if its config does not say)."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return window_of(self.model)
 
 
 def resolve_model(settings: PolicySettings, owner: str = POLICY) -> str:
@@ -104,9 +106,8 @@ def load_policy(settings: PolicySettings, owner: str = POLICY) -> Policy:
 
     source = resolve_model(settings, owner)
     model, tokenizer = _load(settings, source, owner)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     eos_ids = _eos_ids(model, tokenizer, owner)
+    set_padding(tokenizer, model, eos_ids)
     overridden = _overridden_generation(model.generation_config)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -130,28 +131,21 @@ def _load(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = resolve_device(settings.device, _key(owner, "device"))
-    dtype = getattr(torch, settings.dtype)
-    with explained_loading(_key(owner, "model"), source):
+    device, key = resolve_device(settings.device, _key(owner, "device")), _key(owner, "model")
+    with explained_loading(key, source):
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=settings.revision,
-            dtype=dtype,
-            quantization_config=quantization_config(settings.quantization, dtype),
-            device_map={"": device},
-            use_safetensors=None if settings.allow_pickle else True,
-            trust_remote_code=settings.trust_remote_code,
-            output_loading_info=True,
-        )
-    check_tokenizer(tokenizer, source, settings.revision, _key(owner, "model"))
+    model, loading = load_checkpoint(
+        AutoModelForCausalLM, source, key, device=device, **settings.model_dump(include=LOADED_WITH)
+    )
+    check_tokenizer(tokenizer, source, settings.revision, key)
     if fresh := sorted(loading["missing_keys"]):
         raise UserError(
-            f"{_key(owner, 'model')}: {source}: weights {', '.join(fresh[:3])} are not in the "
+            f"{key}: {source}: weights {', '.join(fresh[:3])} are not in the "
             "checkpoint and were newly initialised; save it whole"
         )
+    require_used(loading, key, source)
     check_quantization(model, settings.quantization, _key(owner, "quantization"))
     keep_exact_on_cpu(model)
     for module in model.modules():
@@ -176,7 +170,14 @@ def _eos_ids(
             f"{_key(owner, 'model')}: neither tokenizer nor generation_config names an EOS token, "
             "so no response could end"
         )
-    return tuple(sorted(ids))
+    rows = embedded_rows(model)
+    known = sorted(number for number in ids if 0 <= number < rows)
+    if not known:
+        raise UserError(
+            f"{_key(owner, 'model')}: its EOS token ({min(ids)}) lies outside the model's "
+            f"vocabulary of {rows}, so no response could end; save it with a token that it knows"
+        )
+    return tuple(known)
 
 
 def _overridden_generation(config: "GenerationConfig") -> dict[str, object]:

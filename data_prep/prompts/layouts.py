@@ -17,13 +17,16 @@ import json
 import re
 from collections.abc import Iterable
 
+from data_prep.prompts.messages import Messages, read_prompt
+
 _HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
 _COLUMNS = frozenset({"prompt", "chosen", "rejected", "messages", "response_0", "response_1"})
 
 
-Messages = list[dict[str, str]]
+_CHATS = ("prompt", "chosen", "rejected", "messages")
+"""Columns that may hold messages."""
 
 
 def layout_columns(columns: Iterable[str]) -> list[str]:
@@ -48,16 +51,13 @@ def parse_hh(text: str) -> Messages:
 def prompt_of(row: dict, chat: bool) -> str:
     """The prompt of one row as stored in the prompts table: plain text, or a JSON list of chat
     messages. Raises ValueError."""
-    messages, text = _prompt(row)
-    _check_messages(messages)
+    messages, text = _prompt(_with_chats(row))
     if not messages or not messages[-1]["content"].strip():
         raise ValueError("the prompt is empty")
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last message is the assistant's; a prompt ends with the user")
     if chat:
-        return json.dumps(
-            [{"role": m["role"], "content": m["content"]} for m in messages], ensure_ascii=False
-        )
+        return json.dumps(messages, ensure_ascii=False)
     if text is None:
         raise ValueError("the prompt is a list of messages; set prompts.format: chat")
     return text
@@ -75,7 +75,6 @@ def _prompt(row: dict) -> tuple[Messages, str | None]:
         ]
         return messages, "".join(turns).removeprefix("\n\nHuman: ")
     if isinstance(dialogue := row.get("chosen", row.get("messages")), list):
-        _check_messages(dialogue)
         messages, _ = _before_answer(dialogue)
         if messages:
             alone = len(messages) == 1 and messages[0]["role"] == "user"
@@ -98,6 +97,7 @@ def answers_of(row: dict, chat: bool) -> list[str | None]:
     (a few rows of HH-RLHF end with two assistant turns, or differ in an earlier one). Raises
     ValueError.
     """
+    row = _with_chats(row)
     if "response_0" in row and "response_1" in row:
         return [_text(row, column) for column in ("response_0", "response_1")]
     if _is_hh(row):
@@ -110,8 +110,6 @@ def answers_of(row: dict, chat: bool) -> list[str | None]:
     if "chosen" in row and "rejected" in row:
         if isinstance(row["chosen"], str):
             return [row["chosen"], _text(row, "rejected")]
-        _check_messages(row["chosen"])
-        _check_messages(row["rejected"])
         prompt, _ = _before_answer(row["chosen"])
         return [_answer_to(prompt, row[side]) for side in ("chosen", "rejected")]
     if (
@@ -119,7 +117,6 @@ def answers_of(row: dict, chat: bool) -> list[str | None]:
         and row["messages"][-1:]
         and row["messages"][-1].get("role") == "assistant"
     ):
-        _check_messages(row["messages"])
         return [_answer_to(_before_answer(row["messages"])[0], row["messages"])]
     return []
 
@@ -137,6 +134,16 @@ def preferred(row: dict, column: str) -> int:
     if isinstance(value, bool) or value not in (0, 1):
         raise ValueError(f"`{column}` is {row[column]!r}; it must be 0 or 1")
     return int(value)
+
+
+def _with_chats(row: dict) -> dict:
+    """The row with its chats as messages, also those that are written as text."""
+    chats = {
+        name: read_prompt(row[name])
+        for name in _CHATS
+        if (name == "prompt" and name in row) or isinstance(row.get(name), str | list)
+    }
+    return row | chats
 
 
 def _is_hh(row: dict) -> bool:
@@ -164,15 +171,3 @@ def _text(row: dict, column: str) -> str:
     if not isinstance(row[column], str):
         raise ValueError(f"`{column}` is {row[column]!r}; it must be a text")
     return row[column]
-
-
-def _check_messages(messages: object) -> None:
-    for message in messages if isinstance(messages, list) else [messages]:
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("content"), str)
-            or "role" not in message
-        ):
-            raise ValueError(
-                "a chat prompt is a list of {role, content} messages, a text prompt a string"
-            )

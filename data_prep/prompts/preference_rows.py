@@ -20,8 +20,9 @@ from data_prep.errors import UserError
 from data_prep.prompts.layouts import answers_of, preferred, prompt_of
 from data_prep.prompts.rows import source_name
 from data_prep.prompts.settings import PromptSettings
-from data_prep.prompts.split import LISTED, parsed_rows, prompt_id
-from data_prep.prompts.templates import ENCODED_AT_ONCE, encode, rendered_prompts
+from data_prep.prompts.split import parsed_rows, prompt_id
+from data_prep.prompts.templates import ENCODED_AT_ONCE, encode, lacking_template, rendered_prompts
+from data_prep.row_files import LISTED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -293,6 +294,8 @@ def turn_end(
     default = tokenizer.eos_token_id if tokenizer.eos_token_id in eos_ids else eos_ids[0]
     if settings.format != "chat":
         return default
+    if problem := lacking_template(tokenizer):
+        raise UserError(f"prompts.format: chat, but the tokenizer has {problem}; set format: text")
     probe = "the answer"
     dialogue = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": probe}]
     behind = tokenizer.apply_chat_template(dialogue, tokenize=False).rpartition(probe)[2]

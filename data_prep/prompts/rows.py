@@ -5,37 +5,20 @@ A line that cannot be read is a row with a problem, so that all of them can be n
 that cannot be is a UserError.
 """
 
-import csv
-import gzip
-import json
-import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.errors import UserError
-from data_prep.json_rows import read_json_rows
+from data_prep.prompts.folders import files_of_split
 from data_prep.prompts.layouts import layout_columns
 from data_prep.prompts.settings import DatasetSource
+from data_prep.row_files import Row, file_kind, text_rows
 from data_prep.settings import EMBEDDED
 
 BATCH_ROWS = 1024
-
-
-_SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
-
-
-class Row(NamedTuple):
-    """where: `line 3`, `row 3`, or with the file's name in a folder; content: None where there is a
-    problem instead."""
-
-    where: str
-    content: dict | None
-    problem: str | None = None
 
 
 def source_name(source: str | Path | DatasetSource) -> str:
@@ -46,7 +29,7 @@ def source_name(source: str | Path | DatasetSource) -> str:
 def read_rows(source: str | Path | DatasetSource) -> Iterator[Row]:
     """The rows of a source in its order, with the columns that a layout reads.
 
-    Files: jsonl, json, csv, tsv, txt (one prompt a line), parquet, and each with .gz but parquet.
+    Files: jsonl, ndjson, json, csv, tsv, txt (one prompt a line), each also with .gz, and parquet.
     Raises UserError for what is not there or cannot be read.
     """
     if not isinstance(source, DatasetSource):
@@ -110,32 +93,7 @@ def _folder_rows(folder: Path, source: DatasetSource) -> Iterator[Row]:
             )
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _saved_rows(folder, source.split)
-    files = sorted(
-        f for pattern in ("*.parquet", "*.jsonl", "*.jsonl.gz") for f in folder.rglob(pattern)
-    )
-    if not files:
-        raise UserError(
-            f"prompts: {folder}: no such file: a folder without parquet or jsonl files (and not "
-            "one of save_to_disk)"
-        )
-
-    def of(split: str) -> list[Path]:
-        return [
-            f
-            for f in files
-            if re.match(rf"{re.escape(split)}(-|\.)", f.name)
-            or split in f.relative_to(folder).parts[:-1]
-        ]
-
-    chosen = of(source.split)
-    if not chosen:
-        if any(of(split) for split in _SPLIT_NAMES):
-            names = ", ".join(str(f.relative_to(folder)) for f in files[:5])
-            raise UserError(
-                f"prompts: {folder}: no file of split {source.split} in it ({names}); set split, "
-                "or give the file"
-            )
-        chosen = files
+    chosen = files_of_split(folder, source.split)
     several = len(chosen) > 1
     return (
         row._replace(where=f"{f.relative_to(folder)} {row.where}") if several else row
@@ -164,75 +122,7 @@ def _saved_rows(folder: Path, split: str) -> Iterator[Row]:
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
-    suffixes = [s for s in path.suffixes if s != ".gz"]
-    kind = suffixes[-1] if suffixes else ""
-    if kind == ".parquet":
-        return _parquet_rows(path)
-    if kind == ".json":
-        return (
-            Row(f"item {number}", content) for number, content in enumerate(read_json_rows(path), 1)
-        )
-    if kind in (".csv", ".tsv"):
-        return _csv_rows(path, "," if kind == ".csv" else "\t")
-    if kind in (".jsonl", ".txt"):
-        return _line_rows(path, kind == ".jsonl")
-    raise UserError(
-        f"{path}: unknown ending {kind or '(none)'}; use .parquet, .csv, .tsv, .txt, .json or "
-        ".jsonl"
-    )
-
-
-def _open(path: Path, newline: str | None = None):
-    """A text file, zipped or not; a byte order mark is skipped."""
-    return (gzip.open if path.suffix == ".gz" else open)(
-        path, "rt", encoding="utf-8-sig", newline=newline
-    )
-
-
-def _line_rows(path: Path, as_json: bool) -> Iterator[Row]:
-    """Lines that are not blank: each a JSON object, or a prompt."""
-    try:
-        with _open(path) as handle:
-            for number, line in enumerate(handle, 1):
-                if line.strip():
-                    yield (
-                        _json_row(f"line {number}", line)
-                        if as_json
-                        else Row(f"line {number}", {"prompt": line.rstrip("\n")})
-                    )
-    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-
-
-def _json_row(where: str, line: str) -> Row:
-    try:
-        content = json.loads(line.rstrip())
-    except json.JSONDecodeError as error:
-        return Row(where, None, f"not valid JSON ({error.msg} at character {error.colno})")
-    return (
-        Row(where, content) if isinstance(content, dict) else Row(where, None, "not a JSON object")
-    )
-
-
-def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
-    """Rows under a header line; a row is named by its last line."""
-    kind = "csv" if delimiter == "," else "tsv"
-    try:
-        with _open(path, newline="") as handle:
-            reader = csv.DictReader(handle, delimiter=delimiter)
-            if not reader.fieldnames:
-                raise UserError(f"{path}: not a readable {kind} file (it is empty)")
-            for content in reader:
-                where = f"line {reader.line_num}"
-                yield (
-                    Row(where, None, "more cells than the header")
-                    if None in content
-                    else Row(where, content)
-                )
-    except (csv.Error, UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{path}: not a readable {kind} file ({str(error).strip().splitlines()[0]})"
-        ) from error
+    return _parquet_rows(path) if file_kind(path) == ".parquet" else text_rows(path)
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -245,7 +135,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 for content in batch.to_pylist():
                     number += 1
                     yield Row(f"row {number}", content)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}: not a readable parquet file ({str(error).splitlines()[0]}); write it again"
         ) from error

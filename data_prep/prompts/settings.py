@@ -19,8 +19,7 @@ class DatasetSource(Settings):
         None, description="the hub dataset's configuration, e.g. alpaca-7b of PKU-SafeRLHF"
     )
     split: str = Field(
-        "train",
-        description="the dataset's split; in a folder of files those whose name begins with it",
+        "train", description="the dataset's split; in a folder of files those whose name holds it"
     )
     revision: str | None = Field(None, description="branch, tag or commit of the hub dataset")
 
@@ -32,7 +31,8 @@ class PromptSettings(Settings):
 
     source: LocalPath | DatasetSource = Field(
         validation_alias=AliasChoices("source", "train"),
-        description="file (jsonl, json, csv, tsv, txt, parquet; .gz), folder or {dataset: ...}",
+        description="file (jsonl, ndjson, json, csv, tsv, txt, parquet; .gz), folder or "
+        "{dataset: ...}",
     )
     format: Literal["text", "chat"] = Field(
         "text", description="text: put into `template`; chat: the tokenizer's chat template"

@@ -15,11 +15,8 @@ from data_prep.errors import UserError
 from data_prep.prompts.layouts import prompt_of
 from data_prep.prompts.rows import read_rows, source_name
 from data_prep.prompts.settings import DatasetSource, PromptSettings
+from data_prep.row_files import refuse_problems
 from data_prep.tables import validate_prompts
-
-LISTED = 3
-"""Malformed rows that an error names; the rest are counted."""
-
 
 T = TypeVar("T")
 
@@ -30,21 +27,16 @@ def parsed_rows(source: str | DatasetSource, parse: Callable[[dict], T]) -> Iter
     Raises UserError after the last one; it lists the rows for which `parse` raised ValueError.
     """
     broken: list[str] = []
-    count = 0
     for row in read_rows(source):
         try:
             if row.content is None:
                 raise ValueError(row.problem)
             parsed = parse(row.content)
         except ValueError as error:
-            count += 1
-            if len(broken) < LISTED:
-                broken.append(f"{row.where}: {error}")
+            broken.append(f"{row.where}: {error}")
             continue
         yield row.where, parsed
-    if broken:
-        more = f" (and {count - LISTED} more rows)" if count > LISTED else ""
-        raise UserError(f"{source_name(source)}: {'; '.join(broken)}{more}; mend or remove them")
+    refuse_problems(source_name(source), broken)
 
 
 def read_prompts(source: str | DatasetSource, format: str) -> tuple[pd.Series, int]:

@@ -1,12 +1,12 @@
 """Prompts as the policy reads them: rendered by template, tokenized."""
 
-import json
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from data_prep.errors import UserError
+from data_prep.prompts.messages import Messages, messages_in
 from data_prep.prompts.settings import PromptSettings
 
 if TYPE_CHECKING:
@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 ENCODED_AT_ONCE = 1000
 
 
-def last_user_text(prompt: str, format: str) -> str:
-    """What scorers are told the prompt was: the text itself, or the last user message of a chat."""
-    return json.loads(prompt)[-1]["content"] if format == "chat" else prompt
+def lacking_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """What the tokenizer has in place of a usable chat template; None where it has one."""
+    template = tokenizer.chat_template
+    if not template:
+        return "no chat template"
+    if isinstance(template, dict) and "default" not in template:
+        return f"several chat templates ({', '.join(template)}) and none of them is the default"
+    return None
 
 
 def rendered_prompts(
@@ -29,24 +34,55 @@ def rendered_prompts(
     if settings.format == "text":
         if "{prompt}" not in settings.template:
             raise UserError("prompts.template: does not contain {prompt}")
+        _refuse_chats(prompts)
         return [settings.template.replace("{prompt}", prompt) for prompt in prompts]
-    if not tokenizer.chat_template:
+    if problem := lacking_template(tokenizer):
         raise UserError(
-            "prompts.format: chat, but the tokenizer has no chat template; set format: text with "
-            "an explicit template"
+            f"prompts.format: chat, but the tokenizer has {problem}; set format: text with an "
+            "explicit template"
         )
     from jinja2 import TemplateError
 
+    chats = [_stored_messages(prompt) for prompt in prompts]
     try:
         return [
-            tokenizer.apply_chat_template(json.loads(p), add_generation_prompt=True, tokenize=False)
-            for p in prompts
+            tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            for chat in chats
         ]
     except TemplateError as error:
         raise UserError(
             f"prompts: the tokenizer's chat template refuses a prompt ({error}); change the "
             "prompts or the template"
         ) from error
+
+
+def _refuse_chats(prompts: list[str]) -> None:
+    """Raises UserError for messages in a table of texts: their JSON is not what a user said."""
+    for prompt in prompts:
+        try:
+            chat = messages_in(prompt) is not None
+        except ValueError:
+            chat = False
+        if chat:
+            raise UserError(
+                f"prompts: {prompt[:40]!r} is a list of messages, and the format is text; set "
+                "prompts.format (--format) to chat"
+            )
+
+
+def _stored_messages(prompt: str) -> Messages:
+    """The messages of a stored prompt; raises UserError for one that is a text."""
+    messages = None
+    try:
+        messages = messages_in(prompt)
+    except ValueError as error:
+        raise UserError(f"prompts: {prompt[:40]!r} {error}") from error
+    if messages is None:
+        raise UserError(
+            f"prompts: {prompt[:40]!r} is a text, and the format is chat; set prompts.format "
+            "(--format) to text, or write the table with `data prompts --format chat`"
+        )
+    return messages
 
 
 def encode(

@@ -1,7 +1,7 @@
 """Log-probabilities of responses by teacher forcing."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,14 +38,34 @@ def response_logits(
         )
         mask[row, prompt_width - len(prompt) : prompt_width + len(response)] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = model(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        position_ids=positions.to(device),
-        logits_to_keep=width + 1,
-        use_cache=False,
-    )
+    with contiguous_head(model):
+        output = model(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=positions.to(device),
+            logits_to_keep=width + 1,
+            use_cache=False,
+        )
     return output.logits[:, -(width + 1) :]
+
+
+@contextmanager
+def contiguous_head(model: "PreTrainedModel") -> Iterator[None]:
+    """The head reads states that lie side by side. The last positions of every row do not, and
+    their product with the head becomes a slow batched one that copies the head for every row."""
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(_side_by_side)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _side_by_side(module: object, inputs: "tuple[torch.Tensor, ...]") -> tuple:
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ import pandas as pd
 from data_prep.errors import UserError
 from data_prep.http import GarbledAnswer, HttpClient, resolve_url
 from data_prep.models.adapters import attached_adapter, fingerprint_adapter
+from data_prep.models.attachment import check_lora_only
 from data_prep.models.policy import Policy
 from data_prep.sampling.generate import Sampler, decode
 from data_prep.sampling.law import SamplingServer, SamplingSettings, generation_arguments
@@ -90,6 +91,7 @@ class CompletionServer:
         if adapter is None:
             return settings.model
         path = Path(adapter).resolve()
+        check_lora_only(path, "sampling.server")
         name = f"cdpo-{fingerprint_adapter(path)}"
         if settings.adapter_model is not None:
             return settings.adapter_model.replace("{path}", str(path)).replace("{name}", name)

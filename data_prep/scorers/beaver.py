@@ -6,6 +6,7 @@ The layout (safe-rlhf, `models/score_model`): a plain LlamaModel under `model.`,
 architecture is `LlamaModelForScore` (older) or `LlamaForScore`; transformers has neither.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ from data_prep.models.checkpoints import (
     fingerprint_model,
     resolve_device,
 )
+from data_prep.models.loading import load_checkpoint
+from data_prep.models.tokens import as_text, encode
+from data_prep.prompts.messages import Prompt, conversation_text
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import OUTSIDE_FINGERPRINT, BeaverScorerSettings, fill_template
 
@@ -74,6 +78,7 @@ class BeaverScorer(Scorer):
     of another layout."""
 
     window: int
+    reads_conversation = True
 
     def __init__(self, settings: BeaverScorerSettings) -> None:
         self.settings, self.key = settings, f"scorer {settings.model}"
@@ -93,17 +98,17 @@ class BeaverScorer(Scorer):
                 settings.model, revision=settings.revision, trust_remote_code=False
             )
             self._check_config(config)
-            self.model, loading = LlamaForScore.from_pretrained(
-                settings.model,
-                revision=settings.revision,
-                config=config,
-                dtype=getattr(torch, settings.dtype),
-                device_map={"": device},
-                use_safetensors=None if settings.allow_pickle else True,
-                # reported below by name, where transformers only says that there are some
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+        self.model, loading = load_checkpoint(
+            LlamaForScore,
+            settings.model,
+            self.key,
+            revision=settings.revision,
+            dtype=settings.dtype,
+            device=device,
+            allow_pickle=settings.allow_pickle,
+            # reported below by name, where transformers only says that there are some
+            ignore_mismatched_sizes=True,
+        )
         self._check_loading(config, loading)
         self.model.eval()
         self._check_tokens()
@@ -194,21 +199,23 @@ class BeaverScorer(Scorer):
                 f"vocabulary of {vocabulary}"
             )
 
-    def text_length(self, prompt: str, response: str) -> int:
+    def text_length(self, prompt: Prompt, response: str) -> int:
         """Tokens that the model would read for this text, its template's own included; nothing is
         cut."""
         return len(self._tokenize(prompt, response))
 
-    def _tokenize(self, prompt: str, response: str) -> list[int]:
+    def _tokenize(self, prompt: Prompt, response: str) -> list[int]:
         eos = self.tokenizer.eos_token_id
-        text = fill_template(self.settings.template, prompt, response)
+        told = conversation_text(prompt)
+        marked = (as_text(self.tokenizer, text) for text in (told, response))
+        text = fill_template(self.settings.template, *marked)
         has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        ids = self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
+        ids = encode(self.tokenizer, text, not has_bos)["input_ids"]
         while ids and ids[-1] == eos:
             ids = ids[:-1]
         return [*ids, eos] if self.settings.append_eos else ids
 
-    def encode(self, prompt: str, response: str) -> list[int]:
+    def encode(self, prompt: Prompt, response: str) -> list[int]:
         """Token ids of the filled-in template; ends with exactly one EOS if `append_eos`, else with
         none of the tokenizer's own."""
         ids = self._tokenize(prompt, response)
@@ -224,7 +231,7 @@ class BeaverScorer(Scorer):
             ids = bos + ids[len(ids) - self.window + len(bos) :]
         return ids
 
-    def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+    def score(self, prompts: Sequence[Prompt], responses: list[str]) -> np.ndarray:
         return self._score_ids([self.encode(p, r) for p, r in zip(prompts, responses, strict=True)])
 
     def golden_score(self) -> float | None:

@@ -1,9 +1,11 @@
 """The `classifier` scorer: any AutoModelForSequenceClassification, batched by length."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import TemplateError
 from tqdm import tqdm
 
 from data_prep.errors import UserError
@@ -14,13 +16,16 @@ from data_prep.models.checkpoints import (
     fingerprint_model,
     resolve_device,
 )
-from data_prep.models.quantization import check_quantization, keep_exact_on_cpu, quantization_config
+from data_prep.models.loading import LOADED_WITH, load_checkpoint, require_used
+from data_prep.models.quantization import check_quantization, keep_exact_on_cpu
+from data_prep.models.tokens import OPEN, as_text, encode, encode_pair, window_of
+from data_prep.prompts.messages import Prompt, as_messages, conversation_text
+from data_prep.prompts.templates import lacking_template
 from data_prep.scorers.calibration import measure_drift
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import OUTSIDE_FINGERPRINT, ClassifierScorerSettings, fill_template
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
@@ -38,12 +43,13 @@ class ClassifierScorer(Scorer):
 
     def __init__(self, settings: ClassifierScorerSettings) -> None:
         self.settings, self.key = settings, f"scorer {settings.model}"
+        self.reads_conversation = settings.text != "pair"
         self._load()
         self.label = self._label_index()
         self._check_output()
         self._set_padding()
         self._check_layout()
-        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        window = window_of(self.model)
         self.truncates = settings.truncate
         self.window = min(
             v for v in (settings.max_length, window, self.tokenizer.model_max_length) if v
@@ -56,8 +62,7 @@ class ClassifierScorer(Scorer):
 
     def _load(self) -> None:
         """Tokenizer and model, whole and quantized as asked, on the device."""
-        import torch
-        from transformers import AutoTokenizer
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         settings, folder = self.settings, Path(self.settings.model)
         device = resolve_device(settings.device, f"{self.key}: device")
@@ -70,7 +75,15 @@ class ClassifierScorer(Scorer):
                 revision=settings.revision,
                 trust_remote_code=settings.trust_remote_code,
             )
-            self.model, loading = _load_model(settings, getattr(torch, settings.dtype), device)
+            left = _left_unquantized(settings)
+        self.model, loading = load_checkpoint(
+            AutoModelForSequenceClassification,
+            settings.model,
+            self.key,
+            device=device,
+            keep=left,
+            **settings.model_dump(include=LOADED_WITH),
+        )
         check_tokenizer(self.tokenizer, settings.model, settings.revision, self.key)
         mismatched = {str(key) for key in loading.get("mismatched_keys", ())}
         if fresh := sorted(set(loading["missing_keys"]) | mismatched):
@@ -79,6 +92,7 @@ class ClassifierScorer(Scorer):
                 "checkpoint and were newly initialised, so its scores would be noise; use a "
                 "checkpoint saved with its classification head"
             )
+        require_used(loading, self.key, settings.model)
         if settings.quantization != "none":
             head = _head_modules(self.model)
             key = f"{self.key}: quantization"
@@ -93,9 +107,9 @@ class ClassifierScorer(Scorer):
                 f"scorer {settings.model}: text: template needs a template with {{response}} (and "
                 "mostly {prompt})"
             )
-        if settings.text == "chat" and not self.tokenizer.chat_template:
+        if settings.text == "chat" and (problem := lacking_template(self.tokenizer)):
             raise UserError(
-                f"scorer {settings.model}: text: chat, but its tokenizer has no chat template; "
+                f"scorer {settings.model}: text: chat, but its tokenizer has {problem}; "
                 "use pair or template"
             )
 
@@ -209,26 +223,44 @@ class ClassifierScorer(Scorer):
             )
         self.model.config.get_text_config().pad_token_id = pad
 
-    def text_length(self, prompt: str, response: str) -> int:
+    def text_length(self, prompt: Prompt, response: str) -> int:
         """Tokens that the model would read for this text, its format's own included; nothing is
         cut."""
         return len(self._tokenize(prompt, self._closed(response))["input_ids"])
 
     def _closed(self, response: str) -> str:
-        return response + (self.tokenizer.eos_token or "" if self.settings.append_eos else "")
+        """The response, control tokens in it marked as text, with the EOS that the recipe asks
+        for."""
+        closing = self.tokenizer.eos_token or "" if self.settings.append_eos else ""
+        return as_text(self.tokenizer, response) + closing
 
-    def _tokenize(self, prompt: str, response: str) -> dict[str, list[int]]:
-        settings = self.settings
+    def _tokenize(self, prompt: Prompt, response: str) -> dict[str, list[int]]:
+        """Token ids of a prompt and a response as `_closed` gives it."""
+        settings, told = self.settings, as_text(self.tokenizer, conversation_text(prompt))
         if settings.text == "pair":
-            return self.tokenizer(prompt, response)
+            if OPEN in told + response:
+                return encode_pair(self.tokenizer, told, response)
+            return self.tokenizer(told, response)
         if settings.text == "template":
-            text = fill_template(settings.template or "", prompt, response)
+            text = fill_template(settings.template or "", told, response)
             has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-            return self.tokenizer(text, add_special_tokens=not has_bos)
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+            return encode(self.tokenizer, text, not has_bos)
+        messages = [
+            {"role": m["role"], "content": as_text(self.tokenizer, m["content"])}
+            for m in as_messages(prompt)
+        ]
+        messages.append({"role": "assistant", "content": response})
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, TypeError) as error:
+            reason, roles = str(error).splitlines()[0], ", ".join(m["role"] for m in messages)
+            raise UserError(
+                f"{self.key}: its chat template refuses messages of {roles} ({reason}); use text: "
+                "template"
+            ) from error
+        return encode(self.tokenizer, text, add_special_tokens=False)
 
-    def _encode(self, prompt: str, response: str) -> dict[str, list[int]]:
+    def _encode(self, prompt: Prompt, response: str) -> dict[str, list[int]]:
         settings, response = self.settings, self._closed(response)
         encoded = self._tokenize(prompt, response)
         length = len(encoded["input_ids"])
@@ -244,20 +276,24 @@ class ClassifierScorer(Scorer):
         return dict(encoded)
 
     def _truncate(
-        self, encoded: dict[str, list[int]], prompt: str, response: str
+        self, encoded: dict[str, list[int]], prompt: Prompt, response: str
     ) -> dict[str, list[int]]:
         """The response is what is judged, so the prompt's beginning goes first."""
         if self.settings.text == "pair":
+            told = conversation_text(prompt)
+            marked = as_text(self.tokenizer, told)
+            if OPEN in marked + response:
+                return encode_pair(self.tokenizer, marked, response, self.window)
             side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "left"
             response_fits = len(self.tokenizer("", response)["input_ids"]) < self.window
             strategy = "only_first" if response_fits else "longest_first"
             try:
-                return self.tokenizer(prompt, response, truncation=strategy, max_length=self.window)
+                return self.tokenizer(told, response, truncation=strategy, max_length=self.window)
             finally:
                 self.tokenizer.truncation_side = side
         return {key: values[-self.window :] for key, values in encoded.items()}
 
-    def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+    def score(self, prompts: Sequence[Prompt], responses: list[str]) -> np.ndarray:
         encoded = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
         pad = self.tokenizer.pad_token_id
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
@@ -314,32 +350,17 @@ def _head_modules(model: "PreTrainedModel") -> list[str]:
     return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
-def _load_model(
-    settings: ClassifierScorerSettings, dtype: "torch.dtype", device: str
-) -> "tuple[PreTrainedModel, dict]":
-    """The model and what transformers says of its loading; below the head quantized as asked."""
+def _left_unquantized(settings: ClassifierScorerSettings) -> list[str] | None:
+    """The modules that stay as they are where the rest is quantized; None where nothing is."""
+    if settings.quantization == "none":
+        return None
+    import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    how = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    quantized = {}
-    if settings.quantization != "none":
-        import torch
-
-        with torch.device("meta"):
-            empty = AutoModelForSequenceClassification.from_config(
-                AutoConfig.from_pretrained(settings.model, **how),
-                trust_remote_code=settings.trust_remote_code,
-            )
-        left = _head_modules(empty)
-        quantized = {
-            "quantization_config": quantization_config(settings.quantization, dtype, left),
-            "device_map": {"": device},
-        }
-    return AutoModelForSequenceClassification.from_pretrained(
-        settings.model,
-        dtype=dtype,
-        use_safetensors=None if settings.allow_pickle else True,
-        output_loading_info=True,
-        **how,
-        **quantized,
+    trusted = settings.trust_remote_code
+    config = AutoConfig.from_pretrained(
+        settings.model, revision=settings.revision, trust_remote_code=trusted
     )
+    with torch.device("meta"):
+        empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trusted)
+    return _head_modules(empty)

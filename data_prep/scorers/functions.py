@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,8 @@ import pandas as pd
 
 from data_prep.errors import UserError
 from data_prep.files import hash_file
+from data_prep.prompts.messages import Prompt, last_user_text, read_prompt
+from data_prep.row_files import refuse_problems
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import ColumnScorerSettings, PythonScorerSettings
 from data_prep.tables import read_table, require_columns, require_finite
@@ -44,7 +47,7 @@ class PythonScorer(Scorer):
             )
         self.fingerprint = f"python:{function}:{hash_file(Path(module.__file__ or ''))[:16]}"
 
-    def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+    def score(self, prompts: Sequence[Prompt], responses: list[str]) -> np.ndarray:
         try:
             values = self.function(prompts, responses)
         except (Exception, SystemExit) as error:
@@ -98,27 +101,38 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def table_prompts(table: pd.DataFrame, where: str) -> list[Prompt]:
+    """The prompts of a table, texts or messages; raises UserError naming the rows that hold
+    neither."""
+    prompts, problems = list[Prompt](), list[str]()
+    for number, value in enumerate(table["prompt"].astype(object), 1):
+        try:
+            prompts.append(read_prompt(value))
+        except ValueError as error:
+            problems.append(f"row {number}: {error}")
+    refuse_problems(where, problems)
+    return prompts
+
+
 class ColumnScorer(Scorer):
     """Looks scores up by (prompt, response); raises UserError for a text the table does not
     hold."""
 
     def __init__(self, settings: ColumnScorerSettings) -> None:
         self.settings = settings
-        table = read_table(Path(settings.file))
+        table = read_table(Path(settings.file), texts=["response"])
         require_columns(table, ["prompt", "response", settings.column], settings.file)
         require_finite(table, [settings.column], settings.file)
-        table = table.astype(
-            {"prompt": str, "response": str}
-        )  # a csv of numbers is read as numbers
+        table["prompt"] = [last_user_text(prompt) for prompt in table_prompts(table, settings.file)]
         self.scores = table.drop_duplicates(["prompt", "response"]).set_index(
             ["prompt", "response"]
         )[settings.column]
         self.fingerprint = f"column:{settings.column}:{hash_file(Path(settings.file))[:16]}"
 
-    def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
-        values = self.scores.reindex(pd.MultiIndex.from_arrays([prompts, responses])).to_numpy(
-            np.float64
-        )
+    def score(self, prompts: Sequence[Prompt], responses: list[str]) -> np.ndarray:
+        values = self.scores.reindex(
+            pd.MultiIndex.from_arrays([list(prompts), responses])
+        ).to_numpy(np.float64)
         missing = np.flatnonzero(np.isnan(values))
         if len(missing):
             raise UserError(

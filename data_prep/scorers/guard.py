@@ -8,7 +8,7 @@ its mass elsewhere is refused.
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,9 @@ from transformers import GenerationConfig
 from data_prep.errors import UserError
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import PolicySettings
+from data_prep.models.tokens import as_text, encode
+from data_prep.prompts.messages import Prompt, as_messages, conversation_text, without_first_turn
+from data_prep.prompts.templates import lacking_template
 from data_prep.sampling.logprobs import response_logits
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import GuardScorerSettings, fill_template
@@ -100,6 +103,7 @@ class GuardScorer(Scorer):
     """
 
     window: int
+    reads_conversation = True
 
     def __init__(self, settings: GuardScorerSettings) -> None:
         self.settings, self.key = settings, f"scorer {settings.model}"
@@ -114,9 +118,10 @@ class GuardScorer(Scorer):
         }
         loaded = load_policy(PolicySettings(**settings.model_dump(include=contents)), self.key)
         self.model, self.tokenizer, self.eos_ids = loaded.model, loaded.tokenizer, loaded.eos_ids
-        if settings.template is None and not self.tokenizer.chat_template:
+        problem = lacking_template(self.tokenizer)
+        if settings.template is None and problem:
             raise UserError(
-                f"{self.key}: its tokenizer has no chat template; set template, with {{prompt}} "
+                f"{self.key}: its tokenizer has {problem}; set template, with {{prompt}} "
                 f"and {{response}}"
             )
         self.truncates = settings.truncate
@@ -140,27 +145,34 @@ class GuardScorer(Scorer):
             f"{self.verdict.written[1]!r}"
         ]
 
-    def _text(self, prompt: str, response: str) -> str:
-        """What the guard reads, up to where it begins to write."""
+    def _text(self, prompt: Prompt, response: str) -> str:
+        """What the guard reads, up to where it begins to write; control tokens of the user's are
+        marked as text."""
+        response = as_text(self.tokenizer, response)
         if self.settings.template is not None:
-            return fill_template(self.settings.template, prompt, response)
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            told = as_text(self.tokenizer, conversation_text(prompt))
+            return fill_template(self.settings.template, told, response)
+        messages = [
+            {"role": m["role"], "content": as_text(self.tokenizer, m["content"])}
+            for m in as_messages(prompt)
+        ]
+        messages.append({"role": "assistant", "content": response})
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, TypeError) as error:
-            reason = str(error).splitlines()[0]
+            reason, roles = str(error).splitlines()[0], ", ".join(m["role"] for m in messages)
             raise UserError(
-                f"{self.key}: its chat template refuses a user and an assistant message "
-                f"({reason}); set template"
+                f"{self.key}: its chat template refuses messages of {roles} ({reason}); set "
+                "template"
             ) from error
 
     def _tokenize(self, text: str) -> list[int]:
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
         # A chat template writes its own special tokens.
         special = self.settings.template is not None and not (bos and text.startswith(bos))
-        ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        ids = encode(self.tokenizer, text, special)["input_ids"]
         return (
             ids[:-1]
             if ids and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(eos)
@@ -258,7 +270,7 @@ class GuardScorer(Scorer):
                     table[:, column] = steps[:, range(len(ids)), ids].double().sum(1).cpu().numpy()
         return table
 
-    def _encode(self, prompt: str, response: str) -> list[int]:
+    def _encode(self, prompt: Prompt, response: str) -> list[int]:
         """Ids of all that precedes the verdict; nothing is cut."""
         word, ids = next(iter(self.verdict.words.items()))
         whole = self._tokenize(self._text(prompt, response) + self.verdict.prefix + word)
@@ -273,12 +285,12 @@ class GuardScorer(Scorer):
     def _verdict_length(self) -> int:
         return max(map(len, self.verdict.words.values()))
 
-    def text_length(self, prompt: str, response: str) -> int:
+    def text_length(self, prompt: Prompt, response: str) -> int:
         """Tokens that the guard would read for this text, template and verdict included; nothing is
         cut."""
         return len(self._encode(prompt, response)) + self._verdict_length
 
-    def encode(self, prompt: str, response: str) -> list[int]:
+    def encode(self, prompt: Prompt, response: str) -> list[int]:
         """Ids of all that precedes the verdict, within the window; the prompt loses its beginning
         where the recipe says so."""
         ids, room = self._encode(prompt, response), self.window - self._verdict_length
@@ -291,6 +303,11 @@ class GuardScorer(Scorer):
                 f"(response {response[:40]!r}); set truncate: true or shorten the prompts"
             )
         self.truncated += 1
+        while len(ids) > room and not isinstance(prompt, str):  # the earliest turns go first
+            prompt = without_first_turn(prompt)
+            ids = self._encode(prompt, response)
+        if not isinstance(prompt, str):
+            return ids
         prompt_ids, dropped = self.tokenizer(prompt, add_special_tokens=False)["input_ids"], 0
         while len(ids) > room and dropped < len(prompt_ids):
             dropped = min(dropped + len(ids) - room, len(prompt_ids))
@@ -302,7 +319,7 @@ class GuardScorer(Scorer):
             )
         return ids
 
-    def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+    def score(self, prompts: Sequence[Prompt], responses: list[str]) -> np.ndarray:
         encoded = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         scores, num_safe = np.empty(len(encoded)), len(self.settings.safe_words)

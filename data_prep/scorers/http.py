@@ -8,11 +8,12 @@ is off.
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from data_prep.http import GarbledAnswer, HttpClient, resolve_url
+from data_prep.prompts.messages import Prompt, conversation_text
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import HttpScorerSettings, fill_template
 
@@ -27,6 +28,7 @@ class HttpScorer(Scorer):
 
     def __init__(self, settings: HttpScorerSettings) -> None:
         self.settings = settings
+        self.reads_conversation = settings.format == "classify"
         self.url = resolve_url(settings.url)
         self.client = HttpClient(settings)
         version = settings.version
@@ -38,14 +40,14 @@ class HttpScorer(Scorer):
         )
         self.fingerprint = f"http:{version}:{hashlib.sha256(request.encode()).hexdigest()[:16]}"
 
-    def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+    def score(self, prompts: Sequence[Prompt], responses: list[str]) -> np.ndarray:
         scores = np.empty(len(prompts))
         for positions, batch in self.batches(prompts, responses):
             scores[positions] = batch
         return scores
 
     def batches(
-        self, prompts: list[str], responses: list[str]
+        self, prompts: Sequence[Prompt], responses: list[str]
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """(positions, scores) of a batch as soon as the server has answered; batches come in any
         order."""
@@ -63,12 +65,12 @@ class HttpScorer(Scorer):
         ):
             yield batches[index], np.array(self._scores(answer), dtype=np.float64)
 
-    def _body(self, prompts: list[str], responses: list[str]) -> dict:
+    def _body(self, prompts: list[Prompt], responses: list[str]) -> dict:
         settings = self.settings
         named = {} if settings.model is None else {"model": settings.model}
         if settings.format == "classify":
             texts = [
-                fill_template(settings.template or "", p, r)
+                fill_template(settings.template or "", conversation_text(p), r)
                 for p, r in zip(prompts, responses, strict=True)
             ]
             return named | {"input": texts, "use_activation": False}

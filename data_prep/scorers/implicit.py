@@ -28,11 +28,13 @@ from data_prep.models.adapters import (
 from data_prep.models.checkpoints import check_adapter_folder, fingerprint_model
 from data_prep.models.policy import Policy, load_policy, resolve_model
 from data_prep.models.settings import PolicySettings
+from data_prep.prompts.messages import Prompt, as_messages
 from data_prep.prompts.preference_rows import turn_end
 from data_prep.prompts.settings import PromptSettings
 from data_prep.prompts.templates import tokenize_prompts
 from data_prep.sampling.logprobs import response_logps
 from data_prep.scorers.calibration import read_labelled_pairs, reliability
+from data_prep.scorers.functions import table_prompts
 from data_prep.scorers.protocol import TokenScorer
 from data_prep.scorers.settings import ImplicitScorerSettings
 
@@ -61,6 +63,8 @@ class ImplicitScorer(TokenScorer):
     `reference` is loaded beside it, in the policy's quantization and dtype, so that a log-ratio
     holds no quantization error of one side alone.
     """
+
+    reads_conversation = True
 
     def __init__(self, settings: ImplicitScorerSettings, handle: PolicyHandle | None) -> None:
         self.settings, self.key = settings, f"scorer {settings.adapter or settings.model}"
@@ -181,12 +185,12 @@ class ImplicitScorer(TokenScorer):
             reference[unknown] = response_logps(self.reference.model, *rows, **how)
         return self.settings.beta * (target - reference)
 
-    def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+    def score(self, prompts: Sequence[Prompt], responses: list[str]) -> np.ndarray:
         """Scores of texts, tokenized as `tokenize` says."""
         return self.score_tokens(*self.tokenize(prompts, responses), None)
 
     def tokenize(
-        self, prompts: Sequence[str | list[dict]], responses: list[str]
+        self, prompts: Sequence[Prompt], responses: list[str]
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Turn texts from elsewhere into token ids: prompts (a text, or a list of chat messages) in
         the recipe's format, responses closed by the token that ends a turn there, unless they have
@@ -194,12 +198,7 @@ class ImplicitScorer(TokenScorer):
         policy, chat = self.handle.load(), self.handle.prompts.format == "chat"
         tokenizer = policy.tokenizer
         closing = turn_end(self.handle.prompts, tokenizer, policy.eos_ids)
-        written = [
-            json.dumps([{"role": "user", "content": p}] if isinstance(p, str) else list(p))
-            if chat
-            else p
-            for p in prompts
-        ]
+        written = [json.dumps(as_messages(p)) if chat else p for p in prompts]
         if not all(isinstance(p, str) for p in written):
             raise UserError(
                 f"{self.key}: a prompt is a list of messages, but prompts.format is text; give "
@@ -230,7 +229,7 @@ class ImplicitScorer(TokenScorer):
         if self.settings.calibrate is None:
             return None
         pairs, facts = read_labelled_pairs(Path(self.settings.calibrate))
-        prompts = pairs["prompt"].tolist()
+        prompts = table_prompts(pairs, self.settings.calibrate)
         sign = -1.0 if self.settings.negate else 1.0
         chosen, rejected = (
             self.score(prompts, pairs[side].tolist()) for side in ("chosen", "rejected")

@@ -2,10 +2,12 @@
 to say."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from data_prep.prompts.messages import Prompt, told
 
 TEXTS_PER_CALL = 4096
 """So many texts are scored between two writes to the cache: what a kill costs at most, and still
@@ -20,30 +22,37 @@ class Scorer(ABC):
 
     fingerprint: identifies everything a score depends on; truncated: texts cut to the window in
     this process; window: the longest text in tokens, None without a limit; truncates: whether
-    longer texts are cut to it instead of refused.
+    longer texts are cut to it instead of refused; reads_conversation: whether it is told a whole
+    chat (as messages) instead of its last user text.
     """
 
     fingerprint: str
     truncated: int = 0
     window: int | None = None
     truncates: bool = False
+    reads_conversation: bool = False
 
     @property
     def notes(self) -> list[str]:
         """What loading the scorer has shown, in words."""
         return []
 
+    def told(self, prompts: Iterable[Prompt]) -> list[Prompt]:
+        """Say what this scorer is told of prompts: what `score` and `text_length` are to be
+        given."""
+        return [told(prompt, self.reads_conversation) for prompt in prompts]
+
     @abstractmethod
-    def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+    def score(self, prompts: Sequence[Prompt], responses: list[str]) -> np.ndarray:
         """Score texts: (num_texts,) floats in the scorer's own units."""
 
-    def batches(self, prompts: list[str], responses: list[str]) -> Iterator[Scored]:
+    def batches(self, prompts: Sequence[Prompt], responses: list[str]) -> Iterator[Scored]:
         """Score texts batch by batch, so that each can be kept as soon as it is there."""
         for begin in range(0, len(prompts), TEXTS_PER_CALL):
             rows = slice(begin, begin + TEXTS_PER_CALL)
             yield list(range(len(prompts))[rows]), self.score(prompts[rows], responses[rows])
 
-    def text_length(self, prompt: str, response: str) -> int | None:
+    def text_length(self, prompt: Prompt, response: str) -> int | None:
         """Count the tokens that the model would read for this text; None where there is none."""
         return None
 

@@ -3,12 +3,13 @@ scores; nothing is scored twice."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_prep.errors import UserError
+from data_prep.prompts.messages import Prompt
 from data_prep.scorers.cache import ScoreCache
 from data_prep.scorers.functions import ColumnScorer, PythonScorer
 from data_prep.scorers.protocol import TEXTS_PER_CALL, Scored, Scorer, TokenScorer
@@ -85,7 +86,7 @@ def _checked(scores: np.ndarray, options: ScorerOptions, name: str, texts: list[
 
 def score_texts(
     scorer: Scorer,
-    prompts: list[str],
+    prompts: Sequence[Prompt],
     responses: list[str],
     *,
     options: ScorerOptions,
@@ -133,7 +134,7 @@ def score_tokens(
 
 def _scored_once(
     scorer: Scorer,
-    prompts: list,
+    prompts: Sequence,
     responses: list,
     compute: Callable[[list[int]], Iterator[Scored]],
     texts: list[str],

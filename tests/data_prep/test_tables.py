@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 
 from data_prep.errors import UserError
-from data_prep.json_rows import read_json_rows
 from data_prep.tables import (
     read_parquet,
     read_table,
@@ -88,11 +87,13 @@ def test_missing_columns_and_empty_tables():
 
 def test_broken_files_are_named_with_their_lines(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": 1}\n\n{"prompt"\n[1]\n')
-    with pytest.raises(UserError, match=r"a\.jsonl: not a JSON object in line 3, 4"):
-        read_json_rows(tmp_path / "a.jsonl")
+    with pytest.raises(
+        UserError, match=r"a\.jsonl: line 3: not valid JSON .*; line 4: not a JSON object; mend or"
+    ):
+        read_table(tmp_path / "a.jsonl")
     (tmp_path / "a.json").write_text('[{"a": 1},\n {"b": }]')
     with pytest.raises(UserError, match=r"a\.json:2: not valid JSON"):
-        read_json_rows(tmp_path / "a.json")
+        read_table(tmp_path / "a.json")
     write_parquet(responses(), tmp_path / "t.parquet")
     whole = (tmp_path / "t.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])

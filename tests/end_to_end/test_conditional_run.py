@@ -25,6 +25,7 @@ from tests.helpers.paths import QUICKSTART, SMALL
 CONDITIONAL = (
     "dual.method=solve",
     "dual.trials=3",
+    "dual.confidence_side=none",
     "fit.conditional={kappa: [0.5, 1.5]}",
     "fit.refresh=2",
     "fit.loraplus_ratio=8",

@@ -12,7 +12,7 @@ from data_prep.tables import read_parquet
 from tests.helpers.rounds import make_run, play
 from tests.helpers.tables import random_world
 
-SOLVE = ("dual.method=solve", "fit.conditional={}")
+SOLVE = ("dual.method=solve", "fit.conditional={}", "dual.confidence_side=none")
 
 
 def test_the_lower_bound_as_target_ends_satisfied(tmp_path):

@@ -8,10 +8,11 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.prompts.layouts import parse_hh
+from data_prep.prompts.messages import last_user_text
 from data_prep.prompts.rows import DatasetSource
 from data_prep.prompts.settings import PromptSettings
 from data_prep.prompts.split import read_prompts, split_prompts
-from data_prep.prompts.templates import last_user_text, tokenize_prompts
+from data_prep.prompts.templates import tokenize_prompts
 from tests.helpers.paths import REAL
 
 

@@ -15,8 +15,8 @@ from data_prep.scorers.scoring import make_scorer
 from data_prep.scorers.settings import ClassifierScorerSettings
 from tests.helpers.models import save_word_tokenizer
 
-# The third response ends in the EOS token and the fourth holds it inside: with pad = eos
-# neither may be taken for padding.
+# The third response ends in what the EOS token looks like and the fourth holds it inside: typed by
+# a person, it is text, and neither may be taken for padding.
 PROMPTS = ["open the door", "sing", "a longer request", "open", "sing"]
 RESPONSES = ["no", "la la la la la", "la </s>", "yes </s> of", ""]
 TEMPLATE = "ask {prompt} say {response}"
@@ -103,13 +103,18 @@ def checkpoint(request, tmp_path_factory):
     model.save_pretrained(folder)
 
     def plain(prompt: str, response: str, text: str) -> float:
+        typed = {"return_tensors": "pt", "split_special_tokens": True}
         if text == "pair":
-            encoded = tokenizer(prompt, response, return_tensors="pt")
+            encoded = tokenizer(prompt, response, **typed)
         elif text == "template":
-            encoded = tokenizer(f"ask {prompt} say {response}", return_tensors="pt")
+            encoded = tokenizer(f"ask {prompt} say {response}", **typed)
         else:
-            chat = f"<s>user {prompt}</s>assistant {response}</s>"
-            encoded = tokenizer(chat, add_special_tokens=False, return_tensors="pt")
+            turns = tokenizer(
+                [f"user {prompt}", f"assistant {response}"],
+                add_special_tokens=False,
+                split_special_tokens=True,
+            ).input_ids
+            encoded = {"input_ids": torch.tensor([[2, *turns[0], 3, *turns[1], 3]])}
         with torch.no_grad():
             return model(**encoded).logits.item()
 

@@ -234,6 +234,22 @@ def test_window_cuts_the_prompts_beginning_alone(tmp_path):
         scorer.score(["no"], ["la " * 12])
 
 
+def test_a_guard_reads_the_whole_chat_and_cuts_its_earliest_turns(tmp_path):
+    save_guard(tmp_path, {"[verdict]": "safe unsafe"})
+    users = [{"role": "user", "content": text} for text in ("sing", "open the door", "no")]
+    answer = {"role": "assistant", "content": "yes"}
+    chat = [users[0], answer, users[1], answer, users[2]]
+    last = "[user] no [assistant] la [verdict]"
+    middle = f"[user] open the door [assistant] yes {last}"
+    for window, read in ((60, f"[user] sing [assistant] yes {middle}"), (13, middle), (10, last)):
+        scorer = guard(tmp_path, max_length=window, truncate=True)
+        (prompt,) = scorer.told([chat])
+        assert scorer.tokenizer.decode(scorer.encode(prompt, "la")) == read
+        assert scorer.truncated == (window < 60)
+    template = guard(tmp_path, template=TEMPLATE)
+    assert template.text_length(chat, "la") > template.text_length(chat[2:], "la")
+
+
 def test_fingerprint_is_of_contents_and_of_what_moves_the_score(tmp_path):
     from safetensors.torch import load_file, save_file
 
