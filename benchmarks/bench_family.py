@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_family runs FILE.jsonl [--worlds ...] [--seeds ...] [--scale ...]
         [--setting conditional|plain] [--two] [--lam0 4] [--kappa] [--front] [-s KEY=VALUE ...]
-    python -m benchmarks.bench_family unseen FILE.jsonl [--settings ...] [--seeds ...]
+    python -m benchmarks.bench_family unseen FILE.jsonl [--world pairs|syllables] [--settings ...]
     python -m benchmarks.bench_family peers FILE.jsonl [--worlds ...] [--seeds ...]
     python -m benchmarks.bench_family table FILE.jsonl
 
@@ -23,6 +23,7 @@ from benchmarks.family_runs import play_tasks
 from benchmarks.family_tables import print_tables
 from benchmarks.family_tasks import SCALES, SETTINGS, WORLDS, Task
 from benchmarks.family_unseen import play_unseen
+from benchmarks.unseen_world import WORLDS as UNSEEN
 
 
 def tasks_of(arguments: argparse.Namespace) -> list[Task]:
@@ -69,6 +70,7 @@ def main() -> None:
         runs.add_argument(f"--{option}", action="store_true")
     for command in (runs, unseen):
         command.add_argument("--rounds", type=int, default=4)
+    unseen.add_argument("--world", choices=UNSEEN, default="syllables")
     unseen.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     peers.add_argument("--worlds", nargs="+", choices=WORLDS, default=["embedded", "random 3"])
     arguments = parser.parse_args()
@@ -80,7 +82,7 @@ def main() -> None:
         play_tasks(output, arguments.work, tasks_of(arguments))
     elif arguments.command == "unseen":
         settings, rounds = arguments.settings, arguments.rounds
-        play_unseen(output, arguments.work, settings, arguments.seeds, rounds)
+        play_unseen(output, arguments.work, arguments.world, settings, arguments.seeds, rounds)
     else:
         play_peers(output, arguments.work, arguments.worlds, arguments.seeds)
 

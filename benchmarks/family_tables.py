@@ -128,15 +128,17 @@ def _print_fronts(runs: list[Run]) -> None:
     fronts = [(task, r["front"]) for task, r in runs if "front" in r]
     if not fronts:
         return
-    print(
-        "\nRegret in % of the gap of the best policy without constraint (u in % of b), by margin\n"
-    )
+    print("\nRegret in % of the gap of the best policy without constraint, by margin\n")
     margins = [row["margin"] for row in fronts[0][1]]
     print("| world | seed | " + " | ".join(f"{m:.2f} b" for m in margins) + " |")
     print("|---" * (len(margins) + 2) + "|")
     for task, front in fronts:
-        cells = [f"{100 * row['regret']:.1f} ({100 * row['u_over_b']:+.0f})" for row in front]
-        print(f"| {task.world} | {task.seed} | " + " | ".join(cells) + " |")
+        print(f"| {task.world} | {task.seed} | " + " | ".join(map(_regret, front)) + " |")
+
+
+def _regret(row: dict) -> str:
+    missed = abs(row["u_over_b"]) >= 0.005
+    return f"{100 * row['regret']:.1f}" + f" ({100 * row['u_over_b']:+.0f})" * missed
 
 
 def _print_kappas(runs: list[Run]) -> None:
@@ -156,22 +158,27 @@ def _print_unseen(records: list[dict]) -> None:
     if not records:
         return
     rounds = range(max(len(r["rounds"]) for r in records))
-    heads = ["setting", "seed", *(str(t) for t in rounds), "λ", "λ\\*", "KL", "KL\\*"]
-    print("\n**The unseen world**: u in % of b, gap closed in %, by round\n")
+    heads = ["world", "setting", "seed", *(str(t) for t in rounds), "λ", "λ\\*", "KL", "KL\\*"]
+    print("\n**Unseen worlds**: u in % of b, gap closed in %, by round\n")
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for r in records:
         last, cells = r["rounds"][-1], [_cell(row) for row in r["rounds"]]
         cells += [""] * (len(rounds) - len(cells))
         cells += [f"{v:.3f}" for v in (last["lambda"]["g1"], r["lambda_star"]["g1"])]
         cells += [f"{v:.2f}" for v in (last["kl"], r["kl_star"])]
-        print(f"| {r['unseen']['setting']} | {r['unseen']['seed']} | " + " | ".join(cells) + " |")
+        key = r["unseen"]
+        print(
+            f"| {key.get('world', 'pairs')} | {key['setting']} | {key['seed']} | "
+            + " | ".join(cells)
+            + " |"
+        )
 
 
 def _print_peers(records: list[dict], runs: list[Run]) -> None:
     """The peers' fronts beside those of the conditional runs of the same worlds and seeds."""
     if not records:
         return
-    print("\n**Peers** at equal passes: regret in % (u in % of b), by margin\n")
+    print("\n**Peers** at equal passes: regret in %, by margin (u in % of b where it is not 0)\n")
     by_name: list[tuple[str, str, list[dict]]] = []
     for record in records:
         world, seed = record["peers"]["world"], record["peers"]["seed"]
@@ -187,10 +194,7 @@ def _print_peers(records: list[dict], runs: list[Run]) -> None:
     print("|---" * (len(margins) + 4) + "|")
     for world, name, front in by_name:
         at = {round(row["margin"], 6): row for row in front}
-        cells = [
-            f"{100 * at[m]['regret']:.1f} ({100 * at[m]['u_over_b']:+.0f})" if m in at else ""
-            for m in margins
-        ]
+        cells = [_regret(at[m]) if m in at else "" for m in margins]
         regrets = [row["regret"] for row in front]
         cells += [f"{100 * value:.1f}" for value in (np.mean(regrets), max(regrets))]
         print(f"| {world} | {name} | " + " | ".join(cells) + " |")

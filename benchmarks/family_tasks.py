@@ -61,13 +61,13 @@ class Task:
     @property
     def kind(self) -> "Task":
         """What runs of several worlds and seeds have in common."""
-        return replace(self, world="", seed=0)
+        return replace(self, world="", seed=0, rounds=0, front=False)
 
     def words(self) -> str:
         """Name the run in a table."""
         parts = [self.setting, self.scale]
         parts += ["two constraints"] * self.two
-        parts += [] if self.lambda_0 is None else [f"λ_0 at {self.lambda_0:g} λ*"]
+        parts += [] if self.lambda_0 is None else [f"λ_0 at {self.lambda_0:g} times λ\\*"]
         parts += ["κ"] * self.kappa + list(self.changes)
         return ", ".join(parts)
 

@@ -19,11 +19,11 @@ from constrained_dpo import Run
 BETA, MARGIN = 0.25, 0.5
 
 
-def recipe_of_world(folder: Path, seed: int, setting: str) -> dict:
+def recipe_of_world(name: str, folder: Path, seed: int, setting: str) -> dict:
     """Write out a recipe on the unseen world: quickstart.yaml's with the setting."""
-    paths = unseen_world.build(folder)
+    paths = unseen_world.build(unseen_world.WORLDS[name], folder)
     recipe = recipe_of(Task("embedded", seed=seed, setting=setting))
-    scorer = lambda name: {"type": "python", "target": f"{unseen_world.__file__}:{name}"}
+    scorer = lambda what: {"type": "python", "target": f"{unseen_world.__file__}:{what}_{name}"}
     constraint = {"name": "g1", "margin": MARGIN, "scorer": scorer("utility")}
     recipe["policy"]["model"] = paths["model"]
     recipe["prompts"] |= {"source": paths["fit"], "test": paths["test"], "max_test": None}
@@ -38,18 +38,18 @@ def recipe_of_world(folder: Path, seed: int, setting: str) -> dict:
 
 
 def play_unseen(
-    output: Path, work: Path, settings: list[str], seeds: list[int], rounds: int
+    output: Path, work: Path, name: str, settings: list[str], seeds: list[int], rounds: int
 ) -> None:
-    """Play the settings on the unseen world; one JSON line a run, none twice."""
+    """Play the settings on an unseen world; one JSON line a run, none twice."""
     lines = output.read_text().splitlines() if output.exists() else []
     done = [record.get("unseen") for line in lines if (record := json.loads(line))]
     for seed in seeds:
         for setting in settings:
-            key = {"setting": setting, "seed": seed, "rounds": rounds}
+            key = {"world": name, "setting": setting, "seed": seed, "rounds": rounds}
             if key in done:
                 continue
-            folder = work / f"unseen-{setting}-{seed}-{rounds}"
-            recipe = recipe_of_world(work / "unseen-world", seed, setting)
+            folder = work / f"unseen-{name}-{setting}-{seed}-{rounds}"
+            recipe = recipe_of_world(name, work / f"unseen-world-{name}", seed, setting)
             result = _play(Run.create(recipe, folder), rounds)
             with output.open("a") as handle:
                 handle.write(json.dumps({"unseen": key} | result) + "\n")

@@ -56,8 +56,9 @@ class Solution:
     """The λ and κ to try next or, where `done`, to keep; reason: in words.
 
     predicted, predicted_se: v at λ by all trials, score units; kl, kl_se: likewise under a budget,
-    nats. responds: whether u_i answers λ at all. at_edge: "low" or "high" where the root lies
-    beyond that end of the box, else ""; kappa_at_edge: the same for the budget.
+    nats. responds: whether u_i answers λ at all; where it does not, λ_i stays at its start.
+    at_edge: "low" or "high" where the root lies beyond that end of the box, else "";
+    kappa_at_edge: the same for the budget.
     """
 
     lambda_: pd.Series
@@ -235,11 +236,16 @@ class _Search:
         free = (ends[0] <= 0) & (beyond == "low")
         edge = np.where(out & ~free & (size > np.maximum(tolerance, local.se)), beyond, "")
         matters = (lam > 0) | (local.value[:m] < 0)
-        answers = response.answers(local)[:m] | ~matters
+        answers, done = response.answers(local)[:m] | ~matters, settled or not left
+        if done and not answers.all():
+            # what does not answer λ says nothing of where its root is
+            lam = np.where(answers, lam, self.start)
+            edge[:m] = np.where(answers, edge[:m], "")
+            local = response.at(np.append(lam, point[-1]))
         return Solution(
             lambda_=pd.Series(lam, index=self.names),
             kappa=float(point[-1]),
-            done=settled or not left,
+            done=done,
             reason=_reason(settled, left, bool((edge != "").any())),
             predicted=self.named(local.value),
             predicted_se=self.named(local.se),
