@@ -138,6 +138,7 @@ TINY = (
     "dual.responses_per_prompt=16",
     "dual.rounds=2",
     "fit.group_size=9",
+    "fit.refresh=1",
     "fit.groups_per_prompt=4",
     "fit.steps=4",
     "fit.warmup_steps=0",
