@@ -14,12 +14,12 @@ def trial_lines(record: RoundRecord) -> list[tuple[str, str]]:
     shift = record.trials[-1].shift if record.trials else {}
     for name, room in shift.items():
         if room > 0 and record.lambda_next[name] > 0:
-            price = record.lambda_next[name] * room  # dP*/da = −λ
+            price = record.lambda_next[name] * room  # dP*/da = −λ, and λ grows with a
             lines.append(
                 (
                     "room",
                     f"{name} aims {room:.2f} higher, so that unseen prompts can confirm it; that "
-                    f"costs about {price:.2f} of reward",
+                    f"costs at most about {price:.2f} of reward",
                 )
             )
     for name, edge in record.at_edge.items():
