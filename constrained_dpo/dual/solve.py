@@ -57,7 +57,7 @@ class Solution:
 
     predicted, predicted_se: v at λ by all trials, score units; kl, kl_se: likewise under a budget,
     nats. responds: whether u_i answers λ at all; where it does not, λ_i stays at its start.
-    at_edge: "low" or "high" where the root lies beyond that end of the box, else "";
+    at_edge: "low" or "high" where no λ of the box up to that end meets v = 0, else "";
     kappa_at_edge: the same for the budget.
     """
 
@@ -240,7 +240,6 @@ class _Search:
         if done and not answers.all():
             # what does not answer λ says nothing of where its root is
             lam = np.where(answers, lam, self.start)
-            edge[:m] = np.where(answers, edge[:m], "")
             local = response.at(np.append(lam, point[-1]))
         return Solution(
             lambda_=pd.Series(lam, index=self.names),

@@ -92,6 +92,7 @@ def test_a_process_that_waits_says_for_what_and_ends_at_a_signal(number):
         "import constrained_dpo.environment as environment\n"
         "environment.NOTICE_AFTER = 0.1\n"
         "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's `&` ignores it
         "with environment.waiting(environment.launch_words()):\n"
         "    torch.distributed.TCPStore('127.0.0.1', 0, 2, True, timedelta(hours=1))\n"
     )

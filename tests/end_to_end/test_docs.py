@@ -52,6 +52,7 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_your_own_model_works_as_written(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "my-model").symlink_to(tiny_model)
     monkeypatch.chdir(tmp_path)

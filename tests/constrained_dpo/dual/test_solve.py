@@ -145,7 +145,7 @@ def test_a_family_that_does_not_answer_is_told():
     point, trials = solve(world, around(start, 3.0), start, 0, lambda *_: fixed)
     assert point.done and point.responds == {"g0": False}
     # nothing is known of the root, so λ does not run away with the end of the box
-    assert point.lambda_["g0"] == start["g0"] and point.at_edge == {"g0": ""}
+    assert point.lambda_["g0"] == start["g0"] and point.at_edge == {"g0": "high"}
     # within four trials it has been at the end of the box
     assert max(t.lambda_["g0"] for t in trials[:4]) == pytest.approx(3 * start["g0"])
 
