@@ -13,10 +13,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.columns import IDS, csv_frame, id_texts, json_frame, text_problems
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
-from data_prep.row_files import file_kind, refuse_problems, text_rows
+from data_prep.readers.columns import IDS, csv_frame, id_texts, json_frame, text_problems
+from data_prep.readers.rows import file_kind, refuse_problems, text_rows
 
 SPLITS = (
     "fit",

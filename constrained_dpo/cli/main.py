@@ -16,7 +16,7 @@ from constrained_dpo.cli.runs import init, play_all, play_one, prepare, report, 
 from constrained_dpo.cli.sweep import sweep
 from constrained_dpo.environment import settle_environment
 from constrained_dpo.launch import join_launch, may_speak, num_processes, run_launched
-from data_prep.cli import app as data_app
+from data_prep.cli.main import app as data_app
 from data_prep.console import run_app
 from data_prep.errors import UserError
 

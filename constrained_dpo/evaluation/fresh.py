@@ -20,7 +20,7 @@ from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.record import seen_slack
+from constrained_dpo.run.multipliers import seen_slack
 from data_prep.errors import UserError
 from data_prep.files import write_json
 from data_prep.models.adapters import (

@@ -22,6 +22,7 @@ import pandas as pd
 
 from data_prep.errors import UserError
 from data_prep.files import sync_folder
+from data_prep.labels.multipliers import multiplier_columns
 from data_prep.models.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from data_prep.records import Record
 
@@ -117,7 +118,5 @@ def write_member(folder: Path, lambda_: pd.Series, kappa: float, output: Path) -
 
 def family_columns(labels: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
     """Take each label row's multipliers out of a labels table: columns by constraint."""
-    from data_prep.labels.multipliers import multiplier_columns
-
     names = list(names)
     return labels[multiplier_columns(names)].set_axis(names, axis=1)

@@ -6,20 +6,16 @@ All from π_ref's samples, the recipe and the multipliers so far, so that replay
 import pandas as pd
 
 from constrained_dpo.dual.solve import SolveRule
-from constrained_dpo.estimates.slack import prompt_slack, reference_slack, slack_bounds
+from constrained_dpo.estimates.slack import slack_bounds
 from constrained_dpo.estimates.verdict import look_confidence
 from constrained_dpo.fit.family import Family
 from constrained_dpo.problem import by_name
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.multipliers import demanded
+from constrained_dpo.run.multipliers import demanded, seen_slack
 from constrained_dpo.run.trials import Target
-from data_prep.labels.multipliers import MultiplierRange
+from data_prep.labels.multipliers import FLOOR_SHARE, MultiplierRange
 from data_prep.tables import read_parquet
-
-FLOOR = 0.1
-"""Share of std(r)/std(g) within prompts that stands in for a smaller multiplier, so that one of 0
-can move."""
 
 TRIAL_SHARE = 4
 """A trial draws a quarter of dual.responses_per_prompt: eight of them are two full samples."""
@@ -36,12 +32,12 @@ def multiplier_range(run: RunDirectory, recipe: Recipe, center: pd.Series) -> Mu
     if conditional is None:
         raise ValueError("fit.conditional is null: the recipe fits no family")
     _, unit = demanded(run, recipe)
-    return MultiplierRange(center, FLOOR * unit, conditional.range, conditional.kappa)
+    return MultiplierRange(center, FLOOR_SHARE * unit, conditional.range, conditional.kappa)
 
 
-def family_of(run: RunDirectory, recipe: Recipe, center: pd.Series) -> Family:
-    """Describe a round's family; its gates are in units of the first multipliers."""
-    law = multiplier_range(run, recipe, center)
+def family_of(run: RunDirectory, recipe: Recipe, law: MultiplierRange) -> Family:
+    """Describe the family of a round whose rows draw their multipliers from `law`; its gates are in
+    units of the first multipliers."""
     first = recipe.problem.multipliers(run.state().lambda_[0])
     return Family(
         units=by_name(first.where(first > law.floor, law.floor)),
@@ -60,9 +56,6 @@ def target_of(run: RunDirectory, recipe: Recipe, center: pd.Series, number: int)
     law, dual, problem = multiplier_range(run, recipe, center), recipe.dual, recipe.problem
     needed, _ = demanded(run, recipe)
     reference = read_parquet(run.reference_file)
-    seen = [reference_slack(reference, problem)]
-    for earlier in range(number):
-        seen.append(prompt_slack(read_parquet(run.samples_file(earlier)), reference, problem))
     looks = look_confidence(dual.confidence, dual.rounds, dual.rounds)
     rule = SolveRule(
         low=law.low,
@@ -77,7 +70,7 @@ def target_of(run: RunDirectory, recipe: Recipe, center: pd.Series, number: int)
         rule=rule,
         start=center,
         confidence=looks if dual.with_room else None,
-        bounds=slack_bounds(problem, recipe.score_ranges, seen),
+        bounds=slack_bounds(problem, recipe.score_ranges, seen_slack(run, problem, number)),
         test_prompts=int(reference.loc[reference["split"] == "test", "prompt_id"].nunique()),
         responses=dual.responses_per_prompt,
     )

@@ -9,7 +9,8 @@ from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.dual.steps import auto_step_scale, dual_step, step_size_at
 from constrained_dpo.estimates.measure import Measurement
 from constrained_dpo.estimates.score_scale import loss_by_scale, score_scale
-from constrained_dpo.problem import by_name
+from constrained_dpo.estimates.slack import prompt_slack, reference_slack
+from constrained_dpo.problem import ConstrainedProblem, by_name
 from constrained_dpo.recipe.dual import DualSettings
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
@@ -130,3 +131,20 @@ def chosen_loss(run: RunDirectory, recipe: Recipe) -> Literal["logistic", "listw
     first = recipe.problem.multipliers(run.state().lambda_[0])
     reference = read_parquet(run.reference_file, ["prompt_id", *recipe.problem.objectives])
     return loss_by_scale(recipe.fit.grouped, score_scale(reference, recipe.problem, first, ""))
+
+
+def seen_slack(
+    run: RunDirectory, problem: ConstrainedProblem, rounds: int | None = None
+) -> list[pd.DataFrame]:
+    """Compute the slack by prompt in π_ref's table and those of the first `rounds` rounds (None: of
+    all that are done): what bounds it where no range does.
+
+    Each (num_prompts, m) by prompt_id, score units.
+    """
+    reference = read_parquet(run.reference_file)
+    count = run.rounds_done() if rounds is None else rounds
+    tables = (read_parquet(run.samples_file(number)) for number in range(count))
+    return [
+        reference_slack(reference, problem),
+        *(prompt_slack(samples, reference, problem) for samples in tables),
+    ]

@@ -19,7 +19,7 @@ from constrained_dpo.estimates.slack import (
     slack_bounds,
 )
 from constrained_dpo.estimates.verdict import look_confidence
-from constrained_dpo.problem import ConstrainedProblem, by_name
+from constrained_dpo.problem import by_name
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import MORE_FITS, RunDirectory
 from constrained_dpo.run.family import target_of
@@ -173,15 +173,6 @@ def _bounds(
     for samples in (*tables.earlier.values(), tables.samples):
         seen.append(prompt_slack(samples, tables.reference, problem))
     return slack_bounds(problem, ranges, seen), bounded_constraints(problem, ranges)
-
-
-def seen_slack(run: RunDirectory, problem: ConstrainedProblem) -> list[pd.DataFrame]:
-    """Compute the slack by prompt in every table of a run: what bounds it where no range does."""
-    reference = read_parquet(run.reference_file)
-    seen = [reference_slack(reference, problem)]
-    for number in range(run.rounds_done()):
-        seen.append(prompt_slack(read_parquet(run.samples_file(number)), reference, problem))
-    return seen
 
 
 def round_record(

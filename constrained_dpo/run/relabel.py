@@ -6,9 +6,9 @@ import pandas as pd
 
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.family import multiplier_range
 from data_prep.labels.groups import label_groups
 from data_prep.labels.lagrangian import lagrangian_score
+from data_prep.labels.multipliers import MultiplierRange
 from data_prep.labels.pool import choose_responses
 from data_prep.labels.preferences import label_pairs
 from data_prep.prompts.preference_rows import labelled
@@ -19,12 +19,17 @@ log = logging.getLogger(__name__)
 
 
 def write_labels(
-    run: RunDirectory, recipe: Recipe, lambda_: pd.Series, number: int, stretch: int = 0
+    run: RunDirectory,
+    recipe: Recipe,
+    law: pd.Series | MultiplierRange,
+    lambda_: pd.Series,
+    number: int,
+    stretch: int = 0,
 ) -> None:
     """Write the pairs or groups of a stretch of a round's fit.
 
-    Under λ itself, or under a range around it where the fit is conditional. A round's groups (or
-    pairs) are divided among the stretches of a fit.
+    law: what rows are labelled under, λ itself or a range around it; lambda_: the round's own. A
+    round's groups (or pairs) are divided among the stretches of a fit.
     """
     fit, reward = recipe.fit, recipe.problem.reward
     where = f"labels of round {number}"
@@ -47,7 +52,6 @@ def write_labels(
         seed=seed,
         round_number=number,
     )
-    law = lambda_ if fit.conditional is None else multiplier_range(run, recipe, lambda_)
     rule = {"seed": seed, "round_number": number}
     if fit.grouped:
         count = -(-fit.groups_per_prompt // recipe.stretches)

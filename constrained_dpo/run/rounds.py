@@ -14,19 +14,21 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
 from constrained_dpo.dual.solve import Solution
+from constrained_dpo.fit.family import Family
 from constrained_dpo.launch import is_main, num_processes, summed, wait
 from constrained_dpo.learners.collect import Collection, collect
 from constrained_dpo.learners.protocol import FitJob, Learner
 from constrained_dpo.progress import timed
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import MORE_FITS, RunDirectory
-from constrained_dpo.run.family import family_of, target_of, trial_responses
+from constrained_dpo.run.family import family_of, multiplier_range, target_of, trial_responses
 from constrained_dpo.run.multipliers import chosen_loss
 from constrained_dpo.run.prepare import drop_shards, with_split
 from constrained_dpo.run.record import RoundRecord, RoundTables, round_record
@@ -34,7 +36,7 @@ from constrained_dpo.run.relabel import unlabelled, write_labels
 from constrained_dpo.run.trials import Search, search
 from constrained_dpo.tracking import log_round
 from data_prep.files import write_json
-from data_prep.labels.multipliers import KAPPA, multiplier_columns
+from data_prep.labels.multipliers import KAPPA, MultiplierRange, multiplier_columns
 from data_prep.sampling.law import is_policy_law
 from data_prep.settings import derive_seed
 from data_prep.tables import read_parquet, write_parquet
@@ -73,6 +75,24 @@ class Round:
             taken = timed(f"round {self.number}: {name}", action)
             self.seconds[name] = (self.seconds[name] or 0.0) + taken
         wait()
+
+    @cached_property
+    def law(self) -> pd.Series | MultiplierRange:
+        """What the round's rows are labelled under: λ, or a range around it."""
+        if self.recipe.fit.conditional is None:
+            return self.lambda_
+        return multiplier_range(self.run, self.recipe, self.lambda_)
+
+    @cached_property
+    def family(self) -> Family | None:
+        """What is fitted where the fit is conditional."""
+        law = self.law
+        return family_of(self.run, self.recipe, law) if isinstance(law, MultiplierRange) else None
+
+    @cached_property
+    def loss(self) -> Literal["logistic", "listwise"]:
+        """The loss of its fits."""
+        return chosen_loss(self.run, self.recipe)
 
     @property
     def dual(self) -> pd.DataFrame:
@@ -131,17 +151,14 @@ def fit_policy(this: Round, output: Path, attempt: int) -> None:
         last = stretch == first + count - 1
         labels = run.labels_file(number, grouped, stretch)
         folder = run.refresh_folder(number, stretch)
-        fitted = output.exists() if last else (folder / "checkpoint").exists()
         refreshed = run.refresh_file(number, stretch)
-        if not output.exists():
-            this.phase(
-                "relabel",
-                labels.exists(),
-                partial(write_labels, run, recipe, this.lambda_, number, stretch),
-            )
-            job = _fit_job(this, output, stretch, first)
-            this.phase("fit", fitted, partial(this.learner.fit, job), shared=True)
-        if not last and not output.exists():
+        if output.exists():
+            continue
+        relabel = partial(write_labels, run, recipe, this.law, this.lambda_, number, stretch)
+        this.phase("relabel", labels.exists(), relabel)
+        fitted = not last and (folder / "checkpoint").exists()
+        this.phase("fit", fitted, partial(_fit, this, output, stretch, first), shared=True)
+        if not last:
             this.phase("refresh", refreshed.exists(), partial(_refresh, this, stretch), shared=True)
     if is_main():
         for stretch in range(first, first + count):
@@ -151,15 +168,15 @@ def fit_policy(this: Round, output: Path, attempt: int) -> None:
     wait()
 
 
-def _fit_job(this: Round, output: Path, stretch: int, first: int) -> FitJob:
+def _fit(this: Round, output: Path, stretch: int, first: int) -> None:
     """One stretch of a fit; the fit starts from the round's last family, or the last round's."""
     run, recipe, number = this.run, this.recipe, this.number
-    count, conditional = recipe.stretches, recipe.fit.conditional is not None
+    count = recipe.stretches
     last = stretch == first + count - 1
     folder = run.refresh_folder(number, stretch)
     folder.mkdir(parents=True, exist_ok=True)
     before = run.refresh_folder(number, stretch - 1) / "checkpoint"
-    return FitJob(
+    job = FitJob(
         labels=read_parquet(run.labels_file(number, recipe.fit.grouped, stretch)),
         pool=run.pool(number, stretch),
         lambda_=this.lambda_,
@@ -169,13 +186,14 @@ def _fit_job(this: Round, output: Path, stretch: int, first: int) -> FitJob:
         output=output if last else folder / "policy",
         logs=run.logs_folder(f"round-{number:03d}"),
         checkpoints=run.checkpoints_folder(number),
-        family=family_of(run, recipe, this.lambda_) if conditional else None,
+        family=this.family,
         segment=stretch - first,
         segments=count,
         begin=before if stretch > first else None,
         keep=None if last else folder / "checkpoint",
-        loss=chosen_loss(run, recipe),
+        loss=this.loss,
     )
+    this.learner.fit(job)
 
 
 def _previous(run: RunDirectory, recipe: Recipe, number: int, attempt: int) -> Path | None:

@@ -22,7 +22,7 @@ from data_prep.prompts.rows import source_name
 from data_prep.prompts.settings import PromptSettings
 from data_prep.prompts.split import parsed_rows, prompt_id
 from data_prep.prompts.templates import ENCODED_AT_ONCE, encode, lacking_template, rendered_prompts
-from data_prep.row_files import LISTED
+from data_prep.readers.rows import LISTED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

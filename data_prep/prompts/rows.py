@@ -15,7 +15,7 @@ from data_prep.errors import UserError
 from data_prep.prompts.folders import files_of_split
 from data_prep.prompts.layouts import layout_columns
 from data_prep.prompts.settings import DatasetSource
-from data_prep.row_files import Row, file_kind, text_rows
+from data_prep.readers.rows import Row, file_kind, text_rows
 from data_prep.settings import EMBEDDED
 
 BATCH_ROWS = 1024

@@ -15,7 +15,7 @@ from data_prep.errors import UserError
 from data_prep.prompts.layouts import prompt_of
 from data_prep.prompts.rows import read_rows, source_name
 from data_prep.prompts.settings import DatasetSource, PromptSettings
-from data_prep.row_files import refuse_problems
+from data_prep.readers.rows import refuse_problems
 from data_prep.tables import validate_prompts
 
 T = TypeVar("T")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import TemplateError
 from tqdm import tqdm
 
 from data_prep.errors import UserError
@@ -19,9 +18,10 @@ from data_prep.models.checkpoints import (
 from data_prep.models.loading import LOADED_WITH, load_checkpoint, require_used
 from data_prep.models.quantization import check_quantization, keep_exact_on_cpu
 from data_prep.models.tokens import OPEN, as_text, encode, encode_pair, window_of
-from data_prep.prompts.messages import Prompt, as_messages, conversation_text
+from data_prep.prompts.messages import Prompt, conversation_text
 from data_prep.prompts.templates import lacking_template
 from data_prep.scorers.calibration import measure_drift
+from data_prep.scorers.chats import chat_text
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import OUTSIDE_FINGERPRINT, ClassifierScorerSettings, fill_template
 
@@ -245,19 +245,9 @@ class ClassifierScorer(Scorer):
             text = fill_template(settings.template or "", told, response)
             has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
             return encode(self.tokenizer, text, not has_bos)
-        messages = [
-            {"role": m["role"], "content": as_text(self.tokenizer, m["content"])}
-            for m in as_messages(prompt)
-        ]
-        messages.append({"role": "assistant", "content": response})
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        except (TemplateError, TypeError) as error:
-            reason, roles = str(error).splitlines()[0], ", ".join(m["role"] for m in messages)
-            raise UserError(
-                f"{self.key}: its chat template refuses messages of {roles} ({reason}); use text: "
-                "template"
-            ) from error
+        text = chat_text(
+            self.tokenizer, prompt, response, key=self.key, advice="use text: template"
+        )
         return encode(self.tokenizer, text, add_special_tokens=False)
 
     def _encode(self, prompt: Prompt, response: str) -> dict[str, list[int]]:

@@ -15,7 +15,7 @@ import pandas as pd
 from data_prep.errors import UserError
 from data_prep.files import hash_file
 from data_prep.prompts.messages import Prompt, last_user_text, read_prompt
-from data_prep.row_files import refuse_problems
+from data_prep.readers.rows import refuse_problems
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import ColumnScorerSettings, PythonScorerSettings
 from data_prep.tables import read_table, require_columns, require_finite

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import GenerationConfig
 
@@ -21,9 +20,10 @@ from data_prep.errors import UserError
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import PolicySettings
 from data_prep.models.tokens import as_text, encode
-from data_prep.prompts.messages import Prompt, as_messages, conversation_text, without_first_turn
+from data_prep.prompts.messages import Prompt, conversation_text, without_first_turn
 from data_prep.prompts.templates import lacking_template
 from data_prep.sampling.logprobs import response_logits
+from data_prep.scorers.chats import chat_text
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import GuardScorerSettings, fill_template
 
@@ -152,21 +152,14 @@ class GuardScorer(Scorer):
         if self.settings.template is not None:
             told = as_text(self.tokenizer, conversation_text(prompt))
             return fill_template(self.settings.template, told, response)
-        messages = [
-            {"role": m["role"], "content": as_text(self.tokenizer, m["content"])}
-            for m in as_messages(prompt)
-        ]
-        messages.append({"role": "assistant", "content": response})
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except (TemplateError, TypeError) as error:
-            reason, roles = str(error).splitlines()[0], ", ".join(m["role"] for m in messages)
-            raise UserError(
-                f"{self.key}: its chat template refuses messages of {roles} ({reason}); set "
-                "template"
-            ) from error
+        return chat_text(
+            self.tokenizer,
+            prompt,
+            response,
+            key=self.key,
+            advice="set template",
+            add_generation_prompt=True,
+        )
 
     def _tokenize(self, text: str) -> list[int]:
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-import data_prep.cli
+import data_prep.cli.main
 from constrained_dpo.cli import main as cdpo_main
 from constrained_dpo.progress import duration
 from constrained_dpo.run.create import init_run
@@ -71,7 +71,7 @@ def test_help_is_coloured_unless_no_color():
     assert not COLOUR.search(on_terminal("--help", NO_COLOR="1"))
 
 
-@pytest.mark.parametrize("module", [cdpo_main, data_prep.cli])
+@pytest.mark.parametrize("module", [cdpo_main, data_prep.cli.main])
 def test_shell_completion_is_printed(module, monkeypatch):
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     out = io.StringIO()

@@ -111,7 +111,7 @@ def test_a_killed_command_goes_on_where_it_stopped(serve, tmp_path):
     scorer |= {"batch_size": 4, "concurrency": 1}
     words = ["score", answers, "-o", output, "--name", "g", "--scorer", json.dumps(scorer)]
     words += ["--cache", cache]
-    main = "from data_prep.cli import main; main()"
+    main = "from data_prep.cli.main import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", main, *map(str, words)], stderr=subprocess.DEVNULL
     )

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from data_prep.cli.relabel import relabel
 from data_prep.console import AsJson, Output, quiet_libraries, run_app
 from data_prep.errors import UserError
-from data_prep.relabel_command import relabel
 
 app = typer.Typer(
     name="data-prep",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data_prep.row_files import Row
+from data_prep.readers.rows import Row
 
 IDS = frozenset({"prompt_id", "response_id", "group_id", "chosen_id", "rejected_id"})
 

@@ -1,0 +1,1 @@
+"""The commands of `data-prep`, which are `cdpo data` too."""

@@ -1,0 +1,1 @@
+"""Files of rows and tables of every format: one reader each."""
