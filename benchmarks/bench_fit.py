@@ -22,7 +22,8 @@ import transformers
 from peft import LoraConfig
 from trl import DPOTrainer
 
-from constrained_dpo.fit.trainer import FitPlan, build_trainer, training_config
+from constrained_dpo.fit.build import build_trainer, training_config
+from constrained_dpo.fit.trainer import FitPlan
 from constrained_dpo.recipe.fit import FitSettings
 from data_prep.models.policy import Policy
 from data_prep.models.settings import LoraSettings, PolicySettings

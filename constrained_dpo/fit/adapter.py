@@ -19,13 +19,14 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from constrained_dpo.environment import require_undecided
+from constrained_dpo.fit.build import build_trainer
 from constrained_dpo.fit.checkpoints import SealedCheckpoints, fit_identity, start_from
 from constrained_dpo.fit.family import seal_family
 from constrained_dpo.fit.holdout import HeldOut, split_held_out
 from constrained_dpo.fit.rows import group_dataset, pair_dataset
-from constrained_dpo.fit.segments import SegmentEnd, keep_checkpoint, segmented, unfinished
 from constrained_dpo.fit.shared_prompts import evaluating
-from constrained_dpo.fit.trainer import FitPlan, PseudoPreferenceTrainer, build_trainer
+from constrained_dpo.fit.stretches import StretchEnd, in_stretch, keep_checkpoint, unfinished
+from constrained_dpo.fit.trainer import FitPlan, PseudoPreferenceTrainer
 from constrained_dpo.fit.watch import StepWatch, training_log_text
 from constrained_dpo.launch import is_main, rank, shards_base, wait
 from constrained_dpo.tracking import fit_logs
@@ -66,7 +67,7 @@ def fit_adapter(
     dataset = rows(labels, pool, prompt_tokens, plan.settings.max_length, plan.family)
     if is_main():
         shutil.rmtree(_temporary(plan), ignore_errors=True)
-        if plan.keep is not None:  # a segment is done when its checkpoint is kept
+        if plan.stretch.keep is not None:  # a stretch is done when its checkpoint is kept
             shutil.rmtree(plan.output, ignore_errors=True)
     plan, checkpoint, seals = _resumed(policy, dataset, plan)
     share, seed = plan.settings.holdout, plan.holdout_seed
@@ -74,10 +75,10 @@ def fit_adapter(
     measured = HeldOut(plan.settings.early_stop)
     callbacks = seals if held_out is None else [measured, *seals]
     end = None
-    if plan.segments > 1:
-        plan, fitted, end = segmented(plan, fitted)
-        callbacks = [*callbacks, SegmentEnd(end)]
-        checkpoint = unfinished(checkpoint, end) or plan.begin
+    if plan.stretch.count > 1:
+        plan, fitted, end = in_stretch(plan, fitted)
+        callbacks = [*callbacks, StretchEnd(end)]
+        checkpoint = unfinished(checkpoint, end) or plan.stretch.begin
     logs, report_to = plan.logs if is_main() else None, plan.settings.report_to
     with _restored_base(policy), fit_logs(logs, report_to, resumed=checkpoint is not None):
         saved = plan.checkpoints if plan.settings.save_steps or end else None

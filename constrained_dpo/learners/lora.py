@@ -166,10 +166,7 @@ class LoraLearner:
             holdout_seed=derive_seed(recipe.seed, 0, "holdout"),
             run_name=f"{recipe.name}-{job.logs.name}",
             family=job.family,
-            segment=job.segment,
-            segments=job.segments,
-            begin=job.begin,
-            keep=job.keep,
+            stretch=job.stretch,
         )
         fit_adapter(self.policy, job.labels, job.pool, self.prompt_tokens, plan)
         if shards_base():

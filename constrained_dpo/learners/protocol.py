@@ -1,6 +1,6 @@
 """What a round asks of a learner, and what it is told."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -9,6 +9,7 @@ import pandas as pd
 
 from constrained_dpo.dual.exact import ExactValues
 from constrained_dpo.fit.family import Family
+from constrained_dpo.fit.stretch import Stretch
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,8 @@ class FitJob:
     labels: rows of the pairs or the groups table, under `lambda_`; pool: the responses they name.
     previous: the adapter or family to start from; output: the folder that appears when the fit is
     done; logs, checkpoints: folders for trackers and for a fit that may be killed. family: of a
-    conditional fit, whose output is a family and no adapter. segment, segments, begin: the stretch
-    of the fit's schedule, and the checkpoint that it goes on from (`fit.segments`);
-    keep: where the checkpoint at its end goes, None for the last. loss: logistic or listwise, in
-    place of the recipe's auto.
+    conditional fit, whose output is a family and no adapter. stretch: the part of the fit's
+    schedule. loss: logistic or listwise, in place of the recipe's auto.
     """
 
     labels: pd.DataFrame
@@ -34,10 +33,7 @@ class FitJob:
     logs: Path
     checkpoints: Path
     family: Family | None = None
-    segment: int = 0
-    segments: int = 1
-    begin: Path | None = None
-    keep: Path | None = None
+    stretch: Stretch = field(default_factory=Stretch)
     loss: Literal["logistic", "listwise"] = "logistic"
 
 

@@ -29,8 +29,8 @@ class TabularLearner:
             self._write(self.world.maximizer(job.lambda_), job.output)
         else:  # the family of all maximizers needs no fit
             job.output.mkdir(parents=True)
-        if job.keep is not None:
-            job.keep.mkdir()
+        if job.stretch.keep is not None:
+            job.stretch.keep.mkdir()
 
     def write_member(self, family: Path, lambda_: pd.Series, kappa: float, output: Path) -> None:
         problem = replace(self.world.problem, beta=self.world.problem.beta / kappa)

@@ -17,10 +17,9 @@ from constrained_dpo.report.drawing import (
     draw_certificate,
     draw_histogram,
     draw_multipliers,
-    draw_path,
-    draw_slack,
     render,
 )
+from constrained_dpo.report.slack_drawing import draw_path, draw_slack
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,6 +22,7 @@ import pandas as pd
 
 from constrained_dpo.dual.solve import Solution
 from constrained_dpo.fit.family import Family
+from constrained_dpo.fit.stretch import Stretch
 from constrained_dpo.launch import is_main, num_processes, summed, wait
 from constrained_dpo.learners.collect import Collection, collect
 from constrained_dpo.learners.protocol import FitJob, Learner
@@ -187,10 +188,12 @@ def _fit(this: Round, output: Path, stretch: int, first: int) -> None:
         logs=run.logs_folder(f"round-{number:03d}"),
         checkpoints=run.checkpoints_folder(number),
         family=this.family,
-        segment=stretch - first,
-        segments=count,
-        begin=before if stretch > first else None,
-        keep=None if last else folder / "checkpoint",
+        stretch=Stretch(
+            number=stretch - first,
+            count=count,
+            begin=before if stretch > first else None,
+            keep=None if last else folder / "checkpoint",
+        ),
         loss=this.loss,
     )
     this.learner.fit(job)

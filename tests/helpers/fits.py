@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 
 from constrained_dpo.fit.adapter import fit_adapter
+from constrained_dpo.fit.build import build_trainer
 from constrained_dpo.fit.family import Family
-from constrained_dpo.fit.trainer import FitPlan, build_trainer
+from constrained_dpo.fit.trainer import FitPlan
 from constrained_dpo.recipe.load import load_recipe
 from data_prep.labels.preferences import label_pairs
 from data_prep.models.settings import LoraSettings

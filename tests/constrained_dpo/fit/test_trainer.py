@@ -9,8 +9,9 @@ import torch
 from peft import LoraConfig
 from trl import DPOTrainer
 
+from constrained_dpo.fit.build import training_config
 from constrained_dpo.fit.rows import pair_dataset
-from constrained_dpo.fit.trainer import FitPlan, training_config
+from constrained_dpo.fit.trainer import FitPlan
 from data_prep.errors import UserError
 from tests.helpers.fits import (
     LORA,

@@ -225,7 +225,8 @@ def test_a_gpu_asked_for_and_absent_is_an_error(kind, tmp_path):
 
 
 def test_a_fit_runs_where_the_policy_is(tmp_path):
-    from constrained_dpo.fit.trainer import FitPlan, training_config
+    from constrained_dpo.fit.build import training_config
+    from constrained_dpo.fit.trainer import FitPlan
     from constrained_dpo.recipe.fit import FitSettings
     from data_prep.models.settings import LoraSettings
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from constrained_dpo.fit.family import FAMILY_WEIGHTS, is_family
-from constrained_dpo.fit.segments import segmented
+from constrained_dpo.fit.stretch import Stretch
+from constrained_dpo.fit.stretches import in_stretch
 from constrained_dpo.fit.trainer import FitPlan
 from constrained_dpo.recipe.load import load_recipe
 from data_prep.errors import UserError
@@ -45,10 +46,12 @@ def kept(folder: Path, stretch: int) -> Path:
 def play(policy, pool, folder: Path, stretch: int, *, family=None, **changes) -> dict:
     """One stretch of a fit; returns its log."""
     plan = {
-        "segment": stretch,
-        "segments": COUNT,
-        "begin": kept(folder, stretch - 1) if stretch else None,
-        "keep": kept(folder, stretch) if stretch < COUNT - 1 else None,
+        "stretch": Stretch(
+            number=stretch,
+            count=COUNT,
+            begin=kept(folder, stretch - 1) if stretch else None,
+            keep=kept(folder, stretch) if stretch < COUNT - 1 else None,
+        ),
         "family": family,
     }
     (folder / str(stretch)).mkdir(parents=True, exist_ok=True)
@@ -142,23 +145,23 @@ def test_stretches_killed_anywhere_give_the_same_bits(
     assert not checkpoints.exists()
 
 
-def test_a_segment_is_whole_permutations_and_the_beginning_of_another(plain_policy, tmp_path):
+def test_a_stretch_is_whole_permutations_and_the_beginning_of_another(plain_policy, tmp_path):
     rows = ragged_rows(plain_policy, 10, seed=0)
     rows = rows.add_column("row", list(range(10)))
-    plan = lambda segment, **changes: FitPlan(
-        fit_settings(**changes), LORA, 0.25, 7, tmp_path, segment=segment, segments=3, keep=tmp_path
+    plan = lambda number, **changes: FitPlan(
+        fit_settings(**changes), LORA, 0.25, 7, tmp_path, stretch=Stretch(number, 3, keep=tmp_path)
     )
-    whole, chosen, end = segmented(plan(1, steps=20, batch_size=4), rows)
+    whole, chosen, end = in_stretch(plan(1, steps=20, batch_size=4), rows)
     assert whole.settings.steps == 21 and end == 14 and len(chosen) == 7 * 4
     for begin in (0, 10):
         assert sorted(chosen["row"][begin : begin + 10]) == list(range(10))
     assert len(set(chosen["row"][20:])) == 8
-    _, same, _ = segmented(plan(1, steps=20, batch_size=4), rows)
-    _, other, _ = segmented(plan(2, steps=20, batch_size=4), rows)
+    _, same, _ = in_stretch(plan(1, steps=20, batch_size=4), rows)
+    _, other, _ = in_stretch(plan(2, steps=20, batch_size=4), rows)
     assert list(same["row"]) == list(chosen["row"]) != list(other["row"])
-    epochs, chosen, end = segmented(plan(0, steps=None, epochs=1.5, batch_size=4), rows)
+    epochs, chosen, end = in_stretch(plan(0, steps=None, epochs=1.5, batch_size=4), rows)
     assert (epochs.settings.steps, epochs.settings.epochs, end, len(chosen)) == (12, None, 4, 16)
-    few, chosen, end = segmented(plan(0, steps=1, batch_size=4), rows)
+    few, chosen, end = in_stretch(plan(0, steps=1, batch_size=4), rows)
     assert few.settings.steps == 3 and end == 1 and len(chosen) == 4
 
 
@@ -173,9 +176,9 @@ def test_sharded_launches_have_no_stretches(plain_policy, tmp_path, monkeypatch)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    plan = FitPlan(fit_settings(), LORA, 0.25, 0, tmp_path, segments=2, keep=tmp_path)
+    plan = FitPlan(fit_settings(), LORA, 0.25, 0, tmp_path, stretch=Stretch(0, 2, keep=tmp_path))
     with pytest.raises(UserError, match=r"fit\.refresh: a fit cannot be cut .*set it to 1"):
-        segmented(plan, ragged_rows(plain_policy, 4, seed=0))
+        in_stretch(plan, ragged_rows(plain_policy, 4, seed=0))
 
 
 @pytest.mark.parametrize(

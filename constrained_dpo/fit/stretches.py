@@ -1,4 +1,4 @@
-"""A fit in segments: one schedule, cut into equal stretches, each on labels of its own.
+"""A fit in stretches: one schedule, cut into equal stretches, each on labels of its own.
 
 Between two stretches the policy is sampled again (`fit.refresh`), so that a fit does not drift off
 the responses it was given. Optimizer, rates and random state go on from the checkpoint at the end
@@ -20,13 +20,13 @@ from data_prep.errors import UserError
 from data_prep.files import sync_folder
 
 
-def segmented(
+def in_stretch(
     plan: FitPlan, rows: datasets.Dataset
 ) -> tuple[FitPlan, datasets.Dataset, int | None]:
-    """Give the plan of the whole schedule, this segment's rows, and the step at which it ends (None
-    for the last segment).
+    """Give the plan of the whole schedule, this stretch's rows, and the step at which it ends (None
+    for the last stretch).
 
-    A segment takes the same number of steps as the others: steps/segments, rounded, or its rows
+    A stretch takes the same number of steps as the others: steps/stretches, rounded, or its rows
     `epochs` times. Its rows are whole permutations of those given and the beginning of another.
     Raises UserError where the launch shards the base, which writes no checkpoints.
     """
@@ -37,19 +37,19 @@ def segmented(
     settings = plan.settings
     per_step = settings.batch_size * settings.gradient_accumulation * num_processes()
     steps = (
-        max(1, round(settings.steps / plan.segments))
+        max(1, round(settings.steps / plan.stretch.count))
         if settings.steps
         else math.ceil((settings.epochs or 1) * len(rows) / per_step)
     )
-    rng = np.random.default_rng([plan.seed % 2**32, plan.segment])
+    rng = np.random.default_rng([plan.seed % 2**32, plan.stretch.number])
     passes = math.ceil(steps * per_step / len(rows))
     order = np.concatenate([rng.permutation(len(rows)) for _ in range(passes)])
-    whole = settings.model_copy(update={"steps": steps * plan.segments, "epochs": None})
-    end = None if plan.keep is None else steps * (plan.segment + 1)
+    whole = settings.model_copy(update={"steps": steps * plan.stretch.count, "epochs": None})
+    end = None if plan.stretch.keep is None else steps * (plan.stretch.number + 1)
     return replace(plan, settings=whole), rows.select(order[: steps * per_step]), end
 
 
-class SegmentEnd(TrainerCallback):
+class StretchEnd(TrainerCallback):
     """Stop the fit with a checkpoint at a step; None: it runs to its end."""
 
     def __init__(self, step: int | None) -> None:
@@ -65,7 +65,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def unfinished(checkpoint: Path | None, end: int | None) -> Path | None:
-    """Give the checkpoint inside a segment that it goes on from; one at its very end, which a kill
+    """Give the checkpoint inside a stretch that it goes on from; one at its very end, which a kill
     left before the adapter was saved, is not used."""
     if checkpoint is None or end is None or _step(checkpoint) < end:
         return checkpoint
@@ -73,8 +73,8 @@ def unfinished(checkpoint: Path | None, end: int | None) -> Path | None:
 
 
 def keep_checkpoint(plan: FitPlan, step: int | None) -> None:
-    """Move the checkpoint at the end of a segment, at `step`, to where the next one finds it."""
-    if plan.keep is None or plan.checkpoints is None:
+    """Move the checkpoint at the end of a stretch, at `step`, to where the next one finds it."""
+    if plan.stretch.keep is None or plan.checkpoints is None:
         return
-    os.replace(plan.checkpoints / f"checkpoint-{step}", plan.keep)
-    sync_folder(plan.keep.parent)
+    os.replace(plan.checkpoints / f"checkpoint-{step}", plan.stretch.keep)
+    sync_folder(plan.stretch.keep.parent)
