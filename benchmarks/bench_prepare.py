@@ -92,7 +92,8 @@ def ours(source: Path, tokenizer: object, folder: Path) -> dict[str, object]:
     from data_prep.prompts.settings import PromptSettings
     from data_prep.prompts.split import split_prompts
     from data_prep.prompts.templates import tokenize_prompts
-    from data_prep.tables import validate_responses, write_parquet
+    from data_prep.readers.tables import write_parquet
+    from data_prep.tables import validate_responses
 
     seconds, last = {}, time.perf_counter()
 

@@ -28,7 +28,7 @@ from constrained_dpo.estimates.kl import controlled, kl_values, log_ratio, path_
 from constrained_dpo.estimates.mixed_means import mixed_means
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from constrained_dpo.run.directory import RunDirectory
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 from tests.helpers.tables import random_world
 
 REPETITIONS = 100

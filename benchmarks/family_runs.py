@@ -17,7 +17,7 @@ from constrained_dpo.dual.exact import ExactOptimum
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import MORE_FITS, RunDirectory
 from constrained_dpo.run.record import RoundRecord, read_optimum
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 
 log = logging.getLogger(__name__)
 

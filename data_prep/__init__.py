@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from data_prep.labels.preferences import label_pairs
     from data_prep.labels.relabel import relabel_groups, relabel_pairs
     from data_prep.prompts.split import split_prompts
+    from data_prep.readers.tables import read_table
     from data_prep.scorers.scoring import make_scorer, score_texts
-    from data_prep.tables import read_table
 
 _PLACES = {
     "UserError": "data_prep.errors",

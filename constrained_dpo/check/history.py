@@ -7,8 +7,8 @@ from constrained_dpo.estimates.score_scale import ScoreScale, score_scale
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import replay
 from data_prep.errors import UserError
+from data_prep.readers.tables import read_parquet
 from data_prep.records import Record
-from data_prep.tables import read_parquet
 
 
 class History(Record):

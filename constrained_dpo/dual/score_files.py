@@ -9,7 +9,7 @@ import pandas as pd
 from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.problem import ConstrainedProblem
 from data_prep.errors import UserError
-from data_prep.tables import read_columns
+from data_prep.readers.tables import read_columns
 
 LOG_PROBABILITIES = ("sample_logp", "ref_logp")
 

@@ -22,8 +22,8 @@ from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.prepare import require_same_inputs
 from constrained_dpo.run.steering import chosen_round
 from data_prep.errors import UserError
+from data_prep.readers.tables import read_parquet
 from data_prep.scorers.settings import ScorerSettings
-from data_prep.tables import read_parquet
 
 
 @dataclass(frozen=True)

@@ -32,14 +32,9 @@ from data_prep.models.adapters import (
 from data_prep.models.checkpoints import check_adapter_folder, fingerprint_model
 from data_prep.models.policy import resolve_model
 from data_prep.prompts.split import read_prompts
+from data_prep.readers.tables import read_parquet, write_parquet
 from data_prep.scorers.settings import ScorerSettings
-from data_prep.tables import (
-    RESERVED_NAMES,
-    read_parquet,
-    validate_prompts,
-    without_scores,
-    write_parquet,
-)
+from data_prep.tables import RESERVED_NAMES, validate_prompts, without_scores
 
 ADAPTER_OPTION = "--adapter"
 

@@ -21,7 +21,7 @@ from constrained_dpo.run.multipliers import demanded
 from constrained_dpo.run.record import RoundRecord
 from data_prep.errors import UserError
 from data_prep.files import write_json
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 
 DEFAULT_SHARES = (1.0, 0.9, 1.1, 0.75, 1.25, 0.5, 1.5, 0.25, 0.0)
 """Of the recipe's margins: the points of a front where none are named, in the order of their looks.

@@ -31,7 +31,7 @@ from constrained_dpo.run.record import read_trials
 from constrained_dpo.run.trials import Search, Target, search
 from data_prep.files import write_json
 from data_prep.labels.multipliers import KAPPA, multiplier_columns
-from data_prep.tables import read_parquet, write_parquet
+from data_prep.readers.tables import read_parquet, write_parquet
 
 log = logging.getLogger(__name__)
 

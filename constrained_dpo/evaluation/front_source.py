@@ -18,7 +18,7 @@ from constrained_dpo.run.record import RoundRecord
 from constrained_dpo.run.rounds import last_family
 from data_prep.files import hash_file
 from data_prep.labels.multipliers import MultiplierRange
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from constrained_dpo.evaluation.judge import (
 from data_prep.errors import UserError
 from data_prep.files import write_json
 from data_prep.http import GarbledAnswer, HttpClient, RequestSettings, check_url, resolve_url
+from data_prep.readers.tables import read_parquet
 from data_prep.settings import parse_option
-from data_prep.tables import read_parquet
 
 
 class JudgeSettings(RequestSettings):

@@ -17,7 +17,7 @@ from constrained_dpo.recipe.methods import is_fixed, is_weighted_sum, method_lab
 from constrained_dpo.run.directory import RunDirectory
 from data_prep.errors import UserError
 from data_prep.prompts.messages import last_user_text
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 
 
 @dataclass(frozen=True)

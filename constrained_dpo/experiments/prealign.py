@@ -32,8 +32,9 @@ from data_prep.errors import UserError
 from data_prep.files import hash_file, hold, sync_folder, write_json
 from data_prep.prompts.preference_rows import given_pairs, labelled
 from data_prep.prompts.split import split_prompts
+from data_prep.readers.tables import write_parquet
 from data_prep.settings import derive_seed
-from data_prep.tables import validate_pairs, write_parquet
+from data_prep.tables import validate_pairs
 
 log = logging.getLogger(__name__)
 

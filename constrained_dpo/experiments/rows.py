@@ -21,8 +21,8 @@ from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import RoundRecord, read_optimum, read_records
 from constrained_dpo.run.steering import chosen_round
+from data_prep.readers.tables import read_parquet
 from data_prep.records import Record
-from data_prep.tables import read_parquet
 
 
 class ExactRow(Record):

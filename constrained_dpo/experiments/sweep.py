@@ -20,7 +20,7 @@ from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.play import Opener, held, open_prepared, play
 from constrained_dpo.run.steering import reason_to_stop
 from data_prep.errors import UserError
-from data_prep.tables import read_table
+from data_prep.readers.tables import read_table
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ from tqdm import tqdm
 
 from constrained_dpo.launch import num_processes, rank, wait
 from constrained_dpo.learners.protocol import Source
+from data_prep.readers.tables import read_parquet, write_parquet
 from data_prep.settings import derive_seed
-from data_prep.tables import read_parquet, validate_responses, write_parquet
+from data_prep.tables import validate_responses
 
 
 @dataclass(frozen=True)

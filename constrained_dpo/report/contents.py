@@ -13,7 +13,7 @@ from constrained_dpo.run.directory import RunDirectory, RunState
 from constrained_dpo.run.record import RoundRecord, read_optimum, read_records
 from constrained_dpo.run.status import next_step
 from data_prep.errors import UserError
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from constrained_dpo.run.directory import RunDirectory
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from data_prep.prompts.messages import last_user_text
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 
 SHOWN_PROMPTS = 8
 """Test prompts whose answers are on the page."""

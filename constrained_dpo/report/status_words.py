@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from constrained_dpo.estimates.certificate import sentence
+from constrained_dpo.estimates.certificate_words import sentence
 from constrained_dpo.estimates.verdict import VIOLATED
 from constrained_dpo.progress import duration
 from constrained_dpo.report.cells import (

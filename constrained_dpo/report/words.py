@@ -19,7 +19,7 @@ from constrained_dpo.report.verdict_words import MEANING, basis
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import RoundRecord, read_optimum
 from data_prep.prompts.messages import last_user_text
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 
 EMBEDDED_WORLD = (
     "The embedded world: a small model, trained on the spot, answers requests such as `kid open "

@@ -9,7 +9,8 @@ from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory, RunState
 from data_prep.errors import UserError
 from data_prep.files import unwritable, write_atomically
-from data_prep.tables import read_parquet, without_scores, write_parquet
+from data_prep.readers.tables import read_parquet, write_parquet
+from data_prep.tables import without_scores
 
 
 def init_run(

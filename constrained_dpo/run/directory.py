@@ -16,8 +16,8 @@ from constrained_dpo.recipe.load import load_recipe, read_document, recipe_text
 from constrained_dpo.recipe.schema import Recipe
 from data_prep.errors import UserError
 from data_prep.files import hold, read_json, write_atomically, write_json
+from data_prep.readers.tables import read_parquet
 from data_prep.records import Record
-from data_prep.tables import read_parquet
 
 VERSION = 1
 

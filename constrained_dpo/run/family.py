@@ -15,7 +15,7 @@ from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.multipliers import demanded, seen_slack
 from constrained_dpo.run.trials import Target
 from data_prep.labels.multipliers import FLOOR_SHARE, MultiplierRange
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 
 TRIAL_SHARE = 4
 """A trial draws a quarter of dual.responses_per_prompt: eight of them are two full samples."""

@@ -16,7 +16,7 @@ from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.scorer_facts import reference_stds
 from data_prep.errors import UserError
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 
 
 def reference_table(run: RunDirectory, recipe: Recipe) -> ScoreTable:

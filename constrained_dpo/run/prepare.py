@@ -24,7 +24,7 @@ from constrained_dpo.run.scorer_facts import scorer_facts
 from data_prep.errors import UserError
 from data_prep.files import hash_file, write_json
 from data_prep.prompts.preference_rows import given_pairs
-from data_prep.tables import read_parquet, write_parquet
+from data_prep.readers.tables import read_parquet, write_parquet
 
 
 def prepare(

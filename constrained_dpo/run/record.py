@@ -26,8 +26,8 @@ from constrained_dpo.run.family import target_of
 from constrained_dpo.run.multipliers import initial_multipliers, next_multipliers, steered_on
 from constrained_dpo.run.trials import Target
 from data_prep.files import read_json
+from data_prep.readers.tables import read_parquet
 from data_prep.records import Record
-from data_prep.tables import read_parquet
 
 
 class SamplingLaw(Record):

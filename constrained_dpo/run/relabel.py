@@ -12,8 +12,9 @@ from data_prep.labels.multipliers import MultiplierRange
 from data_prep.labels.pool import choose_responses
 from data_prep.labels.preferences import label_pairs
 from data_prep.prompts.preference_rows import labelled
+from data_prep.readers.tables import read_parquet, write_parquet
 from data_prep.settings import derive_seed
-from data_prep.tables import read_parquet, validate_groups, validate_pairs, write_parquet
+from data_prep.tables import validate_groups, validate_pairs
 
 log = logging.getLogger(__name__)
 

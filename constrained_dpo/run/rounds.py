@@ -38,9 +38,9 @@ from constrained_dpo.run.trials import Search, search
 from constrained_dpo.tracking import log_round
 from data_prep.files import write_json
 from data_prep.labels.multipliers import KAPPA, MultiplierRange, multiplier_columns
+from data_prep.readers.tables import read_parquet, write_parquet
 from data_prep.sampling.law import is_policy_law
 from data_prep.settings import derive_seed
-from data_prep.tables import read_parquet, write_parquet
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.multipliers import demanded
 from constrained_dpo.run.record import RoundRecord, read_records
 from data_prep.errors import UserError
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 
 CHOICES = ("best", "best-dual", "last")
 

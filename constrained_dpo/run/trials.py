@@ -23,7 +23,7 @@ from constrained_dpo.learners.protocol import Learner
 from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.recipe.schema import Recipe
 from data_prep.labels.multipliers import KAPPA, multiplier_columns
-from data_prep.tables import read_parquet, write_parquet
+from data_prep.readers.tables import read_parquet, write_parquet
 
 log = logging.getLogger(__name__)
 

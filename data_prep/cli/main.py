@@ -41,7 +41,7 @@ def prompts(
     """Read prompts, drop duplicates, split them by hash into fit, dual and test."""
     from data_prep.prompts.settings import PromptSettings
     from data_prep.prompts.split import split_prompts
-    from data_prep.tables import write_parquet
+    from data_prep.readers.tables import write_parquet
 
     settings = _validated(
         PromptSettings,
@@ -107,10 +107,11 @@ def sample(
     from data_prep.models.settings import PolicySettings
     from data_prep.prompts.settings import PromptSettings
     from data_prep.prompts.templates import tokenize_prompts
+    from data_prep.readers.tables import read_table, write_parquet
     from data_prep.sampling.generate import Sampler
     from data_prep.sampling.law import SamplingSettings
     from data_prep.settings import derive_seed
-    from data_prep.tables import read_table, validate_prompts, write_parquet
+    from data_prep.tables import validate_prompts
 
     settings = _validated(
         SamplingSettings,
@@ -169,11 +170,12 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Add one score column (higher is better) to a table of prompts and responses."""
+    from data_prep.readers.tables import read_table, write_parquet
     from data_prep.scorers.cache import ScoreCache
     from data_prep.scorers.functions import table_prompts
     from data_prep.scorers.scoring import make_scorer, score_texts
     from data_prep.scorers.settings import parse_scorer
-    from data_prep.tables import RESERVED_NAMES, read_table, require_columns, write_parquet
+    from data_prep.tables import RESERVED_NAMES, require_columns
 
     if name in RESERVED_NAMES:
         raise UserError(f"--name {name}: is a reserved column name; choose another")
@@ -213,7 +215,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="column statistics as JSON")] = False,
 ) -> None:
     """What is in a table: rows, columns with their range, the first rows."""
-    from data_prep.tables import read_table
+    from data_prep.readers.tables import read_table
 
     frame = read_table(table)
     columns = {}

@@ -125,7 +125,7 @@ def _multipliers(
     import pandas as pd
 
     from data_prep.labels.multipliers import MultiplierRange, multiplier_floor
-    from data_prep.tables import read_columns
+    from data_prep.readers.tables import read_columns
 
     if factor is None:
         for option, value in (("--floor", floor), ("--kappa", kappa)):

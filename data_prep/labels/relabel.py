@@ -21,8 +21,9 @@ from data_prep.labels.multipliers import MultiplierRange
 from data_prep.labels.preferences import Labels, Pairs, no_pair, pair_pieces
 from data_prep.labels.prompt_rows import PromptRows, require_responses
 from data_prep.labels.row_groups import arrow_texts, encoded, row_groups, taken
+from data_prep.readers.tables import read_columns, read_table
 from data_prep.settings import derive_seed
-from data_prep.tables import read_columns, read_table, require_columns, require_unique
+from data_prep.tables import require_columns, require_unique
 
 IDS, TEXTS = ("prompt_id", "response_id"), ("prompt", "response")
 

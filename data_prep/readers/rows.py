@@ -35,7 +35,7 @@ class Row(NamedTuple):
     problem instead."""
 
     where: str
-    content: dict | None
+    content: dict[str, Any] | None
     problem: str | None = None
 
 

@@ -10,7 +10,8 @@ import pandas as pd
 
 from data_prep.errors import UserError
 from data_prep.files import hash_file
-from data_prep.tables import read_table, require_columns
+from data_prep.readers.tables import read_table
+from data_prep.tables import require_columns
 
 if TYPE_CHECKING:
     from data_prep.scorers.scoring import Scorer

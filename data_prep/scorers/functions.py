@@ -16,9 +16,10 @@ from data_prep.errors import UserError
 from data_prep.files import hash_file
 from data_prep.prompts.messages import Prompt, last_user_text, read_prompt
 from data_prep.readers.rows import refuse_problems
+from data_prep.readers.tables import read_table
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import ColumnScorerSettings, PythonScorerSettings
-from data_prep.tables import read_table, require_columns, require_finite
+from data_prep.tables import require_columns, require_finite
 
 
 class PythonScorer(Scorer):

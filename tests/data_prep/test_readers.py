@@ -10,7 +10,7 @@ from constrained_dpo.dual.score_files import read_scores
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from data_prep.errors import UserError
 from data_prep.prompts.split import read_prompts
-from data_prep.tables import read_table
+from data_prep.readers.tables import read_table
 
 IDS = ["001", "1", "01", "1e3", "0x1", "NA", "null", "True", "12345678901234567890"]
 

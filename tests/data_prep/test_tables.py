@@ -11,13 +11,8 @@ import pandas as pd
 import pytest
 
 from data_prep.errors import UserError
-from data_prep.tables import (
-    read_parquet,
-    read_table,
-    validate_prompts,
-    validate_responses,
-    write_parquet,
-)
+from data_prep.readers.tables import read_parquet, read_table, write_parquet
+from data_prep.tables import validate_prompts, validate_responses
 
 
 def responses(**changes) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import shutil
 import pandas as pd
 import pytest
 
-from data_prep.tables import write_parquet
+from data_prep.readers.tables import write_parquet
 from tests.helpers.broken import cut
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from constrained_dpo.recipe.load import load_recipe
 from constrained_dpo.run.directory import RunDirectory
-from data_prep.tables import write_parquet
+from data_prep.readers.tables import write_parquet
 from tests.helpers.broken import cut
 from tests.helpers.cli import cdpo
 from tests.helpers.paths import QUICKSTART

@@ -17,7 +17,7 @@ from constrained_dpo.run.create import init_run
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.family import multiplier_range
 from constrained_dpo.run.record import RoundRecord, read_optimum, read_records, replay
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 from tests.helpers.cli import cdpo, kill_when
 from tests.helpers.launches import CDPO, TOLERANCE, ended, launch, new_run, weights_differ
 from tests.helpers.paths import QUICKSTART, SMALL

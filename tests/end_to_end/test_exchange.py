@@ -17,8 +17,9 @@ from constrained_dpo.run.create import init_run
 from data_prep.models.adapters import attached_adapter
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import PolicySettings
+from data_prep.readers.tables import read_parquet
 from data_prep.sampling.logprobs import response_logps
-from data_prep.tables import GROUPS, PAIRS, read_parquet
+from data_prep.tables import GROUPS, PAIRS
 from tests.helpers.cli import cdpo
 from tests.helpers.paths import QUICKSTART, SMALL
 

@@ -11,7 +11,7 @@ from constrained_dpo.run.create import init_run
 from constrained_dpo.run.directory import RunDirectory
 from data_prep.errors import UserError
 from data_prep.quickstart import build_policy
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 from tests.helpers.cli import cdpo
 from tests.helpers.paths import QUICKSTART, SMALL
 

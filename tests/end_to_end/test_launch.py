@@ -21,7 +21,7 @@ from data_prep.errors import UserError
 from data_prep.models.checkpoints import resolve_device
 from data_prep.models.settings import PolicySettings
 from data_prep.quickstart import build_policy
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 from tests.helpers.cli import cdpo
 from tests.helpers.launched_fits import FITS, play
 from tests.helpers.launches import (

@@ -13,8 +13,8 @@ import pytest
 
 from constrained_dpo.run.create import init_run
 from data_prep.quickstart import build_policy
+from data_prep.readers.tables import write_parquet
 from data_prep.scorers.cache import ScoreCache
-from data_prep.tables import write_parquet
 from tests.helpers.cli import CDPO, cdpo
 from tests.helpers.moments import when
 from tests.helpers.paths import QUICKSTART, SMALL

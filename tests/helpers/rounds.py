@@ -12,7 +12,7 @@ from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.prepare import prepare
 from constrained_dpo.run.record import RoundRecord
 from constrained_dpo.run.rounds import play_round
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 from tests.helpers.paths import QUICKSTART
 
 NUM_PROMPTS = 40

@@ -12,8 +12,8 @@ from constrained_dpo.estimates.certificate import (
     dual_estimates,
     missed_mass,
     off_policy_residual,
-    sentence,
 )
+from constrained_dpo.estimates.certificate_words import sentence
 from constrained_dpo.estimates.log_partition import log_mean_exp
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from tests.helpers.tables import random_world

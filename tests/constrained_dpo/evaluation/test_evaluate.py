@@ -9,7 +9,7 @@ import pytest
 from constrained_dpo.estimates.intervals import spent_confidence
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import RoundRecord
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 from tests.helpers.cli import cdpo
 
 POLITE = 'polite={type: python, target: "SCORERS:polite"}'

@@ -20,7 +20,7 @@ from constrained_dpo.evaluation.judge_answers import (
 from constrained_dpo.report.judge_words import judgement_lines
 from constrained_dpo.run.directory import RunDirectory
 from data_prep.errors import UserError
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 from tests.helpers.cli import cdpo
 from tests.helpers.models import save_tiny_causal_lm
 from tests.helpers.servers import start_transformers_serve

@@ -22,7 +22,7 @@ from constrained_dpo.recipe.methods import METHODS
 from constrained_dpo.report.contents import signed
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import read_optimum, read_records
-from data_prep.tables import read_parquet, write_parquet
+from data_prep.readers.tables import read_parquet, write_parquet
 from tests.helpers.cli import cdpo
 from tests.helpers.pages import HOSTILE, Page
 from tests.helpers.rounds import make_run, play

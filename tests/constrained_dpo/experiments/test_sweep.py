@@ -24,7 +24,7 @@ from constrained_dpo.recipe.load import load_recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.prepare import prepare
 from data_prep.errors import UserError
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 from tests.helpers.cli import cdpo
 from tests.helpers.paths import QUICKSTART, RECIPES
 from tests.helpers.rounds import make_run, tables_of

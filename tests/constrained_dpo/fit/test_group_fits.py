@@ -19,8 +19,8 @@ from constrained_dpo.run.record import replay
 from data_prep.errors import UserError
 from data_prep.labels.groups import label_groups
 from data_prep.models.adapters import attached_adapter
+from data_prep.readers.tables import read_parquet
 from data_prep.sampling.logprobs import response_logps
-from data_prep.tables import read_parquet
 from tests.helpers.fits import LORA, built_trainer, fit_settings, prompt_tokens
 from tests.helpers.paths import QUICKSTART, RECIPES
 

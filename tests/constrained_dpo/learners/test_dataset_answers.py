@@ -21,8 +21,8 @@ from data_prep.files import hash_file
 from data_prep.labels.pool import choose_responses
 from data_prep.prompts.split import split_prompts
 from data_prep.quickstart import PROMPTS, VOCABULARY, build_policy, helpful
+from data_prep.readers.tables import read_parquet
 from data_prep.sampling.enumeration import enumerate_responses, exact_logps
-from data_prep.tables import read_parquet
 from tests.helpers.cli import cdpo
 from tests.helpers.paths import QUICKSTART
 from tests.helpers.tables import write_preferences

@@ -9,7 +9,7 @@ from constrained_dpo.run.prepare import prepare
 from constrained_dpo.run.rounds import play_round
 from data_prep.prompts.split import split_prompts
 from data_prep.quickstart import build_policy
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 from tests.helpers.paths import QUICKSTART, SMALL
 
 

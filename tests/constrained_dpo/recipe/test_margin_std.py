@@ -16,7 +16,7 @@ from constrained_dpo.run.prepare import prepare
 from constrained_dpo.run.record import read_optimum, replay
 from constrained_dpo.run.scorer_facts import read_scorer_facts
 from data_prep.errors import UserError
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 from tests.helpers.cli import cdpo
 from tests.helpers.paths import QUICKSTART, SMALL
 from tests.helpers.rounds import make_run, play, tables_of

@@ -13,7 +13,7 @@ from constrained_dpo.report.contents import signed
 from constrained_dpo.report.front_page import SHOWN_PROMPTS, write_front
 from constrained_dpo.run.prepare import prepare
 from constrained_dpo.run.rounds import play_round
-from data_prep.tables import read_parquet, write_parquet
+from data_prep.readers.tables import read_parquet, write_parquet
 from tests.helpers.pages import HOSTILE, Page
 from tests.helpers.rounds import make_run
 from tests.helpers.tables import random_world

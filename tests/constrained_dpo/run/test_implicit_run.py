@@ -17,9 +17,9 @@ from data_prep.models.adapters import attached_adapter
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import PolicySettings
 from data_prep.quickstart import build_policy
+from data_prep.readers.tables import read_parquet
 from data_prep.sampling.enumeration import exact_logps
 from data_prep.sampling.logprobs import response_logps
-from data_prep.tables import read_parquet
 from tests.helpers.models import save_adapter
 from tests.helpers.paths import QUICKSTART
 

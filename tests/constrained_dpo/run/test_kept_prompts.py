@@ -11,7 +11,7 @@ from constrained_dpo.learners.lora import TOKEN_IDS, LoraLearner
 from constrained_dpo.run.prepare import _keep_prompts, _take_kept_tokens
 from data_prep.errors import UserError
 from data_prep.prompts.settings import PromptSettings
-from data_prep.tables import read_parquet, write_parquet
+from data_prep.readers.tables import read_parquet, write_parquet
 from tests.helpers.models import save_word_tokenizer
 
 

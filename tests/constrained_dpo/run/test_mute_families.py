@@ -8,7 +8,7 @@ import pytest
 from constrained_dpo.learners.tabular import TabularLearner
 from constrained_dpo.run.directory import MORE_FITS
 from constrained_dpo.run.record import replay
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 from tests.helpers.rounds import make_run, play
 from tests.helpers.tables import random_world
 

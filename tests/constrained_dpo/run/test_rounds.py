@@ -13,7 +13,7 @@ from constrained_dpo.estimates.verdict import look_confidence
 from constrained_dpo.run.prepare import prepare
 from constrained_dpo.run.record import replay
 from constrained_dpo.run.rounds import play_round
-from data_prep.tables import read_parquet, write_parquet
+from data_prep.readers.tables import read_parquet, write_parquet
 from tests.helpers.rounds import NUM_PROMPTS, make_run, play, tables_of
 from tests.helpers.tables import random_world
 

@@ -15,7 +15,7 @@ from constrained_dpo.run.prepare import prepare
 from constrained_dpo.run.record import RoundRecord, replay
 from constrained_dpo.run.rounds import play_round
 from data_prep.labels.multipliers import multiplier_columns
-from data_prep.tables import read_parquet
+from data_prep.readers.tables import read_parquet
 from tests.helpers.rounds import make_run, play, tables_of
 from tests.helpers.tables import random_world
 

@@ -8,7 +8,8 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.labels.groups import label_groups
-from data_prep.tables import read_parquet, validate_groups
+from data_prep.readers.tables import read_parquet
+from data_prep.tables import validate_groups
 from tests.helpers.cli import cdpo
 from tests.helpers.tables import scored_frame
 

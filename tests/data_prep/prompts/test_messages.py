@@ -16,7 +16,7 @@ from data_prep.prompts.messages import (
 )
 from data_prep.prompts.settings import PromptSettings
 from data_prep.prompts.templates import rendered_prompts
-from data_prep.tables import read_table
+from data_prep.readers.tables import read_table
 
 CHAT = [
     {"role": "system", "content": "Answer in French."},
