@@ -23,7 +23,7 @@ _PLACES = {
     "label_pairs": "data_prep.labels.preferences",
     "lagrangian_score": "data_prep.labels.lagrangian",
     "make_scorer": "data_prep.scorers.scoring",
-    "read_table": "data_prep.tables",
+    "read_table": "data_prep.readers.tables",
     "relabel_groups": "data_prep.labels.relabel",
     "relabel_pairs": "data_prep.labels.relabel",
     "score_texts": "data_prep.scorers.scoring",

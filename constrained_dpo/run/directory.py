@@ -260,11 +260,12 @@ class RunDirectory:
     def pool(self, before_round: int, stretches: int = 0) -> pd.DataFrame:
         """The scored responses a round's labels are drawn from: π_ref's, the dataset's, those of
         earlier rounds that grew it, and those after so many stretches of its own fit."""
-        # prepare writes what pool.source asks for, and nothing else
-        grown = [self.pool_file(None), self.dataset_pool_file]
-        grown += [self.pool_file(t) for t in range(before_round)]
+        source = self.recipe().pool.source
+        parts = [] if source == "dataset" else [read_parquet(self.pool_file(None))]
+        parts += [] if source == "reference" else [read_parquet(self.dataset_pool_file)]
+        grown = [self.pool_file(t) for t in range(before_round)]
         grown += [self.refresh_file(before_round, k) for k in range(stretches)]
-        parts = [read_parquet(file) for file in grown if file.exists()]
+        parts += [read_parquet(file) for file in grown if file.exists()]
         return pd.concat(parts, ignore_index=True)
 
     @contextmanager

@@ -104,7 +104,7 @@ def test_broken_files_are_named_with_their_lines(tmp_path):
 WRITER = """
 import os, sys, numpy as np, pandas as pd
 from pathlib import Path
-from data_prep.tables import write_parquet
+from data_prep.readers.tables import write_parquet
 x = np.random.default_rng(0).normal(size=60000)
 frame = pd.DataFrame({"prompt_id": [str(i) for i in range(60000)], "x": x})
 for _ in sys.stdin:  # a new writer per line: the libraries are imported once
