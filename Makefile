@@ -63,6 +63,7 @@ bench-family: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --scale 'std 10' --rounds 7
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family peers runs/bench-family.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family unseen runs/bench-family.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family verdicts runs/bench-family.jsonl
 	$(BIN)/python -m benchmarks.bench_family table runs/bench-family.jsonl
 
 # The papers' methods beside ours, five seeds (100 runs, about two hours of one core; goes on where it stopped).

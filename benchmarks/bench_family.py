@@ -4,6 +4,7 @@
         [--setting conditional|plain] [--two] [--lam0 4] [--kappa] [--front] [-s KEY=VALUE ...]
     python -m benchmarks.bench_family unseen FILE.jsonl [--world pairs|syllables] [--settings ...]
     python -m benchmarks.bench_family peers FILE.jsonl [--worlds ...] [--seeds ...]
+    python -m benchmarks.bench_family verdicts FILE.jsonl [--seeds ...]
     python -m benchmarks.bench_family table FILE.jsonl
 
 Records name their run; what FILE holds already is not played again, and a run that was killed goes
@@ -23,6 +24,7 @@ from benchmarks.family_runs import play_tasks
 from benchmarks.family_tables import print_tables
 from benchmarks.family_tasks import SCALES, SETTINGS, WORLDS, Task
 from benchmarks.family_unseen import play_unseen
+from benchmarks.family_verdicts import play_verdicts
 from benchmarks.unseen_world import WORLDS as UNSEEN
 
 
@@ -53,12 +55,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    runs, unseen, peers, table = map(commands.add_parser, ("runs", "unseen", "peers", "table"))
-    for command in (runs, unseen, peers, table):
+    names = ("runs", "unseen", "peers", "verdicts", "table")
+    runs, unseen, peers, verdicts, table = map(commands.add_parser, names)
+    for command in (runs, unseen, peers, verdicts, table):
         command.add_argument("output", type=Path)
     work = Path(tempfile.gettempdir()) / "bench-family"
-    for command in (runs, unseen, peers):
-        command.add_argument("--seeds", type=int, nargs="+", default=[0])
+    for command in (runs, unseen, peers, verdicts):
+        seeds = list(range(10)) if command is verdicts else [0]
+        command.add_argument("--seeds", type=int, nargs="+", default=seeds)
         command.add_argument("--work", type=Path, default=work)
     runs.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     runs.add_argument("--setting", choices=SETTINGS, default="conditional")
@@ -83,6 +87,8 @@ def main() -> None:
     elif arguments.command == "unseen":
         settings, rounds = arguments.settings, arguments.rounds
         play_unseen(output, arguments.work, arguments.world, settings, arguments.seeds, rounds)
+    elif arguments.command == "verdicts":
+        play_verdicts(output, arguments.work, arguments.seeds)
     else:
         play_peers(output, arguments.work, arguments.worlds, arguments.seeds)
 

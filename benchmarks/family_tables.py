@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from benchmarks.family_tasks import WORLDS, Task
+from benchmarks.family_verdicts import print_verdicts
 
 NEAR = 0.05  # of b
 INACTIVE = 1e-6  # a multiplier below this is 0
@@ -24,6 +25,7 @@ def print_tables(records: list[dict]) -> None:
         _print_kappas(chosen)
     _print_unseen([r for r in records if "unseen" in r])
     _print_peers([r for r in records if "peers" in r], runs)
+    print_verdicts([r for r in records if "quickstart" in r])
 
 
 def met(row: dict) -> bool:

@@ -33,6 +33,9 @@ def sized(recipe: Recipe, prompts: Mapping[str, int]) -> Recipe:
     if not dual.responses_per_prompt:
         count = min(256, max(8, round(FRESH_RESPONSES / max(1, prompts.get("dual", 0)))))
         dual = dual.model_copy(update={"responses_per_prompt": count})
+    if not dual.reference_responses:
+        count = dual.responses_per_prompt * (2 if dual.method == "solve" else 1)
+        dual = dual.model_copy(update={"reference_responses": count})
     rows = fit.batch_size * fit.gradient_accumulation
     if fit.steps is None and fit.epochs is None:
         fit = fit.model_copy(update={"steps": max(MIN_STEPS, -(-to_fit // rows))})
@@ -59,6 +62,11 @@ def choices(recipe: Recipe, open_: Recipe, loss: str | None) -> list[str]:
         lines.append(
             f"{count} responses per dual or test prompt: about {FRESH_RESPONSES} a round, which is "
             "what keeps u's noise and the fit's drift small"
+        )
+    if not open_.dual.reference_responses and recipe.dual.method == "solve":
+        lines.append(
+            f"{recipe.dual.reference_responses} responses of π_ref per dual or test prompt: the "
+            "noise of its mean is in u at every λ"
         )
     if open_.fit.steps is None and open_.fit.epochs is None:
         rows = fit.batch_size * fit.gradient_accumulation

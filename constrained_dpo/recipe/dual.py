@@ -33,8 +33,14 @@ class DualSettings(Settings):
     responses_per_prompt: int = Field(
         0,
         ge=0,
-        description="samples per dual or test prompt, of π_ref once and of π_θ each round; 0: "
-        "about 12,000 on the dual prompts, 8 to 256",
+        description="samples of π_θ per dual or test prompt, each round; 0: about 12,000 on the "
+        "dual prompts, 8 to 256",
+    )
+    reference_responses: int = Field(
+        0,
+        ge=0,
+        description="samples of π_ref per dual or test prompt, once: they are the level of every "
+        "round and of every trial; 0: twice responses_per_prompt with solve, else as many",
     )
     confidence: float = Field(
         0.95, gt=0.5, lt=1, description="level of the intervals of u and of the verdict"

@@ -69,6 +69,7 @@ _SAMPLED_WITH = (
     "sampling",
     "dual.prompts_per_round",
     "dual.responses_per_prompt",
+    "dual.reference_responses",
     "fit.max_length",
     "pool.source",
 )

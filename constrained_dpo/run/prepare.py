@@ -128,7 +128,7 @@ def _sample_pool(run: RunDirectory, recipe: Recipe, learner: Learner) -> None:
 
 
 def _sample_reference(run: RunDirectory, recipe: Recipe, learner: Learner) -> None:
-    count = recipe.dual.responses_per_prompt
+    count = recipe.dual.reference_responses
     reference = _reference_samples(run, recipe, learner, "reference", count)
     if recipe.pool.source == "dataset":
         _require_varying(reference, recipe.problem.objectives)

@@ -15,7 +15,7 @@ class LoraSettings(Settings):
     r: int = Field(8, ge=1, description="rank")
     alpha: float = Field(16, gt=0, description="LoRA alpha; the update is scaled by alpha/r")
     dropout: float = Field(
-        0.05, ge=0, lt=1, description="dropout on the adapter's input while training"
+        0, ge=0, lt=1, description="dropout on the adapter's input while training"
     )
     target_modules: str | list[str] = Field(
         "all-linear",
