@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,12 @@ class RunState(Record):
     @property
     def rounds_done(self) -> int:
         return max(len(self.lambda_) - 1, 0)
+
+
+@lru_cache(maxsize=8)
+def _parsed(file: Path, content: bytes) -> Recipe:
+    """Reads a recipe once for each content: a round asks for it many times."""
+    return load_recipe(file)
 
 
 @dataclass(frozen=True)
@@ -199,7 +206,8 @@ class RunDirectory:
     def recipe(self) -> Recipe:
         """The frozen recipe; raises UserError when it was edited after init."""
         self._require()
-        recipe = load_recipe(self.recipe_file)
+        file = self.recipe_file
+        recipe = _parsed(file, file.read_bytes() if file.is_file() else b"")
         if recipe.hash() != self.state().recipe_hash:
             raise UserError(
                 f"{self.recipe_file}: was changed after init; restore it, or start another run "

@@ -38,6 +38,7 @@ def make_run(path, world, overrides=()) -> tuple[RunDirectory, Recipe, TabularLe
         "step_size": 0.5,
     }
     raw["fit"]["pairs_per_prompt"] = 4
+    raw["sampling"]["batch_size"] = 65536  # one shard: nothing is generated
     path.parent.mkdir(parents=True, exist_ok=True)
     recipe_file = path.parent / "tabular.yaml"
     recipe_file.write_text(yaml.safe_dump(raw))
