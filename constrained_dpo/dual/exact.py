@@ -23,12 +23,13 @@ from data_prep.records import Record
 
 class ExactPolicy(Record):
     """A policy's exact means over prompts: reward and utilities (score units), u by constraint, KL
-    (nats), objective E[r] − β KL; and its Lagrangian gap D(λ) − L(π, λ) where a λ was given."""
+    (nats), objective E[r] − β KL at `beta`; and its Lagrangian gap D(λ) − L(π, λ) where a λ was given."""
 
     reward: float
     utilities: dict[str, float]
     u: dict[str, float]
     kl: float
+    beta: float
     objective: float
     lagrangian_gap: float | None = None
 
@@ -41,11 +42,18 @@ class ExactOptimum(Record):
     optimal: ExactPolicy
     reference: ExactPolicy
 
+    def has_beta_of(self, policy: ExactPolicy) -> bool:
+        """Tell whether a policy's objective and P* have one β."""
+        return bool(np.isclose(policy.beta, self.optimal.beta))
+
     def share_closed(self, policy: ExactPolicy) -> float | None:
         """Give the share of the gap from π_ref's objective to P* that a policy closes.
 
-        None where P* lies below π_ref's objective, as with margins that cost more than there is.
+        None where P* lies below π_ref's objective, as with margins that cost more than there is;
+        and where the policy's objective has another β, as with a budget of KL.
         """
+        if not self.has_beta_of(policy):
+            return None
         gap = self.objective - self.reference.objective
         return (policy.objective - self.reference.objective) / gap if gap > 0 else None
 
@@ -132,6 +140,7 @@ class TabularWorld:
             utilities=utilities,
             u={n: utilities[n] - float(self.levels[n]) for n in self.problem.names},
             kl=kl,
+            beta=self.problem.beta,
             objective=reward - self.problem.beta * kl,
             lagrangian_gap=None if lambda_ is None else self.lagrangian_gap(logp, lambda_),
         )

@@ -178,7 +178,7 @@ def notes(contents: Contents) -> list[str]:
     facts = measured_lines(read_scorer_facts(contents.run))
     lines += [f"{line[0].upper()}{line[1:]}." for line in facts]
     exact, optimum = record.exact_on("test"), contents.optimum_on("test")
-    if exact and optimum:
+    if exact and optimum and optimum.has_beta_of(exact):
         here, best, start = (signed(v.objective) for v in (exact, optimum, optimum.reference))
         share = optimum.share_closed(exact)
         way = "" if share is None else f", {100 * share:.0f} % of the way".replace("-", "−")

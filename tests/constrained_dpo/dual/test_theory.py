@@ -20,6 +20,7 @@ from tests.helpers.restricted_families import (
     small_worlds,
     with_margin,
 )
+from tests.helpers.tables import random_world
 from tests.helpers.theory_checks import Row, descent_bound, gaps, inequality_rows, slope, solve
 
 SCALES = {"std 1": (1.0, 0.5), "std 10": (10.0, 0.1)}
@@ -169,3 +170,15 @@ def test_a_family_that_is_not_convex_can_have_a_gap_of_its_own():
     feasible = [f for f, u in (objective_and_slack(world, p) for p in grid) if u[0] >= 0]
     assert max(feasible) <= primal + 1e-9
     assert solved.optimal_value > best.dual_value
+
+
+def test_the_share_closed_is_of_the_way_from_the_reference_to_the_optimum():
+    world = random_world(3, prompts=10, responses=12)
+    best = world.exact_optimum
+    assert best.share_closed(best.optimal) == pytest.approx(1)
+    assert best.share_closed(best.reference) == pytest.approx(0)
+    half = np.log((np.exp(world.ref_logp) + np.exp(world.maximizer(world.optimum.lambda_))) / 2)
+    policy = world.evaluate(half)
+    rise = policy.reward - best.reference.reward - world.problem.beta * policy.kl
+    whole = best.objective - best.reference.objective
+    assert best.share_closed(policy) == pytest.approx(rise / whole)

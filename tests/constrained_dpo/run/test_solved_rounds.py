@@ -36,10 +36,11 @@ def exact_on_dual(run, learner, number: int):
     return dual.evaluate(learner.table(run.adapter_folder(number))[:half])
 
 
-def assert_near_zero(run, learner, number: int, share: float = 0.05) -> None:
+def assert_near_zero(run, learner, number: int) -> None:
+    """Within four standard errors of 30 prompts' samples, a tenth of the margin."""
     exact = exact_on_dual(run, learner, number)
     for constraint in learner.world.problem.constraints:
-        assert abs(exact.u[constraint.name]) <= share * constraint.margin, exact.u
+        assert abs(exact.u[constraint.name]) <= 0.1 * constraint.margin, exact.u
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_a_constraint_that_is_met_without_a_multiplier_gets_none(tmp_path):
     _, last = play(run, recipe, learner, 2)
     assert last.lambda_next["g0"] == 0.0 and last.at_edge == {}
     exact = exact_on_dual(run, learner, 1)
-    assert exact.u["g0"] > 1 and abs(exact.u["g1"]) <= 0.05 * 0.4
+    assert exact.u["g0"] > 1 and abs(exact.u["g1"]) <= 0.1 * 0.4
 
 
 @pytest.mark.parametrize("budget", [0.6, pytest.param(9.0, marks=pytest.mark.slow)])
@@ -94,7 +95,7 @@ def test_kappa_meets_a_budget_of_kl(tmp_path, budget):
     run, recipe, learner = make_run(tmp_path / "run", world, overrides)
     (record,) = play(run, recipe, learner, 1)
     exact = exact_on_dual(run, learner, 0)
-    assert abs(exact.u["g0"]) <= 0.05 * 0.4
+    assert abs(exact.u["g0"]) <= 0.1 * 0.4
     if budget < 1:
         assert exact.kl == pytest.approx(budget, rel=0.05) and 0.5 < record.kappa < 1
     else:
@@ -102,6 +103,8 @@ def test_kappa_meets_a_budget_of_kl(tmp_path, budget):
     assert replay(run) == run.state().lambda_
     # the policy is the maximizer at β/κ, which is what its gap is measured at
     assert record.exact_on("dual").lagrangian_gap == pytest.approx(0.0, abs=1e-9)
+    assert record.exact_on("dual").beta == pytest.approx(world.problem.beta / record.kappa)
+    assert world.exact_optimum.share_closed(record.exact_on("dual")) is None  # P* has β, not β/κ
     kappas = read_parquet(run.pairs_file(0))["kappa"]
     assert kappas.between(0.5, 1.5).all() and np.ptp(kappas) > 0.8
 
