@@ -27,7 +27,9 @@ PAPER += [
     "pool.shares=null",
     "policy.lora.target_modules=all-linear",
 ]
-PAPER += ["dual.step_size=0.3", "dual.step_schedule=constant"]
+PAPER += ["dual.method=subgradient", "dual.step_size=0.3", "dual.step_schedule=constant"]
+PAPER += ["dual.confidence_side=none", "fit.conditional=null", "fit.refresh=1"]
+PAPER += ["fit.loraplus_ratio=1", "policy.lora.dropout=0.05"]
 SETTINGS = {"ours": [], "paper": PAPER}
 RECIPES = {"std 1, β 0.25": "quickstart.yaml", "std 10, β 0.1": "quickstart_std10.yaml"}
 

@@ -7,7 +7,7 @@ prompts from your own folders.
 
 `runs` goes on where FILE stops (25 minutes of one core a run). POLICY: a small chat model; RM:
 sequence classifiers with one logit of (prompt, response); prompts: rows with `prompt` as chat
-messages. Both settings make 64 steps of 16 sequences a round and start from the same reference
+messages. All settings make 64 steps of 16 sequences a round and start from the same reference
 samples.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.real_runs import play
+from constrained_dpo import Run
 
 SETTINGS: dict[str, dict[str, dict]] = {
     "paper": {
@@ -29,7 +30,22 @@ SETTINGS: dict[str, dict[str, dict]] = {
         "fit": {"group_size": 4, "batch_size": 4, "groups_per_prompt": 4},
         "pool": {"shares": {"reference": 0.2, "recent": 0.4, "earlier": 0.4}},
     },
+    "conditional": {
+        "policy": {"lora": {"dropout": 0}},
+        "dual": {"method": "solve", "confidence_side": "none"},
+        "fit": {
+            "conditional": {},
+            "refresh": 2,
+            "loraplus_ratio": 16,
+            "learning_rate": 5e-4,
+            "group_size": 4,
+            "batch_size": 4,
+            "groups_per_prompt": 4,
+        },
+        "pool": {"shares": {"reference": 0.1, "recent": 0.7, "earlier": 0.2}},
+    },
 }
+MARGINS = (0.0, 0.4, 0.8, 1.2, 1.6)  # of a conditional run's front
 ROUND_KEYS = (
     "lambda",
     "u",
@@ -61,7 +77,12 @@ def recipe_of(setting: str, seed: int, parts: argparse.Namespace) -> dict:
     recipe = {
         "name": f"real text, {setting}",
         "seed": seed,
-        "policy": {"model": str(parts.policy.resolve()), "quantization": "nf4", "dtype": "float32"},
+        "policy": {
+            "model": str(parts.policy.resolve()),
+            "quantization": "nf4",
+            "dtype": "float32",
+            "lora": {"dropout": 0.05},
+        },
         "prompts": {
             "source": str(parts.fit.resolve()),
             "test": str(parts.test.resolve()),
@@ -89,7 +110,16 @@ def recipe_of(setting: str, seed: int, parts: argparse.Namespace) -> dict:
             "rounds": 4,
             "responses_per_prompt": 8,
         },
-        "fit": {"steps": 64, "learning_rate": 1e-3, "warmup_steps": 5, "max_length": 256},
+        "fit": {
+            "conditional": None,
+            "refresh": 1,
+            "loraplus_ratio": 1,
+            "loss": "logistic",
+            "steps": 64,
+            "learning_rate": 1e-3,
+            "warmup_steps": 5,
+            "max_length": 256,
+        },
     }
     recipe["prompts"] |= {"max_fit": parts.prompts, "max_test": parts.prompts}
     recipe["dual"]["prompts_per_round"] = parts.prompts
@@ -109,7 +139,7 @@ def play_runs(parts: argparse.Namespace) -> None:
     for seed in parts.seeds:
         with tempfile.TemporaryDirectory() as name:
             folder, prepared = Path(name), None
-            for setting in SETTINGS:
+            for setting in parts.settings:
                 if (setting, seed) in done:
                     continue
                 (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(setting, seed, parts)))
@@ -126,17 +156,27 @@ def play_runs(parts: argparse.Namespace) -> None:
                     | {"test": {key: content["test"][key] for key in TEST_KEYS}}
                     for content in contents
                 ]
+                result = {"task": (setting, seed), "rounds": rounds, "reasons": reasons}
+                if setting == "conditional":
+                    result["front"] = front_of(prepared)
                 with parts.output.open("a") as lines:
-                    lines.write(
-                        json.dumps({"task": (setting, seed), "rounds": rounds, "reasons": reasons})
-                        + "\n"
-                    )
+                    lines.write(json.dumps(result) + "\n")
                 print(
                     setting,
                     seed,
                     [round(r["test"]["u"]["harmless"], 3) for r in rounds],
                     flush=True,
                 )
+
+
+def front_of(run: Path) -> list[dict]:
+    """Play five margins of a conditional run: λ, u, reward and KL on the test prompts."""
+    front = Run(run).front(margins={"harmless": MARGINS})
+    return [
+        {"margin": point.levels["harmless"], "lambda": point.lambda_["harmless"]}
+        | {key: getattr(point.test, key) for key in TEST_KEYS}
+        for point in front.rows
+    ]
 
 
 def print_table(results: list[dict]) -> None:
@@ -183,6 +223,20 @@ def print_table(results: list[dict]) -> None:
         ]
         print("| " + " | ".join(cells) + " |")
     for result in results:
+        if "front" in result:
+            print(
+                "\n| margin | λ | gain of harmless [95 %] | E[helpful] ± SE | KL |\n"
+                + "|---" * 5
+                + "|"
+            )
+        for point in result.get("front", []):
+            margin = point["margin"]
+            ends = (margin + point[k]["harmless"] for k in ("u", "u_ci_low", "u_ci_high"))
+            gain, low, high = (f"{value:+.2f}" for value in ends)
+            helpful = f"{point['reward']:+.2f} ± {point['reward_se']:.2f}"
+            cells = [f"{margin:.1f}", f"{point['lambda']:.2f}", f"{gain} [{low}, {high}]", helpful]
+            print("| " + " | ".join([*cells, f"{point['kl']:.2f}"]) + " |")
+    for result in results:
         if result["reasons"]:
             print(f"{result['task']}: {result['reasons']}")
 
@@ -199,6 +253,7 @@ def main() -> None:
     runs.add_argument(
         "--prompts", type=int, default=96, help="dual prompts, and as many test prompts"
     )
+    runs.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     runs.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     commands.add_parser("table").add_argument("output", type=Path)
     arguments = parser.parse_args()
