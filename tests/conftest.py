@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from constrained_dpo.run.create import init_run
 from constrained_dpo.run.directory import RunDirectory
-from tests.helpers.paths import QUICKSTART, SMALL
+from tests.helpers.paths import CONDITIONAL, QUICKSTART, SMALL
 
 
 def pytest_collection_finish():
@@ -46,23 +46,34 @@ def quickstart_policy():
     return load_policy(PolicySettings(model="quickstart", dtype="float32"))
 
 
-@pytest.fixture(scope="session")
-def small_run(tmp_path_factory):
-    """Two rounds of the embedded world, played by the CLI, its words in files beside the run;
-    read-only for tests, one for all workers."""
+def played_once(tmp_path_factory, name: str, overrides: tuple[str, ...]) -> RunDirectory:
+    """A run of the embedded world, played by the CLI, its words in files beside the run; read-only
+    for tests, one for all workers."""
     from tests.helpers.cli import cdpo
 
     session = tmp_path_factory.getbasetemp()
-    folder = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "small"
+    folder = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / name
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             playing = Path(tempfile.mkdtemp(dir=folder.parent))
-            run = init_run(QUICKSTART, playing / "run", list(SMALL))
+            run = init_run(QUICKSTART, playing / "run", list(overrides))
             result = cdpo("run", run.path, "--json", check=0)
             (playing / "stdout").write_text(result.stdout)
             (playing / "stderr").write_text(result.stderr)
             playing.rename(folder)
     return RunDirectory(folder / "run")
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """Two plain rounds."""
+    return played_once(tmp_path_factory, "small", SMALL)
+
+
+@pytest.fixture(scope="session")
+def conditional_run(tmp_path_factory):
+    """Two rounds of a family, each in two stretches, solved by trials."""
+    return played_once(tmp_path_factory, "conditional", CONDITIONAL)
 
 
 @pytest.fixture(scope="module")

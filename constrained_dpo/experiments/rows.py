@@ -147,7 +147,7 @@ def read_row(path: Path, choice: str, name: str) -> Row:
         number=number,
         rounds=run.rounds_done(),
         identity=identity(run),
-        lambda_=record.lambda_,
+        lambda_=record.policy_lambda,
         changes=moved,
         demanded=demanded,
         kl=record.test.kl,

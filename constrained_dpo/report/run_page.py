@@ -205,7 +205,7 @@ def constraint_rows(contents: Contents) -> list[dict[str, str]]:
                 "reached": signed(reached),
                 "u": interval(test, c.name),
                 "verdict": test.verdicts[c.name],
-                "lambda": f"{contents.record.lambda_[c.name]:.4f}",
+                "lambda": f"{contents.record.policy_lambda[c.name]:.4f}",
             }
         )
     return rows

@@ -45,7 +45,7 @@ def print_status(console: Console, status: RunStatus) -> None:
         for column in (*head, "objective", "gap at λ", "verdict on test"):
             table.add_column(column, justify="right")
         for record in status.rounds:
-            lambdas = "\n".join(f"{n} {v:.4f}" for n, v in record.lambda_.items())
+            lambdas = "\n".join(f"{n} {v:.4f}" for n, v in record.policy_lambda.items())
             slacks = ("\n".join(slack_cell(m, n) for n in m.u) for m in (record, record.test))
             numbers = (record.reward, record.kl, record.objective)
             word = verdict_cell(record.verdict)

@@ -2,6 +2,7 @@
 by trials, every file of it, and real kills."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,37 +21,12 @@ from constrained_dpo.run.record import RoundRecord, read_optimum, read_records, 
 from data_prep.readers.tables import read_parquet
 from tests.helpers.cli import cdpo, kill_when
 from tests.helpers.launches import CDPO, TOLERANCE, ended, launch, new_run, weights_differ
-from tests.helpers.paths import QUICKSTART, SMALL
-
-CONDITIONAL = (
-    "dual.method=solve",
-    "dual.trials=3",
-    "dual.confidence_side=none",
-    "fit.conditional={kappa: [0.5, 1.5]}",
-    "fit.refresh=2",
-    "fit.loraplus_ratio=8",
-)
-OVERRIDES = (
-    *SMALL,
-    *CONDITIONAL,
-    "fit.steps=12",
-    "fit.pairs_per_prompt=32",
-    "dual.responses_per_prompt=16",
-    "sampling.batch_size=128",
-)
+from tests.helpers.paths import CONDITIONAL, QUICKSTART, SOLVED
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory):
-    """Two rounds; and what the command wrote."""
-    run = init_run(QUICKSTART, tmp_path_factory.mktemp("conditional") / "run", list(OVERRIDES))
-    result = cdpo("run", run.path, check=0)
-    return run, result.stderr
-
-
-@pytest.fixture(scope="module")
-def run(played) -> RunDirectory:
-    return played[0]
+def run(conditional_run) -> RunDirectory:
+    return conditional_run
 
 
 def attempts(run: RunDirectory, number: int) -> int:
@@ -177,13 +153,15 @@ def test_records_and_exact_values(run):
         assert RoundRecord.from_json(record.to_json()) == record
 
 
-def test_status_and_report_know_such_a_run(played):
-    run, words = played
+def test_status_and_report_know_such_a_run(conditional_run, tmp_path):
+    words = (conditional_run.path.parent / "stderr").read_text()
+    run = RunDirectory(shutil.copytree(conditional_run.path, tmp_path / "run"))
     assert words.count("round 0: refresh ...") == attempts(run, 0) and "Traceback" not in words
     assert "round 1 done: harmless: λ" in words
     full = cdpo("status", run.path, "--full", check=0).stdout
-    lambdas = run.state().lambda_
-    assert f"{lambdas[2]['harmless']:.4g}" in full
+    table = full.split("λ for the next round")[0]
+    for record in read_records(run):  # the policy's own λ stands in its row
+        assert f"harmless {record.lambda_next['harmless']:.4f}" in table
     state = json.loads(cdpo("status", run.path, "--json", check=0).stdout)
     assert len(state["rounds"]) == 2
     page = Path(cdpo("report", run.path, check=0).stdout.splitlines()[-1])
@@ -192,7 +170,7 @@ def test_status_and_report_know_such_a_run(played):
 
 def killed_run(tmp_path, moment) -> RunDirectory:
     """The same run, killed by kill -9 of its group at a moment, then played to its end."""
-    run = init_run(QUICKSTART, tmp_path / "run", list(OVERRIDES))
+    run = init_run(QUICKSTART, tmp_path / "run", list(CONDITIONAL))
     assert kill_when(["run", str(run.path)], lambda: moment(run)), "the run ended before"
     assert run.rounds_done() < 2
     cdpo("run", run.path, check=0)
@@ -219,7 +197,7 @@ def test_a_run_killed_equals_one_never_killed(run, tmp_path, name):
 @pytest.mark.slow
 def test_two_processes_play_a_conditional_round_as_one_with_twice_the_batch(tmp_path_factory):
     """Stretches, trials and the member; the trials are at the same λ."""
-    one, two = (new_run(tmp_path_factory, size, *CONDITIONAL) for size in (8, 4))
+    one, two = (new_run(tmp_path_factory, size, *SOLVED) for size in (8, 4))
     launched = launch(*CDPO, "round", two.path, "--json")
     cdpo("round", one.path, check=0)
     out, err = ended(launched, 0)

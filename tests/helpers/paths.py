@@ -29,3 +29,24 @@ SMALL = (
 
 
 SMALL += ("sampling.batch_size=64", "fit.steps=30", "dual.rounds=2")
+
+
+SOLVED = (
+    "dual.method=solve",
+    "dual.trials=3",
+    "dual.confidence_side=none",
+    "fit.conditional={kappa: [0.5, 1.5]}",
+    "fit.refresh=2",
+    "fit.loraplus_ratio=8",
+)
+
+
+# A small family.
+CONDITIONAL = (
+    *SMALL,
+    *SOLVED,
+    "fit.steps=12",
+    "fit.pairs_per_prompt=32",
+    "dual.responses_per_prompt=16",
+    "sampling.batch_size=128",
+)

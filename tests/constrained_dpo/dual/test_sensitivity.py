@@ -25,6 +25,7 @@ NORMAL = ConstrainedProblem("r", 0.5, (Constraint("g", margin=0.3),))
 NORMAL_LAMBDA = 0.3 * 0.5 + 0.6
 
 
+@pytest.mark.slow
 def test_the_bootstrap_covers_the_true_multiplier_although_responses_are_few():
     """12 responses per prompt: λ* on them is biased by more than its spread over prompts, and the
     interval covers the true one all the same."""

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,24 +21,17 @@ from data_prep.errors import UserError
 from data_prep.models.policy import resolve_model
 from data_prep.models.settings import PolicySettings
 from tests.helpers.cli import cdpo
-from tests.helpers.paths import QUICKSTART, SMALL
-
-CONDITIONAL = (
-    *SMALL,
-    "policy.quantization=none",
-    "dual.method=solve",
-    "fit.conditional={}",
-    "dual.trials=2",
-    "dual.rounds=1",
-)
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory) -> Run:
-    """One round, in seconds."""
-    run = Run.create(QUICKSTART, tmp_path_factory.mktemp("played") / "run", list(CONDITIONAL))
-    run.play()
-    return run
+def played(conditional_run, tmp_path_factory) -> Run:
+    """A copy to write into."""
+    return Run(shutil.copytree(conditional_run.path, tmp_path_factory.mktemp("played") / "run"))
+
+
+def last_family(played: Run) -> Path:
+    round_folder = played.directory.round_folder(1)
+    return sorted(round_folder.glob("family*"))[-1]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +47,9 @@ def test_front_lists_its_points_and_reads_them_again(played, shown):
     for point in shown["points"]:
         assert f"{point['lambda']['harmless']:.4f}" in text and point["verdict"] in text
     assert "front.html" in text and (played.path / "front/front.html").stat().st_size > 20_000
-    more = cdpo("front", played.path, "--kappa", "0.5", "--json", check=0).stdout
+    more = cdpo("front", played.path, "--kappa", "0.25", "--json", check=0).stdout
     points = json.loads(more)["points"]
-    assert len(points) == 3 and points[2]["kappa"] == 0.5 and points[2]["kappa_outside"] == "low"
+    assert len(points) == 3 and points[2]["kappa"] == 0.25 and points[2]["kappa_outside"] == "low"
 
 
 def member_of(folder) -> PeftModel:
@@ -77,9 +72,9 @@ def test_an_exported_margin_is_the_familys_member(played, shown, tmp_path):
     point = FrontPoint.read(out / "measurement.json")
     assert point.to_json()["lambda"] == shown["points"][1]["lambda"]  # the stored point
     assert point.verdict in text and f"{point.lambda_['harmless']:.4f}" in text
-    family = read_family(played.directory.family_folder(0))
+    family = read_family(last_family(played))
     gates = family.gates(pd.DataFrame([point.lambda_]))[0]
-    whole = load_file(played.directory.family_folder(0) / FAMILY_WEIGHTS)
+    whole = load_file(last_family(played) / FAMILY_WEIGHTS)
     weights = load_file(out / "adapter_model.safetensors")
     for name, value in weights.items():
         scale = torch.tensor(np.repeat(gates, family.rank), dtype=torch.float32)[:, None]
@@ -121,7 +116,7 @@ def test_a_margin_out_of_reach_is_exported_at_the_edge_with_a_notice(played, tmp
 def test_a_rounds_adapter_is_exported_as_ever(played, tmp_path):
     cdpo("export", played.path, tmp_path / "round", check=0)
     plain = load_file(tmp_path / "round" / "adapter_model.safetensors")
-    stored = load_file(played.directory.adapter_folder(0) / "adapter_model.safetensors")
+    stored = load_file(played.directory.adapter_folder(1) / "adapter_model.safetensors")
     assert all(torch.equal(value, stored[name]) for name, value in plain.items())
     at = played.record().lambda_next["harmless"]
     assert f"{at:.4f}" in (tmp_path / "round" / "README.md").read_text()

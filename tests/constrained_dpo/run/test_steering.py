@@ -71,7 +71,7 @@ def test_noise_alone_ends_no_run():
     """True u at −10 % of b and a standard error of 5 % of b: within six looks û alone is within
     5 % of b in 64 of 100 runs, û and its error never."""
     needed, unit = pd.Series({"g": 0.5}), pd.Series({"g": 1.0})
-    estimates = np.random.default_rng(0).normal(-0.05, 0.025, size=(200, 6))
+    estimates = np.random.default_rng(0).normal(-0.05, 0.025, size=(50, 6))
     assert (np.abs(estimates) <= 0.025).any(axis=1).mean() > 0.5
     for v in estimates.ravel():
         assert not converged(settled(v=v, se=0.025), needed, unit, 0.05, None, None)
