@@ -4,6 +4,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+from constrained_dpo.recipe.defaults import sized, split_counts
 from constrained_dpo.recipe.load import RecipeSource, read_document, recipe_text, validated
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory, RunState
@@ -77,13 +78,17 @@ _SAMPLED_WITH = (
 
 def _inheritance(recipe: Recipe, source: RunDirectory) -> dict[str, str]:
     """Path and hashes of the run that is taken over; raises UserError when it is not prepared or
-    was sampled otherwise."""
+    was sampled otherwise. A level's number of samples that the recipe leaves open is the source's.
+    """
     state = source.state()
-    there_content, here_content = (r.model_dump(mode="json") for r in (source.recipe(), recipe))
     if not state.prepared:
         raise UserError(
             f"--from {source.path}: is not prepared yet; run `cdpo prepare {source.path}` first"
         )
+    there_recipe, here_recipe = source.recipe(), sized(recipe, split_counts(source.prompts()))
+    there_content, here_content = (r.model_dump(mode="json") for r in (there_recipe, here_recipe))
+    if not recipe.dual.reference_responses:
+        here_content["dual"]["reference_responses"] = there_recipe.dual.reference_responses
     for content in (there_content, here_content):
         del content["policy"]["lora"]
     for key in _SAMPLED_WITH:

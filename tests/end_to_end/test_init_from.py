@@ -33,6 +33,16 @@ def settings(*overrides: str) -> list[str]:
     return [*SMALL, f"policy.model={build_policy()}", *overrides]
 
 
+def test_numbers_that_a_recipe_leaves_open_are_no_difference(source, tmp_path):
+    """The level's samples are the source's, though a solved run would draw twice as many."""
+    solved = settings("dual.method=solve", "fit.conditional={}", "fit.refresh=1")
+    run = init_run(QUICKSTART, tmp_path / "solved", solved, source)
+    assert run.state().inherited["from"] == str(source.path.resolve())
+    fixed = settings("dual.reference_responses=9")
+    with pytest.raises(UserError, match="dual.reference_responses differs"):
+        init_run(QUICKSTART, tmp_path / "fixed", fixed, source)
+
+
 def test_init_from_samples_and_scores_nothing_twice(source, tmp_path):
     """Another margin and β and one more constraint on a prepared run: the same responses, and only
     the new utility is scored."""
