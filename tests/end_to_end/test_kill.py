@@ -39,6 +39,7 @@ def assert_equal(run: RunDirectory, expected: RunDirectory, rounds: int) -> None
     assert not list(run.path.rglob(".*.tmp")) and not list(run.path.rglob("shards/*/*"))
 
 
+@pytest.mark.slow
 def test_a_run_killed_inside_a_fit_goes_on_from_its_checkpoint_to_the_same_results(
     small_run, tmp_path
 ):

@@ -149,6 +149,7 @@ def test_one_shot_misses_the_margin_that_multi_shot_meets():
     assert min(misses["reward"]) < -0.01 and max(misses["reward"]) > 0.01
 
 
+@pytest.mark.slow
 def test_a_family_that_is_not_convex_can_have_a_gap_of_its_own():
     """The one world of 24 in which the bench finds it: at λ_p* two policies are Lagrangian
     maximizers, one short of b and one over it, D_p has a kink, no λ gives b, and the best feasible

@@ -270,6 +270,7 @@ def test_threshold_constraints_enter_the_levels_absolutely():
     )
 
 
+@pytest.mark.slow
 def test_the_intervals_ends_hold_where_there_is_no_estimate():
     """An effective sample size of 2 of 24 responses: no estimate, but D(λ) lies between the ends
     in all of 40 seeds."""

@@ -19,7 +19,12 @@ def scores(rng, prompts: int, responses: int, law: str) -> np.ndarray:
 
 @pytest.mark.parametrize(("law", "low"), [("normal", -8.0), ("rare failures", -2.0)])
 @pytest.mark.parametrize(
-    ("dual", "few", "test", "many"), [(48, 8, 48, 32), (96, 32, 24, 8), (60, 16, 120, 64)]
+    ("dual", "few", "test", "many"),
+    [
+        (48, 8, 48, 32),
+        pytest.param(96, 32, 24, 8, marks=pytest.mark.slow),
+        pytest.param(60, 16, 120, 64, marks=pytest.mark.slow),
+    ],
 )
 def test_with_the_room_nine_of_ten_test_sets_say_satisfied(law, low, dual, few, test, many):
     """The room is measured on a trial of a few responses; the policy ends where as many as in the

@@ -40,7 +40,9 @@ def drawn():
     return world, policy, list(zip(draw(policy), draw(world.ref_logp), strict=True))
 
 
-@pytest.mark.parametrize("level", [{"margin": 0.4}, {"threshold": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "level", [{"margin": 0.4}, pytest.param({"threshold": 0.1}, marks=pytest.mark.slow)], ids=str
+)
 def test_monte_carlo_subgradient_is_unbiased_and_its_interval_covers(drawn, level):
     world, policy, pairs = drawn
     constraints = Constraint("g0", **level), Constraint("g1", margin=0.2)

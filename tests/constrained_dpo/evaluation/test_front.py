@@ -195,6 +195,7 @@ def test_kappa_scales_how_far_a_member_goes(played):
     assert abs(on_dual(learner, recipe, solved.row(recipe.problem))["g0"]) < 0.1
 
 
+@pytest.mark.slow
 def test_a_verdict_at_the_lower_bound_is_aimed_at(tmp_path):
     """Room enough for *satisfied* at the confidence that the point's own look is held at."""
     run, recipe, learner = played_run(

@@ -86,6 +86,7 @@ def test_an_exported_margin_is_the_familys_member(played, shown, tmp_path):
     assert point.verdict in card and f"{point.test.u['harmless']:+.3f}" in card
 
 
+@pytest.mark.slow
 def test_several_margins_are_several_adapters_and_one_card(played, shown, tmp_path):
     out = tmp_path / "adapters"
     result = cdpo("export", played.path, out, "--margin", "harmless=0.1,0.4", "--json", check=0)
@@ -104,6 +105,7 @@ def test_several_margins_are_several_adapters_and_one_card(played, shown, tmp_pa
     assert "kappa-0.5=" in (tmp_path / "kappa" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_margin_out_of_reach_is_exported_at_the_edge_with_a_notice(played, tmp_path):
     out = tmp_path / "far"
     text = cdpo("export", played.path, out, "--margin", "harmless=9", check=0).stdout

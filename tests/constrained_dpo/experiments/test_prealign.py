@@ -103,7 +103,8 @@ def test_what_cannot_be_fitted_is_refused(words, prealigned, refused, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("how", ["stopped", pytest.param("killed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["stopped", "killed"])
 def test_a_call_that_ended_early_is_finished_by_the_same_call_and_holds_its_folder(
     words, prealigned, tmp_path, refused, how
 ):

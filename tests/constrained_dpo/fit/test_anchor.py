@@ -123,7 +123,9 @@ def test_the_anchor_of_the_base_itself_is_within_rounding(quantized):
     assert check_anchor(policy, policy.model, rows) < 1e-4
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+@pytest.mark.parametrize(
+    "quantization", ["nf4", *(pytest.param(q, marks=pytest.mark.slow) for q in ("int8", "none"))]
+)
 def test_gradients_are_the_same_before_and_after_sampling(quantization, tmp_path):
     """Invariant 10: on one loaded object, LoRA gradients survive a generate() + scoring pass, and
     eval equals train mode."""

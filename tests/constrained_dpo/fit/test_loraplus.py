@@ -144,6 +144,7 @@ def test_a_family_of_other_blocks_is_no_start(plain_policy, pool, tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_an_interrupted_conditional_fit_equals_one_never_interrupted(
     plain_policy, pool, tmp_path, caplog
 ):

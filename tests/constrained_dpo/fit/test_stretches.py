@@ -114,7 +114,11 @@ def test_the_optimizer_goes_on(whole, plain_policy, pool, tmp_path):
     assert weights(tmp_path, 1) != weights(folder, 1)
 
 
-@pytest.mark.parametrize("save_steps", [None, 2], ids=["", "with checkpoints"])
+@pytest.mark.parametrize(
+    "save_steps",
+    [pytest.param(None, marks=pytest.mark.slow), 2],
+    ids=["without checkpoints", "with checkpoints"],
+)
 def test_stretches_killed_anywhere_give_the_same_bits(
     whole, plain_policy, pool, save_steps, tmp_path, caplog
 ):

@@ -172,6 +172,7 @@ def many_long_responses(table: pd.DataFrame, copies: int, draws: int, text: str)
     return pd.concat(tables, ignore_index=True)
 
 
+@pytest.mark.slow
 def test_ten_thousand_long_responses_stay_below_ten_megabytes(bare, tmp_path):
     """No constraint is drawn, and figures are counted as for three."""
     run = RunDirectory(tmp_path / "run")

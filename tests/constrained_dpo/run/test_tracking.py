@@ -41,6 +41,7 @@ def scalars(folder) -> dict[str, list]:
     }
 
 
+@pytest.mark.slow
 def test_tensorboard_reads_the_loss_curve_and_the_rounds_also_after_a_kill(tmp_path):
     pytest.importorskip("tensorboard")
     run = played(tmp_path / "run", "tensorboard")
