@@ -39,7 +39,7 @@ def test_numbers_that_a_recipe_leaves_open_are_no_difference(source, tmp_path):
     run = init_run(QUICKSTART, tmp_path / "solved", solved, source)
     assert run.state().inherited["from"] == str(source.path.resolve())
     fixed = settings("dual.reference_responses=9")
-    with pytest.raises(UserError, match="dual.reference_responses differs"):
+    with pytest.raises(UserError, match=r"dual\.reference_responses differs"):
         init_run(QUICKSTART, tmp_path / "fixed", fixed, source)
 
 
