@@ -8,8 +8,9 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.scorers.http import HttpScorer
+from data_prep.scorers.model_settings import ClassifierScorerSettings
 from data_prep.scorers.scoring import make_scorer
-from data_prep.scorers.settings import ClassifierScorerSettings, HttpScorerSettings
+from data_prep.scorers.settings import HttpScorerSettings
 from tests.helpers.cli import cdpo
 from tests.helpers.models import save_classifier
 

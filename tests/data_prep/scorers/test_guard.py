@@ -7,8 +7,8 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.scorers.guard import tokenize_words
+from data_prep.scorers.model_settings import GuardScorerSettings
 from data_prep.scorers.scoring import make_scorer
-from data_prep.scorers.settings import GuardScorerSettings
 from tests.helpers.models import save_word_tokenizer, tiny_llama_config
 
 PROMPTS = ["open the door", "sing", "a much longer request about nothing in particular", "no"]
