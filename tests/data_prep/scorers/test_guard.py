@@ -164,6 +164,11 @@ def test_without_a_chat_template_a_template_is_asked_for(tmp_path):
     save_guard(tmp_path, {"[verdict]": "safe unsafe"}, chat=False)
     with pytest.raises(UserError, match="no chat template; set template"):
         guard(tmp_path)
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name in ("rag", "tool_use"):
+        (tmp_path / "additional_chat_templates" / f"{name}.jinja").write_text(CHAT)
+    with pytest.raises(UserError, match=r"several chat templates \(rag, tool_use\) .*set template"):
+        guard(tmp_path)
 
 
 @pytest.mark.parametrize(
