@@ -137,8 +137,8 @@ def test_hard_cases_are_drawn_with_odds_of_their_residual():
 
 
 def test_a_member_that_is_right_at_its_own_multipliers_is_not_hard():
-    """Two trials of exact members at other λ and κ; the one response that is not as its member
-    should draw it is the hard one, whatever its g."""
+    """Two trials of members at other λ and κ: no response of the exact one is hard, whatever its g;
+    of the other one a response is wrong by 0.3 nats, half of the residual about its mean."""
     pool = pool_of({"reference-pool": 4, "trial:0.0.0": 5, "trial:0.0.1": 5}, prompts=40)
     own = {"trial:0.0.0": (0.2, 1.0), "trial:0.0.1": (2.1, 0.5)}
     tried = pool["source"].isin(own)
@@ -153,7 +153,9 @@ def test_a_member_that_is_right_at_its_own_multipliers_is_not_hard():
     pool.loc[wrong, "policy_logp"] += 0.3
     shares = {"reference": 0.5, "recent": 0.0, "hard": 0.5, "earlier": 0.0}
     chosen = choose(pool, shares, cap=2)
-    assert set(chosen.index[chosen["source"] != "reference-pool"]) == set(wrong)
+    hard = chosen[chosen["source"] != "reference-pool"]
+    assert len(hard) == 40 and set(hard["source"]) == {"trial:0.0.1"}
+    assert 8 <= hard.index.isin(wrong).sum() <= 32
 
 
 def test_shares_are_validated_together():
