@@ -11,7 +11,19 @@ import typer
 from data_prep.errors import UserError
 from data_prep.quiet import hear_libraries, quiet_libraries
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="parquet file to write")]
+
+def _parquet_name(path: Path) -> Path:
+    """The path; raises UserError where its ending promises another format."""
+    if path.suffix.lower() in OTHER_FORMATS:
+        raise UserError(f"--output {path}: is written as parquet; name it .parquet")
+    return path
+
+
+OTHER_FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".gz")
+
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="parquet file to write", callback=_parquet_name)
+]
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable summary")]

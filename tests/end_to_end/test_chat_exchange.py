@@ -100,6 +100,9 @@ def test_a_chat_in_its_own_column_is_the_same_in_every_form(model, run_tables, t
         pool.assign(prompt=prompts).to_json(file, orient="records", lines=True)
         cdpo("data", "relabel", file, *RELABEL, "-o", output, check=0)
         written[form] = output.read_text()
+    pool.assign(prompt=asked).to_parquet(tmp_path / "lists.parquet")
+    cdpo("data", "relabel", tmp_path / "lists.parquet", *RELABEL, "-o", output, check=0)
+    written["lists in parquet"] = output.read_text()
     rows = [json.loads(line) for line in written["json"].splitlines()]
     assert [row["prompt"] for row in rows] == [CHATS[row["prompt_id"]] for row in rows]
     assert rows[0]["chosen"] == [{"role": "assistant", "content": "w3"}]
