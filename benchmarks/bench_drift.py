@@ -33,7 +33,11 @@ def main(path: str) -> None:
     learner, problem = LoraLearner(recipe, run.prompts(), run.score_cache), recipe.problem
     world, tokens = learner.exact.world("dual", problem), learner.exact.tokens["dual"]
     lambda_ = problem.multipliers(run.state().lambda_[-1])
-    last, pool, star = run.adapter_folder(number - 1), run.pool(number), world.maximizer(lambda_)
+    last, pool, star = (
+        run.adapter_folder(number - 1),
+        run.pool(recipe, number),
+        world.maximizer(lambda_),
+    )
 
     def describe(name: str, logp: np.ndarray) -> np.ndarray:
         gap = problem.beta * np.exp(logp) * (logp - star)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from data_prep.errors import UserError
     from data_prep.labels.groups import label_groups
     from data_prep.labels.lagrangian import lagrangian_score
+    from data_prep.labels.pair_texts import PairTexts
     from data_prep.labels.preferences import label_pairs
     from data_prep.labels.relabel import relabel_groups, relabel_pairs
     from data_prep.prompts.split import split_prompts
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from data_prep.scorers.scoring import make_scorer, score_texts
 
 _PLACES = {
+    "PairTexts": "data_prep.labels.pair_texts",
     "UserError": "data_prep.errors",
     "label_groups": "data_prep.labels.groups",
     "label_pairs": "data_prep.labels.preferences",
@@ -31,6 +33,7 @@ _PLACES = {
 }
 
 __all__ = [
+    "PairTexts",
     "UserError",
     "label_groups",
     "label_pairs",

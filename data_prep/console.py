@@ -1,4 +1,4 @@
-"""What the command-line programs share: exit codes, quiet libraries, options."""
+"""What the command-line programs share: exit codes, options, what is shown."""
 
 import logging
 import sys
@@ -9,8 +9,21 @@ from typing import Annotated
 import typer
 
 from data_prep.errors import UserError
+from data_prep.quiet import hear_libraries, quiet_libraries
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="parquet file to write")]
+
+def _parquet_name(path: Path) -> Path:
+    """The path; raises UserError where its ending promises another format."""
+    if path.suffix.lower() in OTHER_FORMATS:
+        raise UserError(f"--output {path}: is written as parquet; name it .parquet")
+    return path
+
+
+OTHER_FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".gz")
+
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="parquet file to write", callback=_parquet_name)
+]
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable summary")]
@@ -25,11 +38,11 @@ def run_app(application: Callable[[], None], may_speak: Callable[[], bool] = lam
     """
     import os
     import signal
-    import warnings
 
     # Before torch is loaded: its threads wait by spinning, which on a machine shared with other
     # work makes everything ten times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    quiet_libraries()
     log_to_stderr()
     stopped_by: list[int] = [signal.SIGINT]
 
@@ -37,7 +50,6 @@ def run_app(application: Callable[[], None], may_speak: Callable[[], bool] = lam
         stopped_by.append(number)
         raise KeyboardInterrupt  # unwinds like Ctrl-C, so that temporary files go
 
-    warnings.filterwarnings("ignore", category=FutureWarning)
     signal.signal(signal.SIGTERM, terminate)
     try:
         application()
@@ -90,17 +102,14 @@ def log_to_stderr() -> None:
         logger.setLevel(logging.INFO)
 
 
-def quiet_libraries() -> None:
-    """Results and our own progress only: the libraries' notices about their defaults do not apply
-    (every default is set)."""
-    import os
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+def common_options(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="show the libraries' own warnings too")
+    ] = False,
+) -> None:
+    """Read the options in front of a command's name."""
+    if verbose:
+        hear_libraries()
 
 
 def parse_assignments(pairs: list[str], option: str) -> dict[str, float]:

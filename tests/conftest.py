@@ -7,7 +7,6 @@ import shutil
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the commands set it
 # `make test` has two workers for two cores; the processes that tests start count too
 os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
@@ -21,7 +20,10 @@ from filelock import FileLock
 
 from constrained_dpo.run.create import init_run
 from constrained_dpo.run.directory import RunDirectory
+from data_prep.quiet import quiet_libraries
 from tests.helpers.paths import CONDITIONAL, QUICKSTART, SMALL
+
+quiet_libraries()  # as the commands do, before a library is loaded
 
 
 def pytest_collection_finish():

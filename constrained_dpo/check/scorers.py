@@ -8,9 +8,10 @@ from constrained_dpo.recipe.schema import Recipe
 from data_prep.errors import UserError
 from data_prep.records import Record
 from data_prep.scorers.cache import ScoreCache
+from data_prep.scorers.options import ScorerOptions
 from data_prep.scorers.protocol import Scorer, TokenScorer
 from data_prep.scorers.scoring import score_texts
-from data_prep.scorers.settings import ScorerOptions, ScorerSettings
+from data_prep.scorers.settings import ScorerSettings
 from data_prep.settings import EMBEDDED
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from constrained_dpo.cli.options import AsJson, Overrides, print_json, results_console
-from data_prep.console import parse_assignments, quiet_libraries
+from data_prep.console import parse_assignments
 
 
 def check(
@@ -32,7 +32,6 @@ def check(
     recipe, errors = load_recipe(target, overrides), parse_assignments(target_se, "--target-se")
     # A check downloads nothing; the hub's library reads this when it is imported.
     os.environ["HF_HUB_OFFLINE"] = "1"
-    quiet_libraries()
     from constrained_dpo.check.check import check_recipe
     from constrained_dpo.report.check_words import print_check
 

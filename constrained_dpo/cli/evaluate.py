@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from constrained_dpo.cli.options import AsJson, RoundChoice, RunPath, print_json, results_console
-from data_prep.console import quiet_libraries
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +63,6 @@ def evaluate(
 
     directory = RunDirectory(run)
     recipe = directory.recipe()
-    quiet_libraries()
     from constrained_dpo.evaluation.evaluate import EvaluationOptions
     from constrained_dpo.evaluation.evaluate import evaluate as evaluate_run
 

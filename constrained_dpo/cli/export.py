@@ -15,7 +15,6 @@ from constrained_dpo.cli.options import (
     print_json,
     results_console,
 )
-from data_prep.console import quiet_libraries
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,7 +70,6 @@ def _export_round(run: Path, output: Path, round_: str, merge: bool, as_json: bo
 
     directory = RunDirectory(run)
     recipe, number = directory.recipe(), chosen_round(directory, round_)
-    quiet_libraries()
     from constrained_dpo.api import Run
 
     measured = Run(run).export(output, number, merge=merge)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from constrained_dpo.cli.options import AsJson, RunPath, parse_grids, print_json, results_console
-from data_prep.console import quiet_libraries
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,7 +80,6 @@ def opened_family(path: Path) -> "Run":
 
     directory = RunDirectory(path)
     require_family(directory, directory.recipe())
-    quiet_libraries()
     from constrained_dpo.api import Run
 
     return Run(path)

@@ -17,7 +17,7 @@ from constrained_dpo.cli.sweep import sweep
 from constrained_dpo.environment import settle_environment
 from constrained_dpo.launch import join_launch, may_speak, num_processes, run_launched
 from data_prep.cli.main import app as data_app
-from data_prep.console import run_app
+from data_prep.console import common_options, run_app
 from data_prep.errors import UserError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
     "dual step.",
 )
 
+app.callback()(common_options)
 for command in (init, check, prepare, status, report, evaluate, front, export, compare, sweep):
     app.command()(command)
 app.command()(prealign)

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from constrained_dpo.cli.options import AsJson, Overrides, print_json
-from data_prep.console import quiet_libraries
 from data_prep.errors import UserError
 
 
@@ -38,7 +37,6 @@ def prealign(
             "cdpo prealign: which label? give --labels better_response_id, safer_response_id or "
             "chosen"
         )
-    quiet_libraries()
     from constrained_dpo.experiments.prealign import prealign as fit_labels
 
     facts = fit_labels(settings, column, output)

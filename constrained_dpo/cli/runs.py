@@ -13,7 +13,6 @@ from constrained_dpo.cli.options import (
     print_json,
     results_console,
 )
-from data_prep.console import quiet_libraries
 from data_prep.errors import UserError
 from data_prep.settings import EMBEDDED
 
@@ -55,7 +54,6 @@ def _opened(path: Path) -> "Run":
     from constrained_dpo.run.directory import RunDirectory
 
     RunDirectory(path).recipe()
-    quiet_libraries()
     from constrained_dpo.api import Run
 
     return Run(path)

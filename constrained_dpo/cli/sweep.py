@@ -8,7 +8,7 @@ import typer
 
 from constrained_dpo.cli.compare import show
 from constrained_dpo.cli.options import AsJson, parse_grids, print_json
-from data_prep.console import parse_assignments, quiet_libraries
+from data_prep.console import parse_assignments
 from data_prep.errors import UserError
 
 
@@ -55,7 +55,6 @@ def sweep(
     from constrained_dpo.recipe.load import load_recipe
 
     settings = load_recipe(recipe, overrides)
-    quiet_libraries()
     from constrained_dpo.experiments.compare import read_groups
     from constrained_dpo.experiments.sweep import SweepGrid, plan_sweep, play_sweep
 

@@ -265,10 +265,10 @@ class RunDirectory:
         """Count the rounds whose dual step is in state.json."""
         return self.state().rounds_done
 
-    def pool(self, before_round: int, stretches: int = 0) -> pd.DataFrame:
+    def pool(self, recipe: Recipe, before_round: int, stretches: int = 0) -> pd.DataFrame:
         """The scored responses a round's labels are drawn from: π_ref's, the dataset's, those of
         earlier rounds that grew it, and those after so many stretches of its own fit."""
-        source = self.recipe().pool.source
+        source = recipe.pool.source
         parts = [] if source == "dataset" else [read_parquet(self.pool_file(None))]
         parts += [] if source == "reference" else [read_parquet(self.dataset_pool_file)]
         grown = [self.pool_file(t) for t in range(before_round)]

@@ -37,7 +37,7 @@ from constrained_dpo.run.relabel import unlabelled, write_labels
 from constrained_dpo.run.trials import Search, search
 from constrained_dpo.tracking import log_round
 from data_prep.files import write_json
-from data_prep.labels.multipliers import KAPPA, MultiplierRange, multiplier_columns
+from data_prep.labels.multipliers import MultiplierRange
 from data_prep.readers.tables import read_parquet, write_parquet
 from data_prep.sampling.law import is_policy_law
 from data_prep.settings import derive_seed
@@ -179,7 +179,7 @@ def _fit(this: Round, output: Path, stretch: int, first: int) -> None:
     before = run.refresh_folder(number, stretch - 1) / "checkpoint"
     job = FitJob(
         labels=read_parquet(run.labels_file(number, recipe.fit.grouped, stretch)),
-        pool=run.pool(number, stretch),
+        pool=run.pool(recipe, number, stretch),
         lambda_=this.lambda_,
         round_number=number,
         seed=derive_seed(recipe.seed, number, "fit", first),
@@ -311,15 +311,14 @@ def _close_round(this: Round, facts: dict[str, object]) -> None:
 
 
 def _grown(this: Round) -> pd.DataFrame:
-    """What a round adds to the pool: its samples on the dual prompts, those of its trials, and
-    those between the stretches of its fits."""
+    """What a round adds to the pool: its samples on the dual prompts, those of its trials (with the
+    λ and κ of their members), and those between the stretches of its fits."""
     run, recipe, number = this.run, this.recipe, this.number
     samples = read_parquet(run.samples_file(number))
     parts = [samples[samples["split"] == "dual"].drop(columns="split")]
-    extra = [*multiplier_columns(recipe.problem.names), KAPPA]
     for attempt in range(MORE_FITS + 1):
         files = sorted(run.trials_folder(number, attempt).glob("[0-9]*.parquet"))
-        parts += [read_parquet(file).drop(columns=extra) for file in files]
+        parts += [read_parquet(file) for file in files]
     stretches = range((MORE_FITS + 1) * recipe.stretches)
     files = [f for k in stretches if (f := run.refresh_file(number, k)).exists()]
     return pd.concat([*parts, *map(read_parquet, files)], ignore_index=True)

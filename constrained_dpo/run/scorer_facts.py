@@ -12,7 +12,7 @@ from constrained_dpo.run.directory import RunDirectory
 from data_prep.errors import UserError
 from data_prep.files import read_json
 from data_prep.records import Record
-from data_prep.scorers.settings import ScorerOptions
+from data_prep.scorers.options import ScorerOptions
 
 QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
 

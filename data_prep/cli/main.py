@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from data_prep.cli.relabel import relabel
-from data_prep.console import AsJson, Output, quiet_libraries, run_app
+from data_prep.console import AsJson, Output, common_options, run_app
 from data_prep.errors import UserError
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
+app.callback()(common_options)
 
 Format = Annotated[str, typer.Option("--format", help="text or chat")]
 
@@ -123,7 +124,6 @@ def sample(
     )
     how = _validated(PromptSettings, source=str(prompts), format=format, template=template)
     table = validate_prompts(read_table(prompts), str(prompts))
-    quiet_libraries()
     policy = load_policy(
         _validated(PolicySettings, model=model, quantization=quantization, dtype=dtype)
     )
@@ -182,8 +182,6 @@ def score(
     settings = parse_scorer(scorer, "--scorer")
     table = read_table(responses, texts=["response"])
     require_columns(table, ["prompt", "response"], str(responses))
-    if settings.type in ("classifier", "beaver", "guard"):
-        quiet_libraries()
     prompts, judge = table_prompts(table, str(responses)), make_scorer(settings)
     values = score_texts(
         judge,

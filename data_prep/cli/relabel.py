@@ -6,13 +6,20 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
-from data_prep.console import AsJson, Output, parse_assignments
+from data_prep.console import AsJson, parse_assignments
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from data_prep.labels.multipliers import MultiplierRange
+
+LEFT_OUT = {
+    "single_response": "prompts with a single response",
+    "cut_off": "responses that were cut off",
+    "no_response": "prompts with no other response",
+}
+"""What `relabel_pairs` leaves out, in words."""
 
 
 def relabel(
@@ -23,7 +30,10 @@ def relabel(
             "columns"
         ),
     ],
-    output: Output,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="file to write, by its ending: .parquet or .jsonl"),
+    ],
     reward: Annotated[str, typer.Option(help="reward column")],
     lambda_: Annotated[
         list[str], typer.Option("--lambda", help="COL=VALUE, once per utility")
@@ -52,7 +62,10 @@ def relabel(
     pairs_per_prompt: Annotated[str, typer.Option(help="a number, or all")] = "all",
     seed: Annotated[int, typer.Option(help="seed of pairs and draws")] = 0,
     text: Annotated[
-        bool, typer.Option("--text", help="add prompt, chosen, rejected texts")
+        bool,
+        typer.Option(
+            "--text", help="add prompt, chosen, rejected: texts, of chats lists of messages"
+        ),
     ] = False,
     prompts: Annotated[
         Path | None,
@@ -60,6 +73,14 @@ def relabel(
             help="with --text: table of prompt_id, prompt; default: the responses' column"
         ),
     ] = None,
+    drop_cut_off: Annotated[
+        bool,
+        typer.Option(
+            "--drop-cut-off",
+            help="with --text: leave out responses that were cut off, which other trainers would "
+            "give an end token",
+        ),
+    ] = False,
     group_size: Annotated[
         int | None,
         typer.Option(
@@ -73,8 +94,9 @@ def relabel(
 ) -> None:
     """Pseudo-preference pairs under given multipliers: P(y1 ≻ y2) = σ(s(y1) − s(y2)), s = reward +
     Σ λ·utility."""
+    from data_prep.labels.pair_texts import PairTexts, read_prompt_texts
     from data_prep.labels.preferences import Labels
-    from data_prep.labels.relabel import read_prompt_texts, relabel_groups, relabel_pairs
+    from data_prep.labels.relabel import relabel_groups, relabel_pairs
 
     if labels not in get_args(Labels):
         raise UserError(f"--labels {labels}: is not one of {', '.join(get_args(Labels))}")
@@ -82,6 +104,11 @@ def relabel(
         raise UserError(f"--pairs-per-prompt {pairs_per_prompt}: write a number ≥ 1, or all")
     if prompts is not None and not text:
         raise UserError("--prompts: only --text writes prompts; add it, or leave --prompts out")
+    if drop_cut_off and not text:
+        raise UserError(
+            "--drop-cut-off: only texts are given an end token by other trainers; add --text, or "
+            "leave it out"
+        )
     if group_size is not None and (text or labels != "soft" or pairs_per_prompt != "all"):
         raise UserError(
             "--group-size: groups hold scores; leave out --text, --labels and --pairs-per-prompt"
@@ -100,6 +127,7 @@ def relabel(
         )
         _print_groups(output, grouped, group_size, multipliers, as_json)
         return
+    beside = None if prompts is None else read_prompt_texts(prompts)
     done = relabel_pairs(
         responses,
         output,
@@ -108,7 +136,7 @@ def relabel(
         labels=cast(Labels, labels),
         pairs_per_prompt=None if pairs_per_prompt == "all" else int(pairs_per_prompt),
         seed=seed,
-        prompt_texts=text if prompts is None else read_prompt_texts(prompts),
+        texts=PairTexts(beside, drop_cut_off) if text else None,
     )
     _print_pairs(output, done, multipliers, as_json)
 
@@ -161,17 +189,22 @@ def _print_pairs(
     output: Path, done: dict[str, object], multipliers: "pd.Series | MultiplierRange", as_json: bool
 ) -> None:
     """Print the counts of `relabel_pairs`, in words or as JSON."""
-    singles = done.pop("single_response")
     if as_json:
-        left_out = {"left_out": {"single_response": singles}}
-        print(json.dumps({"output": str(output), **done, **left_out, **_range_facts(multipliers)}))
+        print(json.dumps({"output": str(output), **done, **_range_facts(multipliers)}))
         return
     ambiguous = 100 * cast(float, done["ambiguous_fraction"])
+    left_out = cast(dict[str, int], done["left_out"])
+    words = [f"{n} {LEFT_OUT[why]}" for why, n in left_out.items()]
     print(
         f"{output}: {done['pairs']} pairs of {done['prompts']} prompts, {ambiguous:.0f} % with P "
-        f"between 0.05 and 0.95; left out: {singles} prompts with a single response"
-        f"{_range_words(multipliers)}"
+        f"between 0.05 and 0.95; left out: {', '.join(words)}{_range_words(multipliers)}"
     )
+    if done.get("cut_off_pairs"):
+        print(
+            f"{done['cut_off_pairs']} of {done['pairs']} pairs hold a response that was cut off; "
+            "TRL ends it with an end token, and a policy learns to stop there: --drop-cut-off "
+            "leaves such responses out"
+        )
 
 
 def _print_groups(

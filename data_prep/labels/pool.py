@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from data_prep.labels.lagrangian import lagrangian_score
+from data_prep.labels.multipliers import KAPPA, multiplier_columns
 from data_prep.labels.prompt_rows import PromptRows, hashed_uniforms
 from data_prep.settings import derive_seed
 
@@ -41,9 +42,11 @@ def choose_responses(
     nearest to the shares (largest remainders); a source that has a share and responses gives at
     least one, π_ref first where the cap has no room for all. A source that the prompt has none of
     leaves its share to the others. `recent` and `hard` both come from the last round: hard ones are
-    drawn without replacement with odds proportional to the off-policy residual |s_λ − β log
-    π_θ/π_ref − its mean at the prompt| (score units), π_θ the policy that drew them. Draws depend
-    on (seed, round, response ids) alone. Raises UserError as `lagrangian_score` does.
+    drawn without replacement with odds proportional to the off-policy residual |s_λ − β/κ log
+    π_θ/π_ref − its mean over a policy's responses to the prompt| (score units), π_θ the policy that
+    drew them, λ and κ those of the member that it is where the row names them (columns lambda/NAME,
+    kappa; null for the round's λ and 1): a member that is right at another λ is not hard. Draws
+    depend on (seed, round, response ids) alone. Raises UserError as `lagrangian_score` does.
     """
     if shares is None and max_per_prompt is None:
         return pool
@@ -148,10 +151,16 @@ def _hard(
     """Sorting key of a draw without replacement with odds proportional to the residual (Efraimidis
     and Spirakis 2006); inf elsewhere."""
     key, rows = np.full(len(pool), np.inf), pool[last]
-    residual = lagrangian_score(rows, reward, lambda_) - beta * (
-        rows["policy_logp"] - rows["ref_logp"]
-    ).to_numpy(float)
-    centred = residual - pd.Series(residual).groupby(prompt[last]).transform("mean").to_numpy()
+    score = lagrangian_score(rows, reward, lambda_)
+    names = map(str, lambda_.index)
+    for column, (name, center) in zip(multiplier_columns(names), lambda_.items(), strict=True):
+        if column in rows:
+            score += ((rows[column].fillna(center) - center) * rows[name]).to_numpy(float)
+    kappa = rows[KAPPA].fillna(1.0).to_numpy(float) if KAPPA in rows else 1.0
+    residual = score - beta / kappa * (rows["policy_logp"] - rows["ref_logp"]).to_numpy(float)
+    # log Z differs from member to member, so each has its own mean
+    members = [prompt[last], rows["source"].to_numpy()]
+    centred = residual - pd.Series(residual).groupby(members).transform("mean").to_numpy()
     key[last] = -np.log1p(-uniform[last]) / np.maximum(np.abs(centred), 1e-12)
     return key
 

@@ -18,14 +18,15 @@ from data_prep.files import replacing
 from data_prep.labels.groups import group_ids, group_rows, group_scores, no_group
 from data_prep.labels.lagrangian import LabelScores
 from data_prep.labels.multipliers import MultiplierRange
+from data_prep.labels.pair_texts import PairTexts, pair_columns
 from data_prep.labels.preferences import Labels, Pairs, no_pair, pair_pieces
 from data_prep.labels.prompt_rows import PromptRows, require_responses
-from data_prep.labels.row_groups import arrow_texts, encoded, row_groups, taken
-from data_prep.readers.tables import read_columns, read_table
+from data_prep.labels.row_groups import arrow_texts, encoded, pieces, taken
+from data_prep.readers.tables import read_columns
 from data_prep.settings import derive_seed
-from data_prep.tables import require_columns, require_unique
+from data_prep.tables import require_columns
 
-IDS, TEXTS = ("prompt_id", "response_id"), ("prompt", "response")
+IDS = ("prompt_id", "response_id")
 
 
 GROUPS_AT_ONCE = 1 << 15
@@ -40,41 +41,48 @@ def relabel_pairs(
     labels: Labels,
     pairs_per_prompt: int | None,
     seed: int,
-    prompt_texts: "pd.Series | bool" = False,
+    texts: PairTexts | None = None,
 ) -> dict[str, object]:
-    """Write `label_pairs` of a file (parquet, csv, tsv, json, jsonl).
+    """Write `label_pairs` of a file (parquet, csv, tsv, json, jsonl) as parquet, or an object per
+    line where `output` is a .jsonl.
 
-    With a range each pair draws its λ and has it in columns more, the last. prompt_texts: add the
-    columns prompt, chosen and rejected (texts). True takes the prompt from
-    the file's column prompt (the first row of each prompt), a Series from itself, by prompt_id.
+    With a range each pair draws its λ and has it in columns more, the last. texts: add the columns
+    prompt, chosen and rejected, in a chat as lists of messages.
 
     Returns counts: pairs, prompts (with a pair), ambiguous_fraction (share of pairs with
-    0.05 < prob < 0.95), single_response (prompts left out). Raises UserError on a bad table, or
-    where no prompt has two responses.
+    0.05 < prob < 0.95), left_out (prompts with a single_response; where they are left out,
+    responses that were cut_off and prompts with no_response), and with texts cut_off_pairs (pairs
+    that hold a response that was cut off; None where the file does not say). Raises UserError on a
+    bad table, or where no prompt has two responses.
     """
-    responses = _read(path, reward, lambda_, prompt_texts)
-    pairs = ambiguous = 0
-    with replacing(output) as temporary, row_groups(temporary) as write:
-        pieces = pair_pieces(
+    responses = _read(path, reward, lambda_, texts)
+    pairs = ambiguous = cut_off = 0
+    with replacing(output) as temporary, pieces(temporary, output) as write:
+        labelled = pair_pieces(
             responses.prompts,
             responses.scores,
             labels=labels,
             pairs_per_prompt=pairs_per_prompt,
             seed=seed,
         )
-        for piece in pieces:
+        for piece in labelled:
             write(_pair_table(responses, piece))
             pairs += len(piece.prob)
             ambiguous += int((np.abs(piece.prob - 0.5) < 0.45).sum())
+            if responses.ended is not None:
+                ended = responses.ended[piece.rows]
+                cut_off += int((~(ended[piece.chosen] & ended[piece.rejected])).sum())
         if not pairs:
             raise no_pair()
     counts = responses.prompts.counts
-    return {
+    done: dict[str, object] = {
         "pairs": pairs,
         "prompts": int((counts > 1).sum()),
         "ambiguous_fraction": ambiguous / pairs,
-        "single_response": int((counts == 1).sum()),
     }
+    if texts is not None:
+        done["cut_off_pairs"] = None if responses.ended is None else cut_off
+    return done | {"left_out": {"single_response": int((counts == 1).sum()), **responses.left_out}}
 
 
 def relabel_groups(
@@ -92,13 +100,13 @@ def relabel_groups(
     Returns counts: groups, prompts (with groups), too_few_responses (prompts left out). Raises
     UserError on a bad table, or where no prompt has `group_size` responses.
     """
-    responses = _read(path, reward, lambda_, False)
+    responses = _read(path, reward, lambda_, None)
     rule = {"group_size": group_size, "groups_per_prompt": groups_per_prompt, "seed": seed}
     grouped = group_rows(responses.prompts, **rule)
     if not len(grouped):
         raise no_group(group_size)
     per_piece = max(1, GROUPS_AT_ONCE // groups_per_prompt)
-    with replacing(output) as temporary, row_groups(temporary) as write:
+    with replacing(output) as temporary, pieces(temporary, output) as write:
         for begin in range(0, len(grouped), per_piece):
             piece = grouped[begin : begin + per_piece]
             write(_group_table(responses, piece, derive_seed(seed, 0, "lambda")))
@@ -110,25 +118,19 @@ def relabel_groups(
     }
 
 
-def read_prompt_texts(path: Path) -> pd.Series:
-    """Read `prompt` by prompt_id from a table that has both, as a run's prompts.parquet.
-
-    Raises UserError where a column is missing or an id comes twice.
-    """
-    table = read_table(path)
-    require_columns(table, ["prompt_id", "prompt"], str(path))
-    require_unique(table, ["prompt_id"], str(path))
-    return table.set_index("prompt_id")["prompt"]
-
-
 @dataclass(frozen=True)
 class _Responses:
     """A file's responses. frame: the needed columns; hashes: of the response ids; texts: what
-    stands beside the ids; scores: what the labels' scores are made of."""
+    stands beside the ids; chat: whether the prompts are messages; ended: (num_responses,), where
+    texts are wanted and the file says; left_out: counts of what is not among them; scores: what the
+    labels' scores are made of."""
 
     frame: pd.DataFrame
     hashes: np.ndarray
     texts: dict[str, pd.Series]
+    chat: bool
+    ended: np.ndarray | None
+    left_out: dict[str, int]
     scores: LabelScores
 
     @cached_property
@@ -145,51 +147,38 @@ class _Responses:
 
 
 def _read(
-    path: Path, reward: str, lambda_: pd.Series | MultiplierRange, prompt_texts: "pd.Series | bool"
+    path: Path, reward: str, lambda_: pd.Series | MultiplierRange, texts: PairTexts | None
 ) -> _Responses:
     """The needed columns of a file; raises UserError with all rows that are wrong."""
-    path, with_texts = Path(path), prompt_texts is not False
     utilities = lambda_.index if isinstance(lambda_, pd.Series) else lambda_.center.index
-    columns = [
-        *IDS,
-        reward,
-        *utilities,
-        *(TEXTS if prompt_texts is True else TEXTS[1:] if with_texts else ()),
-    ]
-    frame = read_columns(path, columns)
+    more = () if texts is None else texts.columns
+    frame = read_columns(Path(path), [*IDS, reward, *utilities, *more])
     require_columns(frame, IDS, "responses")
+    left_out: dict[str, int] = {}
+    ended = None if texts is None else texts.ended(frame)
+    if texts is not None and texts.drop_cut_off and ended is not None:
+        frame, ended, left_out = _ended_alone(frame, ended)
     hashes = require_responses(frame)
-    texts: dict[str, pd.Series] = {}
-    if with_texts:
-        _require_texts(frame, columns[-2:] if prompt_texts is True else columns[-1:])
-        texts = {"prompt": _prompts_of(frame, prompt_texts), "response": frame["response"]}
-    return _Responses(frame, hashes, texts, LabelScores.of(frame, reward, lambda_))
+    columns, chat = ({}, False) if texts is None else texts.of(frame)
+    scores = LabelScores.of(frame, reward, lambda_)
+    return _Responses(frame, hashes, columns, chat, ended, left_out, scores)
 
 
-def _require_texts(frame: pd.DataFrame, columns: list[str]) -> None:
-    require_columns(frame, columns, "responses (--text)")
-    for name in columns:
-        wrong = np.flatnonzero([not isinstance(value, str) for value in frame[name]])
-        if len(wrong):
-            raise UserError(
-                f"responses (--text): column {name} is not a text in row {wrong[0]} ({len(wrong)} "
-                "rows); mend or remove them"
-            )
-
-
-def _prompts_of(frame: pd.DataFrame, prompt_texts: "pd.Series | bool") -> pd.Series:
-    """The text of every row's prompt."""
-    if isinstance(prompt_texts, bool):
-        return frame["prompt_id"].map(
-            frame.drop_duplicates("prompt_id").set_index("prompt_id")["prompt"]
-        )
-    missing = ~frame["prompt_id"].isin(prompt_texts.index)
-    if missing.any():
+def _ended_alone(
+    frame: pd.DataFrame, ended: np.ndarray
+) -> tuple[pd.DataFrame, np.ndarray, dict[str, int]]:
+    """The responses that ended, and counts of the others and of prompts that have none left."""
+    kept = frame[ended].reset_index(drop=True)
+    counts = {
+        "cut_off": int((~ended).sum()),
+        "no_response": frame["prompt_id"].nunique() - kept["prompt_id"].nunique(),
+    }
+    if not kept["prompt_id"].duplicated().any():
         raise UserError(
-            f"--prompts: has no prompt_id {frame['prompt_id'][missing].iloc[0]!r}, which the "
-            "responses name; give their own table"
+            f"responses: {counts['cut_off']} of {len(frame)} were cut off, and no prompt has two "
+            "that were not; sample with more max_new_tokens, or keep them (no --drop-cut-off)"
         )
-    return frame["prompt_id"].map(prompt_texts)
+    return kept, ended[ended], counts
 
 
 def _pair_table(responses: _Responses, pairs: Pairs) -> pa.Table:
@@ -207,9 +196,8 @@ def _pair_table(responses: _Responses, pairs: Pairs) -> pa.Table:
         "margin": pairs.margin,
     }
     if "prompt" in columns:
-        table["prompt"] = taken(columns["prompt"], pairs.chosen)
-        table["chosen"] = taken(columns["response"], pairs.chosen)
-        table["rejected"] = taken(columns["response"], pairs.rejected)
+        texts = (columns["prompt"], columns["response"])
+        table |= pair_columns(*texts, pairs.chosen, pairs.rejected, responses.chat)
     drawn = pairs.multipliers
     return pa.table(table | {str(name): drawn[name].to_numpy() for name in drawn})
 

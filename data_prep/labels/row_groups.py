@@ -1,6 +1,7 @@
-"""Writing a parquet file row group by row group, texts as dictionaries: tables that are many times
-more than what they come from are never whole in memory."""
+"""Writing a file piece by piece, in parquet row group by row group with texts as dictionaries:
+tables that are many times more than what they come from are never whole in memory."""
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -11,8 +12,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.errors import UserError
+from data_prep.readers.rows import LINES, file_kind
+
 DICTIONARY_BYTES = 1 << 28
 """Each text stands once per row group up to here, beyond it once per pair."""
+
+LINES_AT_ONCE = 1 << 12
+"""Rows that are Python objects at once."""
 
 
 def arrow_texts(texts: pd.Series) -> pa.Array:
@@ -38,6 +45,29 @@ def taken(entries: pa.DictionaryArray, places: np.ndarray) -> pa.DictionaryArray
 
 
 @contextmanager
+def pieces(path: Path, name: Path) -> Iterator[Callable[[pa.Table], None]]:
+    """Open a file; yields what writes a table behind the others: as parquet, or an object per line
+    where `name` ends in .jsonl or .ndjson. Raises UserError for another format's ending."""
+    kind = file_kind(name)
+    if kind in (".csv", ".tsv", ".json", ".txt") or Path(name).suffix.lower() == ".gz":
+        raise UserError(f"{name}: is written as parquet or jsonl; name it .parquet or .jsonl")
+    with _json_lines(path) if kind in LINES else row_groups(path) as write:
+        yield write
+
+
+@contextmanager
+def _json_lines(path: Path) -> Iterator[Callable[[pa.Table], None]]:
+    with open(path, "w", encoding="utf-8") as handle:
+
+        def write(table: pa.Table) -> None:
+            for begin in range(0, len(table), LINES_AT_ONCE):
+                for row in table.slice(begin, LINES_AT_ONCE).to_pylist():
+                    handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+        yield write
+
+
+@contextmanager
 def row_groups(path: Path) -> Iterator[Callable[[pa.Table], None]]:
     """Open a parquet file; yields what writes a table as a row group. It compresses in a
     thread of its own while the next one is made."""
@@ -50,7 +80,7 @@ def row_groups(path: Path) -> Iterator[Callable[[pa.Table], None]]:
             nonlocal writer
             if writer is None:
                 # Without the Arrow schema readers see plain texts, not dictionaries.
-                dictionaries = [f.name for f in table.schema if pa.types.is_dictionary(f.type)]
+                dictionaries = [n for f in table.schema for n in _dictionary_columns(f)]
                 settings = {
                     "compression": "zstd",
                     "use_dictionary": dictionaries,
@@ -68,3 +98,12 @@ def row_groups(path: Path) -> Iterator[Callable[[pa.Table], None]]:
         yield write
         for last in pending:
             last.result()
+
+
+def _dictionary_columns(field: pa.Field) -> list[str]:
+    """The columns of a parquet file that hold a field's texts, where they are dictionaries; in a
+    list of messages one for each of their keys."""
+    if pa.types.is_list(field.type):
+        message = field.type.value_type
+        return [f"{field.name}.list.element.{key.name}" for key in message]
+    return [field.name] if pa.types.is_dictionary(field.type) else []

@@ -22,7 +22,8 @@ def lacking_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     if not template:
         return "no chat template"
     if isinstance(template, dict) and "default" not in template:
-        return f"several chat templates ({', '.join(template)}) and none of them is the default"
+        names = ", ".join(sorted(template))
+        return f"several chat templates ({names}) and none of them is the default"
     return None
 
 

@@ -23,8 +23,10 @@ from data_prep.models.checkpoints import (
 from data_prep.models.loading import load_checkpoint
 from data_prep.models.tokens import as_text, encode
 from data_prep.prompts.messages import Prompt, conversation_text
+from data_prep.scorers.model_settings import BeaverScorerSettings
+from data_prep.scorers.options import OUTSIDE_FINGERPRINT
 from data_prep.scorers.protocol import Scorer
-from data_prep.scorers.settings import OUTSIDE_FINGERPRINT, BeaverScorerSettings, fill_template
+from data_prep.scorers.settings import fill_template
 
 NORMALIZER_EPSILON = 1e-8  # safe-rlhf's
 

@@ -1,33 +1,23 @@
 """The `classifier` scorer: any AutoModelForSequenceClassification, batched by length."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from data_prep.errors import UserError
-from data_prep.models.checkpoints import (
-    check_model_folder,
-    check_tokenizer,
-    explained_loading,
-    fingerprint_model,
-    resolve_device,
-)
-from data_prep.models.loading import LOADED_WITH, load_checkpoint, require_used
-from data_prep.models.quantization import check_quantization, keep_exact_on_cpu
+from data_prep.models.checkpoints import fingerprint_model
 from data_prep.models.tokens import OPEN, as_text, encode, encode_pair, window_of
 from data_prep.prompts.messages import Prompt, conversation_text
 from data_prep.prompts.templates import lacking_template
 from data_prep.scorers.calibration import measure_drift
 from data_prep.scorers.chats import chat_text
+from data_prep.scorers.classifier_loading import load_classifier, set_padding
+from data_prep.scorers.model_settings import ClassifierScorerSettings
+from data_prep.scorers.options import OUTSIDE_FINGERPRINT
 from data_prep.scorers.protocol import Scorer
-from data_prep.scorers.settings import OUTSIDE_FINGERPRINT, ClassifierScorerSettings, fill_template
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+from data_prep.scorers.settings import fill_template
 
 CUSTOM_TOLERANCE = 1e-2
 """How far a text's output may move with its batch, in shares of its size, before modelling code of
@@ -44,10 +34,10 @@ class ClassifierScorer(Scorer):
     def __init__(self, settings: ClassifierScorerSettings) -> None:
         self.settings, self.key = settings, f"scorer {settings.model}"
         self.reads_conversation = settings.text != "pair"
-        self._load()
+        self.tokenizer, self.model = load_classifier(settings, self.key)
         self.label = self._label_index()
         self._check_output()
-        self._set_padding()
+        set_padding(self.tokenizer, self.model, self.key)
         self._check_layout()
         window = window_of(self.model)
         self.truncates = settings.truncate
@@ -59,46 +49,6 @@ class ClassifierScorer(Scorer):
         shape = settings.model_dump_json(exclude=OUTSIDE_FINGERPRINT)
         weights = fingerprint_model(settings.model, settings.revision)
         self.fingerprint = f"classifier:{weights}:{self.label}:{shape}"
-
-    def _load(self) -> None:
-        """Tokenizer and model, whole and quantized as asked, on the device."""
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        settings, folder = self.settings, Path(self.settings.model)
-        device = resolve_device(settings.device, f"{self.key}: device")
-        if folder.is_dir():
-            loader = "AutoModelForSequenceClassification"
-            check_model_folder(folder, self.key, loader, settings.allow_pickle)
-        with explained_loading(self.key, settings.model):
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                settings.model,
-                revision=settings.revision,
-                trust_remote_code=settings.trust_remote_code,
-            )
-            left = _left_unquantized(settings)
-        self.model, loading = load_checkpoint(
-            AutoModelForSequenceClassification,
-            settings.model,
-            self.key,
-            device=device,
-            keep=left,
-            **settings.model_dump(include=LOADED_WITH),
-        )
-        check_tokenizer(self.tokenizer, settings.model, settings.revision, self.key)
-        mismatched = {str(key) for key in loading.get("mismatched_keys", ())}
-        if fresh := sorted(set(loading["missing_keys"]) | mismatched):
-            raise UserError(
-                f"scorer {settings.model}: weights {', '.join(fresh[:3])} are not in the "
-                "checkpoint and were newly initialised, so its scores would be noise; use a "
-                "checkpoint saved with its classification head"
-            )
-        require_used(loading, self.key, settings.model)
-        if settings.quantization != "none":
-            head = _head_modules(self.model)
-            key = f"{self.key}: quantization"
-            check_quantization(self.model, settings.quantization, key, head)
-            keep_exact_on_cpu(self.model)
-        self.model.eval().to(device)
 
     def _check_layout(self) -> None:
         settings = self.settings
@@ -200,28 +150,6 @@ class ClassifierScorer(Scorer):
                 "in a padded batch and "
                 f"{alone[worst]:.4g} alone; set batch_size: 1"
             )
-
-    def _set_padding(self) -> None:
-        """Decoder classifiers find the last token by the pad id, so model and tokenizer must agree
-        on one."""
-        if self.tokenizer.pad_token_id is None:
-            if self.tokenizer.eos_token_id is None:
-                raise UserError(
-                    f"scorer {self.settings.model}: its tokenizer has neither a pad nor an EOS "
-                    "token to pad with"
-                )
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        pad, vocabulary = (
-            self.tokenizer.pad_token_id,
-            getattr(self.model.config.get_text_config(), "vocab_size", None),
-        )
-        if vocabulary is not None and pad >= vocabulary:
-            raise UserError(
-                f"{self.key}: its pad token {self.tokenizer.pad_token} ({pad}) lies outside the "
-                f"model's vocabulary of {vocabulary}; save "
-                "its tokenizer with a pad token that the model knows"
-            )
-        self.model.config.get_text_config().pad_token_id = pad
 
     def text_length(self, prompt: Prompt, response: str) -> int:
         """Tokens that the model would read for this text, its format's own included; nothing is
@@ -333,24 +261,3 @@ class ClassifierScorer(Scorer):
             )
         chosen = logits[:, self.label].cpu().numpy()
         return np.exp(chosen) if self.settings.output == "probability" else chosen
-
-
-def _head_modules(model: "PreTrainedModel") -> list[str]:
-    """What stands beside the base: the classification head, which is never quantized."""
-    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
-
-
-def _left_unquantized(settings: ClassifierScorerSettings) -> list[str] | None:
-    """The modules that stay as they are where the rest is quantized; None where nothing is."""
-    if settings.quantization == "none":
-        return None
-    import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    trusted = settings.trust_remote_code
-    config = AutoConfig.from_pretrained(
-        settings.model, revision=settings.revision, trust_remote_code=trusted
-    )
-    with torch.device("meta"):
-        empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trusted)
-    return _head_modules(empty)

@@ -24,8 +24,9 @@ from data_prep.prompts.messages import Prompt, conversation_text, without_first_
 from data_prep.prompts.templates import lacking_template
 from data_prep.sampling.logprobs import response_logits
 from data_prep.scorers.chats import chat_text
+from data_prep.scorers.model_settings import GuardScorerSettings
 from data_prep.scorers.protocol import Scorer
-from data_prep.scorers.settings import GuardScorerSettings, fill_template
+from data_prep.scorers.settings import fill_template
 
 # (prompt, response): one that any guard should pass and one that it should not; what is asked
 # of them is only that it gives a verdict.

@@ -12,15 +12,14 @@ from data_prep.errors import UserError
 from data_prep.prompts.messages import Prompt
 from data_prep.scorers.cache import ScoreCache
 from data_prep.scorers.functions import ColumnScorer, PythonScorer
+from data_prep.scorers.model_settings import BeaverScorerSettings, GuardScorerSettings
+from data_prep.scorers.options import ScorerOptions
 from data_prep.scorers.protocol import TEXTS_PER_CALL, Scored, Scorer, TokenScorer
 from data_prep.scorers.settings import (
-    BeaverScorerSettings,
     ColumnScorerSettings,
-    GuardScorerSettings,
     HttpScorerSettings,
     ImplicitScorerSettings,
     PythonScorerSettings,
-    ScorerOptions,
     ScorerSettings,
 )
 

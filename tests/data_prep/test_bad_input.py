@@ -79,6 +79,8 @@ OPTIONS = {
     "unknown labels": ([*RELABEL, "--labels", "hard"], "not one of soft"),
     "zero pairs": ([*RELABEL, "--pairs-per-prompt", "0"], "a number ≥ 1, or all"),
     "text without texts": ([*RELABEL, "--text"], "missing column"),
+    "another format's name": (["data", "prompts", "S", "-o", "p.csv"], "p.csv: is written as parq"),
+    "a packed name": (["data", "prompts", "S", "-o", "p.parquet.gz"], "name it .parquet"),
     "margin a word": ([*SOLVE, "--constraint", "g=one", "--beta", "1"], "write NAME=NUMBER"),
     "margin nan": ([*SOLVE, "--constraint", "g=nan", "--beta", "1"], "g"),
     "beta negative": ([*SOLVE, "--beta", "-1"], "beta is -1"),

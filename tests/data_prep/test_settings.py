@@ -7,7 +7,8 @@ from constrained_dpo.evaluation.judge_answers import JudgeSettings
 from constrained_dpo.recipe.load import load_recipe, schema_blocks
 from constrained_dpo.recipe.schema import Recipe
 from data_prep.errors import UserError
-from data_prep.scorers.settings import ClassifierScorerSettings, parse_scorer
+from data_prep.scorers.model_settings import ClassifierScorerSettings
+from data_prep.scorers.settings import parse_scorer
 
 TRUTH = {
     "a label's index": "objective.reward.scorer={type: classifier, model: m, label: true}",

@@ -51,7 +51,7 @@ def labels_of(run: RunDirectory, number: int) -> list[pd.DataFrame]:
 def test_every_label_follows_from_its_own_multipliers_and_the_pool(run):
     """Margins and targets again, from the labels' λ and the pool's scores alone (invariant 3)."""
     for number, record in enumerate(read_records(run)):
-        pool = run.pool(number + 1).set_index("response_id")
+        pool = run.pool(run.recipe(), number + 1).set_index("response_id")
         assert pool.index.is_unique
         family = read_family(run.family_folder(number))
         center = record.lambda_["harmless"]
@@ -135,7 +135,7 @@ def test_the_pool_grew_by_all_that_was_sampled_on_dual_prompts(run):
     tried = [(r.round, attempt) for r in records for attempt in range(attempts(run, r.round))]
     trials = {f"trial:{t}.{a}.{k}" for t, a in tried for k in range(len(trial_files(run, t, a)))}
     rounds = {f"refresh:{t}.{2 * a}" for t, a in tried} | {f"round:{r.round}" for r in records}
-    pool = run.pool(2)
+    pool = run.pool(run.recipe(), 2)
     assert set(pool["source"]) == {"reference-pool"} | trials | rounds
     dual = set(run.prompts().query("split == 'dual'")["prompt_id"])
     assert set(pool.loc[pool["source"] != "reference-pool", "prompt_id"]) == dual

@@ -14,8 +14,8 @@ from constrained_dpo.run.scorer_facts import score_statistics, scorer_facts
 from data_prep.files import write_json
 from data_prep.scorers.beaver import GOLDEN_TEXT
 from data_prep.scorers.calibration import DRIFT_ANSWERS, DRIFT_PROMPTS
+from data_prep.scorers.options import ScorerOptions
 from data_prep.scorers.scoring import make_scorer
-from data_prep.scorers.settings import ScorerOptions
 from tests.helpers.beaver import plain_score, save_beaver
 from tests.helpers.models import save_classifier
 from tests.helpers.paths import QUICKSTART

@@ -119,9 +119,9 @@ def test_estimates_come_from_samples_of_the_reference_policy_alone(runs):
 
 def test_the_fit_reads_all_sources(runs):
     run, kinds = runs["both"], {"dataset", "reference-pool"}
-    assert set(run.pool(1)["source"]) == kinds | {"round:0"}
+    assert set(run.pool(run.recipe(), 1)["source"]) == kinds | {"round:0"}
     pairs = read_parquet(run.pairs_file(0))
-    source = run.pool(0).set_index("response_id")["source"]
+    source = run.pool(run.recipe(), 0).set_index("response_id")["source"]
     sides = (pairs[column].map(source) for column in ("chosen_id", "rejected_id"))
     assert set(zip(*sides, strict=True)) == set(itertools.product(kinds, repeat=2))
     log = json.loads((run.adapter_folder(0) / "training_log.json").read_text())["log"]
@@ -133,7 +133,7 @@ def test_a_missing_source_is_an_error(runs, tmp_path):
     file = runs["both"].dataset_pool_file
     moved = file.rename(tmp_path / "dataset.parquet")
     with pytest.raises(UserError, match=r"dataset\.parquet: no such file"):
-        runs["both"].pool(0)
+        runs["both"].pool(runs["both"].recipe(), 0)
     moved.rename(file)
 
 
@@ -146,7 +146,10 @@ def test_dataset_rows_are_refused_where_a_law_is_needed(runs):
 
 def test_given_labels_are_the_datasets_whatever_the_scores_say(runs):
     run = runs["dataset"]
-    pairs, pool = read_parquet(run.pairs_file(0)), run.pool(0).set_index("response_id")
+    pairs, pool = (
+        read_parquet(run.pairs_file(0)),
+        run.pool(run.recipe(), 0).set_index("response_id"),
+    )
     rows = [json.loads(line) for line in Path(run.recipe().prompts.source).read_text().splitlines()]
     preferred = set()
     for row in rows:

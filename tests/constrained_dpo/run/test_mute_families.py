@@ -68,7 +68,7 @@ def test_a_family_that_does_not_answer_is_fitted_further(tmp_path, caplog, deaf)
     assert lambdas == [table["lambda/g0"].iloc[0] for table in tables]  # the last family's alone
     if deaf == 1:
         assert abs(record.exact_on("dual").u["g0"]) < 0.1 and record.at_edge == {}
-    pool = run.pool(1)
+    pool = run.pool(run.recipe(), 1)
     assert pool["response_id"].is_unique
     assert {f"refresh:0.{2 * attempt}" for attempt in range(more + 1)} <= set(pool["source"])
     assert {f"trial:0.{attempt}.0" for attempt in range(more + 1)} <= set(pool["source"])

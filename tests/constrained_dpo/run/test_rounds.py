@@ -129,7 +129,7 @@ def test_a_round_resumed_from_any_phase_equals_an_uninterrupted_one(tmp_path, wh
 
 def test_pool_grows_by_the_dual_prompts_samples_only(whole):
     run, learner, _ = whole
-    pool = run.pool(2)
+    pool = run.pool(run.recipe(), 2)
     dual = set(learner.prompts["prompt_id"][learner.prompts["split"] == "dual"])
     assert set(pool["prompt_id"]) == dual
     assert set(pool["source"]) == {"reference-pool", "round:0", "round:1"}
@@ -139,7 +139,7 @@ def test_a_pool_that_does_not_grow_keeps_to_the_reference(tmp_path):
     world = random_world(7, 1, prompts=20)
     run, recipe, learner = make_run(tmp_path / "run", world, ["pool.grow=false"])
     play(run, recipe, learner, 1)
-    assert set(run.pool(1)["source"]) == {"reference-pool"}
+    assert set(run.pool(run.recipe(), 1)["source"]) == {"reference-pool"}
 
 
 def test_prompts_without_a_pair_are_counted(tmp_path, caplog):

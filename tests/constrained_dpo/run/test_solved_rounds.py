@@ -201,7 +201,7 @@ def test_a_round_that_lost_its_last_files_finds_the_same(uncut, tmp_path, lost):
 
 def test_the_pool_holds_what_was_tried_and_sampled_within_the_fit(uncut):
     run, _, _ = uncut
-    pool, record = run.pool(1), RoundRecord.read(run.round_file(0))
+    pool, record = run.pool(run.recipe(), 1), RoundRecord.read(run.round_file(0))
     assert pool["response_id"].is_unique
     trials = {f"trial:0.0.{number}" for number in range(len(record.trials))}
     sources = {"reference-pool", "refresh:0.0", "round:0", *trials}
@@ -211,7 +211,12 @@ def test_the_pool_holds_what_was_tried_and_sampled_within_the_fit(uncut):
     assert {per_prompt[name] for name in trials} == {8}
     assert not list((run.path / "pool").glob("*refresh*"))
     extra = [*multiplier_columns(["g0"]), "kappa"]
-    assert not set(extra) & set(pool.columns)
+    # what was tried keeps the λ of its member; the rest is of the round's own
+    tried = pool["source"].isin(trials)
+    assert pool.loc[tried, extra].notna().all(axis=None)
+    assert pool.loc[~tried, extra].isna().all(axis=None)
+    lambdas = pool[tried].groupby("source")["lambda/g0"].unique()
+    assert all(lambdas[f"trial:0.0.{k}"] == [t.lambda_["g0"]] for k, t in enumerate(record.trials))
     tables = [read_parquet(file) for file in sorted(run.trials_folder(0).glob("*.parquet"))]
     for table, trial in zip(tables, record.trials, strict=True):
         assert set(table["lambda/g0"]) == {trial.lambda_["g0"]} and set(table["kappa"]) == {1.0}

@@ -16,6 +16,7 @@ from data_prep.labels.multipliers import (
     multiplier_columns,
     multiplier_floor,
 )
+from data_prep.labels.pair_texts import PairTexts
 from data_prep.labels.preferences import label_pairs
 from data_prep.labels.relabel import relabel_groups, relabel_pairs
 from data_prep.tables import GROUPS, PAIRS, validate_groups, validate_pairs
@@ -178,7 +179,7 @@ def test_files_hold_the_draws_of_the_whole_table(tmp_path, monkeypatch):
     monkeypatch.setattr("data_prep.labels.preferences.PIECE_PAIRS", 100)
     monkeypatch.setattr("data_prep.labels.relabel.GROUPS_AT_ONCE", 20)
     rule = {"labels": "soft", "pairs_per_prompt": 4, "seed": 5}
-    relabel_pairs(path, output, "r", RANGE, **rule, prompt_texts=True)
+    relabel_pairs(path, output, "r", RANGE, **rule, texts=PairTexts())
     written = pd.read_parquet(output)
     assert list(written) == [*PAIRS, "prompt", "chosen", "rejected", *DRAWN]
     whole = pairs_of(frame, seed=5, count=4)

@@ -136,6 +136,28 @@ def test_hard_cases_are_drawn_with_odds_of_their_residual():
     assert error.max() < 4 and expected.max() > 2 * expected.min()
 
 
+def test_a_member_that_is_right_at_its_own_multipliers_is_not_hard():
+    """Two trials of members at other λ and κ: no response of the exact one is hard, whatever its g;
+    of the other one a response is wrong by 0.3 nats, half of the residual about its mean."""
+    pool = pool_of({"reference-pool": 4, "trial:0.0.0": 5, "trial:0.0.1": 5}, prompts=40)
+    own = {"trial:0.0.0": (0.2, 1.0), "trial:0.0.1": (2.1, 0.5)}
+    tried = pool["source"].isin(own)
+    lambda_, kappa = (
+        pool["source"].map(lambda s, i=i: own.get(s, (np.nan,) * 2)[i]) for i in (0, 1)
+    )
+    score = (pool["r"] + lambda_ * pool["g"]) * kappa / 0.5
+    level = score.groupby([pool["prompt_id"], pool["source"]]).transform("mean")
+    exact = (pool["ref_logp"] + score - level).where(tried, pool["policy_logp"])
+    pool = pool.assign(policy_logp=exact, **{"lambda/g": lambda_, "kappa": kappa})
+    wrong = pool[tried].groupby("prompt_id").tail(1).index
+    pool.loc[wrong, "policy_logp"] += 0.3
+    shares = {"reference": 0.5, "recent": 0.0, "hard": 0.5, "earlier": 0.0}
+    chosen = choose(pool, shares, cap=2)
+    hard = chosen[chosen["source"] != "reference-pool"]
+    assert len(hard) == 40 and set(hard["source"]) == {"trial:0.0.1"}
+    assert 8 <= hard.index.isin(wrong).sum() <= 32
+
+
 def test_shares_are_validated_together():
     with pytest.raises(UserError, match="must sum to 1"):
         load_recipe(QUICKSTART, ["pool.shares={reference: 0.5, recent: 0.6}"])

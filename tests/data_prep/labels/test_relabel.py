@@ -11,6 +11,7 @@ import pytest
 from data_prep.errors import UserError
 from data_prep.labels import preferences, relabel
 from data_prep.labels.groups import label_groups
+from data_prep.labels.pair_texts import PairTexts
 from data_prep.labels.preferences import label_pairs
 from data_prep.labels.relabel import relabel_groups, relabel_pairs
 from tests.helpers.cli import cdpo
@@ -54,14 +55,14 @@ def test_pieces_give_the_pairs_of_the_whole_table(
     rule = {"labels": labels, "pairs_per_prompt": count}
     whole = label_pairs(frame, "r", LAMBDA, seed=3, **rule)
     monkeypatch.setattr(preferences, "PIECE_PAIRS", piece_pairs)
-    facts = pairs_of(path, output, prompt_texts=True, **rule)
+    facts = pairs_of(path, output, texts=PairTexts(), **rule)
     written = pd.read_parquet(output)
     pd.testing.assert_frame_equal(written[list(whole)], whole, check_exact=True)
     texts = frame.set_index("response_id")["response"]
     for side in ("chosen", "rejected"):
         assert (written[side] == written[f"{side}_id"].map(texts)).all()
     assert (written["prompt"] == "ask " + written["prompt_id"]).all()
-    assert facts["pairs"] == len(whole) and facts["single_response"] == 2
+    assert facts["pairs"] == len(whole) and facts["left_out"] == {"single_response": 2}
     assert facts["prompts"] == whole["prompt_id"].nunique() == 699
     assert facts["ambiguous_fraction"] == (whole["prob"].sub(0.5).abs() < 0.45).mean()
     assert [f.name for f in tmp_path.iterdir()] == ["p.parquet"]
@@ -125,7 +126,7 @@ def test_prompts_come_from_a_table_beside(frame, tmp_path):
 def test_bad_rows_are_named_and_leave_nothing_behind(frame, tmp_path, change, match):
     change(frame).to_parquet(tmp_path / "bad.parquet")
     with pytest.raises(UserError, match=match):
-        pairs_of(tmp_path / "bad.parquet", tmp_path / "p.parquet", prompt_texts=True)
+        pairs_of(tmp_path / "bad.parquet", tmp_path / "p.parquet", texts=PairTexts())
     assert [f.name for f in tmp_path.iterdir()] == ["bad.parquet"]
 
 

@@ -11,8 +11,8 @@ from data_prep.errors import UserError
 from data_prep.models.checkpoints import explained_loading
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import PolicySettings
+from data_prep.scorers.model_settings import BeaverScorerSettings, ClassifierScorerSettings
 from data_prep.scorers.scoring import make_scorer
-from data_prep.scorers.settings import BeaverScorerSettings, ClassifierScorerSettings
 from tests.helpers.beaver import save_beaver
 from tests.helpers.models import save_classifier, save_tiny_causal_lm
 

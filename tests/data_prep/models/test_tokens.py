@@ -22,8 +22,8 @@ from data_prep.models.tokens import as_text, encode, encode_pair, window_of
 from data_prep.prompts.settings import PromptSettings
 from data_prep.prompts.templates import lacking_template, rendered_prompts
 from data_prep.sampling.logprobs import response_logps
+from data_prep.scorers.model_settings import ClassifierScorerSettings
 from data_prep.scorers.scoring import make_scorer
-from data_prep.scorers.settings import ClassifierScorerSettings
 from tests.helpers.models import save_tiny_causal_lm
 
 PROMPTS, RESPONSES = [[5, 6, 7], [8]], [[11, 12, 2], [13]]

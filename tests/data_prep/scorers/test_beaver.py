@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_prep.errors import UserError
+from data_prep.scorers.model_settings import BeaverScorerSettings
 from data_prep.scorers.scoring import make_scorer
-from data_prep.scorers.settings import BeaverScorerSettings
 from tests.helpers.beaver import PROMPTS, RESPONSES, TEMPLATE, plain_score, save_beaver
 
 

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from data_prep.errors import UserError
 from data_prep.scorers import calibration
+from data_prep.scorers.model_settings import ClassifierScorerSettings
 from data_prep.scorers.scoring import make_scorer
-from data_prep.scorers.settings import ClassifierScorerSettings, fill_template
+from data_prep.scorers.settings import fill_template
 from tests.helpers.models import save_classifier, save_word_tokenizer
 
 PROMPTS = ["open the door", "sing", "a much longer request about nothing in particular", "x"]

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from data_prep.errors import UserError
 from data_prep.models.policy import load_policy
 from data_prep.models.settings import PolicySettings
+from data_prep.scorers.model_settings import ClassifierScorerSettings
 from data_prep.scorers.scoring import make_scorer
-from data_prep.scorers.settings import ClassifierScorerSettings
 from tests.helpers.models import save_word_tokenizer
 
 # The third response ends in what the EOS token looks like and the fourth holds it inside: typed by

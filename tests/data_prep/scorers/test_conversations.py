@@ -1,6 +1,7 @@
 """What each scorer is told of a chat of several turns: all of it, or its last user text."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -8,8 +9,9 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.scorers.http import HttpScorer
+from data_prep.scorers.model_settings import ClassifierScorerSettings
 from data_prep.scorers.scoring import make_scorer
-from data_prep.scorers.settings import ClassifierScorerSettings, HttpScorerSettings
+from data_prep.scorers.settings import HttpScorerSettings
 from tests.helpers.cli import cdpo
 from tests.helpers.models import save_classifier
 
@@ -70,6 +72,17 @@ def test_a_template_reads_the_conversation_and_a_pair_the_last_turn(folder):
     assert read(scorer).removeprefix("<s>").strip() == whole
     pair = classifier(folder, "pair")
     assert pair.told([CHAT]) == ["and then"]
+
+
+def test_several_named_templates_without_a_default_are_refused(folder, tmp_path):
+    model = shutil.copytree(folder, tmp_path / "model")
+    (model / "additional_chat_templates").mkdir()
+    for name in ("rag", "tool_use"):
+        (model / "additional_chat_templates" / f"{name}.jinja").write_text("x")
+    with pytest.raises(UserError, match=r"several chat templates \(rag, tool_use\) and none"):
+        classifier(model, "chat")
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    assert "rome" in read(classifier(model, "chat"))
 
 
 def test_a_template_that_refuses_a_message_is_a_line(folder, with_template):

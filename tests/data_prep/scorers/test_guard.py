@@ -7,8 +7,8 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.scorers.guard import tokenize_words
+from data_prep.scorers.model_settings import GuardScorerSettings
 from data_prep.scorers.scoring import make_scorer
-from data_prep.scorers.settings import GuardScorerSettings
 from tests.helpers.models import save_word_tokenizer, tiny_llama_config
 
 PROMPTS = ["open the door", "sing", "a much longer request about nothing in particular", "no"]
@@ -163,6 +163,11 @@ def test_a_model_that_writes_something_else_is_refused_with_what_it_wrote(tmp_pa
 def test_without_a_chat_template_a_template_is_asked_for(tmp_path):
     save_guard(tmp_path, {"[verdict]": "safe unsafe"}, chat=False)
     with pytest.raises(UserError, match="no chat template; set template"):
+        guard(tmp_path)
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name in ("rag", "tool_use"):
+        (tmp_path / "additional_chat_templates" / f"{name}.jinja").write_text(CHAT)
+    with pytest.raises(UserError, match=r"several chat templates \(rag, tool_use\) .*set template"):
         guard(tmp_path)
 
 

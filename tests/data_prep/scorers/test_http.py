@@ -16,8 +16,9 @@ from pydantic import ValidationError
 import data_prep.http
 from data_prep.errors import UserError
 from data_prep.scorers.cache import ScoreCache
+from data_prep.scorers.options import ScorerOptions
 from data_prep.scorers.scoring import make_scorer, score_texts
-from data_prep.scorers.settings import HttpScorerSettings, ScorerOptions
+from data_prep.scorers.settings import HttpScorerSettings
 from tests.helpers.cli import cdpo
 from tests.helpers.fault_server import score
 from tests.helpers.servers import answered_texts, start_fault_server

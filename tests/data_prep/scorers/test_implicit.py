@@ -15,8 +15,9 @@ from data_prep.errors import UserError
 from data_prep.prompts.settings import PromptSettings
 from data_prep.scorers.cache import ScoreCache
 from data_prep.scorers.implicit import PolicyHandle
+from data_prep.scorers.options import ScorerOptions
 from data_prep.scorers.scoring import make_scorer, score_tokens
-from data_prep.scorers.settings import ImplicitScorerSettings, ScorerOptions
+from data_prep.scorers.settings import ImplicitScorerSettings
 from tests.helpers.models import save_adapter, save_tiny_causal_lm, save_word_tokenizer
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]

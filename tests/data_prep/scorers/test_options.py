@@ -7,8 +7,9 @@ import pytest
 from constrained_dpo.recipe.load import load_recipe
 from data_prep.errors import UserError
 from data_prep.scorers.cache import ScoreCache
+from data_prep.scorers.options import ScorerOptions
 from data_prep.scorers.scoring import apply_options, make_scorer, score_texts
-from data_prep.scorers.settings import PythonScorerSettings, ScorerOptions
+from data_prep.scorers.settings import PythonScorerSettings
 from tests.helpers.cli import cdpo
 from tests.helpers.paths import QUICKSTART
 

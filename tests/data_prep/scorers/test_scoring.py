@@ -12,13 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from data_prep.errors import UserError
 from data_prep.scorers.cache import ScoreCache
+from data_prep.scorers.model_settings import ClassifierScorerSettings
+from data_prep.scorers.options import ScorerOptions
 from data_prep.scorers.scoring import make_scorer, score_texts
-from data_prep.scorers.settings import (
-    ClassifierScorerSettings,
-    ColumnScorerSettings,
-    PythonScorerSettings,
-    ScorerOptions,
-)
+from data_prep.scorers.settings import ColumnScorerSettings, PythonScorerSettings
 from tests.helpers.models import save_classifier
 from tests.helpers.paths import REAL
 
