@@ -23,7 +23,8 @@ from data_prep.records import Record
 
 class ExactPolicy(Record):
     """A policy's exact means over prompts: reward and utilities (score units), u by constraint, KL
-    (nats), objective E[r] − β KL at `beta`; and its Lagrangian gap D(λ) − L(π, λ) where a λ was given."""
+    (nats), objective E[r] − β KL at `beta`; and its Lagrangian gap D(λ) − L(π, λ) where a λ was
+    given."""
 
     reward: float
     utilities: dict[str, float]
