@@ -16,13 +16,16 @@ from constrained_dpo.dual.trial import Trial
 PRIOR_SD = 0.5  # of the response ratio around 1
 
 
-RATIO_RANGE = (0.1, 3.0)
+RATIO_RANGE = (0.001, 3.0)
 
 
 MODEL_ERROR = 0.15  # of a predicted change, relative, however small it is
 
 
 CURVATURE = 0.25  # what is added to that by a change of one standard deviation of the score
+
+
+PASSES = 3  # of the regression, whose weights depend on the ratio
 
 
 TOO_LITTLE_SPREAD = 0.2  # a standard error of the ratio, from which "answers" cannot be told
@@ -68,12 +71,8 @@ class Response:
         closeness = 1.0 / (0.01 + (near**2).max(axis=1, initial=0.0))
         slope = np.einsum("t,toz->oz", closeness / closeness.sum(), self.slopes)
         change = np.einsum("toz,tz->to", self.slopes + slope, steps) / 2
-        doubt = np.abs(change) * (MODEL_ERROR + CURVATURE * np.abs(change) / self.spread)
-        weight = 1.0 / (self.se**2 + doubt**2)
-        fits = [
-            _regression(*columns)
-            for columns in zip(-change.T, self.values.T, weight.T, strict=True)
-        ]
+        columns = (-change.T, self.values.T, self.se.T, self.spread.T)
+        fits = [_likeliest(*rows) for rows in zip(*columns, strict=True)]
         value, se, ratio = np.array(fits).reshape(-1, 3).T
         return Local(value, se, ratio, slope, change)
 
@@ -108,6 +107,26 @@ def _row(trial: Trial, names: list[str], with_kl: bool) -> tuple[np.ndarray, ...
         np.maximum(spread, least),
         np.array(slopes).reshape(len(values), len(point)),
     )
+
+
+def _likeliest(
+    change: np.ndarray, values: np.ndarray, se: np.ndarray, spread: np.ndarray
+) -> tuple[float, float, float]:
+    """Fit one output, (num_trials,) each, with the doubt of the change that the family shows: from
+    a family that answers as the maximizer would, and from one that does not at all; the likelier.
+    """
+    fits = []
+    for ratio in (1.0, 0.0):
+        for _ in range(PASSES):
+            moved = np.abs(ratio * change)
+            doubt = moved * (MODEL_ERROR + CURVATURE * moved / spread)
+            weight = 1.0 / (se**2 + doubt**2)
+            value, error, ratio = _regression(change, values, weight)
+        missed = values - value - ratio * change
+        prior = ((ratio - 1) / PRIOR_SD) ** 2
+        likelihood = float((np.log(weight) - weight * missed**2).sum()) - prior
+        fits.append((likelihood, (value, error, ratio)))
+    return max(fits)[1]
 
 
 def _regression(

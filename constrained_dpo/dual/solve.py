@@ -28,7 +28,13 @@ KL_TOLERANCE = 0.02  # of the budget
 SURE = 3.0  # standard errors of one trial's v, from which its sign is taken as known
 
 
+LEAST_ANSWER = 0.1  # a trial is near by what such a share of the maximizer's change comes to
+
+
 STALLED = 0.5  # share of v that a step leaves when λ hardly moves it
+
+
+WITHIN = (0.25, 0.75)  # of a bracket
 
 
 MAX_STEPS, MAX_SWEEPS = 60, 300  # of Newton's method, of coordinate descent within a step
@@ -91,7 +97,7 @@ def next_point(trials: Sequence[Trial], rule: SolveRule, start: pd.Series) -> So
     left = len(trials) < rule.trials
     point = search.root(response)
     if left:
-        point = search.farther(response, point)
+        point = search.safeguarded(response, point)
     return search.solution(response, point, left)
 
 
@@ -165,12 +171,20 @@ class _Search:
         low = tried.min(axis=0) / LIMIT
         low = np.clip(np.where(low < floor, 0.0, low), self.low, self.high)
         high = np.clip(LIMIT * np.maximum(tried.max(axis=0), floor), self.low, self.high)
-        if self.one_unknown:
-            at, v, sure = tried[:, 0], response.values[:, 0], SURE * response.se[:, 0]
-            below, above = at[v < -sure].max(initial=-np.inf), at[v > sure].min(initial=np.inf)
-            if below < above:
-                low, high = np.maximum(low, below), np.minimum(high, above)
+        if self.one_unknown and (ends := self.bracket(response)) is not None:
+            (below, _), (above, _) = ends
+            low, high = np.maximum(low, below), np.minimum(high, above)
         return low, high
+
+    def bracket(self, response: Response) -> tuple[tuple[float, float], tuple[float, float]] | None:
+        """The nearest trials, (λ, v), whose v is surely below and surely above 0, for one λ alone;
+        None while one side lacks, or where the noise has crossed them."""
+        at, v, sure = response.points[:, 0], response.values[:, 0], SURE * response.se[:, 0]
+        below = [(x, y) for x, y, s in zip(at, v, sure, strict=True) if y < -s]
+        above = [(x, y) for x, y, s in zip(at, v, sure, strict=True) if y > s]
+        if not below or not above or max(below)[0] >= min(above)[0]:
+            return None
+        return max(below), min(above)
 
     def complementary(
         self, response: Response, kappa: float, box: tuple[np.ndarray, np.ndarray]
@@ -200,15 +214,28 @@ class _Search:
             point, last = np.append(point[:-1] + share * step, kappa), step
         return best
 
-    def farther(self, response: Response, point: np.ndarray) -> np.ndarray:
-        """Go on towards an end of the box, for one λ that no trial brackets and that hardly moves
-        v: halfway there and, from the fourth trial on, to the end itself."""
+    def safeguarded(self, response: Response, point: np.ndarray) -> np.ndarray:
+        """Leave the prediction, for one λ, where the last step left more than half of v: a family
+        that is far from its maximizers answers λ otherwise than they would.
+
+        Within a bracket: the secant between its ends, at most three quarters of the way to either.
+        Without one: halfway to an end of the box and, from the fourth trial on, to the end itself.
+        """
         values, at, trials = response.values, response.points[:, 0], len(response.points)
         if not self.one_unknown or trials < 2:
             return point
         v, sign = values[:, 0], np.sign(values[-1, 0])
-        surely = (sign * v > SURE * response.se[:, 0]).all()
-        if not surely or abs(v[-1]) < STALLED * abs(v[-2]):
+        sure = abs(v[-1]) > SURE * response.se[-1, 0]
+        if not sure or abs(v[-1]) < STALLED * abs(v[-2]):
+            return point
+        if (ends := self.bracket(response)) is not None:
+            (below, under), (above, over) = ends
+            share = np.clip(under / (under - over), *WITHIN)
+            inside = below + share * (above - below)
+            if below > 0:
+                inside = below * (above / below) ** share
+            return np.array([inside, point[1]])
+        if not (sign * v > SURE * response.se[:, 0]).all():
             return point
         end, seen = (self.high[0], at.max()) if sign < 0 else (self.low[0], at.min())
         half = np.sqrt(end * seen) if end > 0 and seen > 0 else (end + seen) / 2
@@ -231,7 +258,8 @@ class _Search:
         out, size = beyond != "", np.abs(miss)
         sure = (local.se <= SETTLED * tolerance) | (out & (size > 2 * local.se))
         good = out | (size <= np.maximum(tolerance, local.se))
-        near = (np.abs(local.change) <= 2 * tolerance).all(axis=1).any()
+        moved = np.maximum(local.ratio, LEAST_ANSWER) * np.abs(local.change)
+        near = (moved <= 2 * tolerance).all(axis=1).any()
         settled = bool(near and (sure & good).all())
         free = (ends[0] <= 0) & (beyond == "low")
         edge = np.where(out & ~free & (size > np.maximum(tolerance, local.se)), beyond, "")

@@ -138,6 +138,31 @@ def test_a_family_that_answers_half_converges():
     assert np.median(errors) < 0.02 and max(errors) < 0.06
 
 
+@pytest.mark.parametrize("share", [0.3, 0.1, pytest.param(0.03, marks=pytest.mark.slow), 0.01])
+def test_a_family_far_from_its_maximizers_is_solved(share):
+    """Scores of std 10 at β 0.1: members that tilt a share as far as they should, whose u answers λ
+    by that share of the slopes (before the ratio had a likelihood: median 40 % of b at 0.1)."""
+    errors = []
+    for seed in range(6):
+        world = random_world(seed, 1, prompts=48)
+        utilities = {name: 10 * values for name, values in world.utilities.items()}
+        problem = replace(world.problem, beta=0.1, constraints=(Constraint("g0", margin=5.0),))
+        world = replace(world, problem=problem, reward=10 * world.reward, utilities=utilities)
+        world = by_threshold(world)
+
+        def weak(world, lambda_, kappa):
+            return member(world, lambda_, share * kappa)
+
+        def u(value, world=world):
+            return world.evaluate(weak(world, pd.Series({"g0": value}), 1.0)).u["g0"]
+
+        start = pd.Series({"g0": optimize.brentq(u, 1e-3, 50) * [1, 2.5, 0.4][seed % 3]})
+        rule = SolveRule(start / 3, start * 3, pd.Series({"g0": 0.1}))
+        point, _ = solve(world, rule, start, seed, weak, number=64)
+        errors.append(abs(u(point.lambda_["g0"])) / 5)
+    assert np.median(errors) < 0.02 and max(errors) < 0.06
+
+
 def test_a_family_that_does_not_answer_is_told():
     world = world_of(5)
     fixed = member(world, 0.3 * world.optimum.lambda_)
