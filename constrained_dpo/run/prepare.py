@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from constrained_dpo.estimates.draws import draw_rule
 from constrained_dpo.launch import is_main, wait
 from constrained_dpo.learners.collect import Collection, collect
 from constrained_dpo.learners.dataset_answers import (
@@ -114,6 +115,7 @@ def _reference_samples(
         shard_size=recipe.sampling.shard_size,
         objectives=recipe.problem.objectives,
         seed=recipe.seed,
+        rule=draw_rule(recipe),
         given=read_parquet(run.inherited_file(phase)) if run.state().inherited else None,
     )
     return collect(learner, prompts[prompts["split"] != without], job)

@@ -2,9 +2,10 @@
 
 import pandas as pd
 
+from data_prep.sampling.completions import CompletionServers
 from data_prep.sampling.generate import Sampler
 from data_prep.sampling.law import SamplingSettings
-from data_prep.sampling.served import CompletionServer, ServedSampler
+from data_prep.sampling.served import ServedSampler
 
 
 def load_base(folder):
@@ -27,7 +28,7 @@ def served_by(url: str, **more) -> SamplingSettings:
 def draw(policy, settings, count, per_prompt, adapter=None, seed=3) -> pd.DataFrame:
     """Responses that the settings' server draws."""
     table, tokens = prompts_of(policy, count)
-    sampler = ServedSampler(CompletionServer(settings.server), Sampler(policy, tokens, settings))
+    sampler = ServedSampler(CompletionServers(settings.server), Sampler(policy, tokens, settings))
     return sampler.draw(
         table, responses_per_prompt=per_prompt, adapter=adapter, source="reference", seed=seed
     )
