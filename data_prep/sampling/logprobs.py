@@ -104,9 +104,9 @@ def sampled_logps(
     """Compute the log-probabilities of responses that `model` drew.
 
     law: what it drew them from; reference: makes the model π_ref for a while (PEFT's
-    `disable_adapter`); None: it is π_ref, so that ref is policy and path_kl is 0. The sum runs over the response's own tokens: its EOS where
-    it ended, none where it was cut off. Batches are formed by length; a response that was drawn
-    several times for its prompt goes through the model once.
+    `disable_adapter`); None: it is π_ref, so that ref is policy and path_kl is 0. The sum runs over
+    the response's own tokens: its EOS where it ended, none where it was cut off. Batches are formed
+    by length; a response that was drawn several times for its prompt goes through the model once.
     """
     import torch
 

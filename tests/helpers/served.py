@@ -20,7 +20,7 @@ def prompts_of(policy, count: int) -> tuple[pd.DataFrame, dict[str, list[int]]]:
     return pd.DataFrame({"prompt_id": texts, "prompt": texts}), tokens
 
 
-def served_by(url: str, **more) -> SamplingSettings:
+def served_by(url: str | list[str], **more) -> SamplingSettings:
     server = {"base_url": url, "model": "base", "timeout": 20.0} | more
     return SamplingSettings(backend="openai", max_new_tokens=6, batch_size=64, server=server)
 
