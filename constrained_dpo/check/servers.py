@@ -4,7 +4,7 @@ policy's on a few responses of each, and what is known to go wrong on them."""
 import re
 from typing import Any
 
-from constrained_dpo.estimates.draws import draw_rule, draw_test, require_policy_draws, rounding
+from constrained_dpo.estimates.draws import describe_draws, draw_rule, require_policy_draws
 from constrained_dpo.estimates.sampling_law import (
     COMPARED_ROWS,
     NOT_THE_POLICY,
@@ -40,16 +40,12 @@ def try_servers(learner: LoraLearner) -> tuple[dict[str, Any], list[str]]:
     reason = why_not_the_policy(learner.recipe.sampling, drawn)
     if reason not in (None, NOT_THE_POLICY):
         warnings.append(f"no certificate, KL and objective: {reason}")
-    test = draw_test(drawn)
     facts: dict[str, Any] = {
         "fingerprint": identity,
         "servers": sorted(drawn["server_url"].unique()),
-        "rounding": rounding(drawn),
-        "eos_z": None if test is None else test.eos,
-        "surprisal_z": None if test is None else test.surprisal,
-        "cost": learner.sampling_cost.taken(),
+        "cost": learner.sampling_cost(),
     }
-    return facts | compare_sampler(drawn), warnings
+    return facts | compare_sampler(drawn) | describe_draws(drawn), warnings
 
 
 def server_warnings(recipe: Recipe, policy: Policy) -> list[str]:

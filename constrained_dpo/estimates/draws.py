@@ -97,6 +97,17 @@ def rounding(table: pd.DataFrame, column: str = "policy_logp") -> float | None:
     return float(np.sqrt((difference[present] ** 2).sum() / tokens))
 
 
+def describe_draws(table: pd.DataFrame) -> dict[str, float | None]:
+    """Give the comparison in a record's words: `rounding` (nats per token), `eos_z`, `surprisal_z`;
+    null where they are not known."""
+    test = draw_test(table)
+    return {
+        "rounding": rounding(table),
+        "eos_z": None if test is None else test.eos,
+        "surprisal_z": None if test is None else test.surprisal,
+    }
+
+
 def require_policy_draws(table: pd.DataFrame, rule: DrawRule | None, where: str) -> None:
     """Raise UserError, in one line, where a server drew from another law than the policy's; log a
     warning where that is likely. Every server's responses are judged by themselves.

@@ -64,9 +64,13 @@ class LoraLearner:
         return None if settings is None else CompletionServers(settings, owner)
 
     @cached_property
-    def sampling_cost(self) -> SamplingCost:
-        """What served sampling has cost since it was last asked for."""
+    def _cost(self) -> SamplingCost:
         return SamplingCost()
+
+    def sampling_cost(self) -> dict[str, float] | None:
+        """Give the seconds that servers took for responses and our forward took beside them, since
+        the last call (`SamplingCost`); None where nothing was sampled by servers."""
+        return self._cost.taken() if self._cost.responses else None
 
     @cached_property
     def scorers(self) -> dict[str, Scorer]:
@@ -189,7 +193,7 @@ class LoraLearner:
         local = Sampler(self.policy, self.prompt_tokens, self.recipe.sampling)
         if self.servers is None:
             return local
-        return ServedSampler(self.servers, local, self.sampling_cost)
+        return ServedSampler(self.servers, local, self._cost)
 
     def sample(
         self,

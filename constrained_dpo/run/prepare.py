@@ -55,6 +55,7 @@ def prepare(
             raise UserError("pool.source: only a language model's pool takes a dataset's responses")
         phase, dataset_learner = "prepare: read and score the dataset's responses", learner
         timed(phase, lambda: _prepare_dataset_pool(run, dataset_learner))
+    learner.sampling_cost()  # says it
     wait()
     if is_main():
         recipe = _begin(run, recipe, learner, identity, left_out)

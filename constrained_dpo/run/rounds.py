@@ -136,8 +136,9 @@ def play_round(run: RunDirectory, recipe: Recipe, learner: Learner) -> RoundReco
         done = run.off_policy_file(number).exists()
         this.phase("off_policy", done, lambda: _off_policy(run, learner, number))
     counts = {"truncated_scores": summed(learner.truncated()), "unlabelled_prompts": missing}
+    cost = {"sampling_cost": learner.sampling_cost()}
     if is_main():
-        _close_round(this, {"seconds": this.seconds, **counts})
+        _close_round(this, {"seconds": this.seconds, **counts, **cost})
     wait()
     return RoundRecord.read(run.round_file(number))
 

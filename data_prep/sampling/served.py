@@ -7,6 +7,7 @@ log-probabilities always come from a forward pass here, and the server's are kep
 (`constrained_dpo.estimates.draws`).
 """
 
+import logging
 import math
 import time
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from data_prep.models.tokens import embedded_rows
 from data_prep.sampling.completions import CompletionServers
 from data_prep.sampling.generate import Sampler, decode
 from data_prep.tables import DRAWS
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,21 @@ class SamplingCost:
         self.responses += responses
 
     def taken(self) -> dict[str, float]:
-        """Give the costs so far, and begin anew."""
-        costs = {"server_seconds": self.server_seconds, "forward_seconds": self.forward_seconds}
-        costs = {name: round(value, 3) for name, value in costs.items()}
-        costs["responses"] = self.responses
+        """Give the costs so far, log them in words, and begin anew."""
+        total = self.server_seconds + self.forward_seconds
+        log.info(
+            "%d responses by servers: %.1f s until they answered, %.1f s in the policy's forward "
+            "here for log-probabilities, KL and the tests of the draws (%.0f %%)",
+            self.responses,
+            self.server_seconds,
+            self.forward_seconds,
+            100 * self.forward_seconds / total if total else 0.0,
+        )
+        costs = {
+            "server_seconds": round(self.server_seconds, 3),
+            "forward_seconds": round(self.forward_seconds, 3),
+            "responses": self.responses,
+        }
         self.server_seconds, self.forward_seconds, self.responses = 0.0, 0.0, 0
         return costs
 
