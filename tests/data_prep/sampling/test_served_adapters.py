@@ -71,7 +71,8 @@ def test_two_runs_share_a_server_and_each_clears_up_after_itself(policy, model_f
         for sampler in (one, two):
             drawn(policy, sampler, adapters[0])
         assert len(loaded(server)) == 2
-        drawn(policy, sampler_of(policy, server.url, "one"), adapters[1])  # after a kill of `one`
+        again = sampler_of(policy, server.url, "one")  # after a kill of `one`
+        drawn(policy, again, adapters[1])
         assert len(loaded(server)) == 2
         drawn(policy, two, None)
         assert len(loaded(server)) == 1
