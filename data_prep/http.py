@@ -4,13 +4,10 @@ failure, errors that name the server's words.
 Several servers that answer alike: `data_prep.servers`.
 """
 
-import email.utils
-import json
 import logging
 import os
 import random
 import threading
-import time
 from collections.abc import Callable
 from typing import Literal
 
@@ -19,6 +16,7 @@ from pydantic import Field
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential
 
 from data_prep.errors import ServerGone, ServerRefused, ServerUnreachable, UserError
+from data_prep.http_answers import GarbledAnswer, read_object, retry_after, server_words
 from data_prep.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -72,11 +70,6 @@ FAILED_STATUS = frozenset({500, 507, 508})
 Failure = Literal["lost", "busy", "failed", "garbled"]
 """Why a try may be repeated: no answer; an answer that says later; an error of the server's own
 code; an answer that lacks what was asked for."""
-
-
-class GarbledAnswer(Exception):
-    """An answer that is not what was asked for; raised by the caller's own check too, and tried
-    again."""
 
 
 class _TryAgain(Exception):
@@ -248,11 +241,11 @@ class HttpClient:
         if status in BUSY_STATUS | FAILED_STATUS:
             kind: Failure = "busy" if status in BUSY_STATUS else "failed"
             words = f"HTTP {status}: {self._message(response)}"
-            raise _TryAgain(words, kind, _retry_after(response))
+            raise _TryAgain(words, kind, retry_after(response))
         self._refuse(response, url)
         if not read:
             return {}
-        answer = _read_object(response)
+        answer = read_object(response)
         if check is not None:
             check(body, answer)
         return answer
@@ -274,15 +267,7 @@ class HttpClient:
         raise ServerRefused(f"{url}: HTTP {status}: {self._message(response)}{hint}", status)
 
     def _message(self, response: httpx.Response) -> str:
-        """The server's own words, from the places where OpenAI-compatible servers put them."""
-        try:
-            content = response.json()
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            content = response.text
-        for key in ("error", "detail", "message"):
-            if isinstance(content, dict) and content.get(key):
-                content = content[key]
-        return self._scrub(_short(content if isinstance(content, str) else json.dumps(content)))
+        return self._scrub(server_words(response))
 
     def _scrub(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
@@ -298,34 +283,3 @@ def _read_key(name: str | None) -> str | None:
             "server's API key"
         )
     return key
-
-
-def _read_object(response: httpx.Response) -> dict:
-    try:
-        answer = response.json()
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise GarbledAnswer(f"the answer is not JSON: {_short(response.text)!r}") from error
-    if not isinstance(answer, dict):
-        raise GarbledAnswer(f"the answer is no JSON object: {_short(response.text)!r}")
-    return answer
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds that the server asks to wait (a number or a date), at most ten minutes; None where it
-    does not say."""
-    value = response.headers.get("retry-after")
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return None
-    return min(max(seconds, 0.0), 600.0)
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 200 else text[:200] + "…"

@@ -20,7 +20,8 @@ from constrained_dpo.evaluation.judge import (
 )
 from data_prep.errors import UserError
 from data_prep.files import write_json
-from data_prep.http import GarbledAnswer, RequestSettings
+from data_prep.http import RequestSettings
+from data_prep.http_answers import GarbledAnswer
 from data_prep.readers.tables import read_parquet
 from data_prep.servers import Servers
 from data_prep.settings import parse_option

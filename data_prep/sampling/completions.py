@@ -15,7 +15,8 @@ import weakref
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.http import GarbledAnswer, HttpClient
+from data_prep.http import HttpClient
+from data_prep.http_answers import GarbledAnswer
 from data_prep.models.policy import Policy
 from data_prep.sampling.law import SamplingServer, SamplingSettings, generation_arguments
 from data_prep.sampling.served_adapters import ServedAdapters, list_models

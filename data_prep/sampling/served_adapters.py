@@ -11,7 +11,8 @@ import hashlib
 from pathlib import Path
 
 from data_prep.errors import ServerRefused, UserError
-from data_prep.http import GarbledAnswer, HttpClient
+from data_prep.http import HttpClient
+from data_prep.http_answers import GarbledAnswer
 from data_prep.models.adapters import fingerprint_adapter
 from data_prep.models.attachment import check_lora_only
 from data_prep.sampling.law import SamplingServer

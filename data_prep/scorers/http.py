@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.http import GarbledAnswer, HttpClient
+from data_prep.http import HttpClient
+from data_prep.http_answers import GarbledAnswer
 from data_prep.prompts.messages import Prompt, conversation_text
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import HttpScorerSettings, fill_template
