@@ -139,8 +139,7 @@ def test_exported_adapters_are_served_at_once_and_answer_as_with_peft(run, folde
     """By the line of the model card; the base beside them, and greedy texts equal PEFT's."""
     run, _ = run
     out = folder / "exported"
-    margins = ["--margin", "g=0.05", "--margin", "g=0.15"]
-    cdpo("export", run.path, out, *margins, check=0)
+    cdpo("export", run.path, out, "--margin", "g=0.05,0.15", check=0)
     line = re.search(r"^vllm serve .*$", (out / "README.md").read_text(), re.M).group(0)
     words = shlex.split(line)
     assert words[:2] == ["vllm", "serve"] and words[3:6] == ["--enable-lora", "--max-loras", "3"]
