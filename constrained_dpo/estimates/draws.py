@@ -27,7 +27,11 @@ QUANTIZED = 0.5
 """The same where the policy is quantized and the server's weights are not, or otherwise."""
 
 REFUSED_Z, WARNED_Z = 5.0, 4.0
-"""Of a table that a right server drew, one in 1,700,000 has such a |z|, and one in 16,000."""
+"""Evidence that refuses a table, and that is worth a warning (`DrawTest.evidence`)."""
+
+STEPS = {"surprisal": 1.25, "eos": 1 / 3}
+"""How much a single step may add to a sum beyond what its variance says (c of Bernstein's
+inequality): steps of at most 1 have 1/3; a surprisal has the tail e^−s, which has little over 1."""
 
 OUTSIDE = 0.005
 """Fraction of tokens outside the nucleus that rounding at its edge explains."""
@@ -59,13 +63,17 @@ def draw_rule(recipe: Recipe) -> DrawRule | None:
 class DrawTest:
     """Sums of a table in units of their standard deviation (`data_prep.sampling.draws`).
 
-    surprisal, eos: z, standard normal where the responses were drawn from the law that is stated
-    and tokens are many; None where nothing varies. outside: fraction of tokens with probability 0.
+    surprisal, eos: z = S/√V, standard normal where the responses were drawn from the law that is
+    stated and tokens are many; None where nothing varies. outside: fraction of tokens with
+    probability 0. evidence: the larger |S|/√(V + c|S|), which is z where tokens are many and less
+    where few could make a large sum by chance: such a sum has probability ≤ 2 exp(−evidence²/2)
+    (Freedman, On Tail Probabilities for Martingales, 1975, theorem 1.6).
     """
 
     surprisal: float | None
     eos: float | None
     outside: float
+    evidence: float
 
 
 def draw_test(table: pd.DataFrame) -> DrawTest | None:
@@ -79,8 +87,12 @@ def draw_test(table: pd.DataFrame) -> DrawTest | None:
         variance = float(sums[f"{name}_variance"])
         return float(sums[f"{name}_excess"]) / variance**0.5 if variance > 0 else None
 
-    tokens = int(table["token_ids"].map(len).sum())
-    return DrawTest(z("surprisal"), z("eos"), float(sums["outside_tokens"]) / tokens)
+    def evidence(name: str) -> float:
+        total, variance = abs(float(sums[f"{name}_excess"])), float(sums[f"{name}_variance"])
+        return total / (variance + STEPS[name] * total) ** 0.5 if variance > 0 else 0.0
+
+    outside = float(sums["outside_tokens"]) / int(table["token_ids"].map(len).sum())
+    return DrawTest(z("surprisal"), z("eos"), outside, max(map(evidence, STEPS)))
 
 
 def rounding(table: pd.DataFrame, column: str = "policy_logp") -> float | None:
@@ -120,7 +132,7 @@ def require_policy_draws(table: pd.DataFrame, rule: DrawRule | None, where: str)
         if problem := _other_weights(rows, rule) or _other_draws(rows, rule):
             raise UserError(f"{where}: {url} {problem}")
         test = draw_test(rows)
-        if test is not None and _largest(test) > WARNED_Z:
+        if test is not None and test.evidence > WARNED_Z:
             log.warning("%s: %s: %s; look at the server", where, url, _words(test))
 
 
@@ -149,7 +161,7 @@ def _other_draws(rows: pd.DataFrame, rule: DrawRule) -> str | None:
     test = draw_test(rows)
     if test is None or not rule.strict:
         return None
-    if _largest(test) > REFUSED_Z:
+    if test.evidence > REFUSED_Z:
         return (
             f"did not draw from the policy: {_words(test)}; are adapters of others on it (vLLM: "
             "one slot more than adapters, --max-loras), or its own top_k, penalties or logit "
@@ -161,10 +173,6 @@ def _other_draws(rows: pd.DataFrame, rule: DrawRule) -> str | None:
             "lie outside; does it obey top_p?"
         )
     return None
-
-
-def _largest(test: DrawTest) -> float:
-    return max(abs(test.surprisal or 0.0), abs(test.eos or 0.0))
 
 
 def _words(test: DrawTest) -> str:

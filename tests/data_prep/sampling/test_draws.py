@@ -69,9 +69,23 @@ def test_z_is_standard_normal_where_the_draws_are_right():
         assert max(map(abs, z)) < 4.5
 
 
+def test_few_tokens_are_no_evidence_though_z_is_large():
+    """EOS with probability 1/1000 at each of 50 tokens, in 20,000 tables: one is an accident."""
+    rng, p = np.random.default_rng(5), 1e-3
+    law = torch.tensor([[np.log(p), np.log1p(-p)]])
+    ends, goes_on = (draw_terms(law, torch.tensor([token]), (0,))[0] for token in (0, 1))
+    tests = []
+    for count in np.unique(rng.binomial(50, p, 20_000), return_counts=False):
+        row = (count * ends + (50 - count) * goes_on).numpy()
+        table = pd.DataFrame([row], columns=list(DRAWS)).assign(token_ids=[np.zeros(50, int)])
+        tests.append(draw_test(table))
+    assert max(test.eos for test in tests) > 8 and max(test.evidence for test in tests) < 4
+
+
 def test_responses_that_end_more_often_by_a_third_are_seen():
     test = draw_test(chains(np.random.default_rng(2), 3000, ends=0.3))
-    assert test.eos > 5 and draw_test(chains(np.random.default_rng(2), 3000)).eos < 4
+    assert test.eos > 5 and test.evidence > 5
+    assert draw_test(chains(np.random.default_rng(2), 3000)).evidence < 4
 
 
 def test_a_table_whose_tokens_are_not_all_known_is_not_tested():
