@@ -50,7 +50,7 @@ def start_vllm(python: Path, folder: Path, *options: str) -> ServerProcess:
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--port", str(port)]
     # 0.32 on the CPU ends at a request with a seed and chunked prefill
     command += ["--dtype", "float32", "--enforce-eager", "--no-enable-chunked-prefill", *options]
-    return ServerProcess(command, port, "/health", folder / "vllm.log")
+    return ServerProcess(command, port, "/health", folder / "vllm.log", patience=1200.0)
 
 
 if __name__ == "__main__":
