@@ -128,8 +128,9 @@ def sampled_logps(
             sums = _sequence_sums(logits, other, drawn, law)
         for pair, row in zip(batch, sums, strict=True):
             values[places[pair]] = row
-    sums = dict(zip(DRAWS, values.T[4:], strict=False))
-    return SampledLogps(*values.T[:4], draws=sums)
+    policy, sample, ref, path_kl = values.T[:4]
+    draws = dict(zip(DRAWS, values.T[4:], strict=False))  # none without an EOS
+    return SampledLogps(policy, sample, ref, path_kl, draws)
 
 
 def response_logps(
