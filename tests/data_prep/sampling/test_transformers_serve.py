@@ -124,7 +124,8 @@ def test_transformers_serve_killed_midway_and_restarted_loses_nothing(
         thread.join()
         proxy.kill()
         killed.kill()
-    assert result.drop(columns="token_ids").equals(whole.drop(columns="token_ids"))
+    same = whole.columns.drop(["token_ids", "server_url"])
+    assert result[same].equals(whole[same])
     codes = statuses(tmp_path)
     assert codes.count(200) == 48, "a response was drawn twice"
     assert codes.count(502) >= 1, "the server was never away"
