@@ -17,15 +17,12 @@ import pytest
 import torch
 import yaml
 
-from constrained_dpo.estimates.draws import draw_rule, require_policy_draws
 from constrained_dpo.run.create import init_run
 from constrained_dpo.run.record import read_records, replay
-from data_prep.errors import UserError
 from data_prep.models.adapters import attached_adapter
 from data_prep.models.policy import load_policy
 from tests.helpers.cli import cdpo
-from tests.helpers.models import save_adapter, save_word_tokenizer, tiny_llama_config
-from tests.helpers.served import draw, served_by
+from tests.helpers.models import save_word_tokenizer, tiny_llama_config
 from tests.helpers.vllm import start_vllm, vllm_python
 
 pytestmark = pytest.mark.slow
@@ -163,17 +160,3 @@ def test_exported_adapters_are_served_at_once_and_answer_as_with_peft(run, folde
             np.testing.assert_equal(greedy(server.url, name, prompts), expected)
     finally:
         server.kill()
-
-
-def test_an_adapter_on_the_head_stays_in_the_answers_for_the_base_and_is_refused(
-    run, server, folder
-):
-    """Also after it was unloaded, as vLLM 0.32 has it: what `check` warns of."""
-    policy = load_policy(run[0].recipe().policy)
-    adapter = save_adapter(folder / "model", folder / "head", targets=("q_proj", "lm_head"))
-    settings = served_by(f"{server.url}/v1", timeout=600.0)
-    rule = draw_rule(run[0].recipe())
-    for right in (None, adapter):
-        require_policy_draws(draw(policy, settings, 8, 4, adapter=right), rule, "before")
-    with pytest.raises(UserError, match="an adapter with a layer on the head"):
-        require_policy_draws(draw(policy, settings, 8, 4), rule, "after")

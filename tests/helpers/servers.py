@@ -103,6 +103,7 @@ def start_transformers_serve(model: Path, folder: Path) -> ServerProcess:
         port,
         "/health",
         folder / "serve.log",
+        patience=300.0,
     )
 
 
