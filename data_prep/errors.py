@@ -6,5 +6,17 @@ class UserError(ValueError):
     do (exit code 2)."""
 
 
-class ServerUnreachable(UserError):
+class ServerGone(UserError):
+    """A server that does not answer any more, or answers nothing of use: lost, or failing."""
+
+
+class ServerUnreachable(ServerGone):
     """A server that has not answered this process at all: not there, or not yet."""
+
+
+class ServerRefused(UserError):
+    """A server that refuses a request (HTTP 4xx). status: its code."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status

@@ -1,23 +1,25 @@
-"""JSON over HTTP for scorers, samplers and judges: bounded concurrency, retries with back-off,
-errors that name the server's words."""
+"""JSON over HTTP for scorers, samplers and judges: bounded concurrency, retries by the kind of
+failure, errors that name the server's words.
 
-import email.utils
-import json
+Several servers that answer alike: `data_prep.servers`.
+"""
+
+import logging
 import os
 import random
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from urllib.parse import urlsplit
+from collections.abc import Callable
+from typing import Literal
 
 import httpx
 from pydantic import Field
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential
-from tqdm import tqdm
 
-from data_prep.errors import ServerUnreachable, UserError
+from data_prep.errors import ServerGone, ServerRefused, ServerUnreachable, UserError
+from data_prep.http_answers import GarbledAnswer, read_object, retry_after, server_words
 from data_prep.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 class RequestSettings(Settings):
@@ -33,41 +35,10 @@ class RequestSettings(Settings):
     retries: int = Field(
         10,
         ge=0,
-        description="tries after the first on 429, 5xx, timeouts and lost connections (10: about "
-        "4 minutes)",
+        description="tries after the first on 429, 503, timeouts and lost connections (10: about "
+        "4 minutes; 3 at most on other 5xx)",
     )
     concurrency: int = Field(8, ge=1, le=1024, description="requests under way at once")
-
-
-def check_url(url: str) -> str:
-    """The URL as it is, or `$NAME`; raises ValueError where it is neither or holds credentials."""
-    if url.startswith("$"):
-        if not url[1:].isidentifier():
-            raise ValueError(f"{url}: write $NAME, the name of an environment variable")
-        return url
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url}: not a URL; write e.g. http://localhost:8000/v1")
-    if parts.username or parts.password:
-        raise ValueError("holds a user name or password, which a run would keep; use api_key_env")
-    return url
-
-
-def resolve_url(url: str) -> str:
-    """The URL that `url` names, without a slash at its end. Raises UserError where the environment
-    variable is not set or no URL."""
-    if not url.startswith("$"):
-        return url.rstrip("/")
-    value = os.environ.get(url[1:], "")
-    try:
-        if value.startswith("$"):
-            raise ValueError(f"{value}: not a URL")
-        return check_url(value).rstrip("/")
-    except ValueError as error:
-        raise UserError(
-            f"environment variable {url[1:]}: {error if value else 'is not set'}; export it as "
-            "the server's URL"
-        ) from error
 
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0
@@ -84,22 +55,29 @@ GARBLED_RETRIES = 3
 that does so thrice will go on."""
 
 
-RETRIED_STATUS = frozenset(
-    {408, 425, 429, 500, 502, 503, 504, 507, 508, 520, 521, 522, 523, 524, 529}
-)
+FAILED_RETRIES = 3
+"""Tries after the first where the server's own code fails (HTTP 500): the same request mostly fails
+again, and what it says is wanted soon."""
 
 
-class GarbledAnswer(Exception):
-    """An answer that is not what was asked for; raised by the caller's own check too, and tried
-    again."""
+BUSY_STATUS = frozenset({408, 425, 429, 502, 503, 504, 520, 521, 522, 523, 524, 529})
+"""The server, or what stands before it, says: later."""
+
+
+FAILED_STATUS = frozenset({500, 507, 508})
+
+
+Failure = Literal["lost", "busy", "failed", "garbled"]
+"""Why a try may be repeated: no answer; an answer that says later; an error of the server's own
+code; an answer that lacks what was asked for."""
 
 
 class _TryAgain(Exception):
     """A try that may be repeated; pause: seconds that the server asks to wait."""
 
-    def __init__(self, problem: str, pause: float | None = None) -> None:
+    def __init__(self, problem: str, kind: Failure, pause: float | None = None) -> None:
         super().__init__(problem)
-        self.pause = pause or 0.0
+        self.kind, self.pause = kind, pause or 0.0
 
 
 def _pause(state: RetryCallState) -> float:
@@ -118,11 +96,16 @@ was asked for."""
 class HttpClient:
     """Asks one server. Safe to use from several threads; `close` when done (or use it in a `with`).
 
-    Raises UserError at once where the key's environment variable is not set.
+    The first words of a failure are logged when they come, not when the tries are used up: a server
+    that dies says why once, and is silent afterwards. patient: whether to wait for one that was
+    there before, as for a restart. Raises UserError at once where the key's environment variable is
+    not set.
     """
 
-    def __init__(self, settings: RequestSettings) -> None:
-        self.settings = settings
+    def __init__(
+        self, settings: RequestSettings, patient: Callable[[], bool] = lambda: True
+    ) -> None:
+        self.settings, self.patient = settings, patient
         self._key = _read_key(settings.api_key_env)
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         limits = httpx.Limits(
@@ -130,6 +113,7 @@ class HttpClient:
         )
         self._client = httpx.Client(timeout=settings.timeout, limits=limits, headers=headers)
         self._reached = False
+        self._trouble: str | None = None  # the first words since the last good answer
 
     def __enter__(self) -> "HttpClient":
         return self
@@ -148,9 +132,8 @@ class HttpClient:
         """The JSON object that answers `body`.
 
         Raises UserError naming the URL and the server's message: at once for a request that it
-        refuses (4xx), after the retries for 429, 5xx, timeouts, lost connections and answers that
-        are not JSON; its kind ServerUnreachable after few tries where the server has not answered
-        this client yet.
+        refuses (ServerRefused), after the retries of its kind for anything else (ServerGone); its
+        kind ServerUnreachable after few tries where the server has not answered this client yet.
         """
         return self._ask("POST", url, body, check, threading.Event())
 
@@ -159,43 +142,9 @@ class HttpClient:
         raises as `post`."""
         self._ask("POST", url, body, None, threading.Event(), read=False)
 
-    def post_all(
-        self, url: str, bodies: Sequence[dict], *, desc: str, check: Check | None = None
-    ) -> Iterator[tuple[int, dict]]:
-        """(index, answer) of every body, in the order in which they arrive; at most `concurrency`
-        requests are under way.
-
-        After a failure nothing more is sent, but what was under way is waited for and yielded
-        before the error is raised, so that what the server worked out is not lost.
-        """
-        failure: BaseException | None = None
-        todo = iter(enumerate(bodies))
-        waiting: dict[Future, int] = {}
-        stop = threading.Event()
-        with ThreadPoolExecutor(self.settings.concurrency) as pool, _bar(len(bodies), desc) as bar:
-            try:
-                while True:
-                    while (
-                        failure is None
-                        and len(waiting) < self.settings.concurrency
-                        and (item := next(todo, None)) is not None
-                    ):
-                        waiting[pool.submit(self._ask, "POST", url, item[1], check, stop)] = item[0]
-                    if not waiting:
-                        break
-                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                        index = waiting.pop(future)
-                        if (error := future.exception()) is not None:
-                            failure = failure or error
-                            # the others finish the try that they are in, and begin no other
-                            stop.set()
-                            continue
-                        bar.update()
-                        yield index, future.result()
-            finally:
-                stop.set()
-        if failure is not None:
-            raise failure
+    def post_until(self, url: str, body: dict, check: Check | None, stop: threading.Event) -> dict:
+        """As `post`; begin no other try once `stop` is set."""
+        return self._ask("POST", url, body, check, stop)
 
     def _ask(
         self,
@@ -207,20 +156,24 @@ class HttpClient:
         read: bool = True,
     ) -> dict:
         """Ask until there is an answer, or enough has been tried; `stop` ends it early."""
-        garbled = 0
+        counts: dict[Failure, int] = {}
 
         def once() -> dict:
-            nonlocal garbled
             try:
-                return self._once(method, url, body, check, read)
+                answer = self._once(method, url, body, check, read)
             except GarbledAnswer as error:
-                garbled += 1
-                raise _TryAgain(str(error)) from error
+                raise self._noted(url, _TryAgain(str(error), "garbled"), counts) from error
+            except _TryAgain as error:
+                raise self._noted(url, error, counts) from error
+            if self._trouble is not None:
+                self._trouble = None
+                log.info("%s: answers again", url)
+            return answer
 
         def enough(state: RetryCallState) -> bool:
-            allowed = self.settings.retries if self._reached else UNREACHED_RETRIES
-            allowed = min(allowed, self.settings.retries)
-            return stop.is_set() or state.attempt_number > allowed or garbled > GARBLED_RETRIES
+            error = state.outcome.exception() if state.outcome else None
+            kind: Failure = error.kind if isinstance(error, _TryAgain) else "lost"
+            return stop.is_set() or counts[kind] > self._allowed(kind)
 
         def pause(seconds: float) -> None:
             stop.wait(seconds)
@@ -235,16 +188,45 @@ class HttpClient:
         try:
             return tries(once)
         except _TryAgain as error:
+            words = self._scrub(str(error))
             if stop.is_set():
                 raise UserError(
-                    f"{url}: {self._scrub(str(error))}; given up because another request failed"
+                    f"{url}: {words}; given up because another request failed"
                 ) from error
+            if self._trouble not in (None, words):
+                words = f"{self._trouble}; then {words}"
             count = tries.statistics["attempt_number"]
-            kind = UserError if self._reached else ServerUnreachable
+            kind = ServerGone if self._reached else ServerUnreachable
             raise kind(
-                f"{url}: {self._scrub(str(error))} ({count} tries); see to the server and run the "
+                f"{url}: {words} ({count} tries); see to the server and run the "
                 "same command again, what was answered is kept"
             ) from error
+
+    def answers(self, url: str) -> bool:
+        """Try once, without retries, whether there is a server."""
+        try:
+            self._client.get(url, timeout=min(5.0, self.settings.timeout))
+        except httpx.RequestError:
+            return False
+        return True
+
+    def _allowed(self, kind: Failure) -> int:
+        """How many more tries a failure of this kind is worth."""
+        allowed = {"garbled": GARBLED_RETRIES, "failed": FAILED_RETRIES}.get(kind)
+        if allowed is None:
+            waits = self._reached and (kind == "busy" or self.patient())
+            allowed = self.settings.retries if waits else UNREACHED_RETRIES
+        return min(allowed, self.settings.retries)
+
+    def _noted(self, url: str, error: _TryAgain, counts: dict[Failure, int]) -> _TryAgain:
+        """Count a failure, and say the first one of an outage."""
+        counts[error.kind] = counts.get(error.kind, 0) + 1
+        if self._trouble is None and error.kind != "busy":
+            self._trouble = self._scrub(str(error))
+            if self._reached:
+                more = self._allowed(error.kind)
+                log.warning("%s: %s; tried again up to %d times", url, self._trouble, more)
+        return error
 
     def _once(
         self, method: str, url: str, body: dict | None, check: Check | None, read: bool
@@ -252,15 +234,18 @@ class HttpClient:
         try:
             response = self._client.request(method, url, json=body)
         except httpx.RequestError as error:
-            raise _TryAgain(f"{type(error).__name__}: {error}".removesuffix(": ")) from error
+            words = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise _TryAgain(words, "lost") from error
         self._reached = True
-        if response.status_code in RETRIED_STATUS:
-            words = f"HTTP {response.status_code}: {self._message(response)}"
-            raise _TryAgain(words, _retry_after(response))
+        status = response.status_code
+        if status in BUSY_STATUS | FAILED_STATUS:
+            kind: Failure = "busy" if status in BUSY_STATUS else "failed"
+            words = f"HTTP {status}: {self._message(response)}"
+            raise _TryAgain(words, kind, retry_after(response))
         self._refuse(response, url)
         if not read:
             return {}
-        answer = _read_object(response)
+        answer = read_object(response)
         if check is not None:
             check(body, answer)
         return answer
@@ -279,18 +264,10 @@ class HttpClient:
             )
         elif status < 400:
             hint = f" (moved to {response.headers.get('location', 'nowhere')}); write that address"
-        raise UserError(f"{url}: HTTP {status}: {self._message(response)}{hint}")
+        raise ServerRefused(f"{url}: HTTP {status}: {self._message(response)}{hint}", status)
 
     def _message(self, response: httpx.Response) -> str:
-        """The server's own words, from the places where OpenAI-compatible servers put them."""
-        try:
-            content = response.json()
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            content = response.text
-        for key in ("error", "detail", "message"):
-            if isinstance(content, dict) and content.get(key):
-                content = content[key]
-        return self._scrub(_short(content if isinstance(content, str) else json.dumps(content)))
+        return self._scrub(server_words(response))
 
     def _scrub(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
@@ -306,38 +283,3 @@ def _read_key(name: str | None) -> str | None:
             "server's API key"
         )
     return key
-
-
-def _read_object(response: httpx.Response) -> dict:
-    try:
-        answer = response.json()
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise GarbledAnswer(f"the answer is not JSON: {_short(response.text)!r}") from error
-    if not isinstance(answer, dict):
-        raise GarbledAnswer(f"the answer is no JSON object: {_short(response.text)!r}")
-    return answer
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds that the server asks to wait (a number or a date), at most ten minutes; None where it
-    does not say."""
-    value = response.headers.get("retry-after")
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return None
-    return min(max(seconds, 0.0), 600.0)
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 200 else text[:200] + "…"
-
-
-def _bar(total: int, desc: str) -> tqdm:
-    return tqdm(total=total, desc=desc, unit="request", disable=None, leave=False)

@@ -41,10 +41,15 @@ RESPONSES = {
 }
 
 
-SERVED = (
-    "server_logp",
-    "exact_ids",
-)  # columns more where a server sampled: data_prep.sampling.served
+# Sums over a response's tokens that test whether they were drawn from the law that is stated
+# (data_prep.sampling.draws), with their variances, and how many tokens have probability 0 under it
+# (outside the nucleus; they are in no sum).
+DRAWS = ("surprisal_excess", "surprisal_variance", "eos_excess", "eos_variance", "outside_tokens")
+
+
+# Columns more where a server sampled (data_prep.sampling.served): its own log-probability, whether
+# the ids are surely those that were drawn, and its URL.
+SERVED = ("server_logp", "exact_ids", "server_url", *DRAWS)
 
 
 PAIRS = {

@@ -23,12 +23,7 @@ from constrained_dpo.check.scorers import (
     scorer_windows,
     try_scorer,
 )
-from constrained_dpo.estimates.sampling_law import (
-    COMPARED_ROWS,
-    NOT_THE_POLICY,
-    compare_sampler,
-    why_not_the_policy,
-)
+from constrained_dpo.check.servers import try_servers
 from constrained_dpo.estimates.score_scale import loss_by_scale
 from constrained_dpo.learners.dataset_answers import answer_counts, tokenized_answers
 from constrained_dpo.learners.lora import LoraLearner
@@ -44,7 +39,6 @@ from data_prep.records import Record
 from data_prep.scorers.implicit import PolicyHandle
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.scoring import make_scorer
-from data_prep.settings import derive_seed
 
 
 class Lengths(Record):
@@ -63,7 +57,7 @@ class CheckReport(Record):
     `not_checked`.
 
     prompts: by split; left_out: prompts by reason; dataset: its responses in the pool; sampler: the
-    server's fingerprint and its log-probabilities beside ours; golden: a published score beside
+    servers' identity and their log-probabilities beside ours; golden: a published score beside
     ours, in words; choices: what the recipe leaves to the toolkit, in words.
     """
 
@@ -141,14 +135,15 @@ def check_recipe(recipe: Recipe, *, pilot: bool, target_se: dict[str, float]) ->
             try_scorer(name, scorer, recipe, learner)
         if len(findings.unchecked) > before:
             del scorers[name]  # its server is not there
-    if learner is not None and learner.server is not None:
+    if learner is not None and learner.servers is not None:
         with findings.collected(servers=True):
-            sampler = _try_server(learner, findings)
+            sampler, warnings = try_servers(learner)
+            findings.warnings += warnings
     if findings.errors:
         raise UserError("\n".join(findings.errors))
     pilot_report = None
     complete = len(scorers) == len(recipe.scorers)
-    if learner is not None and complete and not (learner.server and sampler is None) and pilot:
+    if learner is not None and complete and not (learner.servers and sampler is None) and pilot:
         given = 0 if dataset is None else dataset["responses"]
         pilot_report, warnings = run_pilot(learner, target_se, given)
         findings.warnings += warnings
@@ -283,22 +278,3 @@ def _lengths(learner: LoraLearner, findings: _Findings) -> Lengths:
         scorers=windows,
         example=learner.policy.tokenizer.decode(learner.prompt_tokens[kept.iloc[0]]),
     )
-
-
-def _try_server(learner: LoraLearner, findings: _Findings) -> dict[str, Any]:
-    """The sampling server's fingerprint, and its log-probabilities beside ours on COMPARED_ROWS
-    responses of π_ref; a law that takes the certificate is a warning. Raises UserError where the
-    server refuses a request."""
-    prompts = learner.prompts.head(8)
-    drawn = learner.sample(
-        prompts,
-        responses_per_prompt=-(-COMPARED_ROWS // len(prompts)),
-        adapter=None,
-        source="check",
-        seed=derive_seed(learner.recipe.seed, 0, "check"),
-    )
-    reason = why_not_the_policy(learner.recipe.sampling, drawn)
-    if reason not in (None, NOT_THE_POLICY):
-        findings.warnings.append(f"no certificate, KL and objective: {reason}")
-    fingerprint = None if learner.server is None else learner.server.fingerprint()
-    return {"fingerprint": fingerprint} | compare_sampler(drawn)

@@ -20,6 +20,7 @@ from constrained_dpo.check.expected_time import Timing, expected_seconds
 from constrained_dpo.check.precision import Precision, expected_precision
 from constrained_dpo.dual.one_shot import solve_one_shot
 from constrained_dpo.dual.scores import ScoreTable
+from constrained_dpo.estimates.draws import draw_rule, require_policy_draws
 from constrained_dpo.estimates.score_scale import ScoreScale, initial_multipliers, score_scale
 from constrained_dpo.fit.family import Family
 from constrained_dpo.learners.lora import LoraLearner
@@ -113,7 +114,9 @@ def _play(
         drawn = learner.sample(
             chosen, responses_per_prompt=per_prompt, adapter=adapter, source="pilot", seed=seed
         )
-        return drawn, (time.perf_counter() - start) / len(drawn)
+        taken = time.perf_counter() - start
+        require_policy_draws(drawn, draw_rule(learner.recipe), "pilot")
+        return drawn, taken / len(drawn)
 
     def sample_reference() -> None:
         nonlocal pool
@@ -131,8 +134,23 @@ def _play(
         timed("pilot: sample and score π_ref", sample_reference)
         phase = "pilot: fit a few steps, sample the adapter"
         timed(phase, lambda: fit_and_sample(Path(folder)))
+        if learner.servers is not None:
+            _again_without_adapter(learner, prompts, per_prompt)
     sampled, again = (seconds[key] + seconds["score"] for key in ("sample", "resample"))
     return pool, Timing(sampled, again, seconds["step"], seconds["around"])
+
+
+def _again_without_adapter(learner: LoraLearner, prompts: pd.DataFrame, per_prompt: int) -> None:
+    """Draw from π_ref once more on servers that have had an adapter: some go on answering with it.
+    Raises UserError where they do."""
+    drawn = learner.sample(
+        prompts,
+        responses_per_prompt=per_prompt,
+        adapter=None,
+        source="pilot",
+        seed=derive_seed(learner.recipe.seed, 0, "pilot", 1),
+    )
+    require_policy_draws(drawn, draw_rule(learner.recipe), "pilot, π_ref after an adapter")
 
 
 def _peak_gib() -> float:

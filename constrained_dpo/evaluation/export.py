@@ -93,6 +93,7 @@ def _measured_again(
         shard_size=recipe.sampling.shard_size,
         objectives=recipe.problem.objectives,
         seed=recipe.seed,
+        rule=None,
         round_number=number,
     )
     return collect(learner, learner.prompts, job)

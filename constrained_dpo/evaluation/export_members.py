@@ -93,7 +93,9 @@ def serve_line(members: Sequence[Member], output: Path, written: Path | None = N
     rank = served_rank(int(config["r"]))
     modules = " ".join(shlex.quote(f"{member.name}={member.folder}") for member in members)
     base = shlex.quote(str(config["base_model_name_or_path"]))
-    return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
+    # a slot more than adapters: with all taken, vLLM 0.32 mixes them into the base's answers
+    slots = f"--max-loras {len(members) + 1} --max-lora-rank {rank}"
+    return f"vllm serve {base} --enable-lora {slots} --lora-modules {modules}"
 
 
 def served_rank(rank: int) -> int:

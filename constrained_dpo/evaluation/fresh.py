@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from constrained_dpo.estimates.draws import draw_rule
 from constrained_dpo.estimates.intervals import spent_confidence
 from constrained_dpo.estimates.measure import Rule, measure
 from constrained_dpo.estimates.sampling_law import why_not_the_policy
@@ -147,6 +148,7 @@ def _evaluate(
         shard_size=recipe.sampling.shard_size,
         objectives=list(learner.scorer_settings),
         seed=recipe.seed + draws.seed,
+        rule=draw_rule(recipe),
         round_number=who if isinstance(who, int) else 0,
         adapter=adapter,
     )

@@ -16,6 +16,7 @@ import pandas as pd
 from constrained_dpo.dual.exact import ExactPolicy
 from constrained_dpo.dual.solve import Solution, SolveRule
 from constrained_dpo.dual.trial import Trial
+from constrained_dpo.estimates.draws import draw_rule
 from constrained_dpo.estimates.measure import Measurement, Rule, measure
 from constrained_dpo.estimates.sampling_law import why_not_the_policy
 from constrained_dpo.estimates.slack import bounded_constraints, prompt_slack, slack_bounds
@@ -202,6 +203,7 @@ def _samples(point: _Point, lambda_: pd.Series, kappa: float) -> pd.DataFrame:
             shard_size=source.recipe.sampling.shard_size,
             objectives=source.recipe.problem.objectives,
             seed=source.recipe.seed + source.options.seed,
+            rule=draw_rule(source.recipe),
             round_number=source.number,
             adapter=adapter,
         )

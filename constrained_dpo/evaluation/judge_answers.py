@@ -20,16 +20,20 @@ from constrained_dpo.evaluation.judge import (
 )
 from data_prep.errors import UserError
 from data_prep.files import write_json
-from data_prep.http import GarbledAnswer, HttpClient, RequestSettings, check_url, resolve_url
+from data_prep.http import RequestSettings
+from data_prep.http_answers import GarbledAnswer
 from data_prep.readers.tables import read_parquet
+from data_prep.servers import Servers
 from data_prep.settings import parse_option
+from data_prep.urls import check_urls, resolve_urls
 
 
 class JudgeSettings(RequestSettings):
     """A chat server (OpenAI's /chat/completions) and how much it is asked."""
 
-    base_url: str = Field(
-        description="e.g. http://localhost:8000/v1; $NAME: the environment variable's value"
+    base_url: str | list[str] = Field(
+        description="e.g. http://localhost:8000/v1; $NAME: the environment variable's value; a "
+        "list: servers of the same model, which share the work"
     )
     model: str = Field(description="model name")
     responses: int = Field(1, ge=1, description="pairs of responses per prompt")
@@ -37,8 +41,8 @@ class JudgeSettings(RequestSettings):
 
     @field_validator("base_url")
     @classmethod
-    def _plain(cls, url: str) -> str:
-        return check_url(url).rstrip("/")
+    def _plain(cls, url: str | list[str]) -> str | list[str]:
+        return check_urls(url)
 
 
 def parse_judge(text: str) -> JudgeSettings:
@@ -58,8 +62,7 @@ class Judge:
 
     def __init__(self, settings: JudgeSettings, answers: Path) -> None:
         self.settings, self.file = settings, answers
-        self.url = f"{resolve_url(settings.base_url)}/chat/completions"
-        self.client = HttpClient(settings)
+        self.servers = Servers(settings, resolve_urls(settings.base_url))
         self.kept: dict[str, str] = {}
         for line in answers.read_text(encoding="utf-8").splitlines() if answers.exists() else []:
             try:
@@ -87,7 +90,9 @@ class Judge:
         with self.file.open("a", encoding="utf-8") as log:
             # ends a line that a kill cut off
             log.write("\n" if self.file.stat().st_size else "")
-            for index, answer in self.client.post_all(self.url, bodies, desc="judge", check=_check):
+            for index, _, answer in self.servers.post_all(
+                "/chat/completions", bodies, desc="judge", check=_check
+            ):
                 self.kept[names[index]] = _content(answer)
                 line = {"question": names[index], "answer": self.kept[names[index]]}
                 log.write(json.dumps(line) + "\n")

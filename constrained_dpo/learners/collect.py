@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
+from constrained_dpo.estimates.draws import DrawRule, require_policy_draws
 from constrained_dpo.launch import num_processes, rank, wait
 from constrained_dpo.learners.protocol import Source
 from data_prep.readers.tables import read_parquet, write_parquet
@@ -19,8 +20,8 @@ class Collection:
 
     phase: names seeds and messages; folder: where shards are committed; source: of the responses'
     ids; shard_size: responses that are drawn and committed together; objectives: columns that the
-    scores must have. given: responses of the same policy and law to these prompts, which are then
-    only scored.
+    scores must have; rule: what a server's draws must hold to, None where none draws. given:
+    responses of the same policy and law to these prompts, which are then only scored.
     """
 
     phase: str
@@ -30,6 +31,7 @@ class Collection:
     shard_size: int
     objectives: list[str]
     seed: int
+    rule: DrawRule | None
     round_number: int = 0
     adapter: Path | None = None
     given: pd.DataFrame | None = None
@@ -39,8 +41,9 @@ def collect(learner: Source, prompts: pd.DataFrame, job: Collection) -> pd.DataF
     """Collect scored responses to prompts: (num_prompts × K) rows of the responses table.
 
     Each shard is a file before the next is drawn. A shard's prompts and seed are pure functions of
-    the arguments, so a killed run that resumes draws the same responses. The processes of a launch
-    divide the shards by number, wait for each other, and all return the whole table.
+    the arguments, so a killed run that resumes draws the same responses. Raises UserError for
+    draws of a server that are not the policy's, of a shard or of all together. The processes of a
+    launch divide the shards by number, wait for each other, and all return the whole table.
     """
     per_shard = max(1, job.shard_size // job.responses_per_prompt)
     count = -(-len(prompts) // per_shard)
@@ -55,10 +58,16 @@ def collect(learner: Source, prompts: pd.DataFrame, job: Collection) -> pd.DataF
     for number in shards:
         if not paths[number].exists():
             chosen = prompts.iloc[number * per_shard : (number + 1) * per_shard]
-            scored = learner.score(_drawn(learner, chosen, job, number))
+            drawn = _drawn(learner, chosen, job, number)
+            # before its scores are computed, and before it is kept
+            require_policy_draws(drawn, job.rule, job.phase)
+            scored = learner.score(drawn)
             write_parquet(validate_responses(scored, job.objectives, job.phase), paths[number])
     wait()
-    return pd.concat([read_parquet(path) for path in paths], ignore_index=True)
+    table = pd.concat([read_parquet(path) for path in paths], ignore_index=True)
+    again = f"{job.phase} (all shards; delete {job.folder} to draw them again)"
+    require_policy_draws(table, job.rule, again)
+    return table
 
 
 def _drawn(learner: Source, prompts: pd.DataFrame, job: Collection, number: int) -> pd.DataFrame:

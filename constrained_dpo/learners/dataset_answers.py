@@ -117,6 +117,7 @@ def collect_answers(
         shard_size=learner.recipe.sampling.batch_size,
         objectives=learner.recipe.problem.objectives if scored else [],
         seed=learner.recipe.seed,
+        rule=None,
         given=given,
     )
     return collect(AnswersOnFile(learner, table, scored), prompts, job)

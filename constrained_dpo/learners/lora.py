@@ -18,10 +18,11 @@ from data_prep.models.adapters import attached_adapter
 from data_prep.models.policy import Policy, load_policy
 from data_prep.prompts.messages import Prompt, conversation_text, stored_prompt
 from data_prep.prompts.templates import tokenize_prompts
+from data_prep.sampling.completions import CompletionServers
 from data_prep.sampling.generate import Sampler
 from data_prep.sampling.law import check_lengths, law_hash
 from data_prep.sampling.logprobs import response_logps
-from data_prep.sampling.served import CompletionServer, ServedSampler
+from data_prep.sampling.served import SamplingCost, ServedSampler
 from data_prep.scorers.cache import ScoreCache
 from data_prep.scorers.implicit import PolicyHandle
 from data_prep.scorers.protocol import Scorer, TokenScorer
@@ -55,10 +56,21 @@ class LoraLearner:
         return load_policy(self.recipe.policy)
 
     @cached_property
-    def server(self) -> CompletionServer | None:
-        """What samples, where the recipe has it sampled by a server."""
-        settings = self.recipe.sampling.server
-        return None if settings is None else CompletionServer(settings)
+    def servers(self) -> CompletionServers | None:
+        """What samples, where the recipe has it sampled by servers; a run's adapters there carry
+        its hash."""
+        settings, cache = self.recipe.sampling.server, self.score_cache
+        owner = None if cache is None else str(cache.resolve())
+        return None if settings is None else CompletionServers(settings, owner)
+
+    @cached_property
+    def _cost(self) -> SamplingCost:
+        return SamplingCost()
+
+    def sampling_cost(self) -> dict[str, float] | None:
+        """Give the seconds that servers took for responses and our forward took beside them, since
+        the last call (`SamplingCost`); None where nothing was sampled by servers."""
+        return self._cost.taken() if self._cost.responses else None
 
     @cached_property
     def scorers(self) -> dict[str, Scorer]:
@@ -144,9 +156,9 @@ class LoraLearner:
             "law": law_hash(self.recipe.sampling, self.policy.eos_ids),
             "overridden_generation": self.policy.overridden,
         }
-        return (
-            identity if self.server is None else identity | {"sampler": self.server.fingerprint()}
-        )
+        if self.servers is not None:
+            identity["sampler"] = self.servers.identity()
+        return identity
 
     def fit(self, job: FitJob) -> None:
         """Write one round's adapter or family; the multipliers are in the labels already."""
@@ -179,7 +191,9 @@ class LoraLearner:
     @property
     def sampler(self) -> Sampler | ServedSampler:
         local = Sampler(self.policy, self.prompt_tokens, self.recipe.sampling)
-        return local if self.server is None else ServedSampler(self.server, local)
+        if self.servers is None:
+            return local
+        return ServedSampler(self.servers, local, self._cost)
 
     def sample(
         self,

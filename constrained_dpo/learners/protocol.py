@@ -87,3 +87,6 @@ class Learner(Source, Protocol):
 
     def truncated(self) -> dict[str, int]:
         """Count the texts that were cut to a scorer's window in this process, by objective."""
+
+    def sampling_cost(self) -> dict[str, float] | None:
+        """Give what sampling by servers has cost since the last call; None where none sampled."""

@@ -106,6 +106,10 @@ class TabularLearner:
     def measured_scorers(self, pool: pd.DataFrame) -> dict[str, dict[str, object]]:
         return {}  # its scores are given: nothing is quantized, no scorer is a policy
 
+    def sampling_cost(self) -> None:
+        """None: nothing is sampled by servers."""
+        return None
+
     def truncated(self) -> dict[str, int]:
         return {}
 

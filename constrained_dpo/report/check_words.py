@@ -99,7 +99,17 @@ def _sampler_line(sampler: dict) -> str:
         law = f"{sampler['kl']:.2g} nats from the policy over {sampler['rows']} responses"
     again = sampler["retokenized"]
     words = f", {again} responses tokenized again" if again else ""
-    return f"sampling server: {sampler['fingerprint']}, {law}{words}"
+    if sampler["eos_z"] is not None and sampler["surprisal_z"] is not None:
+        words += (
+            f", draws z = {sampler['eos_z']:+.1f} (EOS), {sampler['surprisal_z']:+.1f} (tokens)"
+        )
+    if (cost := sampler["cost"]) is not None:
+        words += (
+            f"; {cost['server_seconds']:.1f} s there, {cost['forward_seconds']:.1f} s in the "
+            "policy's forward here"
+        )
+    places = ", ".join(sampler["servers"])
+    return f"sampling server: {sampler['fingerprint']} at {places}, {law}{words}"
 
 
 def _gib(value: float) -> str:

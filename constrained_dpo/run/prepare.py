@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from constrained_dpo.estimates.draws import draw_rule
 from constrained_dpo.launch import is_main, wait
 from constrained_dpo.learners.collect import Collection, collect
 from constrained_dpo.learners.dataset_answers import (
@@ -54,6 +55,7 @@ def prepare(
             raise UserError("pool.source: only a language model's pool takes a dataset's responses")
         phase, dataset_learner = "prepare: read and score the dataset's responses", learner
         timed(phase, lambda: _prepare_dataset_pool(run, dataset_learner))
+    learner.sampling_cost()  # says it
     wait()
     if is_main():
         recipe = _begin(run, recipe, learner, identity, left_out)
@@ -114,6 +116,7 @@ def _reference_samples(
         shard_size=recipe.sampling.shard_size,
         objectives=recipe.problem.objectives,
         seed=recipe.seed,
+        rule=draw_rule(recipe),
         given=read_parquet(run.inherited_file(phase)) if run.state().inherited else None,
     )
     return collect(learner, prompts[prompts["split"] != without], job)

@@ -10,6 +10,7 @@ from constrained_dpo.dual.exact import ExactOptimum, ExactPolicy
 from constrained_dpo.dual.solve import Solution
 from constrained_dpo.dual.trial import Trial
 from constrained_dpo.estimates.certificate import Certificate, certify
+from constrained_dpo.estimates.draws import describe_draws
 from constrained_dpo.estimates.measure import Measurement, Rule, measure
 from constrained_dpo.estimates.sampling_law import compare_sampler, why_not_the_policy
 from constrained_dpo.estimates.slack import (
@@ -46,7 +47,8 @@ class RoundRecord(Measurement, Certificate):
     steered_on: the slack that moved λ. trials: of a conditional round, whose policy is the family's
     member at lambda_next and κ `kappa`; at_edge: constraints whose root lies beyond an end of the
     range that the family was trained on. seconds: by phase, None where a phase was resumed; hashes:
-    of the run's inputs.
+    of the run's inputs. sampling_cost: of a round whose responses servers drew, seconds until they
+    answered and in our own forward beside them (the main process's).
     """
 
     round: int
@@ -66,6 +68,7 @@ class RoundRecord(Measurement, Certificate):
     hashes: dict[str, Any] = Field(default_factory=dict)
     truncated_scores: dict[str, int] = Field(default_factory=dict)
     unlabelled_prompts: int = 0
+    sampling_cost: dict[str, float] | None = None
     processes: int = 1
 
     @property
@@ -223,7 +226,7 @@ def round_record(
     sampler = None
     if sampling.server is not None:
         both = pd.concat([tables.samples, tables.reference], ignore_index=True)
-        sampler = compare_sampler(both)
+        sampler = compare_sampler(both) | describe_draws(both)
     return RoundRecord(
         **dual.model_dump(),
         **certificate.model_dump(),

@@ -21,6 +21,7 @@ from typing import Literal
 import pandas as pd
 
 from constrained_dpo.dual.solve import Solution
+from constrained_dpo.estimates.draws import draw_rule
 from constrained_dpo.fit.family import Family
 from constrained_dpo.fit.stretch import Stretch
 from constrained_dpo.launch import is_main, num_processes, summed, wait
@@ -111,6 +112,7 @@ class Round:
             shard_size=self.recipe.sampling.shard_size,
             objectives=self.recipe.problem.objectives,
             seed=self.recipe.seed,
+            rule=draw_rule(self.recipe),
             round_number=self.number,
             adapter=adapter,
         )
@@ -134,8 +136,9 @@ def play_round(run: RunDirectory, recipe: Recipe, learner: Learner) -> RoundReco
         done = run.off_policy_file(number).exists()
         this.phase("off_policy", done, lambda: _off_policy(run, learner, number))
     counts = {"truncated_scores": summed(learner.truncated()), "unlabelled_prompts": missing}
+    cost = {"sampling_cost": learner.sampling_cost()}
     if is_main():
-        _close_round(this, {"seconds": this.seconds, **counts})
+        _close_round(this, {"seconds": this.seconds, **counts, **cost})
     wait()
     return RoundRecord.read(run.round_file(number))
 

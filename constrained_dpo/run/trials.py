@@ -14,6 +14,7 @@ import pandas as pd
 
 from constrained_dpo.dual.solve import Solution, SolveRule, next_point
 from constrained_dpo.dual.trial import Trial
+from constrained_dpo.estimates.draws import draw_rule
 from constrained_dpo.estimates.room import required_room
 from constrained_dpo.estimates.slack import Bounds
 from constrained_dpo.estimates.trial import trial as measured_trial
@@ -167,6 +168,7 @@ def _played(
         shard_size=recipe.sampling.shard_size,
         objectives=recipe.problem.objectives,
         seed=recipe.seed,
+        rule=draw_rule(recipe),
         round_number=search_.round_number,
         adapter=adapter,
     )

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data_prep.models.adapters import attached_adapter
 from data_prep.models.policy import Policy
+from data_prep.sampling.draws import DrawLaw
 from data_prep.sampling.law import SamplingSettings, generation_arguments
 from data_prep.sampling.logprobs import SampledLogps, sampled_logps
 
@@ -145,16 +146,20 @@ class Sampler:
         tokens: list[list[int]],
         drawn: list[list[int]],
         adapter: Path | None,
+        tested: bool = False,
     ) -> SampledLogps:
-        """Compute the log-probabilities of responses that the model with that adapter drew."""
+        """Compute the log-probabilities of responses that the model with that adapter drew.
+
+        tested: with the sums that test draws by others (`data_prep.sampling.draws`).
+        """
+        settings, eos_ids = self.settings, self.policy.eos_ids if tested else ()
         return sampled_logps(
             model,
             tokens,
             drawn,
             pad_id=self.policy.tokenizer.pad_token_id,
-            batch_size=self.settings.batch_size,
-            temperature=self.settings.temperature,
-            top_p=self.settings.top_p,
+            batch_size=settings.batch_size,
+            law=DrawLaw(settings.temperature, settings.top_p, eos_ids),
             reference=None if adapter is None else model.disable_adapter,
         )
 

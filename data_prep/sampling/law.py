@@ -8,16 +8,18 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from data_prep.errors import UserError
-from data_prep.http import RequestSettings, check_url
+from data_prep.http import RequestSettings
 from data_prep.settings import Settings
+from data_prep.urls import check_urls
 
 
 class SamplingServer(RequestSettings):
     """A completions server that draws the responses; log-probabilities are still computed here."""
 
-    base_url: str = Field(
+    base_url: str | list[str] = Field(
         description="e.g. http://localhost:8000/v1; $NAME: the environment variable's value, for "
-        "servers that move"
+        "servers that move; a list (or commas in the variable): servers of the same model, which "
+        "share the work"
     )
     model: str = Field(description="the name it serves policy.model under")
     kind: Literal["vllm", "sglang", "transformers", "openai"] = Field(
@@ -40,10 +42,18 @@ class SamplingServer(RequestSettings):
         "before the certificate is null",
     )
 
+    rounding: float | None = Field(
+        None,
+        gt=0,
+        description="nats per token (root mean square) by which the server's log-probabilities may "
+        "differ from the policy's before its draws are refused; null: by the policy's dtype, 0.002 "
+        "in float32, 0.016 in float16, 0.125 in bfloat16, and 0.5 where it is quantized",
+    )
+
     @field_validator("base_url")
     @classmethod
-    def _plain(cls, url: str) -> str:
-        return check_url(url).rstrip("/")
+    def _plain(cls, url: str | list[str]) -> str | list[str]:
+        return check_urls(url)
 
     @field_validator("adapter_model")
     @classmethod

@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_prep.sampling.draws import DrawLaw, draw_terms
+from data_prep.tables import DRAWS
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+POLICY_LAW = DrawLaw()
 
 
 LOGITS_AT_ONCE = 2**26
@@ -75,13 +80,15 @@ class SampledLogps:
     policy: log π at T = 1; sample: under the sampling law; ref: log π_ref; path_kl: Σ_t
     KL(π(·|y_<t) ‖ π_ref(·|y_<t)) over the response's tokens, whose mean over samples of π is
     KL(π‖π_ref) with far less noise than that of log π/π_ref (Amini et al., Better Estimation of the
-    KL Divergence Between Language Models, arXiv:2504.10637).
+    KL Divergence Between Language Models, arXiv:2504.10637). draws: the sums that test the draws
+    (`data_prep.sampling.draws`), by column; empty where the law names no EOS.
     """
 
     policy: np.ndarray
     sample: np.ndarray
     ref: np.ndarray
     path_kl: np.ndarray
+    draws: dict[str, np.ndarray]
 
 
 def sampled_logps(
@@ -91,16 +98,15 @@ def sampled_logps(
     *,
     pad_id: int,
     batch_size: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    law: DrawLaw = POLICY_LAW,
     reference: "Callable[[], AbstractContextManager[Any]] | None" = None,
 ) -> SampledLogps:
     """Compute the log-probabilities of responses that `model` drew.
 
-    reference: makes the model π_ref for a while (PEFT's `disable_adapter`); None: it is π_ref, so
-    that ref is policy and path_kl is 0. The sum runs over the response's own tokens: its EOS where
-    it ended, none where it was cut off. Batches are formed by length; a response that was drawn
-    several times for its prompt goes through the model once.
+    law: what it drew them from; reference: makes the model π_ref for a while (PEFT's
+    `disable_adapter`); None: it is π_ref, so that ref is policy and path_kl is 0. The sum runs over
+    the response's own tokens: its EOS where it ended, none where it was cut off. Batches are formed
+    by length; a response that was drawn several times for its prompt goes through the model once.
     """
     import torch
 
@@ -108,7 +114,7 @@ def sampled_logps(
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         places.setdefault((tuple(prompt), tuple(response)), []).append(i)
     distinct = sorted(places, key=lambda pair: len(pair[0]) + len(pair[1]))
-    values = np.empty((len(prompts), 4))
+    values = np.empty((len(prompts), 4 + len(DRAWS) * bool(law.eos_ids)))
     size = batch_size if reference is None else max(1, batch_size // 2)  # two logits at a time
     for begin in range(0, len(distinct), size):
         batch = distinct[begin : begin + size]
@@ -119,10 +125,12 @@ def sampled_logps(
             if reference is not None:
                 with reference():
                     other = response_logits(model, asked, drawn, pad_id)
-            sums = _sequence_sums(logits, other, drawn, temperature, top_p)
+            sums = _sequence_sums(logits, other, drawn, law)
         for pair, row in zip(batch, sums, strict=True):
             values[places[pair]] = row
-    return SampledLogps(*values.T)
+    policy, sample, ref, path_kl = values.T[:4]
+    draws = dict(zip(DRAWS, values.T[4:], strict=False))  # none without an EOS
+    return SampledLogps(policy, sample, ref, path_kl, draws)
 
 
 def response_logps(
@@ -142,17 +150,15 @@ def _sequence_sums(
     logits: "torch.Tensor",
     reference: "torch.Tensor | None",
     responses: list[list[int]],
-    temperature: float,
-    top_p: float,
+    sampling: DrawLaw,
 ) -> np.ndarray:
-    """`SampledLogps` as columns, (batch, 4), from `response_logits`. At most LOGITS_AT_ONCE logits
-    are in float32 at a time."""
+    """`SampledLogps` as columns, (batch, 4 or 9), from `response_logits`. At most LOGITS_AT_ONCE
+    logits are in float32 at a time."""
     import torch
 
     width = logits.shape[1] - 1
     chosen = torch.tensor([r + [-1] * (width - len(r)) for r in responses], device=logits.device)
     size = max(1, LOGITS_AT_ONCE // max(1, width * logits.shape[2]))
-    same_law = temperature == 1.0 and top_p == 1.0
     sums = []
     for begin in range(0, len(responses), size):
         rows = slice(begin, begin + size)
@@ -165,9 +171,8 @@ def _sequence_sums(
         steps = logits[rows, :width][present].float()
         law = steps.log_softmax(-1)
         policy = gathered(law)
-        sample = policy
-        if not same_law:
-            sample = gathered(_warp(steps, temperature, top_p).log_softmax(-1))
+        drawn_from = law if sampling.is_policy else sampling.logps(steps)
+        sample = policy if sampling.is_policy else gathered(drawn_from)
         ref, path_kl = policy, torch.zeros_like(policy)
         if reference is not None:
             other = reference[rows, :width][present].float().log_softmax(-1)
@@ -175,16 +180,8 @@ def _sequence_sums(
             path_kl = torch.nn.functional.kl_div(other, law, reduction="none", log_target=True)
             path_kl = path_kl.sum(-1).double()
         empty = torch.zeros(tokens.shape, dtype=torch.float64, device=logits.device)
-        columns = (policy, sample, ref, path_kl)
+        columns = [policy, sample, ref, path_kl]
+        if sampling.eos_ids:
+            columns += draw_terms(drawn_from, tokens[present], sampling.eos_ids).unbind(1)
         sums.append(torch.stack([empty.masked_scatter(present, c).sum(1) for c in columns], dim=1))
     return torch.cat(sums).cpu().numpy()
-
-
-def _warp(logits: "torch.Tensor", temperature: float, top_p: float) -> "torch.Tensor":
-    """The logits that `generate` samples from, by transformers' own warpers in its order:
-    temperature, then top_p."""
-    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
-
-    if temperature != 1.0:
-        logits = TemperatureLogitsWarper(temperature)(None, logits)
-    return TopPLogitsWarper(top_p)(None, logits) if top_p < 1.0 else logits

@@ -12,10 +12,18 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from data_prep.http import GarbledAnswer, HttpClient, resolve_url
+from data_prep.errors import UserError
+from data_prep.http import HttpClient
+from data_prep.http_answers import GarbledAnswer
 from data_prep.prompts.messages import Prompt, conversation_text
 from data_prep.scorers.protocol import Scorer
 from data_prep.scorers.settings import HttpScorerSettings, fill_template
+from data_prep.servers import Servers
+from data_prep.urls import resolve_urls
+
+SAME_SCORE = 0.02
+"""By what part of itself, or of 1, a score may differ between servers of the same model: half
+precision's rounding, no other weights."""
 
 
 class HttpScorer(Scorer):
@@ -29,16 +37,44 @@ class HttpScorer(Scorer):
     def __init__(self, settings: HttpScorerSettings) -> None:
         self.settings = settings
         self.reads_conversation = settings.format == "classify"
-        self.url = resolve_url(settings.url)
-        self.client = HttpClient(settings)
+        self.servers = Servers(settings, resolve_urls(settings.url))
+        self._compared = len(self.servers.clients) == 1
         version = settings.version
         if settings.version_url is not None:
-            answer = self.client.get(resolve_url(settings.version_url))
-            version = hashlib.sha256(json.dumps(answer, sort_keys=True).encode()).hexdigest()[:16]
+            version = self._told_version(resolve_urls(settings.version_url))
         request = settings.model_dump_json(
             include={"url", "format", "model", "template", "label"}, exclude_defaults=True
         )
         self.fingerprint = f"http:{version}:{hashlib.sha256(request.encode()).hexdigest()[:16]}"
+
+    def _told_version(self, urls: list[str]) -> str:
+        """The hash of what the servers say they run; raises UserError where they do not agree."""
+        client = HttpClient(self.settings)
+        told = {url: json.dumps(client.get(url), sort_keys=True) for url in urls}
+        if len(set(told.values())) > 1:
+            words = "; ".join(f"{url}: {answer[:80]}" for url, answer in told.items())
+            raise UserError(f"version_url: the servers run different versions ({words})")
+        return hashlib.sha256(told[urls[0]].encode()).hexdigest()[:16]
+
+    def _compare(self, body: dict) -> None:
+        """Ask every server for the same scores once; raises UserError where they differ by more
+        than rounding."""
+        scores: dict[str, np.ndarray] = {}
+
+        def ask(url: str, client: HttpClient) -> None:
+            scores[url] = np.array(self._scores(client.post(url, body, self._check)))
+
+        self.servers.each(ask)
+        (first, expected), *others = scores.items()
+        for url, other in others:
+            wide = np.abs(other - expected) > SAME_SCORE * np.maximum(1.0, np.abs(expected))
+            if wide.any() or (np.isnan(other) != np.isnan(expected)).any():
+                at = int(np.argmax(wide))
+                raise UserError(
+                    f"{url}: scores a text {other[at]:.4g} that {first} scores {expected[at]:.4g}; "
+                    "all servers of a scorer must serve the same model"
+                )
+        self._compared = True
 
     def score(self, prompts: Sequence[Prompt], responses: list[str]) -> np.ndarray:
         scores = np.empty(len(prompts))
@@ -60,9 +96,9 @@ class HttpScorer(Scorer):
             self._body([prompts[i] for i in batch], [responses[i] for i in batch])
             for batch in batches
         ]
-        for index, answer in self.client.post_all(
-            self.url, bodies, desc="score", check=self._check
-        ):
+        if bodies and not self._compared:
+            self._compare(bodies[0])
+        for index, _, answer in self.servers.post_all("", bodies, desc="score", check=self._check):
             yield batches[index], np.array(self._scores(answer), dtype=np.float64)
 
     def _body(self, prompts: list[Prompt], responses: list[str]) -> dict:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, TypeAdapter, field_validator, model_validator
 
-from data_prep.http import RequestSettings, check_url
+from data_prep.http import RequestSettings
 from data_prep.scorers.model_settings import (
     BeaverScorerSettings,
     ClassifierScorerSettings,
@@ -15,6 +15,7 @@ from data_prep.scorers.model_settings import (
 )
 from data_prep.scorers.options import ScorerOptions
 from data_prep.settings import LocalPath, parse_option
+from data_prep.urls import check_urls
 
 
 class PythonScorerSettings(ScorerOptions):
@@ -132,9 +133,10 @@ class HttpScorerSettings(ScorerOptions, RequestSettings):
     """
 
     type: Literal["http"]
-    url: str = Field(
+    url: str | list[str] = Field(
         description="what is posted to; $NAME: the environment variable's value, for servers that "
-        "move"
+        "move; a list (or commas in the variable): servers that give the same scores, which share "
+        "the work"
     )
     format: Literal["json", "classify"] = Field(
         "json",
@@ -160,15 +162,17 @@ class HttpScorerSettings(ScorerOptions, RequestSettings):
     version: str | None = Field(
         None, description="what the server runs, in your words; this or version_url is needed"
     )
-    version_url: str | None = Field(
-        None, description="asked with GET for the version: its whole JSON answer counts"
+    version_url: str | list[str] | None = Field(
+        None,
+        description="asked with GET for the version: its whole JSON answer counts; of a list all "
+        "must answer the same",
     )
     batch_size: int = Field(32, ge=1, description="texts per request")
 
     @field_validator("url", "version_url")
     @classmethod
-    def _plain(cls, url: str | None) -> str | None:
-        return url if url is None else check_url(url)
+    def _plain(cls, url: str | list[str] | None) -> str | list[str] | None:
+        return url if url is None else check_urls(url)
 
     @model_validator(mode="after")
     def _complete(self) -> "HttpScorerSettings":
@@ -188,7 +192,7 @@ class HttpScorerSettings(ScorerOptions, RequestSettings):
 
     @property
     def place(self) -> str:
-        return self.url
+        return self.url if isinstance(self.url, str) else ", ".join(self.url)
 
 
 AnyScorerSettings = (

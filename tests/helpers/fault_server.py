@@ -63,9 +63,9 @@ class Server(BaseHTTPRequestHandler):
         elif fault.isdigit():
             self.answer(int(fault), {"detail": f"planned {fault}"})
         else:
-            self.work(body)
+            self.work(body, shift=0.5 if fault == "shifted" else 0.0)
 
-    def work(self, body: bytes) -> None:
+    def work(self, body: bytes, shift: float) -> None:
         if self.upstream:
             status, content = self.forward(body)
             self.answer_bytes(status, content)
@@ -74,7 +74,7 @@ class Server(BaseHTTPRequestHandler):
         time.sleep(PAUSE)
         asked = json.loads(body)
         texts = list(zip(asked["prompts"], asked["responses"], strict=True))
-        self.answer(200, {"scores": [score(p, r) for p, r in texts]})
+        self.answer(200, {"scores": [score(p, r) + shift for p, r in texts]})
         self.note(texts)
 
     def note(self, what: object) -> None:

@@ -90,11 +90,11 @@ def save_adapter(base, folder, seed=0, targets=("q_proj", "down_proj")):
     return folder
 
 
-def tiny_adapter(policy, folder):
+def tiny_adapter(policy, folder, seed=0):
     """A real LoRA adapter with weights away from zero, saved in PEFT's format."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = get_peft_model(
         policy.model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     )

@@ -2,9 +2,10 @@
 
 import pandas as pd
 
+from data_prep.sampling.completions import CompletionServers
 from data_prep.sampling.generate import Sampler
 from data_prep.sampling.law import SamplingSettings
-from data_prep.sampling.served import CompletionServer, ServedSampler
+from data_prep.sampling.served import ServedSampler
 
 
 def load_base(folder):
@@ -19,7 +20,7 @@ def prompts_of(policy, count: int) -> tuple[pd.DataFrame, dict[str, list[int]]]:
     return pd.DataFrame({"prompt_id": texts, "prompt": texts}), tokens
 
 
-def served_by(url: str, **more) -> SamplingSettings:
+def served_by(url: str | list[str], **more) -> SamplingSettings:
     server = {"base_url": url, "model": "base", "timeout": 20.0} | more
     return SamplingSettings(backend="openai", max_new_tokens=6, batch_size=64, server=server)
 
@@ -27,7 +28,7 @@ def served_by(url: str, **more) -> SamplingSettings:
 def draw(policy, settings, count, per_prompt, adapter=None, seed=3) -> pd.DataFrame:
     """Responses that the settings' server draws."""
     table, tokens = prompts_of(policy, count)
-    sampler = ServedSampler(CompletionServer(settings.server), Sampler(policy, tokens, settings))
+    sampler = ServedSampler(CompletionServers(settings.server), Sampler(policy, tokens, settings))
     return sampler.draw(
         table, responses_per_prompt=per_prompt, adapter=adapter, source="reference", seed=seed
     )

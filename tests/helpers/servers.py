@@ -1,7 +1,10 @@
 """Starts the tests' servers as processes on free ports, and kills them."""
 
+import contextlib
 import json
+import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -31,21 +34,30 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """A server that can be killed and started again on its port."""
+    """A server that can be killed, with the processes it started, and started again on its port.
 
-    def __init__(self, command: list[str], port: int, ready_path: str, log: Path) -> None:
+    patience: seconds until it must answer.
+    """
+
+    def __init__(
+        self, command: list[str], port: int, ready_path: str, log: Path, patience: float = 60.0
+    ) -> None:
         self.command, self.port, self.ready_path, self.log = command, port, ready_path, log
+        self.patience = patience
         self.url = f"http://127.0.0.1:{port}"
         self.start()
 
     def start(self, wait: bool = True) -> None:
         with self.log.open("a") as output:
-            self.process = subprocess.Popen(self.command, stdout=output, stderr=output)
+            self.process = subprocess.Popen(
+                self.command, stdout=output, stderr=output, start_new_session=True
+            )
         if wait:
             self.wait()
 
     def wait(self) -> None:
-        for _ in range(1200):
+        end = time.monotonic() + self.patience
+        while time.monotonic() < end:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended: {self.log.read_text()[-2000:]}")
             try:
@@ -55,10 +67,12 @@ class ServerProcess:
                 return
             except OSError:
                 time.sleep(0.05)
+        self.kill()
         raise RuntimeError(f"the server does not answer: {self.log.read_text()[-2000:]}")
 
     def kill(self) -> None:
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
@@ -89,6 +103,7 @@ def start_transformers_serve(model: Path, folder: Path) -> ServerProcess:
         port,
         "/health",
         folder / "serve.log",
+        patience=300.0,
     )
 
 

@@ -9,17 +9,22 @@ import yaml
 
 import data_prep.http
 from constrained_dpo.check.check import check_recipe
+from constrained_dpo.check.servers import adapts_head, server_warnings
 from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.run.create import init_run
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.prepare import prepare
 from constrained_dpo.run.record import RoundRecord, RoundTables, replay, round_record
 from constrained_dpo.run.rounds import play_round
+from data_prep.errors import UserError
+from data_prep.models.policy import load_policy
 from data_prep.prompts.split import split_prompts
 from data_prep.scorers.settings import HttpScorerSettings
-from tests.helpers.completion_server import completion_server
+from tests.helpers.completion_server import Faults, completion_server
 from tests.helpers.models import save_tiny_causal_lm
 from tests.helpers.served import load_base
+
+SERVER = "CDPO_TEST_SERVER"
 
 SCORERS = """
 def f(p, r): return [len(x.split()) for x in r]
@@ -27,7 +32,7 @@ def g(p, r): return [x.count('1') for x in r]
 """
 
 
-def write_recipe(folder, model, url: str):
+def write_recipe(folder, model):
     (folder / "scorers.py").write_text(SCORERS)
     prompts = [{"prompt": f"w{i} w{i + 1}"} for i in range(10)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
@@ -41,7 +46,7 @@ def write_recipe(folder, model, url: str):
             "max_new_tokens": 6,
             "batch_size": 32,
             "backend": "openai",
-            "server": {"base_url": url, "model": "base", "shard_size": 32},
+            "server": {"base_url": f"${SERVER}", "model": "base", "shard_size": 32},
         },
         "objective": {
             "beta": 5.0,
@@ -61,14 +66,25 @@ def served(tmp_path_factory):
     said; the server is gone by now."""
     folder, model = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("model")
     save_tiny_causal_lm(model)
-    with completion_server(lambda: load_base(model)) as server:
-        run = init_run(write_recipe(folder, model, server.url), folder / "run", [])
-        recipe = run.recipe()
-        prompts, left_out = split_prompts(recipe.prompts, recipe.dual.prompts_per_round)
-        learner = LoraLearner(recipe, prompts, run.score_cache)
-        report = check_recipe(recipe, pilot=False, target_se={})
-        play_round(run, prepare(run, recipe, learner, left_out), learner)
+    with (
+        completion_server(lambda: load_base(model)) as server,
+        pytest.MonkeyPatch.context() as environment,
+    ):
+        environment.setenv(SERVER, server.url)
+        run = init_run(write_recipe(folder, model), folder / "run", [])
+        report = check_recipe(run.recipe(), pilot=False, target_se={})
+        learner = prepared(run)
+        play_round(run, run.recipe(), learner)
         return run, learner.identity(), report
+
+
+def prepared(run: RunDirectory) -> LoraLearner:
+    """The run's learner, after `prepare`."""
+    recipe = run.recipe()
+    prompts, left_out = split_prompts(recipe.prompts, recipe.dual.prompts_per_round)
+    learner = LoraLearner(recipe, prompts, run.score_cache)
+    prepare(run, recipe, learner, left_out)
+    return learner
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +99,9 @@ def test_a_round_by_a_server_has_a_certificate_and_names_its_sampler(served):
     assert abs(record.sampler["kl"]) < 1e-3
     assert record.certificate_reason is None and record.kl is not None
     assert run.state().hashes["sampler"] == identity["sampler"]
-    assert identity["sampler"].startswith("vllm:")
+    assert identity["sampler"] == "vllm:base"
+    assert abs(record.sampler["eos_z"]) < 4 and record.sampler["rounding"] < 1e-4
+    assert record.sampling_cost["responses"] >= 64 and record.sampling_cost["forward_seconds"] > 0
     assert replay(run) == run.state().lambda_
 
 
@@ -111,12 +129,15 @@ def test_check_compares_the_server_with_the_policy(served):
     _, identity, report = served
     assert report.sampler["fingerprint"] == identity["sampler"]
     assert report.sampler["rows"] >= 64 and abs(report.sampler["kl"]) < 1e-3
-    assert not report.warnings and not report.not_checked
+    assert report.sampler["cost"]["responses"] >= 64 and len(report.sampler["servers"]) == 1
+    (slots,) = report.warnings
+    assert "--max-loras" in slots and not report.not_checked
 
 
 def test_check_lists_servers_that_are_not_there(run, monkeypatch):
+    monkeypatch.setenv(SERVER, "http://127.0.0.1:9/v1")
     monkeypatch.setattr(data_prep.http, "FIRST_PAUSE", 0.01)
-    recipe = run.recipe()  # whose server was closed since
+    recipe = run.recipe()
     scorer = HttpScorerSettings(type="http", url="http://127.0.0.1:9/score", version="1")
     reward = recipe.objective.reward.model_copy(update={"scorer": scorer})
     objective = recipe.objective.model_copy(update={"reward": reward})
@@ -125,4 +146,40 @@ def test_check_lists_servers_that_are_not_there(run, monkeypatch):
     assert report.pilot is None and list(report.scorers) == ["g"]
     score, complete = report.not_checked
     assert "http://127.0.0.1:9/score: ConnectError" in score
-    assert f"{recipe.sampling.server.base_url}/completions: ConnectError" in complete
+    assert "http://127.0.0.1:9/v1/models: ConnectError" in complete
+
+
+def test_a_server_of_another_model_is_refused_in_prepare(run, tmp_path, monkeypatch):
+    other = save_tiny_causal_lm(tmp_path / "other", seed=7)
+    with completion_server(lambda: load_base(other)) as server:
+        monkeypatch.setenv(SERVER, server.url)
+        fresh = init_run(run.path.parent / "recipe.yaml", tmp_path / "run", [])
+        with pytest.raises(UserError, match=r"^pool: http\S+ has log-probabilities that are"):
+            prepared(fresh)
+    assert not fresh.state().prepared and not list(tmp_path.glob("run/shards/*/*.parquet"))
+
+
+@pytest.mark.slow
+def test_an_ignored_adapter_is_refused_before_the_multipliers_move(run, tmp_path, monkeypatch):
+    shutil.copytree(run.path, tmp_path / "run")
+    again, model = RunDirectory(tmp_path / "run"), run.recipe().policy.model
+    before = again.state().lambda_
+    learner = LoraLearner(again.recipe(), again.prompts(), again.score_cache)
+    faults = Faults(ignores_adapters=True)
+    with completion_server(lambda: load_base(model), faults) as server:
+        monkeypatch.setenv(SERVER, server.url)
+        with pytest.raises(UserError, match=r"^round-001: http\S+ answers with the base's"):
+            play_round(again, again.recipe(), learner)
+    assert again.state().lambda_ == before and not again.round_file(1).exists()
+
+
+def test_adapters_on_the_head_are_known_by_their_modules(run):
+    recipe = run.recipe()
+    policy = load_policy(recipe.policy)
+    assert adapts_head(policy, ["q_proj", "lm_head"]) and adapts_head(policy, r".*(q_proj|lm_head)")
+    for targets in ("all-linear", ["q_proj", "head"], r"model\..*"):
+        assert not adapts_head(policy, targets)
+    lora = recipe.policy.lora.model_copy(update={"target_modules": ["q_proj", "lm_head"]})
+    settings = recipe.policy.model_copy(update={"lora": lora})
+    head, _ = server_warnings(recipe.model_copy(update={"policy": settings}), policy)
+    assert "target_modules: all-linear" in head

@@ -18,9 +18,11 @@ from constrained_dpo.estimates.sampling_law import (
     why_not_the_policy,
 )
 from data_prep.errors import UserError
+from data_prep.sampling.completions import CompletionServers, prompt_text
 from data_prep.sampling.law import SamplingSettings, law_hash
-from data_prep.sampling.served import CompletionServer, prompt_text, read_choice
-from tests.helpers.completion_server import completion_server
+from data_prep.sampling.served import read_choice
+from data_prep.tables import SERVED
+from tests.helpers.completion_server import Faults, completion_server
 from tests.helpers.models import tiny_adapter
 from tests.helpers.served import draw, load_base, prompts_of, served_by
 from tests.helpers.servers import start_fault_server
@@ -79,7 +81,7 @@ def test_a_server_of_texts_draws_from_the_policy_through_every_fault(
 
 def test_another_law_is_measured_and_takes_the_certificate(policy, model_folder):
     """KL(q‖π) of a server with sharper logits, against the exact one over first tokens."""
-    with completion_server(lambda: load_base(model_folder), sharpen=3.0) as server:
+    with completion_server(lambda: load_base(model_folder), Faults(sharpen=3.0)) as server:
         settings = served_by(server.url, tolerance=0.02).model_copy(update={"max_new_tokens": 1})
         table = draw(policy, settings, 2, 100)
     exact = []
@@ -97,7 +99,7 @@ def test_another_law_is_measured_and_takes_the_certificate(policy, model_folder)
     assert "gave log-probabilities of 0 of 200" in why_not_the_policy(settings, silent)
     cold = settings.model_copy(update={"temperature": 0.5})
     assert why_not_the_policy(cold, table) == NOT_THE_POLICY
-    local = table.drop(columns=["server_logp", "exact_ids"])
+    local = table.drop(columns=[name for name in SERVED if name in table])
     assert why_not_the_policy(SamplingSettings(), local) is None
 
 
@@ -106,14 +108,14 @@ def test_a_rounds_adapter_is_loaded_once_and_is_what_samples(policy, model_folde
     with completion_server(lambda: load_base(model_folder)) as server:
         settings = served_by(server.url)
         table = draw(policy, settings, 2, 8, adapter=adapter)
-        again = draw(policy, settings, 2, 8, adapter=adapter)  # another client
-    assert again["response"].equals(table["response"])
     loads = [body for path, body in server.requests if path == "/v1/load_lora_adapter"]
     assert len(loads) == 1 and loads[0]["lora_path"] == str(adapter.resolve())
     np.testing.assert_allclose(table["server_logp"], table["policy_logp"], atol=1e-4)
     assert (table["policy_logp"] - table["ref_logp"]).abs().max() > 0.05
     pattern = served_by("http://localhost:1/v1", kind="openai", adapter_model="my/{name}").server
-    assert CompletionServer(pattern).model_name(adapter) == f"my/{loads[0]['lora_name']}"
+    own = loads[0]["lora_name"].rsplit("-", 1)[1]
+    model = CompletionServers(pattern).adapters.model(adapter)
+    assert model.startswith("my/cdpo-") and model.endswith(own)
 
 
 def test_settings_that_cannot_work_are_refused():
@@ -133,17 +135,18 @@ def test_a_servers_law_is_another_than_ours():
 
 def test_text_that_must_be_tokenized_again_is_counted(policy):
     def ids_of(text, finish_reason, **count):
-        return read_choice(policy, {"text": text, "finish_reason": finish_reason, **count})[0]
+        return read_choice(policy, {"text": text, "finish_reason": finish_reason, **count}).ids
 
     stopped = {"text": "w1 w2", "finish_reason": "stop", "completion_tokens": 3}
-    ids, text, logp, exact = read_choice(policy, stopped)
-    assert (ids, text, exact) == ([5, 6, 2], "w1 w2", True) and np.isnan(logp)
+    drawn = read_choice(policy, stopped)
+    assert (drawn.ids, drawn.text, drawn.exact) == ([5, 6, 2], "w1 w2", True)
+    assert np.isnan(drawn.server_logp) and not drawn.told
     assert ids_of("w1 w2", "length", completion_tokens=2) == [5, 6]
     # The EOS was the last allowed token.
     assert ids_of("w1 w2", "length", completion_tokens=3) == [5, 6, 2]
     assert ids_of("", "length") == [2]
     longer = stopped | {"finish_reason": "length", "completion_tokens": 6}
-    assert read_choice(policy, longer)[3] is False
+    assert read_choice(policy, longer).exact is False
     with pytest.raises(UserError, match="a prompt's tokens are not those of any text"):
         prompt_text(policy, [5, 6])  # the tokenizer would put <s> in front
 
@@ -156,5 +159,11 @@ def test_an_eos_that_the_server_leaves_out_has_no_log_probability(policy):
         "matched_stop": 2,
         "logprobs": {"token_logprobs": [-1.0, -2.0]},
     }
-    ids, _, logp, exact = read_choice(policy, choice)
-    assert (ids, exact) == ([5, 6, 2], True) and np.isnan(logp)
+    drawn = read_choice(policy, choice)
+    assert (drawn.ids, drawn.exact) == ([5, 6, 2], True) and np.isnan(drawn.server_logp)
+
+
+def test_a_token_that_the_policy_does_not_embed_is_a_word_about_the_server(policy):
+    choice = {"text": "?", "token_ids": [5, 64, 2], "finish_reason": "stop"}
+    with pytest.raises(UserError, match=r"drew token 64, and the policy embeds 64: it serves anot"):
+        read_choice(policy, choice)

@@ -12,6 +12,7 @@ from data_prep.models.policy import Policy
 from data_prep.models.settings import PolicySettings
 from data_prep.sampling import generate as sampling
 from data_prep.sampling import logprobs
+from data_prep.sampling.draws import DrawLaw
 from data_prep.sampling.generate import generate
 from data_prep.sampling.law import SamplingSettings, generation_arguments
 from data_prep.sampling.logprobs import sampled_logps
@@ -88,8 +89,8 @@ def test_log_probabilities_of_repeated_responses_and_in_pieces(at_once, monkeypa
     rows = []
     count = lambda *a: rows.append(len(a[2]["input_ids"]))
     hook = model.register_forward_pre_hook(count, with_kwargs=True)
-    laws = {"temperature": 0.7, "top_p": 0.9}
-    logps = sampled_logps(model, prompts, responses, pad_id=0, batch_size=5, **laws)
+    law = DrawLaw(temperature=0.7, top_p=0.9)
+    logps = sampled_logps(model, prompts, responses, pad_id=0, batch_size=5, law=law)
     plain, warped = logps.policy, logps.sample
     assert (logps.ref == plain).all() and (logps.path_kl == 0).all()
     assert sum(rows) == 16 and max(rows) <= 5
