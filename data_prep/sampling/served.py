@@ -120,6 +120,9 @@ class CompletionServer:
         """The server's choices, `count` per prompt in the prompts' order; each has the index of its
         request's seed."""
         per_request = 1 if self.settings.kind in ONE_PER_REQUEST else count
+        # the server knows no tempered policy
+        temperature = settings.temperature * policy.settings.temperature
+        settings = settings.model_copy(update={"temperature": temperature})
         bodies = []
         for row, prompt in enumerate(prompts):
             body = self._body(policy, prompt, settings, model) | (
