@@ -16,8 +16,8 @@ from tests.helpers.paths import QUICKSTART, SMALL
 
 def test_every_response_meets_the_reference_policy_once(tmp_path, monkeypatch):
     """Every row that goes through the decoder without an active adapter and not to draw, behind the
-    keys and values of its prompt or with it, over `prepare` and two rounds: every response meets it in the shard that drew it, and answers that a
-    shard drew several times meet it once."""
+    keys and values of its prompt or with it, over `prepare` and two rounds: every response meets it
+    in the shard that drew it, and answers that a shard drew several times meet it once."""
     from peft.tuners.lora import LoraLayer
 
     small = [
