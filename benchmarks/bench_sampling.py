@@ -5,9 +5,8 @@ beside computed per response.
 
 The 15M-parameter Llama of bench_fit.py, prompts of 100–130 tokens, 32 new tokens; *plain* is
 transformers' `generate` on rows that repeat the prompt, *continuous* its continuous batching
-(`generate_batch`) of all of them. CPU seconds of one process, taking turns; ours and the plain
-draws are the same. Repeated responses: log-probabilities of a batch in which every response occurs
-twice, beside one in which all differ.
+(`generate_batch`) of all of them. CPU seconds of one process, taking turns. Repeated responses:
+log-probabilities of a batch in which every response occurs twice, beside one in which all differ.
 """
 
 import argparse

@@ -25,8 +25,11 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 
 from data_prep.errors import UserError
 
-EMBEDDED = "quickstart"
-"""The name of the embedded world's policy and prompts, where a path or hub id may stand."""
+EMBEDDED, EVERYDAY = "quickstart", "everyday"
+"""The names of the embedded world's policy and prompts, and of the everyday questions, where a path
+or hub id may stand."""
+
+SHIPPED = (EMBEDDED, EVERYDAY)
 
 T = TypeVar("T")
 
@@ -108,7 +111,7 @@ def _absolute(value: str, info: ValidationInfo) -> str:
     function of a file keeps its name behind the colon, and a link its own name: a link into a cache
     of blobs says by its ending what it is. Anything else stays as it is."""
     name, colon, function = value.rpartition(":") if ".py:" in value else (value, "", "")
-    for folder in (info.context or {}).get("folders", ()) if value != EMBEDDED else ():
+    for folder in (info.context or {}).get("folders", ()) if value not in SHIPPED else ():
         candidate = folder / Path(name).expanduser()
         if name and candidate.exists():
             link = candidate.parent.resolve() / candidate.name

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from constrained_dpo.check.downloads import download_line, needs_download, not_here
+from constrained_dpo.check.limits import certificate_limits, verdict_limits
 from constrained_dpo.check.pilot import Pilot, run_pilot
 from constrained_dpo.check.scorers import (
     CheckedScorer,
@@ -141,6 +142,10 @@ def check_recipe(recipe: Recipe, *, pilot: bool, target_se: dict[str, float]) ->
             findings.warnings += warnings
     if findings.errors:
         raise UserError("\n".join(findings.errors))
+    findings.warnings += certificate_limits(recipe)
+    if prompts is not None and not recipe.problem.unresolved:
+        tested = split_counts(prompts if learner is None else learner.prompts).get("test", 0)
+        findings.warnings += verdict_limits(recipe, recipe.problem, tested)
     pilot_report = None
     complete = len(scorers) == len(recipe.scorers)
     if learner is not None and complete and not (learner.servers and sampler is None) and pilot:

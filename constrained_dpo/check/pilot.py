@@ -2,7 +2,7 @@
 each phase will take, and how much memory.
 
 A few dual prompts are answered by π_ref, scored, and fitted for a few steps by the real trainer;
-everything is thrown away afterwards.
+everything is thrown away afterwards. How few: what a minute holds (`pilot_size`).
 """
 
 import json
@@ -17,6 +17,13 @@ import numpy as np
 import pandas as pd
 
 from constrained_dpo.check.expected_time import Timing, expected_seconds
+from constrained_dpo.check.limits import reachable_verdicts
+from constrained_dpo.check.pilot_size import (
+    TIMED_STEPS,
+    PilotSize,
+    pilot_size,
+    responses_per_prompt,
+)
 from constrained_dpo.check.precision import Precision, expected_precision
 from constrained_dpo.dual.one_shot import solve_one_shot
 from constrained_dpo.dual.scores import ScoreTable
@@ -34,17 +41,14 @@ from data_prep.labels.preferences import label_pairs
 from data_prep.records import Record
 from data_prep.settings import derive_seed
 
-MIN_PROMPTS, MAX_PROMPTS, MAX_RESPONSES = 16, 64, 8
-
-TIMED_STEPS = 2
-
 
 class Pilot(Record):
     """What a pilot has measured.
 
     scores: statistics by objective; margins: those in std, as (number of std, std in score units);
     calibrations: of implicit scorers; seconds: expected, of prepare, of a round's fit and rescore,
-    and of the run; peak_gib: of this process, on the GPU where there is one.
+    and of the run; peak_gib: of this process, on the GPU where there is one; bounded: whether less
+    was played because of the limit of time.
     """
 
     prompts: int
@@ -58,6 +62,7 @@ class Pilot(Record):
     scale: ScoreScale
     seconds: dict[str, float]
     peak_gib: float
+    bounded: bool
 
 
 def run_pilot(
@@ -70,44 +75,43 @@ def run_pilot(
     """
     recipe = learner.recipe
     prompts = learner.prompts[learner.prompts["split"] == "dual"]
-    per_prompt = max(min(recipe.dual.responses_per_prompt, MAX_RESPONSES), recipe.fit.group_size)
-    count = np.clip(recipe.sampling.batch_size // per_prompt, MIN_PROMPTS, MAX_PROMPTS)
-    prompts = prompts.head(int(count))
-    pool, timing = _play(learner, prompts, per_prompt)
+    pool, timing, size = _play(learner, prompts)
     unresolved = recipe.problem.unresolved
     stds = reference_stds(pool, list(unresolved))
     problem = recipe.problem.resolved(stds)
     splits = learner.prompts["split"]
     counts = {split: int((splits == split).sum()) for split in ("fit", "dual", "test")}
+    precision = expected_precision(
+        pool,
+        problem,
+        responses_per_prompt=recipe.dual.responses_per_prompt,
+        prompts={split: counts[split] for split in ("dual", "test")},
+        target_se=target_se,
+    )
     pilot = Pilot(
-        prompts=len(prompts),
-        responses_per_prompt=per_prompt,
+        prompts=size.prompts,
+        responses_per_prompt=responses_per_prompt(recipe),
         cut_off_fraction=float((~pool["ended"]).mean()),
         example=pool["response"].iloc[0],
         scores=score_statistics(pool, recipe.scorers),
         margins={name: (number, stds[name]) for name, number in unresolved.items()},
-        precision=expected_precision(
-            pool,
-            problem,
-            responses_per_prompt=recipe.dual.responses_per_prompt,
-            prompts={split: counts[split] for split in ("dual", "test")},
-            target_se=target_se,
-        ),
+        precision=precision,
         calibrations=learner.calibrations(pool),
         scale=score_scale(pool, problem, *initial_multipliers(recipe.dual.init, problem)),
         seconds=expected_seconds(learner, counts, timing, given_responses),
         peak_gib=_peak_gib(),
+        bounded=size.bounded,
     )
-    return pilot, _out_of_reach(pool, problem, recipe.dual.max_lambda)
+    warnings = _out_of_reach(pool, problem, recipe.dual.max_lambda)
+    return pilot, warnings + reachable_verdicts(recipe, problem, pool, precision)
 
 
-def _play(
-    learner: LoraLearner, prompts: pd.DataFrame, per_prompt: int
-) -> tuple[pd.DataFrame, Timing]:
-    """Samples and scores π_ref, fits a few steps, samples the adapter; π_ref's scored responses and
-    the times."""
+def _play(learner: LoraLearner, prompts: pd.DataFrame) -> tuple[pd.DataFrame, Timing, PilotSize]:
+    """Samples and scores π_ref, fits a few steps, samples the adapter; π_ref's scored responses,
+    the times, and how much was played."""
     seed = derive_seed(learner.recipe.seed, 0, "pilot")
-    pool, seconds = pd.DataFrame(), {}
+    pool, seconds, per_prompt = pd.DataFrame(), {}, responses_per_prompt(learner.recipe)
+    size = PilotSize(0, 0, 0, False)
 
     def draw(chosen: pd.DataFrame, adapter: Path | None) -> tuple[pd.DataFrame, float]:
         start = time.perf_counter()
@@ -119,16 +123,19 @@ def _play(
         return drawn, taken / len(drawn)
 
     def sample_reference() -> None:
-        nonlocal pool
-        draw(prompts.head(2), None)  # the first call pays for what later ones do not
-        drawn, seconds["sample"] = draw(prompts, None)
+        nonlocal pool, size
+        draw(prompts.head(1), None)  # the first call pays for what later ones do not
+        _, measured = draw(prompts.head(1), None)
+        size = pilot_size(learner.recipe, len(prompts), measured)
+        drawn, seconds["sample"] = draw(prompts.head(size.prompts), None)
         begun = time.perf_counter()
         pool = learner.score(drawn)
         seconds["score"] = (time.perf_counter() - begun) / len(pool)
 
     def fit_and_sample(folder: Path) -> None:
-        seconds["step"], seconds["around"] = _time_fit(learner, pool, folder)
-        _, seconds["resample"] = draw(prompts, folder / "adapter")
+        seconds["step"], seconds["around"] = _time_fit(learner, pool, folder, size.rows)
+        again = prompts.head(size.adapter_prompts)
+        _, seconds["resample"] = draw(again, folder / "adapter")
 
     with tempfile.TemporaryDirectory() as folder:
         timed("pilot: sample and score π_ref", sample_reference)
@@ -137,7 +144,7 @@ def _play(
         if learner.servers is not None:
             _again_without_adapter(learner, prompts, per_prompt)
     sampled, again = (seconds[key] + seconds["score"] for key in ("sample", "resample"))
-    return pool, Timing(sampled, again, seconds["step"], seconds["around"])
+    return pool, Timing(sampled, again, seconds["step"], seconds["around"]), size
 
 
 def _again_without_adapter(learner: LoraLearner, prompts: pd.DataFrame, per_prompt: int) -> None:
@@ -177,15 +184,17 @@ def _out_of_reach(pool: pd.DataFrame, problem: ConstrainedProblem, max_lambda: f
     ]
 
 
-def _time_fit(learner: LoraLearner, pool: pd.DataFrame, folder: Path) -> tuple[float, float]:
+def _time_fit(
+    learner: LoraLearner, pool: pd.DataFrame, folder: Path, in_step: int
+) -> tuple[float, float]:
     """(seconds per optimizer step, seconds around them) of a fit in the recipe's batches; its
-    adapter is in `folder`."""
+    adapter is in `folder`. in_step: rows of a step that is timed; more cost in proportion."""
     from constrained_dpo.fit.adapter import fit_adapter
     from constrained_dpo.fit.family import write_member
     from constrained_dpo.fit.trainer import FitPlan
 
     recipe = learner.recipe
-    reward, rows = recipe.problem.reward, TIMED_STEPS * recipe.fit.batch_size
+    reward, rows = recipe.problem.reward, TIMED_STEPS * in_step
     law, family = _family(recipe)
     if recipe.fit.grouped:
         per_prompt = math.ceil(rows / pool["prompt_id"].nunique())
@@ -202,7 +211,7 @@ def _time_fit(learner: LoraLearner, pool: pd.DataFrame, folder: Path) -> tuple[f
         labels = label_pairs(pool, reward, law, labels=kind, pairs_per_prompt=None, seed=0)
         labels = labels.iloc[np.resize(np.arange(len(labels)), rows)]
     # Every forward costs the same, so one per step is timed and multiplied.
-    changed = {"epochs": None, "gradient_accumulation": 1}
+    changed = {"epochs": None, "gradient_accumulation": 1, "batch_size": in_step}
     unused: dict[str, Any] = {"holdout": 0.0, "early_stop": None, "report_to": [], "refresh": 1}
     settings = recipe.fit.model_copy(update=changed | unused)
     for name, steps in (("warmup", 1), ("fitted", TIMED_STEPS)):
@@ -224,7 +233,8 @@ def _time_fit(learner: LoraLearner, pool: pd.DataFrame, folder: Path) -> tuple[f
         ones = pd.Series(family.units, dtype=float)
         write_member(folder / "fitted", ones, 1.0, folder / "adapter")
     trained = next(row["train_runtime"] for row in log if "train_runtime" in row)
-    return trained / TIMED_STEPS * recipe.fit.gradient_accumulation, total - trained
+    forwards = recipe.fit.gradient_accumulation * recipe.fit.batch_size / in_step
+    return trained / TIMED_STEPS * forwards, total - trained
 
 
 def _family(recipe: Recipe) -> tuple[pd.Series | MultiplierRange, Family | None]:

@@ -9,7 +9,8 @@ import pandas as pd
 from data_prep.sampling.law import SamplingSettings, is_policy_law
 
 NOT_THE_POLICY = (
-    "sampled at temperature ≠ 1 or top_p < 1, so the samples are not from the policy itself"
+    "sampled at sampling.temperature ≠ 1 or top_p < 1, so the samples are not from the policy "
+    "itself (policy.temperature: another temperature as the policy's own)"
 )
 
 

@@ -1,6 +1,7 @@
 """`cdpo export`: a round's policy to take away, as an adapter or merged into the unquantized base
 and measured again, with a model card."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -23,6 +24,8 @@ from data_prep.models.policy import resolve_model
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
+GENERATION_CONFIG = "generation_config.json"
+
 
 def export_adapter(run: RunDirectory, recipe: Recipe, number: int, output: Path) -> None:
     """Write a round's adapter in PEFT's format with a model card.
@@ -33,6 +36,7 @@ def export_adapter(run: RunDirectory, recipe: Recipe, number: int, output: Path)
     temporary = new_folder(output)
     for name in ADAPTER_FILES:
         shutil.copy2(run.adapter_folder(number) / name, temporary / name)
+    write_generation_config(temporary, recipe)
     record = RoundRecord.read(run.round_file(number))
     card = model_card(run, recipe, record, record.test, merged=False)
     (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -75,6 +79,7 @@ def export_merged(run: RunDirectory, recipe: Recipe, number: int, output: Path) 
     samples = samples.assign(ref_logp=ref_logp, path_kl=np.nan)
     record = write_evaluation(run, key, recipe, samples, reference, recipe.scorers)
     write_json(temporary / "measurement.json", record.to_json())
+    write_generation_config(temporary, recipe)
     played = RoundRecord.read(run.round_file(number))
     card = model_card(run, recipe, played, record, merged=True)
     (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -97,6 +102,18 @@ def _measured_again(
         round_number=number,
     )
     return collect(learner, learner.prompts, job)
+
+
+def write_generation_config(folder: Path, recipe: Recipe) -> None:
+    """Say in the folder's generation_config.json, beside what stands there, at which temperature
+    the policy is served; nothing at 1."""
+    temperature = recipe.policy.temperature
+    if temperature == 1.0:
+        return
+    path = folder / GENERATION_CONFIG
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    law = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    write_json(path, content | law)
 
 
 def require_free(output: Path) -> None:

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from constrained_dpo.evaluation.export import new_folder, publish, require_free
+from constrained_dpo.evaluation.export import (
+    GENERATION_CONFIG,
+    new_folder,
+    publish,
+    require_free,
+    write_generation_config,
+)
 from constrained_dpo.evaluation.front_record import FrontPoint, Setting
 from constrained_dpo.evaluation.front_source import FrontOptions, FrontSource
 from constrained_dpo.evaluation.model_card import members_card
@@ -75,6 +81,7 @@ def export_members(
         lambda_ = recipe.problem.multipliers(member.point.lambda_)
         write_member(source.family, lambda_, member.point.kappa, folder)
         write_json(folder / "measurement.json", member.point.to_json())
+        write_generation_config(folder, recipe)
     line = serve_line(members, output, temporary)
     notices = [notice for member in members for notice in member.notices()]
     card = members_card(run, recipe, [(m.name, m.point) for m in members], line, notices)
@@ -84,7 +91,8 @@ def export_members(
 
 
 def serve_line(members: Sequence[Member], output: Path, written: Path | None = None) -> str:
-    """Give the vLLM command that serves the base with these adapters.
+    """Give the vLLM command that serves the base with these adapters, at their temperature where a
+    request names none.
 
     written: where the adapters lie until they are published at `output`.
     """
@@ -95,7 +103,12 @@ def serve_line(members: Sequence[Member], output: Path, written: Path | None = N
     base = shlex.quote(str(config["base_model_name_or_path"]))
     # a slot more than adapters: with all taken, vLLM 0.32 mixes them into the base's answers
     slots = f"--max-loras {len(members) + 1} --max-lora-rank {rank}"
-    return f"vllm serve {base} --enable-lora {slots} --lora-modules {modules}"
+    line = f"vllm serve {base} --enable-lora {slots} --lora-modules {modules}"
+    if not (first / GENERATION_CONFIG).exists():
+        return line
+    law = json.loads((first / GENERATION_CONFIG).read_text(encoding="utf-8"))
+    chosen = shlex.quote(json.dumps({"temperature": law["temperature"]}))
+    return f"{line} --override-generation-config {chosen}"
 
 
 def served_rank(rank: int) -> int:

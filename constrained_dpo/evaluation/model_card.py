@@ -51,6 +51,7 @@ def model_card(
         kl=kl,
         prompt_words=_prompt_words(recipe),
         law=record.sampling_law,
+        temperature=base.temperature * record.sampling_law.temperature,
         scorers=_scorer_rows(run, recipe),
         rounds_played=run.rounds_done(),
     )
@@ -83,6 +84,7 @@ def members_card(
         confidence=recipe.dual.confidence,
         prompt_words=_prompt_words(recipe),
         law=recipe.sampling,
+        temperature=recipe.policy.temperature * recipe.sampling.temperature,
         scorers=_scorer_rows(run, recipe),
         heads="lm_head" in (recipe.policy.lora.target_modules or ()),
     )

@@ -70,6 +70,9 @@ def prealign(recipe: Recipe, column: str, output: Path) -> dict[str, Any]:
     """
     if output.exists():
         raise UserError(f"{output}: exists already; choose a new folder for the adapter")
+    # Its implicit reward is read at temperature 1, so there it is fitted.
+    policy = recipe.policy.model_copy(update={"temperature": 1.0})
+    recipe = recipe.model_copy(update={"policy": policy})
     settings = fit_settings(recipe.fit, column)
     prompts, left_out = split_prompts(recipe.prompts, recipe.dual.prompts_per_round)
     learner = LoraLearner(recipe, prompts)

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers import PrinterCallback
 from trl import DPOConfig
+from trl.trainer.utils import add_fused_lm_head
 
 from constrained_dpo.fit.checkpoints import KEPT
 from constrained_dpo.fit.family import FAMILY_WEIGHTS, is_family
@@ -30,6 +31,7 @@ from data_prep.errors import UserError
 from data_prep.models.attachment import check_lora_only
 from data_prep.models.checkpoints import explained_loading
 from data_prep.models.policy import Policy
+from data_prep.models.temperature import temperature_of
 
 
 def training_config(plan: FitPlan, device: str, resumed: bool = False) -> DPOConfig:
@@ -130,6 +132,9 @@ def build_trainer(
                 task_type="CAUSAL_LM",
             ),
         )
+    if (temperature := temperature_of(policy.model)) != 1.0:
+        # TRL's fused head makes its log-probabilities without the model's forward.
+        add_fused_lm_head(trainer.model.get_base_model(), temperature=temperature)
     trainer.listwise, trainer.by_length = settings.loss == "listwise", settings.group_by_length
     trainer.loraplus_ratio = settings.loraplus_ratio
     if plan.family is not None:

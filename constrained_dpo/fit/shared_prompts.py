@@ -23,6 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from constrained_dpo.fit.gates import Gates
 from constrained_dpo.fit.rows import UNSCORED, labels_of, padded, row_lengths
+from data_prep.models.temperature import divided
 from data_prep.sampling.logprobs import LOGITS_AT_ONCE, response_logps
 
 ROWS_TRIED = 2
@@ -107,8 +108,12 @@ def add_shared_forward(model: PreTrainedModel, gates: Gates | None = None) -> No
         hidden = self.base_model(*args, **kwargs).last_hidden_state
         scored = next_tokens != UNSCORED
         layer = self.get_output_embeddings()
+
+        def head(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            return divided(self, _gated_head(layer, gates, states, rows))
+
         logps = _token_logps(
-            functools.partial(_gated_head, layer, gates),
+            head,
             layer.get_parameter("weight").shape[0],
             hidden[scored],
             scored.nonzero()[:, 0],

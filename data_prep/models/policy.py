@@ -23,6 +23,7 @@ from data_prep.models.checkpoints import (
 from data_prep.models.loading import LOADED_WITH, load_checkpoint, require_used
 from data_prep.models.quantization import check_quantization, keep_exact_on_cpu
 from data_prep.models.settings import POLICY, PolicySettings
+from data_prep.models.temperature import temper
 from data_prep.models.tokens import embedded_rows, set_padding, window_of
 from data_prep.settings import EMBEDDED
 
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
 class Policy:
     """A loaded base and what belongs to it.
 
-    model: the plain base in eval mode, requires_grad off, its generation_config blank but for token
-    ids; eos_ids: what ends a response; fingerprint: hash of weights, tokenizer, quantization and
-    dtype; overridden: generation settings of the checkpoint that our sampling law replaces, by
-    name.
+    model: the plain base in eval mode, requires_grad off, tempered, its generation_config blank but
+    for token ids; eos_ids: what ends a response; fingerprint: hash of weights, tokenizer,
+    quantization, dtype and temperature; overridden: generation settings of the checkpoint that our
+    sampling law replaces, by name.
     """
 
     model: "PreTrainedModel"
@@ -120,6 +121,8 @@ def load_policy(settings: PolicySettings, owner: str = POLICY) -> Policy:
         settings.dtype,
         settings.trust_remote_code,
     ]
+    if settings.temperature != 1.0:  # without one as before there were any
+        identity.append(settings.temperature)
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     return Policy(model, tokenizer, settings, eos_ids, fingerprint, overridden)
 
@@ -153,6 +156,7 @@ def _load(
             module.p = 0.0  # π_ref has no dropout; the adapter's own is added later and kept
     model.requires_grad_(False)
     model.eval()
+    temper(model, settings.temperature)
     return model, tokenizer
 
 

@@ -43,6 +43,12 @@ class PolicySettings(Settings):
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="compute dtype"
     )
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="T of the policy that is deployed: softmax(logits/T) is what is sampled, "
+        "fitted, measured and judged; serve it at this temperature",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where the policy runs; auto: the GPU where there is one"
     )

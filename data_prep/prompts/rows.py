@@ -16,7 +16,7 @@ from data_prep.prompts.folders import files_of_split
 from data_prep.prompts.layouts import layout_columns
 from data_prep.prompts.settings import DatasetSource
 from data_prep.readers.rows import Row, file_kind, text_rows
-from data_prep.settings import EMBEDDED
+from data_prep.settings import EMBEDDED, EVERYDAY
 
 BATCH_ROWS = 1024
 
@@ -51,6 +51,10 @@ def read_rows(source: str | Path | DatasetSource) -> Iterator[Row]:
             Row(f"row {number}", {"prompt": prompt})
             for number, prompt in enumerate(PROMPTS[source.split], 1)
         )
+    if source.dataset == EVERYDAY:
+        from data_prep.everyday import question_rows
+
+        return question_rows(source.split)
     folder = Path(source.dataset).expanduser()
     if folder.is_dir():
         return _folder_rows(folder, source)

@@ -8,12 +8,12 @@ from data_prep.settings import LocalPath, Settings
 
 
 class DatasetSource(Settings):
-    """A hub dataset, a local folder of one, or the embedded world's prompts (`dataset:
-    quickstart`)."""
+    """A hub dataset, a local folder of one, or prompts that ship with the toolkit (`dataset:
+    quickstart`, the embedded world's; `dataset: everyday`, questions to a chat model)."""
 
     dataset: LocalPath = Field(
-        description="hub id, folder (written by save_to_disk, or of parquet and jsonl files), or "
-        "`quickstart`"
+        description="hub id, folder (written by save_to_disk, or of parquet and jsonl files), "
+        "`quickstart` or `everyday`"
     )
     name: str | None = Field(
         None, description="the hub dataset's configuration, e.g. alpaca-7b of PKU-SafeRLHF"

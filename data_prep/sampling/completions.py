@@ -91,6 +91,9 @@ class CompletionServers:
         restarted and knows it no more.
         """
         model = self.adapters.model(adapter)
+        # the server knows no tempered policy
+        temperature = settings.temperature * policy.settings.temperature
+        settings = settings.model_copy(update={"temperature": temperature})
         per_request = 1 if self.settings.kind in ONE_PER_REQUEST else count
         bodies = []
         for row, prompt in enumerate(prompts):

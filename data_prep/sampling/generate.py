@@ -15,14 +15,14 @@ from tqdm import tqdm
 
 from data_prep.models.adapters import attached_adapter
 from data_prep.models.policy import Policy
+from data_prep.sampling.decoding import draw_tokens
 from data_prep.sampling.draws import DrawLaw
 from data_prep.sampling.law import SamplingSettings, generation_arguments
 from data_prep.sampling.logprobs import SampledLogps, sampled_logps
+from data_prep.sampling.prompt_cache import PromptRows
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
-    from transformers.cache_utils import DynamicCache
 
 
 def generate(
@@ -35,60 +35,42 @@ def generate(
     """One response (token ids, EOS included where it ended) per prompt, drawn in one batch with its
     own seed.
 
-    The generation config is complete, so neither the checkpoint's own (blanked at loading) nor the
-    library's defaults (top_k = 50) enter. A prompt that is asked for several responses is computed
-    once (`_prompt_cache`); the law, and but for rounding the draws, stay the same.
+    Where the model's cache cannot give up rows, as with recurrent layers, transformers' own
+    `generate` draws, under the same law.
     """
+    import torch
+
+    rows = PromptRows.of(prompts, policy.tokenizer.pad_token_id, policy.device)
+    with torch.no_grad():
+        drawn = draw_tokens(model, rows, settings, policy.eos_ids, seed)
+        if drawn is not None:
+            return drawn
+        return _generated(policy, model, rows, settings, seed)
+
+
+def _generated(
+    policy: Policy,
+    model: "PreTrainedModel",
+    prompts: PromptRows,
+    settings: SamplingSettings,
+    seed: int,
+) -> list[list[int]]:
+    """`generate` by transformers. The generation config is complete, so neither the checkpoint's
+    own (blanked at loading) nor the library's defaults (top_k = 50) enter."""
     import torch
     from transformers import GenerationConfig
 
     pad_id = policy.tokenizer.pad_token_id
-    width = max(map(len, prompts))
-    numbers: dict[tuple[int, ...], int] = {}
-    rows = torch.tensor([numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts])
-    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in numbers])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in numbers])
-    ids, mask, rows = ids.to(policy.device), mask.to(policy.device), rows.to(policy.device)
     config = GenerationConfig(**generation_arguments(settings, policy.eos_ids, pad_id))
     cuda = [policy.device] if policy.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+    with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
-        cache = (
-            _prompt_cache(model, ids, mask, rows)
-            if width > 1 and len(numbers) < len(prompts)
-            else None
-        )
-        prefix = {} if cache is None else {"past_key_values": cache}
         output = model.generate(
-            input_ids=ids[rows], attention_mask=mask[rows], generation_config=config, **prefix
+            input_ids=prompts.ids[prompts.rows],
+            attention_mask=prompts.mask[prompts.rows],
+            generation_config=config,
         )
-    return [_cut_at_eos(row, policy.eos_ids) for row in output[:, width:].tolist()]
-
-
-def _prompt_cache(
-    model: "PreTrainedModel", ids: "torch.Tensor", mask: "torch.Tensor", rows: "torch.Tensor"
-) -> "DynamicCache | None":
-    """Keys and values of all but the last token of prompts padded on the left, ids and mask
-    (num_distinct, width), selected by `rows`.
-
-    None where the model keeps anything else of what it has read, as recurrent layers do: `generate`
-    then computes every row's prompt.
-    """
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    read = {
-        "input_ids": ids[:, :-1],
-        "attention_mask": mask[:, :-1],
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, :-1],
-    }
-    cache = getattr(model(**read, use_cache=True, logits_to_keep=1), "past_key_values", None)
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    if not isinstance(cache, DynamicCache) or any(
-        type(layer) not in plain for layer in cache.layers
-    ):
-        return None
-    cache.batch_select_indices(rows)
-    return cache
+    return [_cut_at_eos(row, policy.eos_ids) for row in output[:, prompts.width :].tolist()]
 
 
 def _cut_at_eos(tokens: list[int], eos_ids: tuple[int, ...]) -> list[int]:

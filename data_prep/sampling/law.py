@@ -75,8 +75,8 @@ class SamplingServer(RequestSettings):
 
 
 class SamplingSettings(Settings):
-    """How responses are drawn. At temperature 1 and top_p 1 the law is the policy itself, and KL
-    and gaps can be estimated."""
+    """How responses are drawn from the policy. At temperature 1 and top_p 1 the law is the policy
+    itself (at `policy.temperature`), and KL and gaps can be estimated."""
 
     responses_per_prompt: int = Field(
         0,
@@ -86,7 +86,13 @@ class SamplingSettings(Settings):
     max_new_tokens: int = Field(
         256, ge=1, description="a response without EOS after so many tokens is cut off, and says so"
     )
-    temperature: float = Field(1.0, gt=0, description="divides the logits")
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="divides the policy's logits once more, behind policy.temperature; other than "
+        "1 what is drawn is not the policy, and KL, objective and certificate are null: set "
+        "policy.temperature for a policy that is deployed at another temperature",
+    )
     top_p: float = Field(
         1.0,
         gt=0,
@@ -126,8 +132,8 @@ def law_hash(settings: SamplingSettings, eos_ids: tuple[int, ...]) -> str:
 
 
 def is_policy_law(settings: SamplingSettings) -> bool:
-    """True where what is sampled is the policy itself (T = 1, no nucleus), so that KL and objective
-    can be estimated."""
+    """True where what is sampled is the policy itself (no temperature beside its own, no nucleus),
+    so that KL and objective can be estimated."""
     return settings.temperature == 1.0 and settings.top_p == 1.0
 
 

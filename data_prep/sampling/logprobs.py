@@ -1,13 +1,14 @@
 """Log-probabilities of responses by teacher forcing."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_prep.sampling.draws import DrawLaw, draw_terms
+from data_prep.sampling.prompt_cache import PromptRows, contiguous_head
 from data_prep.tables import DRAWS
 
 if TYPE_CHECKING:
@@ -29,48 +30,30 @@ def response_logits(
 
     Entry [b, j] predicts responses[b][j]; the last one predicts what follows. Prompts are padded on
     the left and responses on the right, so every row's response starts in the same column and
-    logits are computed nowhere else.
+    logits are computed nowhere else. A prompt of several responses is read once.
     """
     import torch
 
     device = model.get_input_embeddings().weight.device
-    prompt_width, width = max(map(len, prompts)), max(map(len, responses))
-    ids = torch.full((len(prompts), prompt_width + width), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        ids[row, prompt_width - len(prompt) : prompt_width + len(response)] = torch.tensor(
-            prompt + response
-        )
-        mask[row, prompt_width - len(prompt) : prompt_width + len(response)] = 1
+    rows, width = PromptRows.of(prompts, pad_id, device), max(map(len, responses))
+    follows = [response + [pad_id] * (width - len(response)) for response in responses]
+    present = [[1] * len(response) + [0] * (width - len(response)) for response in responses]
+    ids = torch.cat([rows.ids[rows.rows], torch.tensor(follows, device=device)], dim=1)
+    mask = torch.cat([rows.mask[rows.rows], torch.tensor(present, device=device)], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
+    repeated = rows.width > 1 and len(rows.ids) < len(prompts)
+    read = rows.read(model, rows.width - 1) if repeated else None
+    first = 0 if read is None else rows.width - 1
+    cache = {"use_cache": False} if read is None else {"past_key_values": read[0]}
     with contiguous_head(model):
         output = model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=positions.to(device),
+            input_ids=ids[:, first:],
+            attention_mask=mask,
+            position_ids=positions[:, first:],
             logits_to_keep=width + 1,
-            use_cache=False,
+            **cache,
         )
     return output.logits[:, -(width + 1) :]
-
-
-@contextmanager
-def contiguous_head(model: "PreTrainedModel") -> Iterator[None]:
-    """The head reads states that lie side by side. The last positions of every row do not, and
-    their product with the head becomes a slow batched one that copies the head for every row."""
-    head = model.get_output_embeddings()
-    if head is None:
-        yield
-        return
-    hook = head.register_forward_pre_hook(_side_by_side)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _side_by_side(module: object, inputs: "tuple[torch.Tensor, ...]") -> tuple:
-    return (inputs[0].contiguous(), *inputs[1:])
 
 
 @dataclass(frozen=True)
@@ -106,18 +89,17 @@ def sampled_logps(
     law: what it drew them from; reference: makes the model π_ref for a while (PEFT's
     `disable_adapter`); None: it is π_ref, so that ref is policy and path_kl is 0. The sum runs over
     the response's own tokens: its EOS where it ended, none where it was cut off. Batches are formed
-    by length; a response that was drawn several times for its prompt goes through the model once.
+    so that few tokens are computed; a response that was drawn several times for its prompt goes
+    through the model once.
     """
     import torch
 
     places: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         places.setdefault((tuple(prompt), tuple(response)), []).append(i)
-    distinct = sorted(places, key=lambda pair: len(pair[0]) + len(pair[1]))
     values = np.empty((len(prompts), 4 + len(DRAWS) * bool(law.eos_ids)))
     size = batch_size if reference is None else max(1, batch_size // 2)  # two logits at a time
-    for begin in range(0, len(distinct), size):
-        batch = distinct[begin : begin + size]
+    for batch in _cheapest_batches(list(places), size):
         asked, drawn = ([list(pair[k]) for pair in batch] for k in (0, 1))
         with torch.no_grad():
             logits = response_logits(model, asked, drawn, pad_id)
@@ -131,6 +113,27 @@ def sampled_logps(
     policy, sample, ref, path_kl = values.T[:4]
     draws = dict(zip(DRAWS, values.T[4:], strict=False))  # none without an EOS
     return SampledLogps(policy, sample, ref, path_kl, draws)
+
+
+Pair = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _cheapest_batches(pairs: list[Pair], size: int) -> list[list[Pair]]:
+    """Batches of (prompt, response): responses of one prompt together, or of one length, whichever
+    computes fewer tokens."""
+    orders = (
+        sorted(pairs, key=lambda pair: (len(pair[0]), pair[0], len(pair[1]))),
+        sorted(pairs, key=lambda pair: (len(pair[1]), len(pair[0]))),
+    )
+    ways = [[order[i : i + size] for i in range(0, len(order), size)] for order in orders]
+    return min(ways, key=lambda batches: sum(map(_tokens_computed, batches)))
+
+
+def _tokens_computed(batch: list[Pair]) -> int:
+    """Of each distinct prompt once and of every response, with their padding."""
+    prompts = {prompt for prompt, _ in batch}
+    read = len(prompts) * max(map(len, prompts))
+    return read + len(batch) * max(len(response) for _, response in batch)
 
 
 def response_logps(

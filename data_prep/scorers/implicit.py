@@ -28,6 +28,7 @@ from data_prep.models.adapters import (
 from data_prep.models.checkpoints import check_adapter_folder, fingerprint_model
 from data_prep.models.policy import Policy, load_policy, resolve_model
 from data_prep.models.settings import PolicySettings
+from data_prep.models.temperature import temperature_of, untempered
 from data_prep.prompts.messages import Prompt, as_messages
 from data_prep.prompts.preference_rows import turn_end
 from data_prep.prompts.settings import PromptSettings
@@ -59,9 +60,10 @@ class ImplicitScorer(TokenScorer):
     """β·log-ratio of an adapter or a model to its reference, float64. Raises UserError for one that
     does not belong to the reference.
 
-    An adapter is attached to the recipe's loaded policy while it scores. A `model` or an explicit
-    `reference` is loaded beside it, in the policy's quantization and dtype, so that a log-ratio
-    holds no quantization error of one side alone.
+    An adapter is attached to the recipe's loaded policy while it scores, at temperature 1 whatever
+    `policy.temperature` is: DPO's reward is defined by the models as they are. A `model` or an
+    explicit `reference` is loaded beside it, in the policy's quantization and dtype, so that a
+    log-ratio holds no quantization error of one side alone.
     """
 
     reads_conversation = True
@@ -83,7 +85,9 @@ class ImplicitScorer(TokenScorer):
             else self._load(settings.reference, settings.reference_revision)
         )
         target = self._model.fingerprint if self._model else self._check_adapter()
-        self.reference_fingerprint = self.reference.fingerprint
+        # Of a tempered policy no stored log-probability is handed to it.
+        tempered = temperature_of(self.reference.model) != 1.0
+        self.reference_fingerprint = self.reference.fingerprint + "@1" * tempered
         policies = [self.reference] if self._model is None else [self.reference, self._model]
         windows = [policy.window for policy in policies if policy.window is not None]
         self.window = min(windows, default=None)
@@ -116,6 +120,7 @@ class ImplicitScorer(TokenScorer):
             "model": model,
             "revision": revision,
             "reference_adapter": None,
+            "temperature": 1.0,
             "trust_remote_code": settings.trust_remote_code,
             "allow_pickle": settings.allow_pickle,
         }
@@ -172,7 +177,7 @@ class ImplicitScorer(TokenScorer):
             "pad_id": self.handle.load().tokenizer.pad_token_id,
             "batch_size": self.settings.batch_size,
         }
-        with self._target() as model:
+        with self._target() as model, untempered(model):
             target = response_logps(model, prompts, responses, **how)
         reference = (
             np.full(len(responses), np.nan)
@@ -182,7 +187,8 @@ class ImplicitScorer(TokenScorer):
         unknown = np.flatnonzero(np.isnan(reference))
         if len(unknown):
             rows = [prompts[i] for i in unknown], [responses[i] for i in unknown]
-            reference[unknown] = response_logps(self.reference.model, *rows, **how)
+            with untempered(self.reference.model):
+                reference[unknown] = response_logps(self.reference.model, *rows, **how)
         return self.settings.beta * (target - reference)
 
     def score(self, prompts: Sequence[Prompt], responses: list[str]) -> np.ndarray:
@@ -220,8 +226,10 @@ class ImplicitScorer(TokenScorer):
         from data_prep.sampling.enumeration import exact_logps
 
         adapter = None if self.settings.adapter is None else Path(self.settings.adapter or "")
-        target = exact_logps(self._model or self.reference, adapter, prompt_tokens)
-        return self.settings.beta * (target - exact_logps(self.reference, None, prompt_tokens))
+        with untempered(self.reference.model):
+            target = exact_logps(self._model or self.reference, adapter, prompt_tokens)
+            reference = exact_logps(self.reference, None, prompt_tokens)
+        return self.settings.beta * (target - reference)
 
     def agreement(self) -> dict[str, object] | None:
         """`calibration.reliability` on the labelled pairs of `calibrate`, with what was read; None

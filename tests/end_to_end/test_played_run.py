@@ -104,3 +104,27 @@ def test_sampling_off_the_policy_nulls_what_it_does_not_support(tmp_path):
     assert record["kl"] is None and record["objective"] is None
     assert "temperature" in record["kl_reason"]
     assert record["u"]["harmless"] is not None and record["sampling_law"]["temperature"] == 0.8
+
+
+@pytest.mark.slow
+def test_a_tempered_policy_has_all_numbers_and_they_are_the_exact_ones(tmp_path):
+    """At policy.temperature 0.7 nothing is null for the law's sake; u, E[r] and KL agree with the
+    enumeration of softmax(logits/0.7), the certificate's interval holds the exact gap, and what is
+    exported says where to serve it."""
+    overrides = ["policy.temperature=0.7", "fit.learning_rate=5e-3"]
+    run = init_run(QUICKSTART, tmp_path / "run", [*SMALL, *overrides])
+    told("run", run.path)
+    assert told("check", run.path)["recomputed"] == 3
+    record = RoundRecord.read(run.round_file(1))
+    assert record.kl_reason is None and record.sampling_law.temperature == 1.0
+    exact = record.exact["dual"]
+    assert exact.kl > 0.05
+    assert abs(record.kl - exact.kl) < 5 * record.kl_se
+    assert abs(record.reward - exact.reward) < 5 * record.reward_se
+    assert abs(record.u["harmless"] - exact.u["harmless"]) < 5 * record.u_se["harmless"]
+    assert record.lagrangian_gap_low < exact.lagrangian_gap
+    assert record.lagrangian_gap_high is None or exact.lagrangian_gap < record.lagrangian_gap_high
+    cdpo("export", run.path, tmp_path / "out", check=0)
+    assert "at temperature 0.7" in (tmp_path / "out" / "README.md").read_text()
+    law = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert law["temperature"] == 0.7 and law["do_sample"] is True

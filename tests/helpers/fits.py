@@ -156,9 +156,12 @@ def built_trainer(
     plan = FitPlan(
         settings, lora, beta, seed, output=folder, previous_adapter=previous, family=family
     )
+    forward = policy.model.__dict__.get("forward")
     trainer = build_trainer(policy, rows, plan, held_out, resumed)
     try:
         yield trainer
     finally:
         trainer.model.unload()
         policy.model.__dict__.pop("forward", None)
+        if forward is not None:
+            policy.model.forward = forward

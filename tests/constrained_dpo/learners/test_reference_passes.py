@@ -10,13 +10,14 @@ from constrained_dpo.run.rounds import play_round
 from data_prep.prompts.split import split_prompts
 from data_prep.quickstart import build_policy
 from data_prep.readers.tables import read_parquet
+from data_prep.sampling.prompt_cache import PromptRows
 from tests.helpers.paths import QUICKSTART, SMALL
 
 
-def test_every_response_meets_the_reference_policy_once(tmp_path):
-    """Every row that goes through the decoder without a cache and without an active adapter, over
-    `prepare` and two rounds: every response meets it in the shard that drew it, and answers that a
-    shard drew several times meet it once."""
+def test_every_response_meets_the_reference_policy_once(tmp_path, monkeypatch):
+    """Every row that goes through the decoder without an active adapter and not to draw, behind the
+    keys and values of its prompt or with it, over `prepare` and two rounds: every response meets it
+    in the shard that drew it, and answers that a shard drew several times meet it once."""
     from peft.tuners.lora import LoraLayer
 
     small = [
@@ -33,6 +34,15 @@ def test_every_response_meets_the_reference_policy_once(tmp_path):
     learner = LoraLearner(recipe, prompts, run.score_cache)
     learner.restrict(recipe.fit.max_length)
     seen: Counter = Counter()
+    last_read, read = [], PromptRows.read
+
+    def recorded(self, model, columns):
+        """The prompts whose keys and values the next rows stand behind."""
+        whole = [ids[mask.bool()].tolist() for ids, mask in zip(self.ids, self.mask, strict=True)]
+        last_read[:] = [whole[row] for row in self.rows.tolist()]
+        return read(self, model, columns)
+
+    monkeypatch.setattr(PromptRows, "read", recorded)
 
     def count(module, arguments, keywords):
         if keywords.get("use_cache") or any(
@@ -41,8 +51,11 @@ def test_every_response_meets_the_reference_policy_once(tmp_path):
             if isinstance(m, LoraLayer)
         ):
             return
-        for ids, mask in zip(keywords["input_ids"], keywords["attention_mask"], strict=True):
-            seen[tuple(ids[mask.bool()].tolist())] += 1
+        behind = keywords.get("past_key_values") is not None
+        rows = zip(keywords["input_ids"], keywords["attention_mask"], strict=True)
+        for number, (ids, mask) in enumerate(rows):
+            prefix = last_read[number][:-1] if behind else []
+            seen[(*prefix, *ids[mask[-len(ids) :].bool()].tolist())] += 1
 
     hook = learner.policy.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
     recipe = prepare(run, recipe, learner, left_out)
