@@ -246,6 +246,7 @@ def check_anchor(policy: Policy, model: PeftModel, rows: datasets.Dataset) -> fl
     error = float(np.abs(logps - np.asarray(stored)).max())
     longest = max(map(len, responses))
     tolerance = 1e-3 if policy.settings.reproducible else 0.05 + 0.01 * longest
+    tolerance /= policy.settings.temperature  # as the rounding of logits is
     if not error <= tolerance:
         raise UserError(
             "fit: log π_θ of the untrained adapter differs from the stored ref_logp by "

@@ -194,7 +194,7 @@ def _share_prompts(trainer: PseudoPreferenceTrainer, policy: Policy) -> str | No
     not."""
     add_shared_forward(trainer.model.get_base_model(), trainer.gates)
     tolerance = (
-        2e-5 if policy.settings.reproducible else 0.05
+        2e-5 if policy.settings.reproducible else 0.05 / policy.settings.temperature
     )  # nats per token; half precision rounds at the third digit of a logit
     parts = [
         rows for rows in (trainer.train_dataset, trainer.eval_dataset) if rows is not None
