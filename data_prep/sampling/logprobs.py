@@ -38,8 +38,10 @@ def response_logits(
     rows, width = PromptRows.of(prompts, pad_id, device), max(map(len, responses))
     follows = [response + [pad_id] * (width - len(response)) for response in responses]
     present = [[1] * len(response) + [0] * (width - len(response)) for response in responses]
-    ids = torch.cat([rows.ids[rows.rows], torch.tensor(follows, device=device)], dim=1)
-    mask = torch.cat([rows.mask[rows.rows], torch.tensor(present, device=device)], dim=1)
+    # of texts without a response the tables are empty, and torch would make floats of them
+    integers = {"dtype": torch.long, "device": device}
+    ids = torch.cat([rows.ids[rows.rows], torch.tensor(follows, **integers)], dim=1)
+    mask = torch.cat([rows.mask[rows.rows], torch.tensor(present, **integers)], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     repeated = rows.width > 1 and len(rows.ids) < len(prompts)
     read = rows.read(model, rows.width - 1) if repeated else None

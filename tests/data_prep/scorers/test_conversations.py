@@ -76,6 +76,7 @@ def test_a_template_reads_the_conversation_and_a_pair_the_last_turn(folder):
 
 def test_several_named_templates_without_a_default_are_refused(folder, tmp_path):
     model = shutil.copytree(folder, tmp_path / "model")
+    (model / "chat_template.jinja").unlink(missing_ok=True)  # of another test
     (model / "additional_chat_templates").mkdir()
     for name in ("rag", "tool_use"):
         (model / "additional_chat_templates" / f"{name}.jinja").write_text("x")
