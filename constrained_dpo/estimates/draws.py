@@ -14,14 +14,10 @@ import pandas as pd
 
 from constrained_dpo.recipe.schema import Recipe
 from data_prep.errors import UserError
+from data_prep.models.settings import ROUNDING
 from data_prep.tables import DRAWS
 
 log = logging.getLogger(__name__)
-
-ROUNDING = {"float32": 0.002, "float16": 0.016, "bfloat16": 0.125}
-"""Nats per token that two correct computations in a dtype may differ by, root mean square: 16 of
-its epsilons in half precision (vLLM 0.32 beside transformers: 16 epsilons in float32, too, but
-servers may compute float32 products in TF32)."""
 
 QUANTIZED = 0.5
 """The same where the policy is quantized and the server's weights are not, or otherwise."""

@@ -34,6 +34,7 @@ from data_prep.errors import UserError
 from data_prep.files import sync_folder
 from data_prep.models.attachment import intact_base
 from data_prep.models.policy import Policy
+from data_prep.models.settings import ROUNDING
 from data_prep.sampling.logprobs import response_logps
 
 log = logging.getLogger(__name__)
@@ -243,14 +244,18 @@ def check_anchor(policy: Policy, model: PeftModel, rows: datasets.Dataset) -> fl
             pad_id=policy.tokenizer.pad_token_id,
             batch_size=NUM_ANCHOR_ROWS,
         )
-    error = float(np.abs(logps - np.asarray(stored)).max())
-    longest = max(map(len, responses))
-    tolerance = 1e-3 if policy.settings.reproducible else 0.05 + 0.01 * longest
-    tolerance /= policy.settings.temperature  # as the rounding of logits is
-    if not error <= tolerance:
+    difference = logps - np.asarray(stored)
+    error, words = float(np.abs(difference).max()), "nats"
+    measured, tolerance = error, 1e-3
+    if not policy.settings.reproducible:  # the logits' rounding, over T
+        words = "nats per token (root mean square)"
+        measured = float(np.sqrt((difference**2).sum() / sum(map(len, responses))))
+        tolerance = ROUNDING["float16" if policy.settings.dtype == "float16" else "bfloat16"]
+    tolerance /= policy.settings.temperature
+    if not measured <= tolerance:
         raise UserError(
             "fit: log π_θ of the untrained adapter differs from the stored ref_logp by "
-            f"{error:.3g} nats (tolerance {tolerance:.3g}); "
+            f"{measured:.3g} {words} (tolerance {tolerance:.3g}); "
             "the pool belongs to another base, quantization or template: prepare the run again"
         )
     return error
