@@ -11,6 +11,7 @@ from constrained_dpo.cli.dual import app as dual_app
 from constrained_dpo.cli.evaluate import evaluate
 from constrained_dpo.cli.export import export
 from constrained_dpo.cli.front import front
+from constrained_dpo.cli.gate import gate
 from constrained_dpo.cli.prealign import prealign
 from constrained_dpo.cli.runs import init, play_all, play_one, prepare, report, status
 from constrained_dpo.cli.sweep import sweep
@@ -28,9 +29,10 @@ app = typer.Typer(
 )
 
 app.callback()(common_options)
-for command in (init, check, prepare, status, report, evaluate, front, export, compare, sweep):
+for command in (init, check, prepare, status, report, evaluate, gate, front, export):
     app.command()(command)
-app.command()(prealign)
+for command in (compare, sweep, prealign):
+    app.command()(command)
 app.command("round")(play_one)
 app.command("run")(play_all)
 app.add_typer(dual_app, name="dual")
