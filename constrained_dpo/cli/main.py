@@ -29,10 +29,10 @@ app = typer.Typer(
 )
 
 app.callback()(common_options)
-for command in (init, check, prepare, status, report, evaluate, gate, front, export):
+for command in (init, check, prepare, status, report, evaluate, front, export, compare, sweep):
     app.command()(command)
-for command in (compare, sweep, prealign):
-    app.command()(command)
+app.command()(prealign)
+app.command()(gate)
 app.command("round")(play_one)
 app.command("run")(play_all)
 app.add_typer(dual_app, name="dual")

@@ -75,9 +75,7 @@ def read_capability(check: CapabilityCheck) -> Capability:
 def _content(file: Path) -> dict[str, Any]:
     content = read_json(file)
     if not isinstance(content.get("results"), dict):
-        raise UserError(
-            f"{file}: no results of lm-eval (no key `results`); give its results_*.json"
-        )
+        raise UserError(f"{file}: no key `results`; give the results_*.json of lm-eval")
     return content
 
 

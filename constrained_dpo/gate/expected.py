@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import pandas as pd
 
 from constrained_dpo.gate.record import Look
@@ -33,12 +32,11 @@ def expectation(
     needed: dict[str, int | None] = {}
     failing: dict[str, int] = {}
     for title, room in rooms.items():
-        values = (
-            room if isinstance(room, tuple) else (float(room.mean()), float(np.std(room, ddof=1)))
-        )
-        size = expected_size(*values, sizes, errors)
+        moments = room if isinstance(room, tuple) else (room.mean(), room.std(ddof=1))
+        mean, std = map(float, moments)
+        size = expected_size(mean, std, sizes, errors)
         needed[title] = size
-        if values[0] < 0 and size is not None:
+        if mean < 0 and size is not None:
             failing[title] = size
     percent = f"{100 * POWER:g} %"
     if failing:

@@ -75,6 +75,6 @@ def _require_unseen(table: pd.DataFrame, trained: set[str], recipe: Recipe, wher
     shown = "; ".join(f"prompt {row + 1}: {texts[row][:60]!r}" for row in rows[:LISTED])
     more = f" and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
     raise UserError(
-        f"{where} prompts: the run was trained on {len(rows)} of them ({shown}{more}); what it says "
-        "of them says nothing of others: remove them, or give other `prompts`"
+        f"{where} prompts: the run was trained on {len(rows)} of them ({shown}{more}), which says "
+        "nothing of unseen ones; remove them, or give other `prompts`"
     )

@@ -54,8 +54,9 @@ def load_settings(block: type[Block], source: Path | str | Mapping[str, Any], wh
     source: the file, or its content; what: names its kind in messages. Raises UserError with every
     error, one per line.
     """
-    mapping = isinstance(source, Mapping)
-    document = CommentedMap(source) if mapping else _read_file(Path(source), what)
+    if isinstance(source, Mapping):
+        return _validated(block, source, CommentedMap(source))
+    document = _read_file(Path(source), what)
     return _validated(block, source, document)
 
 
