@@ -9,14 +9,16 @@ from constrained_dpo.api import Run
 from constrained_dpo.gate.gate import GateOptions
 from tests.helpers.cli import cdpo
 
-ANSWERS = {"w5 w6": 0.7, "w13 w6": 0.15, "w7 w8": 0.15}
+LONG = "w5 w6 w5 w6 w5 w6"
+
+ANSWERS = {"w5 w6": 0.6, "w13 w6": 0.12, "w7 w8": 0.12, "w9 w9": 0.08, LONG: 0.08}
 """Of π_ref: w5 is helpful, w13 does harm, w6 is right, w9 declines."""
 
 BROKEN = {
-    "constraint harmless": {"w5 w13": 1.0},
+    "constraint harmless": {"w13 w6": 1.0},
     "refusal": {"w9 w9": 1.0},
-    "length": {"w5 w6 w5 w6 w5 w6": 1.0},
-    "second_opinion right": {"w5 w8": 1.0},
+    "length": {LONG: 1.0},
+    "second_opinion right": {"w7 w8": 1.0},
 }
 
 SCORERS = """
@@ -32,7 +34,7 @@ def right(prompts, responses):
 
 
 def prompt_file(path, first: range):
-    pairs = itertools.islice(itertools.product(first, range(30)), 120)
+    pairs = itertools.islice(itertools.product(first, range(30)), 80)
     path.write_text("".join(json.dumps({"prompt": f"w{a} w{b}"}) + "\n" for a, b in pairs))
     return str(path)
 
@@ -79,7 +81,7 @@ def prepared(tmp_path_factory):
             "increase": 0.3,
             "phrases": ["w9"],
         },
-        "length": {"ratio": 1.6},
+        "length": {"ratio": 1.4},
         "cut_off": {"increase": 0.3},
     }
     (folder / "gate.yaml").write_text(json.dumps({"checks": checks}))  # JSON is YAML
@@ -107,5 +109,5 @@ def test_an_adapter_that_changes_nothing_passes_within_its_budget(prepared, tmp_
     adapter = taught_adapter(folder / "base", tmp_path / "adapter", {})
     record = run.gate(folder / "gate.yaml", GateOptions(adapter=adapter, until_decided=True))
     assert record.verdict == "passed", record.checks
-    assert record.available["right"] == record.available["refusal"] == 120
+    assert record.available["right"] == record.available["refusal"] == 80
     assert all(check.decided_at is not None for check in record.checks)
