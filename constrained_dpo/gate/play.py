@@ -43,9 +43,12 @@ class Play:
         one look, or in several that grow (`until_decided`).
         """
         file = self.sampling.run.gate_folder(fresh.key) / "gate.json"
-        record = GateRecord.read(file) if file.exists() else self._with_capabilities(fresh)
-        if record.verdict != UNDECIDED:
+        if file.exists():
+            record = GateRecord.read(file)
+        else:
+            record = self._with_capabilities(fresh)
             write_json(file, record.to_json())
+        if record.verdict != UNDECIDED:
             return record
         record = self._with_session(record, budget, until_decided)
         self._say_expected(record)

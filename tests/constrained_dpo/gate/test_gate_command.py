@@ -83,7 +83,7 @@ def test_a_check_that_cannot_hold_fails_with_exit_code_1_and_its_name(run, folde
 
 
 def test_a_training_prompt_is_refused_by_its_row_however_it_is_written(run, folder, refused):
-    trained = run.prompts().query("split == 'fit'")["prompt"].iloc[0]
+    trained = run.prompts().query("split == 'dual'")["prompt"].iloc[0]
     rows = [{"prompt": "kid hide dog"}, {"prompt": f"  {trained.upper()}"}]
     path = folder / "more.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
