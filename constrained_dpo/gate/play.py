@@ -48,7 +48,7 @@ class Play:
         else:
             record = self._with_capabilities(fresh)
             write_json(file, record.to_json())
-        if record.verdict != UNDECIDED:
+        if record.verdict != UNDECIDED or not self.claims:  # results of another tool do not grow
             return record
         record = self._with_session(record, budget, until_decided)
         self._say_expected(record)

@@ -52,7 +52,7 @@ def gate_notes(record: GateRecord) -> list[str]:
     if any(record.left_out.values()):
         counts = ", ".join(f"{count} {why}" for why, count in record.left_out.items())
         notes.append(f"prompts left out: {counts}")
-    if record.verdict == UNDECIDED:
+    if record.verdict == UNDECIDED and record.sessions:
         most = max(record.available.values())
         notes.append(
             f"{most} prompts are there: `--until-decided --budget {most}` looks at more"

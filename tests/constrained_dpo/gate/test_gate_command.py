@@ -82,6 +82,19 @@ def test_a_check_that_cannot_hold_fails_with_exit_code_1_and_its_name(run, folde
     assert "failed: cut_off does not hold" in result.stdout
 
 
+def test_a_gate_of_another_tools_results_alone_draws_nothing(run, folder):
+    """A drop of exactly what is tolerated is neither shown nor refuted."""
+    for name, value in (("before", 0.6), ("after", 0.5)):
+        task = {"acc,none": value, "acc_stderr,none": 0.01}
+        (folder / f"{name}.json").write_text(json.dumps({"results": {"quiz": task}}))
+    files = {name: str(folder / f"{name}.json") for name in ("before", "after")}
+    check = {"task": "quiz", "metric": "acc,none", "drop": 0.1} | files
+    file = gate_file(folder, "quiz", constraints=[], capability=[check])
+    result = cdpo("gate", run.path, file, "--json", check=3)
+    record = json.loads(result.stdout)
+    assert record["sessions"] == [] and record["checks"][0]["room"] == pytest.approx(0)
+
+
 def test_a_training_prompt_is_refused_by_its_row_however_it_is_written(run, folder, refused):
     trained = run.prompts().query("split == 'dual'")["prompt"].iloc[0]
     rows = [{"prompt": "kid hide dog"}, {"prompt": f"  {trained.upper()}"}]
