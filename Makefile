@@ -91,6 +91,7 @@ bench-coverage: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_intervals
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_verdicts laws
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_gate
 
 # The one-shot dual beside gradient descent and L-BFGS-B (about 25 minutes, one core).
 bench-one-shot: setup

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from constrained_dpo.estimates.slack import estimate_subgradient
     from constrained_dpo.evaluation.evaluate import EvaluationOptions, JudgeOptions
     from constrained_dpo.evaluation.record import Evaluation
+    from constrained_dpo.gate.gate import GateOptions
+    from constrained_dpo.gate.record import GateRecord
     from constrained_dpo.problem import ConstrainedProblem, Constraint
     from constrained_dpo.recipe.load import load_recipe
     from constrained_dpo.recipe.schema import Recipe
@@ -31,6 +33,8 @@ _PLACES = {
     "Constraint": "constrained_dpo.problem",
     "Evaluation": "constrained_dpo.evaluation.record",
     "EvaluationOptions": "constrained_dpo.evaluation.evaluate",
+    "GateOptions": "constrained_dpo.gate.gate",
+    "GateRecord": "constrained_dpo.gate.record",
     "JudgeOptions": "constrained_dpo.evaluation.evaluate",
     "OneShotSolution": "constrained_dpo.dual.one_shot",
     "Recipe": "constrained_dpo.recipe.schema",
@@ -52,6 +56,8 @@ __all__ = [
     "Constraint",
     "Evaluation",
     "EvaluationOptions",
+    "GateOptions",
+    "GateRecord",
     "JudgeOptions",
     "OneShotSolution",
     "Recipe",

@@ -18,6 +18,9 @@ from constrained_dpo.evaluation.front import (
 from constrained_dpo.evaluation.front_record import Front, FrontPoint, Setting
 from constrained_dpo.evaluation.front_source import FrontOptions
 from constrained_dpo.evaluation.record import Evaluation
+from constrained_dpo.gate.gate import GateOptions, gate
+from constrained_dpo.gate.record import GateRecord
+from constrained_dpo.gate.settings import GateSource, load_gate
 from constrained_dpo.learners.protocol import Learner
 from constrained_dpo.recipe.load import RecipeSource
 from constrained_dpo.recipe.schema import Recipe
@@ -138,6 +141,16 @@ class Run:
         test prompts."""
         self._opened = None
         return evaluate(self.directory, options or EvaluationOptions())
+
+    def gate(self, settings: GateSource, options: GateOptions | None = None) -> GateRecord:
+        """Judge a policy by a gate (a file, a dict or its settings) before it is released; None:
+        the last round's.
+
+        The record's verdict is passed, failed or undecided; a gate that was decided is not played
+        again.
+        """
+        self._opened = None
+        return gate(self.directory, load_gate(settings), options or GateOptions())
 
     @overload
     def export(

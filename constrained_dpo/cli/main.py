@@ -11,6 +11,7 @@ from constrained_dpo.cli.dual import app as dual_app
 from constrained_dpo.cli.evaluate import evaluate
 from constrained_dpo.cli.export import export
 from constrained_dpo.cli.front import front
+from constrained_dpo.cli.gate import gate
 from constrained_dpo.cli.prealign import prealign
 from constrained_dpo.cli.runs import init, play_all, play_one, prepare, report, status
 from constrained_dpo.cli.sweep import sweep
@@ -31,6 +32,7 @@ app.callback()(common_options)
 for command in (init, check, prepare, status, report, evaluate, front, export, compare, sweep):
     app.command()(command)
 app.command()(prealign)
+app.command()(gate)
 app.command("round")(play_one)
 app.command("run")(play_all)
 app.add_typer(dual_app, name="dual")

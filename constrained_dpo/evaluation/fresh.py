@@ -93,6 +93,17 @@ def evaluate_adapter(
     format and sampling law; a tokenizer in its folder is not used. Raises UserError for a folder
     that is no adapter, another base, or tensors that do not fit.
     """
+    who = checked_adapter(run, recipe, learner, adapter)
+    name = f"adapter-{_slug(adapter.resolve().name)}-{_slug(draws.label)}"
+    record = _evaluate(run, recipe, learner, adapter, who, name, draws)
+    return record.model_copy(update={"adapter": str(adapter)})
+
+
+def checked_adapter(run: RunDirectory, recipe: Recipe, learner: LoraLearner, adapter: Path) -> str:
+    """Give the fingerprint of a LoRA adapter from elsewhere on the run's base.
+
+    Raises UserError for a folder that is no adapter, another base, or tensors that do not fit.
+    """
     base = resolve_model(recipe.policy)
     check_adapter_folder(adapter, ADAPTER_OPTION)
     advice = f"give it to a run of that base; {run.path} has another"
@@ -100,10 +111,7 @@ def evaluate_adapter(
     check_adapter_config(adapter, base, fingerprint, ADAPTER_OPTION, advice)
     with attached_adapter(learner.policy, adapter) as model:
         check_all_loaded(model, adapter, base, ADAPTER_OPTION)
-    name = f"adapter-{_slug(adapter.resolve().name)}-{_slug(draws.label)}"
-    who = fingerprint_adapter(adapter)
-    record = _evaluate(run, recipe, learner, adapter, who, name, draws)
-    return record.model_copy(update={"adapter": str(adapter)})
+    return fingerprint_adapter(adapter)
 
 
 def _slug(text: str) -> str:

@@ -8,7 +8,7 @@ import difflib
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
@@ -23,6 +23,8 @@ from data_prep.settings import Settings, parse_yaml, plain, yaml_problem
 
 ALIASES = {"prompts": {"train": "source", "eval": "test"}}
 """Keys that are accepted under a second name, by block."""
+
+Block = TypeVar("Block", bound=Settings)
 
 RecipeSource = Path | str | Mapping[str, Any] | Recipe
 """A recipe's file, its content as a mapping, or a recipe."""
@@ -42,13 +44,30 @@ def validated(source: RecipeSource, document: CommentedMap) -> Recipe:
 
     Raises UserError with every error, one per line.
     """
+    return _validated(Recipe, source, document)
+
+
+def load_settings(block: type[Block], source: Path | str | Mapping[str, Any], what: str) -> Block:
+    """Read another settings file by the recipe's rules: strict keys, all errors at once, paths
+    relative to the file.
+
+    source: the file, or its content; what: names its kind in messages. Raises UserError with every
+    error, one per line.
+    """
+    if isinstance(source, Mapping):
+        return _validated(block, source, CommentedMap(source))
+    document = _read_file(Path(source), what)
+    return _validated(block, source, document)
+
+
+def _validated(block: type[Block], source: RecipeSource, document: CommentedMap) -> Block:
     file = Path(source) if isinstance(source, Path | str) else None
     folders = ([file.resolve().parent] if file else []) + [Path.cwd()]
     try:
-        return Recipe.model_validate(plain(document), context={"folders": folders})
+        return block.model_validate(plain(document), context={"folders": folders})
     except ValidationError as error:
         name = f"{file}: " if file else ""
-        raise UserError("\n".join(f"{name}{line}" for line in _describe(error))) from error
+        raise UserError("\n".join(f"{name}{line}" for line in _describe(error, block))) from error
 
 
 def read_document(source: RecipeSource, overrides: list[str] | None = None) -> CommentedMap:
@@ -70,9 +89,9 @@ def read_document(source: RecipeSource, overrides: list[str] | None = None) -> C
     return document
 
 
-def _read_file(path: Path) -> CommentedMap:
+def _read_file(path: Path, what: str = "recipe") -> CommentedMap:
     if not path.is_file():
-        raise UserError(f"{path}: no such recipe file")
+        raise UserError(f"{path}: no such {what} file")
     try:
         document = _round_trip().load(path.read_text(encoding="utf-8"))
     except YAMLError as error:
@@ -82,7 +101,7 @@ def _read_file(path: Path) -> CommentedMap:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file ({error})") from error
     if not isinstance(document, CommentedMap):
-        raise UserError(f"{path}: a recipe is a mapping of keys; this file is not")
+        raise UserError(f"{path}: a {what} is a mapping of keys; this file is not")
     return document
 
 
@@ -165,14 +184,14 @@ _UNION_MEMBERS = {*SCORER_TYPES, "DatasetSource", "str", "float", "int", "bool"}
 """What pydantic puts into the place of an error beside the keys."""
 
 
-def _describe(error: ValidationError) -> list[str]:
+def _describe(error: ValidationError, block: type[Settings]) -> list[str]:
     """One line per error: key, what is wrong, the value, and a suggestion for a misspelt key."""
     lines = []
     for item in error.errors():
         parts = [str(p) for p in item["loc"] if p not in _UNION_MEMBERS and "[" not in str(p)]
         key = ".".join(parts)
         if item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(parts[-1], _schema_keys(Recipe), n=1)
+            close = difflib.get_close_matches(parts[-1], _schema_keys(block), n=1)
             lines.append(f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else ""))
         elif item["type"] == "missing":
             lines.append(f"{key}: missing")

@@ -185,6 +185,10 @@ class RunDirectory:
         export."""
         return self.path / "evaluations" / key
 
+    def gate_folder(self, key: str) -> Path:
+        """gate.json and the responses of one `cdpo gate`, by set of prompts and side."""
+        return self.path / "gates" / key
+
     def front_folder(self, key: str) -> Path:
         """trials/, samples.parquet and point.json of one point of a front."""
         return self.path / "front" / key

@@ -1,5 +1,5 @@
-"""The table of every recipe key in recipes/README.md, generated from the schema: `python -m
-tests.helpers.recipe_keys` writes it anew."""
+"""The tables of every recipe key in recipes/README.md and of every gate key in docs/guide/gate.md,
+generated from the schemas: `python -m tests.helpers.recipe_keys` writes them anew."""
 
 import json
 import types
@@ -8,11 +8,14 @@ from typing import Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from constrained_dpo.gate.settings import GateSettings
 from constrained_dpo.recipe.load import schema_blocks
 from constrained_dpo.recipe.schema import Recipe
 from data_prep.settings import Settings
 
-README = Path(__file__).resolve().parents[2] / "recipes" / "README.md"
+REPO = Path(__file__).resolve().parents[2]
+README = REPO / "recipes" / "README.md"
+GATE = REPO / "docs" / "guide" / "gate.md"
 BEGIN, END = "<!-- keys: begin -->\n", "<!-- keys: end -->"
 
 
@@ -67,14 +70,21 @@ def first_sentence(block: type[Settings]) -> str:
     return " ".join((block.__doc__ or "").split("\n\n")[0].split())
 
 
-def key_table() -> str:
-    """Markdown, one table per block of the schema."""
+def gate_table() -> str:
+    """Markdown, one table per block of gate.yaml; its scorers are those of the recipe."""
+    blocks = schema_blocks(GateSettings).items()
+    return key_table({n: b for n, b in blocks if "type" not in b.model_fields}, "the gate")
+
+
+def key_table(blocks: dict[str, type[Settings]] | None = None, whole: str = "the recipe") -> str:
+    """Markdown, one table per block of the schema (None: the recipe's)."""
     lines, seen = [], set()
-    for name, block in schema_blocks(Recipe).items():
+    for name, block in (schema_blocks(Recipe) if blocks is None else blocks).items():
         if block in seen:
             continue
         seen.add(block)
-        lines += [f"**{title_of(name, block)}**: {first_sentence(block)}", ""]
+        title = title_of(name, block) if name else whole
+        lines += [f"**{title}**: {first_sentence(block)}", ""]
         lines += ["| key | values | default | meaning |", "|---|---|---|---|"]
         for key, field in block.model_fields.items():
             cells = (
@@ -89,5 +99,6 @@ def key_table() -> str:
 
 
 if __name__ == "__main__":
-    before, rest = README.read_text().split(BEGIN)
-    README.write_text(f"{before}{BEGIN}{key_table()}{END}{rest.split(END)[1]}")
+    for file, table in ((README, key_table()), (GATE, gate_table())):
+        before, rest = file.read_text().split(BEGIN)
+        file.write_text(f"{before}{BEGIN}{table}{END}{rest.split(END)[1]}")

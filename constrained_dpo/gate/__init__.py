@@ -1,0 +1,1 @@
+"""`cdpo gate`: whether a policy may be released, as an exit code."""
