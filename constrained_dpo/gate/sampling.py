@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from constrained_dpo.estimates.draws import draw_rule
 from constrained_dpo.estimates.sampling_law import NOT_THE_POLICY, why_not_the_policy
 from constrained_dpo.gate.build import REFUSAL
 from constrained_dpo.gate.claims import TEST
@@ -138,6 +139,7 @@ class Sampling:
             responses_per_prompt=self.responses,
             shard_size=self.recipe.sampling.shard_size,
             objectives=list(learner.scorers),
+            rule=draw_rule(self.recipe),
             seed=self.recipe.seed + self.settings.seed,
             adapter=self.adapter if side == "samples" else None,
             given=self._stored_reference(missing) if side == "reference" else None,
