@@ -92,7 +92,8 @@ def fit_adapter(
             fresh = plan.previous_adapter is None and checkpoint is None
             anchor_error = check_anchor(policy, trainer.model, dataset) if fresh else None
             if checkpoint is not None:
-                log.info("fit: goes on from %s", checkpoint.name)
+                if checkpoint != plan.stretch.begin:
+                    log.info("fit: goes on from %s", checkpoint.name)
                 measured.resume(checkpoint)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             measured.restore_best(trainer.model)
