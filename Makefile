@@ -65,11 +65,12 @@ bench-quality: setup
 
 # The conditional policy: what it must show (hours of one core; goes on where it stopped).
 bench-family: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --front --seeds 0 1 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --front
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --rounds 7 --seeds 1 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --two --seeds 0 1 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --lam0 4 0.2 --rounds 2 --worlds embedded 'random 1' 'random 3'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --kappa --worlds embedded 'random 3'
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --scale 'std 10' --rounds 7
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --scale 'std 10'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family peers runs/bench-family.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family unseen runs/bench-family.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family verdicts runs/bench-family.jsonl

@@ -16,8 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.real_runs import play
-from benchmarks.shares import share_closed
-from constrained_dpo.estimates.intervals import seeds_interval
+from benchmarks.shares import over_seeds, share_closed
 from tests.helpers.paths import QUICKSTART
 
 SETTINGS = (
@@ -69,11 +68,7 @@ def summarize(table: pd.DataFrame) -> None:
         off = group.pivot(index="seed", columns="method", values="off").abs()
         for method in METHODS:
             runs = group[group["method"] == method]
-            mean, low, high = (
-                seeds_interval(runs["off"].tolist(), 0.95)
-                if len(runs) > 1
-                else (runs["off"].iloc[0],) * 3
-            )
+            mean, low, high = over_seeds(runs["off"].tolist())
             cells = [f"{margin:g}", method, str(len(runs)), f"{runs['λ'].mean():.2f}"]
             cells += [
                 f"{100 * mean:+.0f} % [{100 * low:+.0f}, {100 * high:+.0f}]",

@@ -13,9 +13,9 @@ from constrained_dpo.dual.exact import TabularWorld
 from constrained_dpo.fit.family import read_family, write_member
 from constrained_dpo.learners.embedded import EmbeddedValues
 from constrained_dpo.problem import ConstrainedProblem, Constraint
+from constrained_dpo.run.fits import last_family
 from constrained_dpo.run.play import open_prepared
 from constrained_dpo.run.record import RoundRecord
-from constrained_dpo.run.rounds import last_family
 
 MARGINS = np.linspace(0, 1.5, 11)  # of b
 KAPPAS = (0.5, 0.75, 1.0, 1.25, 1.5)

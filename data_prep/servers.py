@@ -20,14 +20,9 @@ RENEWALS = 3
 NOT_THERE = 404
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """What makes a server ready before it is sent anything.
-
-    ready: told the server, and whether it must start anew, since the server has said 404.
-    """
-
-    ready: Callable[[str, bool], None]
+MakeReady = Callable[[str, bool], None]
+"""Makes a server ready before it is sent anything: told the server, and whether to start anew,
+since the server has said 404."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,7 @@ class Servers:
         *,
         desc: str,
         check: Check | None = None,
-        preparation: Preparation | None = None,
+        make_ready: MakeReady | None = None,
     ) -> Iterator[tuple[int, str, dict]]:
         """(index, server, answer) of every body, in the order in which they arrive; at most
         `concurrency` requests are under way to a server.
@@ -114,13 +109,13 @@ class Servers:
         with ThreadPoolExecutor(size) as pool, bar:
             try:
                 while True:
-                    self._send(call, path, check, preparation, pool)
+                    self._send(call, path, check, make_ready, pool)
                     if not call.waiting:
                         break
                     for future in wait(call.waiting, return_when=FIRST_COMPLETED).done:
                         sent = call.waiting.pop(future)
                         if (error := future.exception()) is not None:
-                            self._mend(call, sent, error, preparation)
+                            self._mend(call, sent, error, make_ready)
                             continue
                         bar.update()
                         yield sent.index, sent.server, future.result()
@@ -134,7 +129,7 @@ class Servers:
         call: _Call,
         path: str,
         check: Check | None,
-        preparation: Preparation | None,
+        make_ready: MakeReady | None,
         pool: ThreadPoolExecutor,
     ) -> None:
         """Give every server as much as it may have under way, in turns."""
@@ -144,8 +139,8 @@ class Servers:
             for url in self.serving:
                 if not call.todo or call.under_way(url) >= self.settings.concurrency:
                     continue
-                if preparation is not None and url not in call.ready:
-                    self._prepare(call, url, preparation, False)
+                if make_ready is not None and url not in call.ready:
+                    self._prepare(call, url, make_ready, False)
                     if url not in call.ready:
                         continue
                 index = call.todo.pop()
@@ -154,11 +149,11 @@ class Servers:
                 call.waiting[future] = _Sent(index, url, call.ready.get(url, 0))
                 progress = True
 
-    def _prepare(self, call: _Call, url: str, preparation: Preparation, again: bool) -> None:
+    def _prepare(self, call: _Call, url: str, make_ready: MakeReady, again: bool) -> None:
         """Make a server ready; it is left out where it is gone, and nothing more is sent where
         another thing is wrong."""
         try:
-            preparation.ready(url, again)
+            make_ready(url, again)
             call.ready[url] = call.ready.get(url, 0) + 1
         except ServerGone as error:
             self._leave_out_or_fail(call, url, error)
@@ -166,7 +161,7 @@ class Servers:
             call.fail(error)
 
     def _mend(
-        self, call: _Call, sent: _Sent, error: BaseException, preparation: Preparation | None
+        self, call: _Call, sent: _Sent, error: BaseException, make_ready: MakeReady | None
     ) -> None:
         """What follows from a request that came to nothing: it is sent elsewhere, or once more to a
         server that was made ready anew, or it is the call's failure."""
@@ -178,10 +173,10 @@ class Servers:
             call.todo.append(sent.index)
             if url in self.serving:
                 self._leave_out_or_fail(call, url, error)
-        elif lost and preparation is not None and sent.ready <= RENEWALS:
+        elif lost and make_ready is not None and sent.ready <= RENEWALS:
             call.todo.append(sent.index)
             if sent.ready == call.ready[url]:  # else another request has said so already
-                self._prepare(call, url, preparation, True)
+                self._prepare(call, url, make_ready, True)
         else:
             call.fail(error)
 

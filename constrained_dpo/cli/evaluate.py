@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from constrained_dpo.cli.options import AsJson, RoundChoice, RunPath, print_json, results_console
+from constrained_dpo.cli.options import (
+    AdapterChoice,
+    AsJson,
+    RoundChoice,
+    RunPath,
+    print_json,
+    results_console,
+)
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,10 +22,7 @@ if TYPE_CHECKING:
 def evaluate(
     run: RunPath,
     round_: RoundChoice = "last",
-    adapter: Annotated[
-        Path | None,
-        typer.Option(help="instead of a round: a LoRA adapter from elsewhere on the run's base"),
-    ] = None,
+    adapter: AdapterChoice = None,
     prompts: Annotated[
         Path | None,
         typer.Option(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from constrained_dpo.cli.options import AsJson, RoundChoice, RunPath, print_json
+from constrained_dpo.cli.options import AdapterChoice, AsJson, RoundChoice, RunPath, print_json
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 
@@ -17,10 +17,7 @@ def gate(
     run: RunPath,
     settings: Annotated[Path, typer.Argument(metavar="GATE", help="gate.yaml: the checks")],
     round_: RoundChoice = "last",
-    adapter: Annotated[
-        Path | None,
-        typer.Option(help="instead of a round: a LoRA adapter from elsewhere on the run's base"),
-    ] = None,
+    adapter: AdapterChoice = None,
     until_decided: Annotated[
         bool,
         typer.Option(

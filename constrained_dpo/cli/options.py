@@ -24,6 +24,14 @@ RoundChoice = Annotated[
 ]
 
 
+AdapterChoice = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter", help="instead of a round: a LoRA adapter from elsewhere on the run's base"
+    ),
+]
+
+
 Overrides = Annotated[
     list[str], typer.Option("-s", "--set", help="KEY=VALUE, dotted keys, e.g. objective.beta=0.1")
 ]

@@ -20,7 +20,8 @@ from data_prep.tables import DRAWS
 log = logging.getLogger(__name__)
 
 QUANTIZED = 0.5
-"""The same where the policy is quantized and the server's weights are not, or otherwise."""
+"""In place of the dtype's ROUNDING where the policy is quantized and the server's weights are not,
+or otherwise."""
 
 REFUSED_Z, WARNED_Z = 5.0, 4.0
 """Evidence that refuses a table, and that is worth a warning (`DrawTest.evidence`)."""
@@ -125,9 +126,9 @@ def require_policy_draws(table: pd.DataFrame, rule: DrawRule | None, where: str)
     if rule is None or "server_url" not in table:
         return
     for url, rows in table.groupby("server_url"):
-        if problem := _other_weights(rows, rule) or _other_draws(rows, rule):
-            raise UserError(f"{where}: {url} {problem}")
         test = draw_test(rows)
+        if problem := _other_weights(rows, rule) or _other_draws(test, rule):
+            raise UserError(f"{where}: {url} {problem}")
         if test is not None and test.evidence > WARNED_Z:
             log.warning("%s: %s: %s; look at the server", where, url, _words(test))
 
@@ -153,8 +154,7 @@ def _other_weights(rows: pd.DataFrame, rule: DrawRule) -> str | None:
     return None
 
 
-def _other_draws(rows: pd.DataFrame, rule: DrawRule) -> str | None:
-    test = draw_test(rows)
+def _other_draws(test: DrawTest | None, rule: DrawRule) -> str | None:
     if test is None or not rule.strict:
         return None
     if test.evidence > REFUSED_Z:

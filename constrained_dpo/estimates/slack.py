@@ -55,10 +55,15 @@ def reference_slack(reference: pd.DataFrame, problem: ConstrainedProblem) -> pd.
 
     (num_prompts, m) by prompt_id, score units; prompts with one response are left out.
     """
-    odd = reference.groupby("prompt_id").cumcount() % 2 == 1
-    answered = reference.loc[odd, "prompt_id"].unique()
-    first = reference[~odd & reference["prompt_id"].isin(answered)]
-    return prompt_slack(first, reference[odd], problem)
+    return prompt_slack(*halves(reference), problem)
+
+
+def halves(responses: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Divide responses into two samples of one policy: every other response of a prompt and the
+    rest; prompts with one response are left out."""
+    odd = responses.groupby("prompt_id").cumcount() % 2 == 1
+    answered = responses.loc[odd, "prompt_id"].unique()
+    return responses[~odd & responses["prompt_id"].isin(answered)], responses[odd]
 
 
 def known_bounds(problem: ConstrainedProblem, ranges: Bounds) -> dict[str, Interval]:

@@ -7,13 +7,13 @@ from typing import Any
 import pandas as pd
 
 from constrained_dpo.evaluation.fresh import (
-    ADAPTER_OPTION,
     Draws,
     Evaluation,
     check_names,
     evaluate_adapter,
     evaluate_round,
     evaluation_prompts,
+    round_or_adapter,
 )
 from constrained_dpo.evaluation.judge_answers import JudgeSettings, judge_evaluation
 from constrained_dpo.learners.lora import LoraLearner
@@ -81,7 +81,7 @@ def evaluate(run: RunDirectory, options: EvaluationOptions) -> Evaluated:
     `prepare`.
     """
     recipe = run.recipe()
-    number = _round_number(run, options)
+    number = round_or_adapter(run, options.round, options.adapter)
     _check_judge(options)
     check_names(list(options.scorers), recipe.problem)
     prompts, duplicates = evaluation_prompts(run, recipe, options.prompts)
@@ -97,20 +97,6 @@ def evaluate(run: RunDirectory, options: EvaluationOptions) -> Evaluated:
             record = evaluate_round(run, recipe, learner, number, draws)
         judged = _judged(run, recipe, learner, record, options, draws)
     return Evaluated(record, left_out, judged)
-
-
-def _round_number(run: RunDirectory, options: EvaluationOptions) -> int | None:
-    """The round that is meant; None for an adapter."""
-    if options.adapter is None:
-        return chosen_round(run, options.round)
-    if options.round != "last":
-        raise UserError(f"{ADAPTER_OPTION} and --round {options.round}: give one of them")
-    if not run.state().prepared:
-        raise UserError(
-            f"{run.path}: not prepared yet, so π_ref's responses are missing; `cdpo prepare "
-            f"{run.path}` draws and scores them"
-        )
-    return None
 
 
 def _check_judge(options: EvaluationOptions) -> None:

@@ -22,6 +22,7 @@ from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.multipliers import seen_slack
+from constrained_dpo.run.steering import chosen_round
 from data_prep.errors import UserError
 from data_prep.files import write_json
 from data_prep.models.adapters import (
@@ -99,6 +100,33 @@ def evaluate_adapter(
     return record.model_copy(update={"adapter": str(adapter)})
 
 
+def round_or_adapter(run: RunDirectory, round_: str, adapter: Path | None) -> int | None:
+    """Give the number of the round that is meant; None for an adapter.
+
+    Raises UserError where both are named, and for a run that is not prepared.
+    """
+    if adapter is None:
+        return chosen_round(run, round_)
+    if round_ != "last":
+        raise UserError(f"{ADAPTER_OPTION} and --round {round_}: give one of them")
+    if not run.state().prepared:
+        raise UserError(
+            f"{run.path}: not prepared yet, so π_ref's responses are missing; `cdpo prepare "
+            f"{run.path}` draws and scores them"
+        )
+    return None
+
+
+def stored_reference(run: RunDirectory, prompts: pd.DataFrame) -> pd.DataFrame | None:
+    """Give π_ref's responses of `prepare` without their scores; None unless it answered all of
+    these prompts as test prompts."""
+    stored = read_parquet(run.reference_file)
+    rows = stored["prompt_id"].isin(prompts["prompt_id"]) & (stored["split"] == "test")
+    stored = stored[rows].reset_index(drop=True)
+    complete = set(stored["prompt_id"]) == set(prompts["prompt_id"])
+    return without_scores(stored) if complete else None
+
+
 def checked_adapter(run: RunDirectory, recipe: Recipe, learner: LoraLearner, adapter: Path) -> str:
     """Give the fingerprint of a LoRA adapter from elsewhere on the run's base.
 
@@ -144,9 +172,6 @@ def _evaluate(
     if looks and not draws.more:
         return Evaluation.read(file)
     prompts, look = learner.prompts, looks + 1
-    stored = read_parquet(run.reference_file)
-    stored = stored[stored["prompt_id"].isin(prompts["prompt_id"]) & (stored["split"] == "test")]
-    complete = set(stored["prompt_id"]) == set(prompts["prompt_id"])
     suffix = f"-{look}" if looks else ""
     job = Collection(
         phase=f"{key}-policy{suffix}",
@@ -166,7 +191,7 @@ def _evaluate(
         folder=run.shard_folder(f"{key}-reference"),
         source=f"{key}-reference{suffix}",
         adapter=None,
-        given=without_scores(stored) if complete and not looks else None,
+        given=None if looks else stored_reference(run, prompts),
     )
     samples, reference = (collect(learner, prompts, j) for j in (job, reference_job))
     return write_evaluation(run, key, recipe, samples, reference, learner.scorer_settings, look)

@@ -13,9 +13,9 @@ from constrained_dpo.problem import ConstrainedProblem, Constraint, by_name
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.family import multiplier_range
+from constrained_dpo.run.fits import last_family
 from constrained_dpo.run.multipliers import demanded, seen_slack
 from constrained_dpo.run.record import RoundRecord
-from constrained_dpo.run.rounds import last_family
 from data_prep.files import hash_file
 from data_prep.labels.multipliers import MultiplierRange
 from data_prep.readers.tables import read_parquet

@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 
 from constrained_dpo.estimates.intervals import Interval
+from constrained_dpo.estimates.slack import halves
+from constrained_dpo.gate.record import check_title
 from data_prep.errors import UserError
 
 TEST = "test"
@@ -43,7 +45,7 @@ class Claim:
     @property
     def title(self) -> str:
         """The check's name in reports."""
-        return self.kind if self.name == self.kind else f"{self.kind} {self.name}"
+        return check_title(self.kind, self.name)
 
     def means(self, responses: pd.DataFrame) -> pd.Series:
         """Compute ḡ of every prompt: (num_prompts,) by prompt_id."""
@@ -67,10 +69,7 @@ class Claim:
     def reference_room(self, reference: pd.DataFrame) -> pd.Series:
         """Compute the room that π_ref has against itself: every other response of a prompt against
         the rest; prompts with one response are left out."""
-        odd = reference.groupby("prompt_id").cumcount() % 2 == 1
-        answered = reference.loc[odd, "prompt_id"].unique()
-        first = reference[~odd & reference["prompt_id"].isin(answered)]
-        return self.room(first, reference[odd])
+        return self.room(*halves(reference))
 
     def bounds(self, seen: Iterable[pd.Series]) -> Interval:
         """Bound the room that a prompt can have: by the range, else by the rooms seen.

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from constrained_dpo.evaluation.fresh import checked_adapter
+from constrained_dpo.evaluation.fresh import checked_adapter, round_or_adapter
 from constrained_dpo.gate.build import build_claims
 from constrained_dpo.gate.capability import read_capability
 from constrained_dpo.gate.claims import TEST
@@ -18,7 +18,6 @@ from constrained_dpo.gate.sampling import Sampling, open_learners
 from constrained_dpo.gate.settings import GateSettings
 from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.steering import chosen_round
 from data_prep.errors import UserError
 from data_prep.files import hash_file
 from data_prep.models.adapters import fingerprint_adapter
@@ -45,10 +44,9 @@ def gate(run: RunDirectory, settings: GateSettings, options: GateOptions) -> Gat
     Raises UserError for options that exclude each other, for a prompt that the run trained on, a
     scorer, a sampling law or a policy that is not the run's, and for anything that is missing.
     """
-    number = _round_number(run, options)
-    recipe = run.recipe()
-    if not run.state().prepared:
-        raise UserError(f"{run.path}: not prepared yet; `cdpo prepare {run.path}` does")
+    if options.budget is not None and not options.until_decided:
+        raise UserError("--budget: is read with --until-decided only; give both, or `size` in gate")
+    number, recipe = round_or_adapter(run, options.round, options.adapter), run.recipe()
     claims = build_claims(recipe, settings)
     capabilities = [read_capability(check) for check in settings.checks.capability]
     sets = prompt_sets(run, recipe, settings)
@@ -75,17 +73,6 @@ def gate(run: RunDirectory, settings: GateSettings, options: GateOptions) -> Gat
         sampling = Sampling(run, recipe, settings, key, adapter, learners)
         budget = options.budget if options.until_decided else settings.size
         return Play(sampling, claims, capabilities).play(record, budget, options.until_decided)
-
-
-def _round_number(run: RunDirectory, options: GateOptions) -> int | None:
-    """The round that is meant; None for an adapter."""
-    if options.budget is not None and not options.until_decided:
-        raise UserError("--budget: is read with --until-decided only; give both, or `size` in gate")
-    if options.adapter is None:
-        return chosen_round(run, options.round)
-    if options.round != "last":
-        raise UserError(f"--adapter and --round {options.round}: give one of them")
-    return None
 
 
 def _key(

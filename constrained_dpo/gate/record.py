@@ -5,6 +5,11 @@ from data_prep.records import Record
 PASSED, FAILED, UNDECIDED = "passed", "failed", "undecided"
 
 
+def check_title(kind: str, name: str) -> str:
+    """Name a check in reports: by its kind, and its name where that is another word."""
+    return kind if name == kind else f"{kind} {name}"
+
+
 class CheckResult(Record):
     """What a gate says of one check.
 
@@ -34,7 +39,7 @@ class CheckResult(Record):
     @property
     def title(self) -> str:
         """The check's name in reports."""
-        return self.kind if self.name == self.kind else f"{self.kind} {self.name}"
+        return check_title(self.kind, self.name)
 
 
 class Look(Record):

@@ -11,6 +11,7 @@ import pandas as pd
 
 from constrained_dpo.estimates.draws import draw_rule
 from constrained_dpo.estimates.sampling_law import NOT_THE_POLICY, why_not_the_policy
+from constrained_dpo.evaluation.fresh import stored_reference
 from constrained_dpo.gate.build import REFUSAL
 from constrained_dpo.gate.claims import TEST
 from constrained_dpo.gate.prompts import PromptSet
@@ -25,7 +26,6 @@ from data_prep.errors import UserError
 from data_prep.readers.tables import read_parquet, write_parquet
 from data_prep.scorers.scoring import make_scorer
 from data_prep.scorers.settings import ScorerSettings
-from data_prep.tables import without_scores
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class Sampling:
             rule=draw_rule(self.recipe),
             seed=self.recipe.seed + self.settings.seed,
             adapter=self.adapter if side == "samples" else None,
-            given=self._stored_reference(missing) if side == "reference" else None,
+            given=stored_reference(self.run, missing) if side == "reference" else None,
         )
         responses = collect(learner, missing, job)
         refusal = self.settings.checks.refusal
@@ -150,11 +150,3 @@ class Sampling:
             rule = refuses(responses["response"].tolist(), refusal.phrases)
             responses = responses.assign(**{REFUSAL: rule})
         return responses
-
-    def _stored_reference(self, prompts: pd.DataFrame) -> pd.DataFrame | None:
-        """π_ref's responses that `prepare` drew, where it drew them for all of these prompts."""
-        stored = read_parquet(self.run.reference_file)
-        rows = stored["prompt_id"].isin(prompts["prompt_id"]) & (stored["split"] == "test")
-        stored = stored[rows].reset_index(drop=True)
-        complete = set(stored["prompt_id"]) == set(prompts["prompt_id"])
-        return without_scores(stored) if complete else None

@@ -11,111 +11,34 @@ and what the main process alone writes is on disk before any goes on (`launch.wa
 """
 
 import logging
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from pathlib import Path
-from typing import Literal
+from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 
 from constrained_dpo.dual.solve import Solution
-from constrained_dpo.estimates.draws import draw_rule
-from constrained_dpo.fit.family import Family
-from constrained_dpo.fit.stretch import Stretch
 from constrained_dpo.launch import is_main, num_processes, summed, wait
-from constrained_dpo.learners.collect import Collection, collect
-from constrained_dpo.learners.protocol import FitJob, Learner
-from constrained_dpo.progress import timed
+from constrained_dpo.learners.collect import collect
+from constrained_dpo.learners.protocol import Learner
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import MORE_FITS, RunDirectory
-from constrained_dpo.run.family import family_of, multiplier_range, target_of, trial_responses
-from constrained_dpo.run.multipliers import chosen_loss
+from constrained_dpo.run.family import target_of, trial_responses
+from constrained_dpo.run.fits import fit_policy
+from constrained_dpo.run.phases import Round, phases
 from constrained_dpo.run.prepare import drop_shards, with_split
 from constrained_dpo.run.record import RoundRecord, RoundTables, round_record
-from constrained_dpo.run.relabel import unlabelled, write_labels
+from constrained_dpo.run.relabel import unlabelled
 from constrained_dpo.run.trials import Search, search
 from constrained_dpo.tracking import log_round
 from data_prep.files import write_json
-from data_prep.labels.multipliers import MultiplierRange
 from data_prep.readers.tables import read_parquet, write_parquet
 from data_prep.sampling.law import is_policy_law
-from data_prep.settings import derive_seed
 
 log = logging.getLogger(__name__)
 
 OFF_POLICY_RESPONSES = 64
 """Responses of π_ref per dual prompt that a round's policy is asked about: enough for the residual,
 and a bound on its cost."""
-
-
-def phases(recipe: Recipe) -> list[str]:
-    """Name the phases of a recipe's rounds, in order."""
-    refresh = ["refresh"] if recipe.stretches > 1 else []
-    trials = [] if recipe.fit.conditional is None else ["trials"]
-    return ["relabel", "fit", *refresh, *trials, "rescore", "off_policy"]
-
-
-@dataclass
-class Round:
-    """A round under way. seconds: by phase, None where it was resumed or there was none."""
-
-    run: RunDirectory
-    recipe: Recipe
-    learner: Learner
-    number: int
-    lambda_: pd.Series
-    seconds: dict[str, float | None]
-
-    def phase(
-        self, name: str, done: bool, action: Callable[[], None], shared: bool = False
-    ) -> None:
-        """Do what is not done yet: in every process where the work is shared, else in the main one.
-        All leave it together."""
-        if not done and (shared or is_main()):
-            taken = timed(f"round {self.number}: {name}", action)
-            self.seconds[name] = (self.seconds[name] or 0.0) + taken
-        wait()
-
-    @cached_property
-    def law(self) -> pd.Series | MultiplierRange:
-        """What the round's rows are labelled under: λ, or a range around it."""
-        if self.recipe.fit.conditional is None:
-            return self.lambda_
-        return multiplier_range(self.run, self.recipe, self.lambda_)
-
-    @cached_property
-    def family(self) -> Family | None:
-        """What is fitted where the fit is conditional."""
-        law = self.law
-        return family_of(self.run, self.recipe, law) if isinstance(law, MultiplierRange) else None
-
-    @cached_property
-    def loss(self) -> Literal["logistic", "listwise"]:
-        """The loss of its fits."""
-        return chosen_loss(self.run, self.recipe)
-
-    @property
-    def dual(self) -> pd.DataFrame:
-        """The prompts that λ moves by."""
-        prompts = self.run.prompts()
-        return prompts[prompts["split"] == "dual"]
-
-    def collection(self, phase: str, source: str, responses: int, adapter: Path) -> Collection:
-        """Say what is drawn of a policy of this round."""
-        return Collection(
-            phase=phase,
-            folder=self.run.shard_folder(phase),
-            source=source,
-            responses_per_prompt=responses,
-            shard_size=self.recipe.sampling.shard_size,
-            objectives=self.recipe.problem.objectives,
-            seed=self.recipe.seed,
-            rule=draw_rule(self.recipe),
-            round_number=self.number,
-            adapter=adapter,
-        )
 
 
 def play_round(run: RunDirectory, recipe: Recipe, learner: Learner) -> RoundRecord:
@@ -141,101 +64,6 @@ def play_round(run: RunDirectory, recipe: Recipe, learner: Learner) -> RoundReco
         _close_round(this, {"seconds": this.seconds, **counts, **cost})
     wait()
     return RoundRecord.read(run.round_file(number))
-
-
-def fit_policy(this: Round, output: Path, attempt: int) -> None:
-    """Fit the round's adapter, or family, in as many stretches as the recipe says.
-
-    output: the folder that appears last; attempt: fits of this round that went before.
-    """
-    run, recipe, number = this.run, this.recipe, this.number
-    count = recipe.stretches
-    first, grouped = attempt * count, recipe.fit.grouped
-    for stretch in range(first, first + count):
-        last = stretch == first + count - 1
-        labels = run.labels_file(number, grouped, stretch)
-        folder = run.refresh_folder(number, stretch)
-        refreshed = run.refresh_file(number, stretch)
-        if output.exists():
-            continue
-        relabel = partial(write_labels, run, recipe, this.law, this.lambda_, number, stretch)
-        this.phase("relabel", labels.exists(), relabel)
-        fitted = not last and (folder / "checkpoint").exists()
-        this.phase("fit", fitted, partial(_fit, this, output, stretch, first), shared=True)
-        if not last:
-            this.phase("refresh", refreshed.exists(), partial(_refresh, this, stretch), shared=True)
-    if is_main():
-        for stretch in range(first, first + count):
-            drop_shards(run, _refresh_phase(number, stretch))
-        shutil.rmtree(run.refresh_folder(number, first).parent, ignore_errors=True)
-        shutil.rmtree(run.checkpoints_folder(number), ignore_errors=True)
-    wait()
-
-
-def _fit(this: Round, output: Path, stretch: int, first: int) -> None:
-    """One stretch of a fit; the fit starts from the round's last family, or the last round's."""
-    run, recipe, number = this.run, this.recipe, this.number
-    count = recipe.stretches
-    last = stretch == first + count - 1
-    folder = run.refresh_folder(number, stretch)
-    folder.mkdir(parents=True, exist_ok=True)
-    before = run.refresh_folder(number, stretch - 1) / "checkpoint"
-    job = FitJob(
-        labels=read_parquet(run.labels_file(number, recipe.fit.grouped, stretch)),
-        pool=run.pool(recipe, number, stretch),
-        lambda_=this.lambda_,
-        round_number=number,
-        seed=derive_seed(recipe.seed, number, "fit", first),
-        previous=_previous(run, recipe, number, first // count),
-        output=output if last else folder / "policy",
-        logs=run.logs_folder(f"round-{number:03d}"),
-        checkpoints=run.checkpoints_folder(number),
-        family=this.family,
-        stretch=Stretch(
-            number=stretch - first,
-            count=count,
-            begin=before if stretch > first else None,
-            keep=None if last else folder / "checkpoint",
-        ),
-        loss=this.loss,
-    )
-    this.learner.fit(job)
-
-
-def _previous(run: RunDirectory, recipe: Recipe, number: int, attempt: int) -> Path | None:
-    """Where a fit starts: the round's family before it, or the last round's policy."""
-    if attempt:
-        return run.family_folder(number, attempt - 1)
-    if not number or not recipe.fit.warm_start:
-        return None
-    if recipe.fit.conditional is None:
-        return run.adapter_folder(number - 1)
-    return last_family(run, number - 1)
-
-
-def last_family(run: RunDirectory, number: int) -> Path:
-    """Find the family that a round's adapter is a member of."""
-    attempts = [a for a in range(MORE_FITS + 1) if run.family_folder(number, a).exists()]
-    return run.family_folder(number, max(attempts, default=0))
-
-
-def _refresh(this: Round, stretch: int) -> None:
-    """Sample the policy of a stretch on the dual prompts; what it answers joins the pool."""
-    run, recipe, number = this.run, this.recipe, this.number
-    folder = run.refresh_folder(number, stretch)
-    adapter = folder / "policy"
-    if recipe.fit.conditional is not None:
-        adapter = folder / "adapter"
-        if is_main():
-            shutil.rmtree(adapter, ignore_errors=True)
-            this.learner.write_member(folder / "policy", this.lambda_, 1.0, adapter)
-        wait()
-    phase = _refresh_phase(number, stretch)
-    responses = max(1, recipe.dual.responses_per_prompt // recipe.stretches)
-    job = this.collection(phase, f"refresh:{number}.{stretch}", responses, adapter)
-    samples = collect(this.learner, this.dual, job)
-    if is_main():
-        write_parquet(samples, run.refresh_file(number, stretch))
 
 
 def solve(this: Round) -> None:
@@ -325,10 +153,6 @@ def _grown(this: Round) -> pd.DataFrame:
     stretches = range((MORE_FITS + 1) * recipe.stretches)
     files = [f for k in stretches if (f := run.refresh_file(number, k)).exists()]
     return pd.concat([*parts, *map(read_parquet, files)], ignore_index=True)
-
-
-def _refresh_phase(number: int, stretch: int) -> str:
-    return f"round-{number:03d}-refresh-{stretch}"
 
 
 def _rescore_phase(number: int) -> str:

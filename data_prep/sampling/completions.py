@@ -20,7 +20,7 @@ from data_prep.http_answers import GarbledAnswer
 from data_prep.models.policy import Policy
 from data_prep.sampling.law import SamplingServer, SamplingSettings, generation_arguments
 from data_prep.sampling.served_adapters import ServedAdapters, list_models
-from data_prep.servers import Preparation, Servers
+from data_prep.servers import Servers
 from data_prep.settings import derive_seed
 from data_prep.urls import resolve_urls
 
@@ -113,7 +113,7 @@ class CompletionServers:
             self.adapters.put(url, self.servers.clients[url], adapter, again)
 
         for index, url, answer in self.servers.post_all(
-            "/completions", bodies, desc="sample", check=check, preparation=Preparation(ready)
+            "/completions", bodies, desc="sample", check=check, make_ready=ready
         ):
             usage = answer.get("usage") or {}
             counted = (

@@ -9,12 +9,33 @@ from data_prep.scorers.options import ScorerOptions
 from data_prep.settings import LocalPath
 
 
-class ClassifierScorerSettings(ScorerOptions):
+class LoadedScorerSettings(ScorerOptions):
+    """A scorer with a model of its own."""
+
+    model: LocalPath = Field(description="local folder or hub id")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    max_length: int | None = Field(None, ge=8, description="window in tokens; default: the model's")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where it runs; auto: the GPU where there is one"
+    )
+    allow_pickle: bool = Field(
+        False,
+        description="accept pickled weights (pytorch_model.bin) where there are no safetensors",
+    )
+
+    @property
+    def place(self) -> str:
+        return self.model
+
+    @property
+    def models(self) -> list[tuple[str, str | None]]:
+        return [(self.model, self.revision)]
+
+
+class ClassifierScorerSettings(LoadedScorerSettings):
     """Any AutoModelForSequenceClassification with its tokenizer."""
 
     type: Literal["classifier"]
-    model: LocalPath = Field(description="local folder or hub id")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     label: str | int | None = Field(
         None,
         description="which label's output is the score (name or index); needed with several labels",
@@ -30,7 +51,6 @@ class ClassifierScorerSettings(ScorerOptions):
     append_eos: bool = Field(
         False, description="append the tokenizer's EOS text (reward models trained with it need it)"
     )
-    max_length: int | None = Field(None, ge=8, description="window in tokens; default: the model's")
     truncate: bool = Field(
         False,
         description="cut the prompt's side of texts over max_length, counted; false: such texts "
@@ -40,15 +60,8 @@ class ClassifierScorerSettings(ScorerOptions):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="the model's dtype"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where it runs; auto: the GPU where there is one"
-    )
     trust_remote_code: bool = Field(
         False, description="run modelling code that comes with the checkpoint"
-    )
-    allow_pickle: bool = Field(
-        False,
-        description="accept pickled weights (pytorch_model.bin) where there are no safetensors",
     )
     quantization: Literal["none", "nf4", "int8"] = Field(
         "none",
@@ -62,21 +75,13 @@ class ClassifierScorerSettings(ScorerOptions):
     )
 
     @property
-    def place(self) -> str:
-        return self.model
-
-    @property
-    def models(self) -> list[tuple[str, str | None]]:
-        return [(self.model, self.revision)]
-
-    @property
     def raw_range(self) -> tuple[float, float]:
         if self.output == "logit":
             return -math.inf, math.inf
         return (0.0, 1.0) if self.output == "probability" else (-math.inf, 0.0)
 
 
-class BeaverScorerSettings(ScorerOptions):
+class BeaverScorerSettings(LoadedScorerSettings):
     """PKU's Beaver reward and cost models (Safe-RLHF, arXiv:2310.12773), read from their
     checkpoints without the safe-rlhf package."""
 
@@ -84,7 +89,6 @@ class BeaverScorerSettings(ScorerOptions):
     model: LocalPath = Field(
         description="local folder or hub id, e.g. PKU-Alignment/beaver-7b-v1.0-reward"
     )
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     negate: bool = Field(
         False,
         description="true for a cost (higher is worse); needed for a checkpoint that says it is "
@@ -99,7 +103,6 @@ class BeaverScorerSettings(ScorerOptions):
         description="end the text with EOS: the models were trained so, their cards' examples "
         "leave it out",
     )
-    max_length: int | None = Field(None, ge=8, description="window in tokens; default: the model's")
     truncate: bool = Field(
         False,
         description="cut the beginning of texts over max_length, counted; false: such texts are "
@@ -109,30 +112,14 @@ class BeaverScorerSettings(ScorerOptions):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="the backbone's dtype; head and score are float32"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where it runs; auto: the GPU where there is one"
-    )
-    allow_pickle: bool = Field(
-        False,
-        description="accept pickled weights (pytorch_model.bin) where there are no safetensors",
-    )
-
-    @property
-    def place(self) -> str:
-        return self.model
-
-    @property
-    def models(self) -> list[tuple[str, str | None]]:
-        return [(self.model, self.revision)]
 
 
-class GuardScorerSettings(ScorerOptions):
+class GuardScorerSettings(LoadedScorerSettings):
     """A generative guard (Llama-Guard, Qwen3Guard style): log p(safe) − log p(unsafe) where it
     writes its verdict, in nats."""
 
     type: Literal["guard"]
     model: LocalPath = Field(description="local folder or hub id of a causal language model")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     safe: str | list[str] = Field(
         "safe", description="the word of its verdict that says safe, or several (Qwen3Guard: Safe)"
     )
@@ -157,7 +144,6 @@ class GuardScorerSettings(ScorerOptions):
         description="least p(safe) + p(unsafe) at the verdict on the canned texts; below it the "
         "guard is refused",
     )
-    max_length: int | None = Field(None, ge=8, description="window in tokens; default: the model's")
     truncate: bool = Field(
         False,
         description="cut the beginning of prompts whose text is over max_length, counted; false: "
@@ -170,15 +156,8 @@ class GuardScorerSettings(ScorerOptions):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="compute dtype; the score is float32"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where it runs; auto: the GPU where there is one"
-    )
     trust_remote_code: bool = Field(
         False, description="run modelling code that comes with the checkpoint"
-    )
-    allow_pickle: bool = Field(
-        False,
-        description="accept pickled weights (pytorch_model.bin) where there are no safetensors",
     )
 
     @model_validator(mode="after")
@@ -202,11 +181,3 @@ class GuardScorerSettings(ScorerOptions):
     @property
     def unsafe_words(self) -> list[str]:
         return [self.unsafe] if isinstance(self.unsafe, str) else self.unsafe
-
-    @property
-    def place(self) -> str:
-        return self.model
-
-    @property
-    def models(self) -> list[tuple[str, str | None]]:
-        return [(self.model, self.revision)]

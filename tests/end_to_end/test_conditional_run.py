@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 from scipy import special
 
-from benchmarks.kill_many import content, leftovers
 from constrained_dpo.estimates.slack import prompt_slack
 from constrained_dpo.fit.family import read_family, write_member
 from constrained_dpo.learners.lora import LoraLearner
@@ -22,6 +21,7 @@ from data_prep.readers.tables import read_parquet
 from tests.helpers.cli import cdpo, kill_when
 from tests.helpers.launches import CDPO, TOLERANCE, ended, launch, new_run, weights_differ
 from tests.helpers.paths import CONDITIONAL, QUICKSTART, SOLVED
+from tests.helpers.wrecks import content, leftovers
 
 
 @pytest.fixture(scope="module")

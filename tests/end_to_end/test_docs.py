@@ -4,6 +4,8 @@ it, docs/python-api.md block by block."""
 import json
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -97,3 +99,14 @@ def test_the_python_examples_play_a_whole_run(tmp_path, monkeypatch):
     assert scope["u"].loc["harmless", "u"] == pytest.approx(-0.1)
     assert following["harmless"] == pytest.approx(solution.lambda_["harmless"] + 0.1)
     assert len(scope["pairs"]) == 200 * 8
+
+
+@pytest.mark.slow
+def test_every_benchmark_imports():
+    """They are played by hand, seldom: a name that moved would be found late."""
+    names = sorted(f"benchmarks.{path.stem}" for path in (REPO / "benchmarks").glob("[a-z]*.py"))
+    program = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *names], cwd=REPO, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

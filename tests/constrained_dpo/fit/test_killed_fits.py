@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kill_many import Server, alive, content, leftovers
 from constrained_dpo.fit.checkpoints import SEAL
 from constrained_dpo.run.create import init_run
 from constrained_dpo.run.directory import RunDirectory
 from data_prep.quickstart import build_policy
 from tests.helpers.paths import QUICKSTART, SMALL
+from tests.helpers.wrecks import Server, alive, content, leftovers
 
 pytestmark = pytest.mark.slow
 
