@@ -59,7 +59,7 @@ def prepared(tmp_path_factory):
             "dtype": "float32",
         },
         "prompts": {"source": prompt_file(folder / "prompts.jsonl", range(4)), "test": 0.6},
-        "sampling": {"responses_per_prompt": 4, "max_new_tokens": 12},
+        "sampling": {"responses_per_prompt": 4, "max_new_tokens": 8},
         "objective": {
             "beta": 0.25,
             "reward": {"name": "helpful", "scorer": scorer("helpful", 0, 1)},
