@@ -1,7 +1,8 @@
 """`make bench-family`: the conditional policy on enumerable worlds, with exact values.
 
     python -m benchmarks.bench_family runs FILE.jsonl [--worlds ...] [--seeds ...] [--scale ...]
-        [--setting conditional|plain] [--two] [--lam0 4] [--kappa] [--front] [-s KEY=VALUE ...]
+        [--setting conditional|plain] [--two] [--lam0 4] [--kappa] [--front]
+        [--categories eight|mean] [-s KEY=VALUE ...]
     python -m benchmarks.bench_family unseen FILE.jsonl [--world pairs|syllables] [--settings ...]
     python -m benchmarks.bench_family peers FILE.jsonl [--worlds ...] [--seeds ...]
     python -m benchmarks.bench_family verdicts FILE.jsonl [--seeds ...]
@@ -43,6 +44,7 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
             front=arguments.front,
             changes=tuple(arguments.changes),
             quantization=arguments.quantization,
+            categories=arguments.categories,
         )
         for seed, world, lambda_0 in itertools.product(
             arguments.seeds, arguments.worlds, arguments.lam0
@@ -69,6 +71,7 @@ def main() -> None:
     runs.add_argument("--scale", choices=SCALES, default="std 1")
     runs.add_argument("--lam0", type=float, nargs="+", default=[None])
     runs.add_argument("-s", dest="changes", action="append", default=[], metavar="KEY=VALUE")
+    runs.add_argument("--categories", choices=("", "eight", "mean"), default="")
     runs.add_argument("--quantization", choices=("nf4", "none"), default="nf4")
     for option in ("two", "kappa", "front"):
         runs.add_argument(f"--{option}", action="store_true")

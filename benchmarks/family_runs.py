@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.family_front import front_of, kappas_of
-from benchmarks.family_tasks import Task, recipe_of
+from benchmarks.family_tasks import Task, category_files, recipe_of
 from benchmarks.shares import share_closed
 from constrained_dpo import Run
 from constrained_dpo.dual.exact import ExactOptimum
@@ -51,6 +51,8 @@ def row_words(row: dict) -> str:
 def play_task(task: Task, folder: Path) -> dict:
     """Play a run and read its figures: by round, and those of its last family."""
     recipe = recipe_of(task)
+    if task.categories:
+        recipe["prompts"] |= category_files(folder / "prompts")
     if task.lambda_0 is not None:
         optimum = _optimum(recipe, folder / "at-the-right-lambda")
         recipe["dual"]["init"] = {n: task.lambda_0 * v for n, v in optimum.lambda_.items()}

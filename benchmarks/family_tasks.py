@@ -1,9 +1,12 @@
 """The runs of bench_family: worlds, settings, recipes."""
 
+import json
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import yaml
 
+from data_prep.quickstart import PROMPTS
 from tests.helpers.paths import REPO
 
 WORLDS = ("embedded", "random 1", "random 2", "random 3", "random 4", "random 5")
@@ -35,9 +38,10 @@ STD10: dict[str, Changes] = {  # listwise, where pairs saturate
 
 @dataclass(frozen=True)
 class Task:
-    """One run. two: a second constraint; lambda_0: λ_0 in shares of the exact λ*, None: from
-    samples; kappa: rows vary κ too; front: what the family is worth at eleven margins; changes:
-    KEY=VALUE of the recipe; quantization: of the base."""
+    """One run. two: a second constraint; categories: `eight` constraints, one for each kind of
+    prompts (`category_files`), or their `mean` as one; lambda_0: λ_0 in shares of the exact λ*,
+    None: from samples; kappa: rows vary κ too; front: what the family is worth at eleven margins;
+    changes: KEY=VALUE of the recipe; quantization: of the base."""
 
     world: str
     seed: int = 0
@@ -50,6 +54,7 @@ class Task:
     front: bool = False
     changes: tuple[str, ...] = ()
     quantization: str = "nf4"
+    categories: str = ""
 
     @classmethod
     def from_json(cls, content: dict) -> "Task":
@@ -67,6 +72,7 @@ class Task:
         """Name the run in a table."""
         parts = [self.setting, self.scale]
         parts += ["two constraints"] * self.two
+        parts += [f"categories: {self.categories}"] * bool(self.categories)
         parts += [] if self.lambda_0 is None else [f"λ_0 at {self.lambda_0:g} times λ\\*"]
         parts += ["κ"] * self.kappa + list(self.changes)
         return ", ".join(parts)
@@ -78,7 +84,8 @@ def recipe_of(task: Task) -> dict:
     recipe |= {"name": "family", "seed": task.seed, "objective": _objective(task)}
     recipe["policy"] |= {"quantization": task.quantization}
     recipe["policy"]["lora"]["target_modules"] = HEAD
-    recipe["prompts"]["max_test"] = 4  # the test prompts play no part here
+    if not task.categories:
+        recipe["prompts"]["max_test"] = 4  # the test prompts play no part here
     if task.setting == "minimal":
         recipe |= {"pool": {}, "dual": {}, "fit": {}}
         recipe["sampling"] = {"max_new_tokens": recipe["sampling"]["max_new_tokens"]}
@@ -110,8 +117,26 @@ def _objective(task: Task) -> dict:
         {"name": f"g{i}", "margin": factor * margin, "scorer": scorer}
         for i, (margin, scorer) in enumerate(zip(margins, scorers[1:], strict=True), start=1)
     ]
+    if task.categories == "eight":
+        constraints[0] |= {"by": "kind", "min_prompts": 2}
     return {
         "beta": beta,
         "reward": {"name": "r", "scorer": scorers[0]},
         "constraints": constraints if task.two else constraints[:1],
     }
+
+
+def category_files(folder: Path) -> dict[str, str]:
+    """Write the embedded world's prompts with eight kinds that share nothing: the object, and
+    whether it is opened; `source` and `test` of a recipe's prompts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"source": folder / "train.jsonl", "test": folder / "test.jsonl"}
+    for split, file in zip(("train", "test"), files.values(), strict=True):
+        rows = [{"prompt": prompt, "kind": _kind(prompt)} for prompt in PROMPTS[split]]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {key: str(file) for key, file in files.items()}
+
+
+def _kind(prompt: str) -> str:
+    _, verb, thing = prompt.split()
+    return f"{thing}_{'opened' if verb == 'open' else 'other'}"

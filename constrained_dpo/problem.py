@@ -29,13 +29,18 @@ class Constraint:
     `threshold` (score units).
 
     margin_in_std: a margin in standard deviations of the reference policy's scores, until they are
-    known (`resolved`).
+    known (`resolved`). utility: the column that is scored, where the constraint is on the prompts
+    of some categories only, those in column `by` that are in `categories`; all means are then over
+    these prompts. Source of constraints by category: Cat-DPO, arXiv:2604.17299.
     """
 
     name: str
     margin: float | None = None
     threshold: float | None = None
     margin_in_std: float | None = None
+    utility: str | None = None
+    by: str | None = None
+    categories: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         levels = [v for v in (self.margin, self.threshold, self.margin_in_std) if v is not None]
@@ -48,6 +53,25 @@ class Constraint:
             raise UserError(
                 f"constraint {self.name}: its level is {levels[0]}; give a finite number"
             )
+
+    @property
+    def scored(self) -> str:
+        """The scorer's column that it is about."""
+        return self.utility or self.name
+
+    def at(self, level: float) -> "Constraint":
+        """Give the same constraint with another margin, or threshold where it has one (score
+        units)."""
+        if self.threshold is None:
+            return replace(self, margin_in_std=None, margin=level)
+        return replace(self, threshold=level)
+
+    def concerns(self, prompts: pd.DataFrame) -> pd.Series:
+        """Tell which prompts it is about, (num_prompts,) bool; prompts: rows of the prompts table
+        with its categories."""
+        if self.by is None:
+            return pd.Series(True, index=prompts.index)
+        return prompts[self.by].map(lambda names: not self.categories.isdisjoint(names))
 
 
 @dataclass(frozen=True)
@@ -82,6 +106,19 @@ class ConstrainedProblem:
         """Score columns: the reward, then the utilities."""
         return [self.reward, *self.names]
 
+    def with_categories(self, scored: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
+        """Add the columns of constraints by category: the utility's score, null for responses to
+        prompts that the constraint does not concern.
+
+        scored: a responses table with the scorers' columns; prompts: the prompts table.
+        """
+        for c in self.constraints:
+            if c.utility is not None:
+                concerned = set(prompts["prompt_id"][c.concerns(prompts)])
+                scores = scored[c.utility].where(scored["prompt_id"].isin(concerned))
+                scored = scored.assign(**{c.name: scores})
+        return scored
+
     @property
     def relative(self) -> pd.Series:
         """True where the constraint is a margin over the reference, by constraint."""
@@ -96,9 +133,7 @@ class ConstrainedProblem:
         """With every margin in score units; stds: the reference scores' standard deviations, at
         least of those in `unresolved`."""
         constraints = (
-            c
-            if c.margin_in_std is None
-            else Constraint(c.name, margin=c.margin_in_std * stds[c.name])
+            c if c.margin_in_std is None else c.at(c.margin_in_std * stds[c.name])
             for c in self.constraints
         )
         return replace(self, constraints=tuple(constraints))

@@ -77,6 +77,11 @@ GROUPS = {
 MULTIPLIER_PREFIX = "lambda/"
 
 
+# A utility of some prompts only is named UTILITY.CATEGORY; its column is null for all responses to
+# a prompt that it does not concern.
+CATEGORY_MARK = "."
+
+
 RESERVED_NAMES = frozenset(
     {*PROMPTS, *RESPONSES, *SERVED, *PAIRS, *GROUPS, "chosen", "rejected", "kappa"}
 )
@@ -144,6 +149,37 @@ def require_finite(
             )
 
 
+def require_scores(
+    frame: pd.DataFrame, columns: Iterable[str], where: str, *, shard: bool = False
+) -> None:
+    """Raises UserError as `require_finite` does, but lets a utility of some prompts only be null
+    for all responses to a prompt; in a shard, for every prompt."""
+    columns = list(columns)
+    require_finite(frame, [c for c in columns if CATEGORY_MARK not in c], where)
+    for column in columns:
+        if CATEGORY_MARK not in column:
+            continue
+        concerned = frame[column].notna()
+        if shard and not concerned.any():
+            continue
+        if not concerned.any():
+            raise UserError(f"{where}: column {column} is null in every row; score them again")
+        require_finite(frame[concerned], [column], where)
+        odd = (concerned != concerned.groupby(frame["prompt_id"]).transform("first")).to_numpy()
+        if odd.any():
+            raise UserError(
+                f"{where}: column {column} is null for some responses to a prompt and not for "
+                f"others: {_rows(odd, frame, 'response_id')}; score them again"
+            )
+
+
+def score_values(frame: pd.DataFrame, column: str) -> np.ndarray:
+    """Give a column's scores as they enter s_λ, (num_rows,) float64: 0 where a utility does not
+    concern the prompt."""
+    values = frame[column].to_numpy(np.float64, na_value=np.nan)
+    return np.nan_to_num(values) if CATEGORY_MARK in column else values
+
+
 def _require_schema(
     frame: pd.DataFrame, schema: dict[str, str], where: str, id_column: str
 ) -> None:
@@ -166,9 +202,9 @@ def _require_schema(
                     )
 
 
-def validate_prompts(frame: pd.DataFrame, where: str) -> pd.DataFrame:
+def validate_prompts(frame: pd.DataFrame, where: str, columns: Iterable[str] = ()) -> pd.DataFrame:
     """Checks a prompts table (`prompt_id, prompt, split`); returns it with its columns in schema
-    order."""
+    order, then `columns`, lists of categories."""
     _require_schema(frame, PROMPTS, where, "prompt_id")
     require_unique(frame, ["prompt_id"], where)
     unknown = ~frame["split"].isin(SPLITS).to_numpy()
@@ -177,7 +213,7 @@ def validate_prompts(frame: pd.DataFrame, where: str) -> pd.DataFrame:
             f"{where}: split is not one of {', '.join(SPLITS)} in "
             f"{_rows(unknown, frame, 'prompt_id')}"
         )
-    return frame[list(PROMPTS)]
+    return frame[[*PROMPTS, *columns]]
 
 
 def validate_responses(frame: pd.DataFrame, objectives: Iterable[str], where: str) -> pd.DataFrame:
@@ -187,7 +223,7 @@ def validate_responses(frame: pd.DataFrame, objectives: Iterable[str], where: st
     _require_schema(frame, RESPONSES, where, "response_id")
     require_columns(frame, objectives, where)
     require_unique(frame, ["response_id"], where)
-    require_finite(frame, objectives, where)
+    require_scores(frame, objectives, where, shard=True)
     for column in ("sample_logp", "policy_logp", "ref_logp"):
         values = frame[column].astype("float64").to_numpy()
         bad = ~np.isnan(values) & ((values > 1e-3) | np.isinf(values))

@@ -28,6 +28,7 @@ from constrained_dpo.check.servers import try_servers
 from constrained_dpo.estimates.score_scale import loss_by_scale
 from constrained_dpo.learners.dataset_answers import answer_counts, tokenized_answers
 from constrained_dpo.learners.lora import LoraLearner
+from constrained_dpo.recipe.categories import categorized
 from constrained_dpo.recipe.defaults import choices, sized, split_counts
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.tracking import require_trackers
@@ -118,6 +119,8 @@ def check_recipe(recipe: Recipe, *, pilot: bool, target_se: dict[str, float]) ->
     as_written = recipe
     if prompts is not None:
         recipe = sized(recipe, split_counts(prompts))
+        with findings.collected():
+            recipe = categorized(recipe, prompts)
     policy = _check_policy(recipe, findings)
     scorers = _check_scorers(recipe, policy, findings)
     learner, lengths, dataset, sampler = None, None, None, None
@@ -208,7 +211,7 @@ def _check_prompts(
                     raise
     if not broken:
         with findings.collected():
-            return split_prompts(settings, recipe.dual.prompts_per_round)
+            return split_prompts(settings, recipe.dual.prompts_per_round, recipe.category_columns)
     return None, {}
 
 

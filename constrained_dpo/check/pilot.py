@@ -76,9 +76,9 @@ def run_pilot(
     recipe = learner.recipe
     prompts = learner.prompts[learner.prompts["split"] == "dual"]
     pool, timing, size = _play(learner, prompts)
-    unresolved = recipe.problem.unresolved
-    stds = reference_stds(pool, list(unresolved))
-    problem = recipe.problem.resolved(stds)
+    in_std = {c.name: c.margins_in_std for c in recipe.objective.constraints if c.margins_in_std}
+    stds = reference_stds(pool, list(in_std))
+    problem = recipe.with_reference_stds(stds).problem
     splits = learner.prompts["split"]
     counts = {split: int((splits == split).sum()) for split in ("fit", "dual", "test")}
     precision = expected_precision(
@@ -94,7 +94,11 @@ def run_pilot(
         cut_off_fraction=float((~pool["ended"]).mean()),
         example=pool["response"].iloc[0],
         scores=score_statistics(pool, recipe.scorers),
-        margins={name: (number, stds[name]) for name, number in unresolved.items()},
+        margins={
+            name: (number, stds[utility])
+            for utility, numbers in in_std.items()
+            for name, number in numbers.items()
+        },
         precision=precision,
         calibrations=learner.calibrations(pool),
         scale=score_scale(pool, problem, *initial_multipliers(recipe.dual.init, problem)),
@@ -175,7 +179,7 @@ def _out_of_reach(pool: pd.DataFrame, problem: ConstrainedProblem, max_lambda: f
     (score units)."""
     table = ScoreTable.from_frame(pool, problem)
     solution = solve_one_shot(table, problem, max_lambda=max_lambda)
-    levels = problem.levels(pd.Series(table.reference_means(), index=problem.names))
+    levels = table.levels(problem)
     return [
         f"{name}: no tilt of the pilot's samples of π_ref reaches its level {levels[name]:.3g}, "
         "the best reaches "

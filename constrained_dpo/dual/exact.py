@@ -75,7 +75,7 @@ class ExactValues(Protocol):
 @dataclass(frozen=True)
 class TabularWorld:
     """problem; ref_logp (num_prompts, num_responses) in nats; reward, same shape; utilities by
-    constraint, same shape (score units)."""
+    constraint, same shape (score units), null on prompts that the constraint does not concern."""
 
     problem: ConstrainedProblem
     ref_logp: np.ndarray
@@ -90,17 +90,25 @@ class TabularWorld:
         stacked = [self.utilities[n].ravel() for n in self.problem.names]
         return ScoreTable(
             reward=self.reward.ravel(),
-            utilities=np.stack(stacked, axis=1) if stacked else np.zeros((self.reward.size, 0)),
+            utilities=np.nan_to_num(np.stack(stacked, axis=1))
+            if stacked
+            else np.zeros((self.reward.size, 0)),
             log_weight=(self.ref_logp + np.log(responses)).ravel(),
             starts=np.arange(prompts) * responses,
             counts=np.full(prompts, responses),
+            concerned=self._concerned,
         )
+
+    @property
+    def _concerned(self) -> np.ndarray | None:
+        rows = [~np.isnan(self.utilities[n][:, 0]) for n in self.problem.names]
+        return None if all(row.all() for row in rows) else np.stack(rows)
 
     @cached_property
     def levels(self) -> pd.Series:
         """a_i, by constraint."""
         means = {
-            n: float((np.exp(self.ref_logp) * self.utilities[n]).sum(1).mean())
+            n: float(np.nanmean((np.exp(self.ref_logp) * self.utilities[n]).sum(1)))
             for n in self.problem.names
         }
         return self.problem.levels(pd.Series(means, dtype=float))
@@ -114,7 +122,8 @@ class TabularWorld:
         """log π*_λ = log π_ref + (r + λ·g)/β − log Z, (num_prompts, num_responses): the exact
         maximizer of L(·, λ)."""
         score = self.reward + sum(
-            (lambda_[n] * self.utilities[n] for n in self.problem.names), np.zeros_like(self.reward)
+            (lambda_[n] * np.nan_to_num(self.utilities[n]) for n in self.problem.names),
+            np.zeros_like(self.reward),
         )
         logp = self.ref_logp + score / self.problem.beta
         return np.asarray(logp - np.logaddexp.reduce(logp, axis=1, keepdims=True))
@@ -132,7 +141,7 @@ class TabularWorld:
         """
         weight = np.exp(logp)
         utilities = {
-            n: float((weight * self.utilities[n]).sum(1).mean()) for n in self.problem.names
+            n: float(np.nanmean((weight * self.utilities[n]).sum(1))) for n in self.problem.names
         }
         reward = float((weight * self.reward).sum(1).mean())
         kl = float((weight * np.where(weight > 0, logp - self.ref_logp, 0.0)).sum(1).mean())

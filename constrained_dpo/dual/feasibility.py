@@ -120,14 +120,19 @@ def diagnose_feasibility(
     if levels is not None:
         given = levels.reindex(names).to_numpy(np.float64)
         offsets = np.repeat(given[:, None], len(table.counts), axis=1)
+    if table.concerned is not None:
+        offsets = offsets * table.concerned
     target = offsets.mean(axis=1)
-    spread = np.array([table.within_std(column) for column in table.utilities.T])
+    spread = table.within_spread()
+    shares = table.shares
     unit = np.where(spread > 1e-12 * (1 + np.abs(target)), spread, 1.0)
+    # a mean over all prompts, in these units, is that over the prompts that are concerned
+    scale = unit * shares
     alone = [_best(table, axis) for axis in np.eye(m)]
     largest = (
-        pd.Series([float(best.value.mean()) for best in alone], index=names, dtype=float)
+        pd.Series([best.value.mean() for best in alone] / shares, index=names, dtype=float)
         + problem.bounds
-        - target
+        - target / shares
     )
     singles = []
     for i, name in enumerate(names):
@@ -135,20 +140,21 @@ def diagnose_feasibility(
             [name],
             problem.bounds,
             largest,
-            (alone[i].value - offsets[i]) / unit[i],
+            (alone[i].value - offsets[i]) / scale[i],
             pd.Series(unit[i], index=[name]),
         )
         ceiling = (ceilings or {}).get(name, np.inf)
-        if single.verdict == NO_EVIDENCE and ceiling + 2 * standard_error(offsets[i]) < target[i]:
+        above = ceiling + 2 * standard_error(offsets[i]) / shares[i] < target[i] / shares[i]
+        if single.verdict == NO_EVIDENCE and above:
             single = replace(single, verdict=INFEASIBLE)
         singles.append(single)
     # A constraint that nearly fails alone may fail firmly together with others, so only firm
     # words end the search here.
     if firm := [single for single in singles if single.verdict in (INFEASIBLE, NO_EVIDENCE)]:
         return _together(firm)
-    direction = _least_slack(table, target, unit)
-    share = direction / unit
-    values = _best(table, share).value - (share[:, None] * offsets).sum(axis=0)
+    direction = _least_slack(table, target, scale)
+    weight = direction / scale
+    values = _best(table, weight).value - (weight[:, None] * offsets).sum(axis=0)
     conflict = [name for name, mu in zip(names, direction, strict=True) if mu > 0]
     units = pd.Series(unit, index=names)[conflict]
     return _judge(conflict, problem.bounds, largest, values, units)

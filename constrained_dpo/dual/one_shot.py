@@ -70,8 +70,9 @@ def solve_one_shot(
     """
     names = problem.names
     if levels is None:
-        levels = problem.levels(pd.Series(table.reference_means(), index=names))
-    target = levels.reindex(names).to_numpy(np.float64)
+        levels = table.levels(problem)
+    # D has the means over all prompts: a utility of a share of them counts with that share
+    target = levels.reindex(names).to_numpy(np.float64) * table.shares
     lam, share = np.zeros(len(names)), 0.0
     if start is not None:
         lam = np.clip(start.reindex(names).to_numpy(np.float64), 0.0, max_lambda)
@@ -85,7 +86,7 @@ def solve_one_shot(
         lambda_=pd.Series(lam, index=names, dtype=float),
         dual_value=point.value,
         reward=point.reward,
-        utilities=pd.Series(point.utilities, index=names, dtype=float),
+        utilities=pd.Series(point.utilities / table.shares, index=names, dtype=float),
         kl=point.kl,
         ess=float(point.ess.mean()),
         kkt_residual=float(np.max(_kkt(lam, point.gradient, max_lambda), initial=0.0)),
@@ -180,8 +181,7 @@ def _linear_response(
     columns, beta = list(table.utilities.T), problem.beta
     covariance = np.array([[table.within_covariance(a, b) for b in columns] for a in columns])
     with_reward = np.array([table.within_covariance(a, table.reward) for a in columns])
-    means = pd.Series(table.reference_means(), index=problem.names)
-    rise = (problem.levels(means) - means).to_numpy(np.float64)
+    rise = (table.levels(problem).to_numpy() - table.reference_means()) * table.shares
     # min ‖Cov λ − (β rise − Cov(g, r))‖ over the box
     bounds = (0.0, max_lambda)
     solution = optimize.lsq_linear(covariance, beta * rise - with_reward, bounds=bounds)

@@ -50,19 +50,25 @@ class Local:
 class Response:
     """Trials as arrays: points (num_trials, m + 1), λ then κ; values, se, spread (num_trials,
     num_outputs): the outputs, their standard errors, and the score's standard deviation within
-    prompts; slopes (num_trials, num_outputs, m + 1)."""
+    prompts; slopes (num_trials, num_outputs, m + 1); concerned: share of the prompts that each
+    constraint concerns, (m,)."""
 
     points: np.ndarray
     values: np.ndarray
     se: np.ndarray
     spread: np.ndarray
     slopes: np.ndarray
+    concerned: np.ndarray
 
     @classmethod
     def of(cls, trials: Sequence[Trial], names: list[str], *, with_kl: bool) -> "Response":
         """Stack trials; with_kl: KL is an output too. Raises ValueError where a trial has none."""
         rows = [_row(trial, names, with_kl) for trial in trials]
-        return cls(*(np.stack(column) for column in zip(*rows, strict=True)))
+        concerned = np.array([trials[-1].concerned.get(name, 1.0) for name in names])
+        points, values, se, spread, slopes = (
+            np.stack(column) for column in zip(*rows, strict=True)
+        )
+        return cls(points, values, se, spread, slopes, concerned)
 
     def at(self, point: np.ndarray) -> Local:
         """Predict at point, (m + 1,)."""

@@ -6,14 +6,20 @@ E_w[g] − a, Hessian (1/β) E_x Cov_w(g), with w the tilted weights.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
 from constrained_dpo.problem import ConstrainedProblem
-from data_prep.tables import require_columns, require_finite, require_ids
+from data_prep.tables import (
+    CATEGORY_MARK,
+    require_columns,
+    require_ids,
+    require_scores,
+    score_values,
+)
 
 BLOCK_ROWS = (
     1 << 15
@@ -62,7 +68,8 @@ class ScoreTable:
 
     reward: (num_responses,); utilities: (num_responses, m), both in score units, fastest with
     contiguous columns; log_weight: (num_responses,) log π_ref − log q in nats (0 for samples of
-    π_ref); starts: (num_prompts,) first row of each prompt; counts: (num_prompts,).
+    π_ref); starts: (num_prompts,) first row of each prompt; counts: (num_prompts,); concerned: (m,
+    num_prompts) bool, which prompts a utility concerns (elsewhere it is 0); None: all.
     """
 
     reward: np.ndarray
@@ -70,6 +77,7 @@ class ScoreTable:
     log_weight: np.ndarray
     starts: np.ndarray
     counts: np.ndarray
+    concerned: np.ndarray | None = None
 
     @classmethod
     def from_frame(
@@ -80,13 +88,18 @@ class ScoreTable:
         columns = problem.objectives + ([log_weight] if log_weight else [])
         require_columns(frame, ["prompt_id", *columns], "scores")
         require_ids(frame, ["prompt_id"], "scores")
-        require_finite(frame, columns, "scores")
+        require_scores(frame, columns, "scores")
         codes, _ = pd.factorize(frame["prompt_id"])
-        values = [frame[c].to_numpy(np.float64) for c in columns]
+        values = [score_values(frame, c) for c in columns]
         utilities = np.array(values[1 : 1 + len(problem.names)]).reshape(
             len(problem.names), len(frame)
         )
-        return cls.from_columns(codes, values[0], utilities, values[-1] if log_weight else None)
+        table = cls.from_columns(codes, values[0], utilities, values[-1] if log_weight else None)
+        if not any(CATEGORY_MARK in name for name in problem.names):
+            return table
+        some = frame[problem.names].notna().groupby(codes).first().to_numpy().T
+        order = np.unique(codes) if (codes[1:] >= codes[:-1]).all() else np.sort(np.unique(codes))
+        return replace(table, concerned=some[:, order])
 
     @classmethod
     def from_columns(
@@ -160,9 +173,23 @@ class ScoreTable:
         codes = np.repeat(np.arange(len(prompts)), counts)
         if responses is not None:
             codes, rows = codes[responses[rows]], rows[responses[rows]]
-        return ScoreTable.from_columns(
+        table = ScoreTable.from_columns(
             codes, self.reward[rows], self.utilities.T[:, rows], self.log_weight[rows]
         )
+        if self.concerned is None:
+            return table
+        return replace(table, concerned=self.concerned[:, prompts])
+
+    @property
+    def shares(self) -> np.ndarray:
+        """Share of the prompts that each utility concerns, (m,)."""
+        if self.concerned is None:
+            return np.ones(self.utilities.shape[1])
+        return np.asarray(self.concerned.mean(axis=1))
+
+    def levels(self, problem: ConstrainedProblem) -> pd.Series:
+        """a_i by the table's own means of π_ref, over the prompts that each constraint concerns."""
+        return problem.levels(pd.Series(self.reference_means(), index=problem.names))
 
     def prompt_means(self, values: np.ndarray) -> np.ndarray:
         """Mean over a prompt's responses, unweighted; (num_responses, ...) → (num_prompts, ...)."""
@@ -204,8 +231,14 @@ class ScoreTable:
         return means
 
     def reference_means(self) -> np.ndarray:
-        """ḡ_ref, shape (m,): the mean over prompts of `prompt_reference_means`."""
-        return np.asarray(self.prompt_reference_means().mean(axis=1))
+        """ḡ_ref, shape (m,): the mean of `prompt_reference_means` over the prompts that a utility
+        concerns."""
+        return np.asarray(self.prompt_reference_means().mean(axis=1) / self.shares)
+
+    def within_spread(self) -> np.ndarray:
+        """Standard deviation of the utilities within the prompts that they concern, (m,)."""
+        spread = np.array([self.within_std(column) for column in self.utilities.T])
+        return np.asarray(spread / np.sqrt(self.shares))
 
 
 def _no_weight(rows: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from constrained_dpo.dual.one_shot import (
     solve_one_shot,
 )
 from constrained_dpo.dual.scores import ScoreTable
-from constrained_dpo.problem import ConstrainedProblem, Constraint
+from constrained_dpo.problem import ConstrainedProblem
 from data_prep.errors import UserError
 
 REPLICATE_TOLERANCE = 1e-8  # of a replicate's KKT residual, far below its sampling error
@@ -55,6 +55,8 @@ class _Search:
     def minimizer(self, times: np.ndarray) -> np.ndarray:
         """λ* where each prompt counts so many times, (num_prompts,); (m,)."""
         relative, bounds = self.problem.relative.to_numpy(float), self.problem.bounds.to_numpy()
+        if self.table.concerned is not None:
+            bounds = bounds * (self.table.concerned * times).sum(axis=1) / times.sum()
         levels = bounds + relative * (self.reference * times).sum(axis=1) / times.sum()
         return minimize_dual(
             self.table,
@@ -193,12 +195,7 @@ def sweep(
     for values in product(
         *[grid.get(c.name, [problem.bounds[c.name]]) for c in problem.constraints]
     ):
-        constraints = tuple(
-            Constraint(c.name, margin=v)
-            if c.margin is not None
-            else Constraint(c.name, threshold=v)
-            for c, v in zip(problem.constraints, values, strict=True)
-        )
+        constraints = tuple(c.at(v) for c, v in zip(problem.constraints, values, strict=True))
         setting = ConstrainedProblem(problem.reward, problem.beta, constraints)
         first = first_multipliers(table, setting, max_lambda, previous)
         previous = None if first.plain.at_bound else first.plain.lambda_

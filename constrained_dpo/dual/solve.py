@@ -192,16 +192,18 @@ class _Search:
         """The point at κ where the predicted v meets complementarity within the box: Newton's steps
         on a prediction that is made anew at every point.
 
-        J Δ = −v/ρ has the complementarity of ρ J Δ = −v, and J is symmetric.
+        J Δ = −v/ρ has the complementarity of ρ J Δ = −v, and J is symmetric once each row counts
+        with the share of prompts that its constraint concerns.
         """
         m, share, last = len(self.names), 1.0, np.zeros(len(self.names))
+        weight = response.concerned
         point = np.append(np.clip(response.points[-1, :-1], *box), kappa)
         best, least = point, np.inf
         for _ in range(MAX_STEPS):
             local = response.at(point)
             step = _box_step(
-                local.slope[:m, :m],
-                local.value[:m] / local.ratio[:m],
+                weight[:, None] * local.slope[:m, :m],
+                weight * local.value[:m] / local.ratio[:m],
                 box[0] - point[:-1],
                 box[1] - point[:-1],
             )

@@ -19,14 +19,14 @@ def auto_step_scale(table: ScoreTable, problem: ConstrainedProblem) -> pd.Series
     λ moves u by Var(g)/β within prompts; what differs between prompts does not answer it. Raises
     UserError where a utility does not vary within any prompt.
     """
-    variance = [table.within_covariance(column, column) for column in table.utilities.T]
+    variance = table.within_spread() ** 2
     for name, value in zip(problem.names, variance, strict=True):
         if value <= 0:
             raise UserError(
                 f"utility {name} is the same for all reference responses to a prompt, so no step "
                 "moves it; check its scorer, or sample more responses per prompt"
             )
-    unit = table.within_std(table.reward) / np.asarray(variance)
+    unit = table.within_std(table.reward) / variance
     return pd.Series(unit, index=problem.names, dtype=float)
 
 

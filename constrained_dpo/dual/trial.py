@@ -13,7 +13,8 @@ class Trial(Record):
     same prompts would change; shift: what the target subtracts, v = u − shift (0: u itself; u −
     its lower bound: the bound). slope[i][j] = du_i/dλ_j and slope_kappa[i] = du_i/dκ of the exact
     maximizer, from covariances within prompts. kl (nats), kl_se likewise, None where the samples
-    have no log-probabilities; kl_slope[j] = dKL/dλ_j, kl_slope_kappa = dKL/dκ.
+    have no log-probabilities; kl_slope[j] = dKL/dλ_j, kl_slope_kappa = dKL/dκ. concerned: share of
+    the prompts that each constraint concerns, over which its u is a mean; all where it is missing.
     """
 
     lambda_: dict[str, float] = Field(alias="lambda")
@@ -28,6 +29,7 @@ class Trial(Record):
     kl_slope: dict[str, float]
     kl_slope_kappa: float
     num_samples: int
+    concerned: dict[str, float] = Field(default_factory=dict)
 
     @property
     def v(self) -> dict[str, float]:

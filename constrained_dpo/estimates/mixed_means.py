@@ -11,7 +11,8 @@ def mixed_means(samples: pd.DataFrame, off_policy: pd.DataFrame, names: list[str
     response is weighted by π_θ over the mixture that both tables are draws of (multiple importance
     sampling with the balance heuristic, Veach and Guibas 1995), so no weight exceeds the mixture's
     inverse share. Each is centred by the weighted mean of the prompt's others, which takes out what
-    the weights' own noise would add. Unbiased up to a term of order 1/K².
+    the weights' own noise would add. Unbiased up to a term of order 1/K². A column that is null
+    for a prompt stays so.
     """
     both = pd.concat([samples, off_policy], ignore_index=True)
     prompts = both["prompt_id"]
@@ -28,6 +29,8 @@ def mixed_means(samples: pd.DataFrame, off_policy: pd.DataFrame, names: list[str
         weighted = (weight * value).groupby(prompts).transform("sum")
         rest = (total - weight).where(total - weight > 0, np.nan)
         centre = ((weighted - weight * value) / rest).fillna(value)
-        means[name] = ((centre + weight * (value - centre)) / count).groupby(prompts).sum()
+        means[name] = (
+            ((centre + weight * (value - centre)) / count).groupby(prompts).sum(min_count=1)
+        )
     index = pd.Index(np.sort(prompts.unique()), name="prompt_id")
     return pd.DataFrame(means, index=index)

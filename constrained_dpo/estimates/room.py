@@ -29,7 +29,8 @@ def required_room(
     constraint (score units).
 
     samples, reference: of a policy and of π_ref on the dual prompts; confidence: of the one-sided
-    bound on the test prompts, `test_prompts` with `responses` responses each. The bound lies a
+    bound on the test prompts, `test_prompts` with `responses` responses each, of which a constraint
+    concerns the share that it does here. The bound lies a
     width below u there, and u itself differs from the dual prompts' by the noise of both sets:
     room = width + z · std · √(1/N_test + 1/N_dual), std of a prompt's slack with that many
     responses. The width is that of so many values with this std, of this sample's shape and around
@@ -41,12 +42,13 @@ def required_room(
     count = per_prompt.size().mean()
     rooms = {}
     for name in problem.names:
-        values = slack[name].to_numpy(np.float64)
+        values = slack[name].dropna().to_numpy(np.float64)
+        prompts = max(2, round(test_prompts * len(values) / len(slack)))
         variance = values.var(ddof=1)
         # the same prompts with another number of responses
         there = max(variance + noise[name] * (1 / responses - 1 / count), 0.05 * variance)
-        spread = float(np.sqrt(there * (1 / test_prompts + 1 / len(values))))
-        shape = _resized(values, test_prompts, np.sqrt(there))
+        spread = float(np.sqrt(there * (1 / prompts + 1 / len(values))))
+        shape = _resized(values, prompts, np.sqrt(there))
         room = 0.0
         for _ in range(LEVELS):
             width = _width(shape + room, confidence, bounds[name])

@@ -11,7 +11,7 @@ from constrained_dpo.monte_carlo import standard_error
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from data_prep.errors import UserError
 from data_prep.records import Record
-from data_prep.tables import require_columns, require_finite
+from data_prep.tables import require_columns, require_scores
 
 Bounds = Mapping[str, Interval]
 """By constraint, or by objective: the lowest and highest value, infinite where there is none."""
@@ -28,13 +28,13 @@ def prompt_slack(
 
     samples, reference: responses of π_θ and π_ref to the same prompts, under one sampling law;
     off_policy: some of π_ref's with π_θ's log-probabilities, which then sharpen the policy's mean
-    (`mixed_means`). (num_prompts, m) by prompt_id, score units. Raises UserError when the prompts
-    differ.
+    (`mixed_means`). (num_prompts, m) by prompt_id, score units; null where a constraint does not
+    concern the prompt. Raises UserError when the prompts differ.
     """
     names = problem.names
     for frame, where in ((samples, "samples"), (reference, "reference")):
         require_columns(frame, ["prompt_id", *names], where)
-        require_finite(frame, names, where)
+        require_scores(frame, names, where)
     if off_policy is None:
         policy_means = samples.groupby("prompt_id", sort=True)[names].mean()
     else:
@@ -129,7 +129,7 @@ def estimate_subgradient(
     error = 1 - (confidence if verdict_confidence is None else verdict_confidence)
     rows = {}
     for name in problem.names:
-        values, ends = slack[name].to_numpy(np.float64), bounds[name]
+        values, ends = slack[name].dropna().to_numpy(np.float64), bounds[name]
         if off_policy is not None:  # a weighted mean may pass the score's range
             ends = (min(ends[0], values.min()), max(ends[1], values.max()))
         low, high = mean_interval(values, confidence, ends)

@@ -10,6 +10,7 @@ from constrained_dpo.estimates.kl import controlled, kl_values, path_noise
 from constrained_dpo.estimates.slack import prompt_slack
 from constrained_dpo.problem import ConstrainedProblem, by_name
 from data_prep.errors import UserError
+from data_prep.tables import score_values
 
 
 def trial(
@@ -24,7 +25,8 @@ def trial(
 
     samples, reference: scored responses of the policy and of π_ref to the same prompts; samples
     with policy_logp and ref_logp (nats) in every row give KL, sharper with path_kl. With s_λ = r +
-    λ·g and covariances within prompts: du_i/dλ_j = κ Cov(g_i, g_j)/β, du_i/dκ = Cov(g_i, s_λ)/β,
+    λ·g and covariances within prompts, for u_i over those that constraint i concerns: du_i/dλ_j =
+    κ Cov(g_i, g_j)/β, du_i/dκ = Cov(g_i, s_λ)/β,
     dKL/dλ_j = κ² Cov(s_λ, g_j)/β², dKL/dκ = κ Var(s_λ)/β² (derivatives of the exponential family's
     mean and of KL = E[κ s_λ/β] − log Z). Raises UserError when the prompts differ, or when no
     prompt has two responses.
@@ -32,24 +34,27 @@ def trial(
     names, beta = problem.names, problem.beta
     slack = prompt_slack(samples, reference, problem)
     lam = lambda_.reindex(names).to_numpy(np.float64)
-    utilities = samples[names].to_numpy(np.float64)
+    columns = [score_values(samples, name) for name in names]
+    utilities = np.array(columns).reshape(len(names), len(samples)).T
     lagrangian = samples[problem.reward].to_numpy(np.float64) + utilities @ lam
     scores = np.column_stack([utilities, lagrangian])
     covariance, se = _within_prompts(scores, samples["prompt_id"])
-    g_g, g_s = covariance[:-1, :-1], covariance[:-1, -1]
+    concerned = slack.notna().mean().to_numpy(np.float64)
+    g_g, g_s = covariance[:-1, :-1] / concerned[:, None], covariance[:-1, -1] / concerned
     kl, kl_se = _kl(samples)
     slope = kappa * g_g / beta
     return Trial(
         lambda_=by_name(lambda_.reindex(names)),
         kappa=kappa,
         u={name: float(slack[name].mean()) for name in names},
-        u_se=by_name(pd.Series(se[:-1], index=names)),
+        u_se=by_name(pd.Series(se[:-1] / concerned, index=names)),
+        concerned=by_name(pd.Series(concerned, index=names)),
         shift={name: float(shift[name]) for name in names},
         slope={n: by_name(pd.Series(r, index=names)) for n, r in zip(names, slope, strict=True)},
         kl=kl,
         kl_se=kl_se,
         slope_kappa=by_name(pd.Series(g_s / beta, index=names)),
-        kl_slope=by_name(pd.Series(kappa**2 * g_s / beta**2, index=names)),
+        kl_slope=by_name(pd.Series(kappa**2 * g_s * concerned / beta**2, index=names)),
         kl_slope_kappa=float(kappa * covariance[-1, -1] / beta**2),
         num_samples=len(samples),
     )

@@ -33,7 +33,7 @@ from data_prep.models.adapters import (
 )
 from data_prep.models.checkpoints import check_adapter_folder, fingerprint_model
 from data_prep.models.policy import resolve_model
-from data_prep.prompts.split import read_prompts
+from data_prep.prompts.split import read_prompt_table
 from data_prep.readers.tables import read_parquet, write_parquet
 from data_prep.scorers.settings import ScorerSettings
 from data_prep.tables import RESERVED_NAMES, validate_prompts, without_scores
@@ -49,9 +49,10 @@ def evaluation_prompts(
     if source is None:
         prompts = run.prompts()
         return prompts[prompts["split"] == "test"].reset_index(drop=True), 0
-    series, duplicates = read_prompts(str(source), recipe.prompts.format)
-    table = pd.DataFrame({"prompt_id": series.index, "prompt": series.to_numpy(), "split": "test"})
-    return validate_prompts(table, str(source)), duplicates
+    columns = recipe.category_columns
+    table, duplicates = read_prompt_table(str(source), recipe.prompts.format, columns)
+    table = table.rename_axis("prompt_id").reset_index().assign(split="test")
+    return validate_prompts(table, str(source), columns), duplicates
 
 
 def check_names(extra: list[str], problem: ConstrainedProblem) -> None:

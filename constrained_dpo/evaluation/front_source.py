@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from constrained_dpo.evaluation.front_record import Setting
-from constrained_dpo.problem import ConstrainedProblem, Constraint, by_name
+from constrained_dpo.problem import ConstrainedProblem, by_name
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.family import multiplier_range
@@ -85,12 +85,7 @@ class FrontSource:
         problem = self.recipe.problem
         if setting.margins is None:
             return problem
-        constraints = (
-            Constraint(c.name, margin=setting.margins[c.name])
-            if c.threshold is None
-            else Constraint(c.name, threshold=setting.margins[c.name])
-            for c in problem.constraints
-        )
+        constraints = (c.at(setting.margins[c.name]) for c in problem.constraints)
         return replace(problem, constraints=tuple(constraints))
 
     def outside(self, lambda_: pd.Series, kappa: float) -> tuple[dict[str, str], str]:

@@ -50,11 +50,7 @@ def _constraints(recipe: Recipe, checks: ChecksSettings) -> list[Constraint]:
                 f"{', '.join(by_name) or '(none)'}"
             )
         constraint = by_name[check.name]
-        if check.level is not None and constraint.threshold is None:
-            constraint = Constraint(check.name, margin=check.level)
-        elif check.level is not None:
-            constraint = Constraint(check.name, threshold=check.level)
-        chosen.append(constraint)
+        chosen.append(constraint if check.level is None else constraint.at(check.level))
     return chosen
 
 

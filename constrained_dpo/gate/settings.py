@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from constrained_dpo.gate.refusals import PHRASES
 from constrained_dpo.recipe.load import load_settings
-from constrained_dpo.recipe.schema import Name
+from constrained_dpo.recipe.objective import Name
 from data_prep.scorers.settings import ScorerSettings
 from data_prep.settings import LocalPath, Settings
 

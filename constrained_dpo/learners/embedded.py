@@ -80,7 +80,11 @@ class EmbeddedValues:
     def world(self, split: str, problem: ConstrainedProblem) -> TabularWorld:
         """One split's prompts as an enumerated world under a problem."""
         scores = self.scores[split]
-        utilities = {name: scores[name] for name in problem.names}
+        prompts = self.learner.prompts[self.learner.prompts["split"] == split]
+        utilities = {
+            c.name: np.where(c.concerns(prompts).to_numpy()[:, None], scores[c.scored], np.nan)
+            for c in problem.constraints
+        }
         return TabularWorld(problem, self.reference_logps[split], scores[problem.reward], utilities)
 
     def policy(

@@ -248,7 +248,7 @@ class LoraLearner:
                 columns[name] = score_texts(
                     scorer, prompts, texts, options=options, name=name, cache=self.cache
                 )
-        return responses.assign(**columns)
+        return self.recipe.problem.with_categories(responses.assign(**columns), self.prompts)
 
     def truncated(self) -> dict[str, int]:
         """Texts cut to a scorer's window in this process, by objective; only scorers that

@@ -73,8 +73,8 @@ def method_overrides(
             *scored,
         ]
     name = method.removeprefix(ONE_OBJECTIVE)
-    if method == name or name not in problem.objectives:
-        names = [*METHODS, WEIGHTED_SUM, *(f"{ONE_OBJECTIVE}{n}" for n in problem.objectives)]
+    if method == name or name not in recipe.scorers:
+        names = [*METHODS, WEIGHTED_SUM, *(f"{ONE_OBJECTIVE}{n}" for n in recipe.scorers)]
         raise UserError(
             f"--method {method}: there is no such method for this recipe; choose among "
             f"{', '.join(names)}"

@@ -7,15 +7,15 @@ The keys of `policy`, `prompts`, `sampling` and the scorers are defined, documen
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from constrained_dpo.problem import ConstrainedProblem, Constraint
+from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.recipe.dual import DualSettings
 from constrained_dpo.recipe.fit import FitSettings
+from constrained_dpo.recipe.objective import ConstraintSettings, ObjectiveSettings
 from constrained_dpo.recipe.pool import PoolSettings
 from data_prep.errors import UserError
 from data_prep.models.settings import PolicySettings
@@ -23,88 +23,6 @@ from data_prep.prompts.settings import PromptSettings
 from data_prep.sampling.law import SamplingSettings, is_policy_law
 from data_prep.scorers.settings import NOT_IDENTIFIED, ScorerSettings
 from data_prep.settings import EMBEDDED, Settings
-
-STD = "std"
-
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-
-
-class RewardSettings(Settings):
-    """The objective that is maximized."""
-
-    name: Name = Field(description="column name of the reward")
-    scorer: ScorerSettings = Field(description="what scores it")
-
-
-class ConstraintSettings(Settings):
-    """A utility (higher is better) and the level it has to reach, in its own score units."""
-
-    name: Name = Field(
-        description="column name of the utility, and the constraint's name everywhere"
-    )
-    margin: float | str | None = Field(
-        None,
-        description="b: at least so much above the reference policy; a number, or 0.5std: in std "
-        "of π_ref's scores on the dual prompts",
-    )
-    threshold: float | None = Field(
-        None, description="c: at least this, absolutely (instead of margin)"
-    )
-    reference_std: float | None = Field(
-        None, gt=0, description="written by `prepare`: what 1std of `margin` is in score units"
-    )
-    scorer: ScorerSettings = Field(description="what scores it")
-
-    @field_validator("margin", mode="before")
-    @classmethod
-    def _number_or_std(cls, value: object) -> object:
-        if value is None:
-            return None
-        text = "" if isinstance(value, bool) else str(value)
-        in_std = isinstance(value, str) and text.endswith(STD)
-        try:
-            number = float(text.removesuffix(STD) if in_std else text)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(
-                f"it is {value!r}; write a finite number, or a number of standard deviations such "
-                "as 0.5std"
-            )
-        return f"{number:.12g}{STD}" if in_std else number
-
-    @property
-    def margin_in_std(self) -> float | None:
-        """The number of standard deviations of a margin in std."""
-        return float(self.margin.removesuffix(STD)) if isinstance(self.margin, str) else None
-
-    @property
-    def constraint(self) -> Constraint:
-        """With a margin in std in score units, where their number is known."""
-        if not isinstance(self.margin, str):
-            return Constraint(self.name, self.margin, self.threshold)
-        if self.margin_in_std is None or self.reference_std is None or self.threshold is not None:
-            return Constraint(self.name, threshold=self.threshold, margin_in_std=self.margin_in_std)
-        return Constraint(self.name, margin=self.margin_in_std * self.reference_std)
-
-
-class ObjectiveSettings(Settings):
-    """The constrained problem."""
-
-    beta: float = Field(
-        gt=0, description="β: price of a nat of KL to the reference policy, in reward units"
-    )
-    reward: RewardSettings = Field(description="the reward")
-    kl_budget: float | None = Field(
-        None,
-        gt=0,
-        description="KL to the reference policy that is aimed at, in nats, by solving for κ in "
-        "fit.conditional.kappa; null: β is what beta says",
-    )
-    constraints: list[ConstraintSettings] = Field(
-        description="the utilities; [] is single-reward DPO"
-    )
 
 
 class Recipe(Settings):
@@ -196,7 +114,7 @@ class Recipe(Settings):
         mistakes = []
         for key, values in (("init", self.dual.init), ("step_scale", self.dual.step_scale)):
             try:
-                if isinstance(values, dict):
+                if isinstance(values, dict) and not self.uncategorized:
                     problem.multipliers(values)
             except UserError as error:
                 mistakes.append(f"dual.{key}: {error}")
@@ -264,8 +182,8 @@ class Recipe(Settings):
             key = f"objective.constraints.{constraint.name}"
             if constraint.threshold is not None:
                 mistakes.append(f"{key}.threshold: {NOT_IDENTIFIED}")
-            if constraint.margin_in_std is not None:  # the std between prompts is log Z's
-                mistakes.append(f"{key}.margin: {constraint.margin}: {NOT_IDENTIFIED} as a number")
+            if constraint.margins_in_std:  # the std between prompts is log Z's
+                mistakes.append(f"{key}.margin: {NOT_IDENTIFIED} as a number in std")
         return mistakes
 
     @property
@@ -275,7 +193,7 @@ class Recipe(Settings):
         return ConstrainedProblem(
             self.objective.reward.name,
             self.objective.beta,
-            tuple(c.constraint for c in self.objective.constraints),
+            tuple(c for settings in self.objective.constraints for c in settings.constraints),
         )
 
     @property
@@ -287,8 +205,37 @@ class Recipe(Settings):
 
     @property
     def score_ranges(self) -> dict[str, tuple[float, float]]:
-        """Ranges of the scores by objective, infinite where nothing bounds them."""
-        return {name: scorer.score_range for name, scorer in self.scorers.items()}
+        """Ranges of the scores by objective, and of utilities that are constrained by category,
+        infinite where nothing bounds them."""
+        ranges = {name: scorer.score_range for name, scorer in self.scorers.items()}
+        return ranges | {c.name: ranges[c.scored] for c in self.problem.constraints}
+
+    @property
+    def category_columns(self) -> list[str]:
+        """The columns of the prompts' sources that hold categories."""
+        columns = (c.by for c in self.objective.constraints if c.by is not None)
+        return list(dict.fromkeys(columns))
+
+    @property
+    def uncategorized(self) -> bool:
+        """Whether the categories of a constraint are not known yet."""
+        return any(c.by is not None and c.categories is None for c in self.objective.constraints)
+
+    def with_categories(self, categories: Mapping[str, dict[str, list[str]] | None]) -> "Recipe":
+        """Give the recipe with the categories of the named constraints. Raises UserError where a
+        margin's category is not among them."""
+        constraints = []
+        for c in self.objective.constraints:
+            given = (
+                c.model_dump() | {"categories": categories[c.name]} if c.name in categories else {}
+            )
+            try:
+                constraints.append(ConstraintSettings.model_validate(given) if given else c)
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise UserError(f"objective.constraints.{c.name}: {reason}") from None
+        objective = self.objective.model_copy(update={"constraints": constraints})
+        return self.model_copy(update={"objective": objective})
 
     def with_reference_stds(self, stds: Mapping[str, float | None]) -> "Recipe":
         """Give the recipe with `reference_std` of the named constraints."""
@@ -300,11 +247,15 @@ class Recipe(Settings):
             update={"objective": self.objective.model_copy(update={"constraints": constraints})}
         )
 
+    def as_given(self) -> "Recipe":
+        """Give the recipe without what `prepare` measured of the constraints."""
+        measured = dict.fromkeys(c.name for c in self.objective.constraints)
+        return self.with_reference_stds(measured).with_categories(measured)
+
     def hash(self) -> str:
         """Identity of the recipe: what differs from the defaults, so that a later release's new
         keys leave it as it is; without what `prepare` writes: dual.step_scale, which it resolves
-        from `auto` into numbers, and reference_std."""
-        measured = dict.fromkeys(c.name for c in self.objective.constraints)
-        content = self.with_reference_stds(measured).model_dump(mode="json", exclude_defaults=True)
+        from `auto` into numbers, reference_std and categories."""
+        content = self.as_given().model_dump(mode="json", exclude_defaults=True)
         dual = {key: value for key, value in content.pop("dual", {}).items() if key != "step_scale"}
         return hashlib.sha256(json.dumps([content, dual], sort_keys=True).encode()).hexdigest()[:16]

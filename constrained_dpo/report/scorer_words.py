@@ -81,9 +81,10 @@ def prepared_lines(run: RunDirectory, recipe: Recipe) -> list[str]:
     facts = read_scorer_facts(run)
     lines = [describe_statistics(name, fact.reference) for name, fact in facts.items()]
     in_std = {
-        c.name: (c.margin_in_std, c.reference_std)
+        name: (number, c.reference_std)
         for c in recipe.objective.constraints
-        if c.margin_in_std is not None and c.reference_std is not None
+        if c.reference_std is not None
+        for name, number in c.margins_in_std.items()
     }
     return lines + measured_lines(facts) + describe_margins(in_std)
 

@@ -28,8 +28,8 @@ def init_run(
     """
     document = read_document(recipe_source, overrides)
     recipe = validated(recipe_source, document)
-    # Another run's unit of margins, where that run's recipe.yaml is the recipe.
-    recipe = recipe.with_reference_stds(dict.fromkeys(recipe.problem.names))
+    # Without what another run measured, where that run's recipe.yaml is the recipe.
+    recipe = recipe.as_given()
     run = RunDirectory(path)
     step_scale = recipe.model_dump(mode="json")["dual"]["step_scale"]
     if run.state_file.exists():

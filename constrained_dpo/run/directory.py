@@ -222,10 +222,12 @@ class RunDirectory:
         return sized(recipe, split_counts(read_parquet(self.prompts_file, ["split"])))
 
     def write_recipe(self, recipe: Recipe) -> None:
-        """Write what was measured, the step scale and the unit of margins, into recipe.yaml; the
-        user's comments stay, and so does what the recipe leaves open."""
-        stds = {c.name: c.reference_std for c in recipe.objective.constraints}
-        stored = load_recipe(self.recipe_file).with_reference_stds(stds)
+        """Write what was measured, the step scale, the unit of margins and the categories, into
+        recipe.yaml; the user's comments stay, and so does what the recipe leaves open."""
+        measured = recipe.objective.constraints
+        stored = load_recipe(self.recipe_file)
+        stored = stored.with_reference_stds({c.name: c.reference_std for c in measured})
+        stored = stored.with_categories({c.name: c.categories for c in measured})
         dual = stored.dual.model_copy(update={"step_scale": recipe.dual.step_scale})
         stored = stored.model_copy(update={"dual": dual})
         text = recipe_text(stored, read_document(self.recipe_file))

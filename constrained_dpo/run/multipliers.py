@@ -48,12 +48,12 @@ def resolve_margins(run: RunDirectory, recipe: Recipe) -> Recipe:
     It is the standard deviation of all of π_ref's scores on the dual prompts, within and between
     prompts, after the scorer's options. Raises UserError where that is 0.
     """
-    unresolved = recipe.problem.unresolved
-    if not unresolved:
+    if not recipe.problem.unresolved:
         return recipe
+    unresolved = [c.name for c in recipe.objective.constraints if c.margins_in_std]
     reference = read_parquet(run.reference_file, ["split", *unresolved])
     recipe = recipe.with_reference_stds(
-        reference_stds(reference[reference["split"] == "dual"], list(unresolved))
+        reference_stds(reference[reference["split"] == "dual"], unresolved)
     )
     run.write_recipe(recipe)
     return recipe
@@ -116,9 +116,8 @@ def demanded(run: RunDirectory, recipe: Recipe) -> tuple[pd.Series, pd.Series]:
     """Give by constraint the rise over π_ref that is demanded, |a − ḡ_ref|, at least a tenth of
     std(g) (score units), and std(r)/std(g); stds within prompts."""
     table, problem = reference_table(run, recipe), recipe.problem
-    means = pd.Series(table.reference_means(), index=problem.names)
-    spread = pd.Series([table.within_std(g) for g in table.utilities.T], index=problem.names)
-    rise = (problem.levels(means) - means).abs()
+    spread = pd.Series(table.within_spread(), index=problem.names)
+    rise = (table.levels(problem) - table.reference_means()).abs()
     needed = rise.where(rise > spread / 10, spread / 10)
     return needed, table.within_std(table.reward) / spread
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from constrained_dpo.launch import check_launch, is_main, main_first, wait
 from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.learners.protocol import Learner
+from constrained_dpo.recipe.categories import categorized
 from constrained_dpo.recipe.defaults import sized, split_counts
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
@@ -52,9 +53,9 @@ def open_prepared(run: RunDirectory) -> tuple[Recipe, LoraLearner]:
     require_trackers(recipe.fit.report_to)  # before hours of sampling, not after
     check_launch(recipe.policy)
     done = run.state().prepared
-    settings = recipe.prompts, recipe.dual.prompts_per_round
+    settings = recipe.prompts, recipe.dual.prompts_per_round, recipe.category_columns
     prompts, left_out = (run.prompts(), {}) if done else split_prompts(*settings)
-    recipe = sized(recipe, split_counts(prompts))
+    recipe = categorized(sized(recipe, split_counts(prompts)), prompts)
     learner = LoraLearner(recipe, prompts, run.score_cache)
     with main_first():
         _ = learner.policy  # merged, trained or downloaded once

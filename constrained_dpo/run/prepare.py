@@ -39,6 +39,8 @@ def prepare(
     recipe = sized(recipe, split_counts(learner.prompts))
     if is_main():
         _keep_prompts(run, learner)
+        if recipe.category_columns:
+            run.write_recipe(recipe)
     wait()
     _take_kept_tokens(run, learner)
     identity: dict[str, Any] = {}
@@ -69,9 +71,8 @@ def _keep_prompts(run: RunDirectory, learner: Learner) -> None:
     prompts = learner.prompts.reset_index(drop=True)
     if run.prompts_file.exists():
         kept = read_parquet(run.prompts_file)
-        if not kept.drop(columns=TOKEN_IDS, errors="ignore").equals(
-            prompts.drop(columns=TOKEN_IDS, errors="ignore")
-        ):
+        columns = learner.recipe.category_columns if isinstance(learner, LoraLearner) else []
+        if not _comparable(kept, columns).equals(_comparable(prompts, columns)):
             raise UserError(
                 f"{run.prompts_file}: the prompt source changed while the run was being prepared; "
                 "restore it or start another run"
@@ -82,6 +83,12 @@ def _keep_prompts(run: RunDirectory, learner: Learner) -> None:
         learner.keep_tokens()
         prompts = learner.prompts.reset_index(drop=True)
     write_parquet(prompts, run.prompts_file)
+
+
+def _comparable(prompts: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """The prompts without their token ids, categories as tuples."""
+    table = prompts.drop(columns=TOKEN_IDS, errors="ignore")
+    return table.assign(**{column: table[column].map(tuple) for column in columns})
 
 
 def _take_kept_tokens(run: RunDirectory, learner: Learner) -> None:

@@ -7,24 +7,24 @@ import pandas as pd
 
 from data_prep.errors import UserError
 from data_prep.labels.multipliers import MultiplierRange, multiplier_columns
-from data_prep.tables import require_columns, require_finite
+from data_prep.tables import require_columns, require_scores, score_values
 
 
 def lagrangian_score(responses: pd.DataFrame, reward: str, lambda_: pd.Series) -> np.ndarray:
     """s_λ = r + Σ_i λ_i g_i, shape (num_responses,), score units. `lambda_` is indexed by utility
-    column.
+    column; a utility counts 0 for a prompt that it does not concern.
 
     Raises UserError on a missing column, a score that is not finite, or a negative multiplier.
     """
     columns = [reward, *lambda_.index]
     require_columns(responses, columns, "responses")
-    require_finite(responses, columns, "responses")
+    require_scores(responses, columns, "responses")
     for name, value in lambda_.items():
         if not np.isfinite(value) or value < 0:
             raise UserError(f"lambda of {name} is {value}; multipliers are finite and ≥ 0")
     score = responses[reward].to_numpy(np.float64).copy()
     for name, value in lambda_.items():  # elementwise: the same bits in every process
-        score += value * responses[name].to_numpy(np.float64)
+        score += value * score_values(responses, str(name))
     return score
 
 
@@ -51,9 +51,9 @@ class LabelScores:
         names = [str(name) for name in lambda_.center.index]
         base = lagrangian_score(responses, reward, pd.Series(dtype=float))
         require_columns(responses, names, "responses")
-        require_finite(responses, names, "responses")
+        require_scores(responses, names, "responses")
         columns = zip(multiplier_columns(names), names, strict=True)
-        return cls(base, {c: responses[n].to_numpy(np.float64) for c, n in columns}, lambda_)
+        return cls(base, {c: score_values(responses, n) for c, n in columns}, lambda_)
 
     def take(self, rows: np.ndarray) -> "LabelScores":
         """Take the scores of some responses, in their order."""

@@ -13,7 +13,7 @@ import pandas as pd
 from data_prep.errors import UserError
 from data_prep.labels.prompt_rows import hashed_uniforms
 from data_prep.settings import derive_seed
-from data_prep.tables import MULTIPLIER_PREFIX, require_columns, require_finite, require_ids
+from data_prep.tables import MULTIPLIER_PREFIX, require_columns, require_ids, require_scores
 
 KAPPA = "kappa"
 """The column of a labels table that holds each row's κ = β_recipe/β."""
@@ -118,7 +118,7 @@ def multiplier_floor(responses: pd.DataFrame, reward: str, utilities: Iterable[s
     names = [*dict.fromkeys(utilities)]
     require_columns(responses, ["prompt_id", reward, *names], "responses")
     require_ids(responses, ["prompt_id"], "responses")
-    require_finite(responses, [reward, *names], "responses")
+    require_scores(responses, [reward, *names], "responses")
     if not responses["prompt_id"].duplicated().any():
         raise UserError(
             "responses: no prompt has two responses, so there is no scale for the floor of λ; "
@@ -138,6 +138,7 @@ def multiplier_floor(responses: pd.DataFrame, reward: str, utilities: Iterable[s
 
 def _within_prompts(responses: pd.DataFrame, name: str) -> float:
     """Standard deviation within prompts, score units; 0 where rounding is all that differs."""
+    responses = responses[responses[name].notna()]
     score = responses[name].astype(float)
     by_prompt = score.groupby(responses["prompt_id"].to_numpy())
     deviation = score - by_prompt.transform("mean")

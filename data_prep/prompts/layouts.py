@@ -15,7 +15,7 @@ A row that is none of these, or whose values have other types, is malformed: Val
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from data_prep.prompts.messages import Messages, read_prompt
 
@@ -29,11 +29,12 @@ _CHATS = ("prompt", "chosen", "rejected", "messages")
 """Columns that may hold messages."""
 
 
-def layout_columns(columns: Iterable[str]) -> list[str]:
-    """The columns that a layout reads, in the table's order; all of them where none is known, so
-    that a message can name them."""
+def layout_columns(columns: Iterable[str], more: Collection[str] = ()) -> list[str]:
+    """The columns that a layout reads and those of `more`, in the table's order; all of them where
+    none is known, so that a message can name them."""
     columns = list(columns)
-    return [c for c in columns if c in _COLUMNS or c.endswith("_response_id")] or columns
+    chosen = [c for c in columns if c in _COLUMNS or c.endswith("_response_id")]
+    return [c for c in columns if c in chosen or c in more] if chosen else columns
 
 
 def parse_hh(text: str) -> Messages:

@@ -5,7 +5,7 @@ A line that cannot be read is a row with a problem, so that all of them can be n
 that cannot be is a UserError.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,8 +26,8 @@ def source_name(source: str | Path | DatasetSource) -> str:
     return source.dataset if isinstance(source, DatasetSource) else str(Path(source).expanduser())
 
 
-def read_rows(source: str | Path | DatasetSource) -> Iterator[Row]:
-    """The rows of a source in its order, with the columns that a layout reads.
+def read_rows(source: str | Path | DatasetSource, columns: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of a source in its order, with the columns that a layout reads, and `columns`.
 
     Files: jsonl, ndjson, json, csv, tsv, txt (one prompt a line), each also with .gz, and parquet.
     Raises UserError for what is not there or cannot be read.
@@ -37,7 +37,7 @@ def read_rows(source: str | Path | DatasetSource) -> Iterator[Row]:
         if path.is_dir():
             source = DatasetSource(dataset=str(path))
         elif path.is_file():
-            return _file_rows(path)
+            return _file_rows(path, columns)
         else:
             raise UserError(f"prompts: {path}: no such file")
     if source.dataset == EMBEDDED:
@@ -57,11 +57,11 @@ def read_rows(source: str | Path | DatasetSource) -> Iterator[Row]:
         return question_rows(source.split)
     folder = Path(source.dataset).expanduser()
     if folder.is_dir():
-        return _folder_rows(folder, source)
-    return _hub_rows(source)
+        return _folder_rows(folder, source, columns)
+    return _hub_rows(source, columns)
 
 
-def _hub_rows(source: DatasetSource) -> Iterator[Row]:
+def _hub_rows(source: DatasetSource, columns: Sequence[str]) -> Iterator[Row]:
     import datasets
 
     try:
@@ -72,14 +72,14 @@ def _hub_rows(source: DatasetSource) -> Iterator[Row]:
         raise UserError(
             f"prompts: dataset {source.dataset} cannot be loaded ({str(error).splitlines()[0]})"
         ) from error
-    return _dataset_rows(loaded)
+    return _dataset_rows(loaded, columns)
 
 
-def _dataset_rows(loaded) -> Iterator[Row]:
+def _dataset_rows(loaded, columns: Sequence[str]) -> Iterator[Row]:
     """Rows of a `datasets.Dataset`, which lies on disk; a batch of it at a time."""
     number = 0
     for batch in (
-        loaded.select_columns(layout_columns(loaded.column_names))
+        loaded.select_columns(layout_columns(loaded.column_names, columns))
         .with_format("arrow")
         .iter(BATCH_ROWS)
     ):
@@ -88,7 +88,7 @@ def _dataset_rows(loaded) -> Iterator[Row]:
             yield Row(f"row {number}", content)
 
 
-def _folder_rows(folder: Path, source: DatasetSource) -> Iterator[Row]:
+def _folder_rows(folder: Path, source: DatasetSource, columns: Sequence[str]) -> Iterator[Row]:
     for key in ("name", "revision"):
         if getattr(source, key) is not None:
             raise UserError(
@@ -96,17 +96,17 @@ def _folder_rows(folder: Path, source: DatasetSource) -> Iterator[Row]:
                 "the folder of that part"
             )
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        return _saved_rows(folder, source.split)
+        return _saved_rows(folder, source.split, columns)
     chosen = files_of_split(folder, source.split)
     several = len(chosen) > 1
     return (
         row._replace(where=f"{f.relative_to(folder)} {row.where}") if several else row
         for f in chosen
-        for row in _file_rows(f)
+        for row in _file_rows(f, columns)
     )
 
 
-def _saved_rows(folder: Path, split: str) -> Iterator[Row]:
+def _saved_rows(folder: Path, split: str, columns: Sequence[str]) -> Iterator[Row]:
     import datasets
 
     try:
@@ -122,19 +122,19 @@ def _saved_rows(folder: Path, split: str) -> Iterator[Row]:
                 f"prompts: {folder}: no split {split} in it; it has {', '.join(loaded)}"
             )
         loaded = loaded[split]
-    return _dataset_rows(loaded)
+    return _dataset_rows(loaded, columns)
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
-    return _parquet_rows(path) if file_kind(path) == ".parquet" else text_rows(path)
+def _file_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    return _parquet_rows(path, columns) if file_kind(path) == ".parquet" else text_rows(path)
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(
-                BATCH_ROWS, columns=layout_columns(file.schema_arrow.names)
+                BATCH_ROWS, columns=layout_columns(file.schema_arrow.names, columns)
             ):
                 for content in batch.to_pylist():
                     number += 1

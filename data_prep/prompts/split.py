@@ -5,13 +5,14 @@ its content, and so is its place in the split.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 
 from data_prep.errors import UserError
+from data_prep.prompts.categories import categories_of
 from data_prep.prompts.layouts import prompt_of
 from data_prep.prompts.rows import read_rows, source_name
 from data_prep.prompts.settings import DatasetSource, PromptSettings
@@ -21,13 +22,16 @@ from data_prep.tables import validate_prompts
 T = TypeVar("T")
 
 
-def parsed_rows(source: str | DatasetSource, parse: Callable[[dict], T]) -> Iterator[tuple[str, T]]:
+def parsed_rows(
+    source: str | DatasetSource, parse: Callable[[dict], T], columns: Sequence[str] = ()
+) -> Iterator[tuple[str, T]]:
     """Parse every row of a source: where it stands, and what `parse` makes of its content.
 
-    Raises UserError after the last one; it lists the rows for which `parse` raised ValueError.
+    columns: that `parse` reads beside a layout's. Raises UserError after the last one; it lists the
+    rows for which `parse` raised ValueError.
     """
     broken: list[str] = []
-    for row in read_rows(source):
+    for row in read_rows(source, columns):
         try:
             if row.content is None:
                 raise ValueError(row.problem)
@@ -44,15 +48,36 @@ def read_prompts(source: str | DatasetSource, format: str) -> tuple[pd.Series, i
 
     Raises UserError listing the rows that cannot be read.
     """
+    table, duplicates = read_prompt_table(source, format, ())
+    return table["prompt"], duplicates
+
+
+def read_prompt_table(
+    source: str | DatasetSource, format: str, columns: Sequence[str]
+) -> tuple[pd.DataFrame, int]:
+    """Unique prompts by prompt_id, `prompt` and in `columns` their categories (`categories_of`),
+    those of all duplicates together; and how many duplicates were left out.
+
+    Raises UserError listing the rows that cannot be read.
+    """
     prompts: dict[str, str] = {}
+    categories: dict[str, dict[str, set[str]]] = {column: {} for column in columns}
     count = 0
-    for _, prompt in parsed_rows(source, lambda content: prompt_of(content, format == "chat")):
+
+    def parse(content: dict) -> tuple[str, list[list[str]]]:
+        return prompt_of(content, format == "chat"), [categories_of(content, c) for c in columns]
+
+    for _, (prompt, named) in parsed_rows(source, parse, columns):
         count += 1
         prompts[prompt_id(prompt)] = prompt
+        for column, names in zip(columns, named, strict=True):
+            categories[column].setdefault(prompt_id(prompt), set()).update(names)
     if not prompts:
         raise UserError(f"{source_name(source)}: no prompts in it")
-    series = pd.Series(prompts)
-    return series, count - len(series)
+    table = pd.DataFrame({"prompt": pd.Series(prompts)})
+    for column in columns:
+        table[column] = pd.Series({p: sorted(names) for p, names in categories[column].items()})
+    return table, count - len(table)
 
 
 def prompt_id(prompt: str) -> str:
@@ -60,15 +85,17 @@ def prompt_id(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
-def split_prompts(settings: PromptSettings, num_dual: int) -> tuple[pd.DataFrame, dict[str, int]]:
+def split_prompts(
+    settings: PromptSettings, num_dual: int, columns: Sequence[str] = ()
+) -> tuple[pd.DataFrame, dict[str, int]]:
     """The prompts table with its split, and counts of what was left out (duplicates, in_test,
-    over_max).
+    over_max). columns: of the sources, that hold categories and are kept.
 
     Everything is decided by the prompts' hashes: test is the given source, or the fraction with the
     lowest hashes; dual is `num_dual` of the fit prompts. A fit prompt that is also a test prompt
     goes to test.
     """
-    fit, duplicates = read_prompts(settings.source, settings.format)
+    fit, duplicates = read_prompt_table(settings.source, settings.format, columns)
     left_out = {"duplicates": duplicates, "in_test": 0, "over_max": 0}
     if isinstance(settings.test, float):
         if not 0 < settings.test < 1:
@@ -79,7 +106,7 @@ def split_prompts(settings: PromptSettings, num_dual: int) -> tuple[pd.DataFrame
         is_test = np.array([int(pid[:8], 16) / 2**32 < share for pid in fit.index])
         test, fit = fit[is_test], fit[~is_test]
     else:
-        test, test_duplicates = read_prompts(settings.test, settings.format)
+        test, test_duplicates = read_prompt_table(settings.test, settings.format, columns)
         left_out["duplicates"] += test_duplicates
         left_out["in_test"] = int(fit.index.isin(test.index).sum())
         fit = fit[~fit.index.isin(test.index)]
@@ -95,8 +122,6 @@ def split_prompts(settings: PromptSettings, num_dual: int) -> tuple[pd.DataFrame
     # list.
     ranked = sorted(fit.index, key=lambda pid: hashlib.sha256(f"dual/{pid}".encode()).digest())
     dual = set(ranked[:num_dual])
-    split = ["dual" if pid in dual else "fit" for pid in fit.index] + ["test"] * len(test)
-    table = pd.DataFrame(
-        {"prompt_id": [*fit.index, *test.index], "prompt": [*fit, *test], "split": split}
-    )
-    return validate_prompts(table, "prompts"), left_out
+    table = pd.concat([fit, test]).rename_axis("prompt_id").reset_index()
+    table["split"] = ["dual" if p in dual else "fit" for p in fit.index] + ["test"] * len(test)
+    return validate_prompts(table, "prompts", columns), left_out

@@ -1,0 +1,166 @@
+"""The keys of the recipe's `objective` block: the constrained problem."""
+
+import math
+from dataclasses import replace
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from constrained_dpo.problem import Constraint
+from data_prep.scorers.settings import ScorerSettings
+from data_prep.settings import Settings
+from data_prep.tables import CATEGORY_MARK
+
+STD = "std"
+
+
+DEFAULT = "default"
+"""The margin of categories that are not named."""
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+class RewardSettings(Settings):
+    """The objective that is maximized."""
+
+    name: Name = Field(description="column name of the reward")
+    scorer: ScorerSettings = Field(description="what scores it")
+
+
+class ConstraintSettings(Settings):
+    """A utility (higher is better) and the level it has to reach, in its own score units."""
+
+    name: Name = Field(
+        description="column name of the utility, and the constraint's name everywhere"
+    )
+    by: str | None = Field(
+        None,
+        description="a column of the prompts' sources that holds a prompt's categories (a text, a "
+        "list of texts, or a mapping from category to true or false): one constraint and one "
+        "multiplier, NAME.CATEGORY, for each of them",
+    )
+    min_prompts: int = Field(
+        8,
+        ge=2,
+        description="with `by`: a category with fewer dual or fewer test prompts is pooled with "
+        "the other small ones as `other`",
+    )
+    margin: float | str | dict[str, float | str] | None = Field(
+        None,
+        description="b: at least so much above the reference policy; a number, or 0.5std: in std "
+        "of π_ref's scores on the dual prompts; with `by` also by category, {weapons: 1.0, "
+        "default: 0.3}",
+    )
+    threshold: float | None = Field(
+        None, description="c: at least this, absolutely (instead of margin)"
+    )
+    categories: dict[str, list[str]] | None = Field(
+        None, description="written by `prepare`: the categories of `by`, each by its name"
+    )
+    reference_std: float | None = Field(
+        None, gt=0, description="written by `prepare`: what 1std of `margin` is in score units"
+    )
+    scorer: ScorerSettings = Field(description="what scores it")
+
+    @field_validator("margin", mode="before")
+    @classmethod
+    def _numbers_or_std(cls, value: object) -> object:
+        if isinstance(value, dict):
+            return {name: cls._number_or_std(level) for name, level in value.items()}
+        return None if value is None else cls._number_or_std(value)
+
+    @classmethod
+    def _number_or_std(cls, value: object) -> float | str:
+        text = "" if isinstance(value, bool) else str(value)
+        in_std = isinstance(value, str) and text.endswith(STD)
+        try:
+            number = float(text.removesuffix(STD) if in_std else text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(
+                f"it is {value!r}; write a finite number, or a number of standard deviations such "
+                "as 0.5std"
+            )
+        return f"{number:.12g}{STD}" if in_std else number
+
+    @model_validator(mode="after")
+    def _by_category(self) -> "ConstraintSettings":
+        if self.by is None:
+            alone = {"min_prompts": self.min_prompts != 8, "categories": bool(self.categories)}
+            alone["margin: by category"] = isinstance(self.margin, dict)
+            if wrong := [key for key, given in alone.items() if given]:
+                raise ValueError(f"{', '.join(wrong)}: of constraints by category; give `by` too")
+            return self
+        if not isinstance(self.margin, dict) or self.categories is None:
+            return self
+        unknown = [n for n in self.margin if n not in (*self.categories, DEFAULT)]
+        missing = [n for n in self.categories if n not in self.margin]
+        if unknown or (missing and DEFAULT not in self.margin):
+            raise ValueError(
+                f"margin: {'there is no category ' + ', '.join(unknown) if unknown else ''}"
+                f"{'; ' if unknown and missing else ''}"
+                f"{'no margin for ' + ', '.join(missing) if missing else ''}; the categories are "
+                f"{', '.join(self.categories)}, and `default` is of those that are not named"
+            )
+        return self
+
+    def margin_of(self, category: str) -> float | str | None:
+        """The margin of a category; before the categories are known, of any."""
+        if not isinstance(self.margin, dict):
+            return self.margin
+        return self.margin.get(category, self.margin.get(DEFAULT, next(iter(self.margin.values()))))
+
+    @property
+    def margins_in_std(self) -> dict[str, float]:
+        """The numbers of standard deviations of the margins that are in std, by constraint."""
+        names = self.categories or [""]
+        margins = {f"{CATEGORY_MARK}{n}" if n else "": self.margin_of(n) for n in names}
+        return {
+            f"{self.name}{end}": float(margin.removesuffix(STD))
+            for end, margin in margins.items()
+            if isinstance(margin, str)
+        }
+
+    @property
+    def constraints(self) -> list[Constraint]:
+        """One, or with `by` one for each category once they are known; with margins in std in score
+        units, where their number is known."""
+        if self.by is None or self.categories is None:
+            return [self._constraint(self.name, self.margin_of(""))]
+        return [
+            replace(
+                self._constraint(f"{self.name}{CATEGORY_MARK}{name}", self.margin_of(name)),
+                utility=self.name,
+                by=self.by,
+                categories=frozenset(members),
+            )
+            for name, members in self.categories.items()
+        ]
+
+    def _constraint(self, name: str, margin: float | str | None) -> Constraint:
+        if not isinstance(margin, str):
+            return Constraint(name, margin, self.threshold)
+        in_std = float(margin.removesuffix(STD))
+        if self.reference_std is None or self.threshold is not None:
+            return Constraint(name, threshold=self.threshold, margin_in_std=in_std)
+        return Constraint(name, margin=in_std * self.reference_std)
+
+
+class ObjectiveSettings(Settings):
+    """The constrained problem."""
+
+    beta: float = Field(
+        gt=0, description="β: price of a nat of KL to the reference policy, in reward units"
+    )
+    reward: RewardSettings = Field(description="the reward")
+    kl_budget: float | None = Field(
+        None,
+        gt=0,
+        description="KL to the reference policy that is aimed at, in nats, by solving for κ in "
+        "fit.conditional.kappa; null: β is what beta says",
+    )
+    constraints: list[ConstraintSettings] = Field(
+        description="the utilities; [] is single-reward DPO"
+    )
