@@ -98,7 +98,8 @@ def _row(trial: Trial, names: list[str], with_kl: bool) -> tuple[np.ndarray, ...
     point = [*(trial.lambda_[n] for n in names), trial.kappa]
     values, se = [trial.v[n] for n in names], [trial.u_se[n] for n in names]
     slopes = [[*(trial.slope[n][j] for j in names), trial.slope_kappa[n]] for n in names]
-    spread = [error * np.sqrt(trial.num_samples) for error in se]
+    shares = [trial.concerned.get(name, 1.0) for name in names]
+    spread = [e * np.sqrt(trial.num_samples * s) for e, s in zip(se, shares, strict=True)]
     if with_kl:
         if trial.kl is None or trial.kl_se is None:
             raise ValueError("a KL budget needs trials whose samples have log-probabilities")

@@ -62,7 +62,8 @@ class Solution:
     """The λ and κ to try next or, where `done`, to keep; reason: in words.
 
     predicted, predicted_se: v at λ by all trials, score units; kl, kl_se: likewise under a budget,
-    nats. responds: whether u_i answers λ at all; where it does not, λ_i stays at its start.
+    nats. responds: whether u_i answers λ at all, or is where it should be without; where it does
+    not, λ_i stays at its start.
     at_edge: "low" or "high" where no λ of the box up to that end meets v = 0, else "";
     kappa_at_edge: the same for the budget.
     """
@@ -265,7 +266,8 @@ class _Search:
         settled = bool(near and (sure & good).all())
         free = (ends[0] <= 0) & (beyond == "low")
         edge = np.where(out & ~free & (size > np.maximum(tolerance, local.se)), beyond, "")
-        matters = (lam > 0) | (local.value[:m] < 0)
+        met = size[:m] <= np.maximum(tolerance, local.se)[:m]
+        matters = ((lam > 0) | (local.value[:m] < 0)) & ~met
         answers, done = response.answers(local)[:m] | ~matters, settled or not left
         if done and not answers.all():
             # what does not answer λ says nothing of where its root is
