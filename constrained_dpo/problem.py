@@ -74,6 +74,10 @@ class Constraint:
         return prompts[self.by].map(lambda names: not self.categories.isdisjoint(names))
 
 
+def _listed(categories: frozenset[str]) -> str:
+    return " or ".join(sorted(categories)) or "of each category, which `prepare` finds"
+
+
 @dataclass(frozen=True)
 class ConstrainedProblem:
     """Reward column, KL weight β (score units per nat) and constraints. Raises UserError on
@@ -188,7 +192,9 @@ class ConstrainedProblem:
                     if c.margin is None
                     else f"at least {c.margin:g} above π_ref"
                 )
+            where = "" if c.by is None else f" over prompts with {c.by} {_listed(c.categories)}"
             lines.append(
-                f"subject to E[{c.name}] {level} (higher is better; u > 0 is satisfied with room)"
+                f"subject to E[{c.name}]{where} {level} (higher is better; u > 0 is satisfied with "
+                "room)"
             )
         return "\n".join(lines)

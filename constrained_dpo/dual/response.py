@@ -2,8 +2,10 @@
 
 Every trial j predicts v_i at z = (λ, κ) as v_ij + ρ_i d_ij, d_ij = ½(J_ij + J_i)·(z − z_j) being
 the change that the maximizer would show (J_ij: the slopes at j, J_i: those near z; the trapezoid
-rule). The response ratio ρ_i, prior 1 ± ½, is below 1 for a family that is half fitted. Its error
-is the trial's standard error, plus a share of d_ij that grows with d_ij.
+rule). The response ratio ρ_i, prior 1 ± ½, is below 1 for a family that is half fitted; and as a
+family does not keep its constraints wholly apart, v_i also has shares γ_ik of the other
+constraints' changes d_kj, prior 0 ± 0.2 in standard deviations of each score. The error is the
+trial's standard error, plus a share of the change that grows with it.
 """
 
 from collections.abc import Sequence
@@ -26,6 +28,9 @@ CURVATURE = 0.25  # what is added to that by a change of one standard deviation 
 
 
 PASSES = 3  # of the regression, whose weights depend on the ratio
+
+
+LEAK_SD = 0.2  # of what a change of another constraint's u adds to this one's, in std of each
 
 
 TOO_LITTLE_SPREAD = 0.2  # a standard error of the ratio, from which "answers" cannot be told
@@ -77,8 +82,13 @@ class Response:
         closeness = 1.0 / (0.01 + (near**2).max(axis=1, initial=0.0))
         slope = np.einsum("t,toz->oz", closeness / closeness.sum(), self.slopes)
         change = np.einsum("toz,tz->to", self.slopes + slope, steps) / 2
-        columns = (-change.T, self.values.T, self.se.T, self.spread.T)
-        fits = [_likeliest(*rows) for rows in zip(*columns, strict=True)]
+        m = len(self.concerned)
+        fits = []
+        for o, spread in enumerate(self.spread.T):
+            others = np.delete(np.arange(m), o) if o < m else np.arange(0)
+            moved = change[:, others] / self.spread[:, others] * spread[:, None]
+            rows = (-change[:, o], -moved, self.values[:, o], self.se[:, o], spread)
+            fits.append(_likeliest(*rows))
         value, se, ratio = np.array(fits).reshape(-1, 3).T
         return Local(value, se, ratio, slope, change)
 
@@ -117,35 +127,43 @@ def _row(trial: Trial, names: list[str], with_kl: bool) -> tuple[np.ndarray, ...
 
 
 def _likeliest(
-    change: np.ndarray, values: np.ndarray, se: np.ndarray, spread: np.ndarray
+    change: np.ndarray, others: np.ndarray, values: np.ndarray, se: np.ndarray, spread: np.ndarray
 ) -> tuple[float, float, float]:
     """Fit one output, (num_trials,) each, with the doubt of the change that the family shows: from
     a family that answers as the maximizer would, and from one that does not at all; the likelier.
+
+    others: (num_trials, num_others) changes of the other constraints, in this one's units.
     """
     fits = []
     for ratio in (1.0, 0.0):
+        leak = np.zeros(others.shape[1])
         for _ in range(PASSES):
-            moved = np.abs(ratio * change)
+            moved = np.abs(ratio * change) + np.abs(others) @ np.abs(leak)
             doubt = moved * (MODEL_ERROR + CURVATURE * moved / spread)
             weight = 1.0 / (se**2 + doubt**2)
-            value, error, ratio = _regression(change, values, weight)
-        missed = values - value - ratio * change
-        prior = ((ratio - 1) / PRIOR_SD) ** 2
+            value, error, ratio, leak = _regression(change, others, values, weight)
+        missed = values - value - ratio * change - others @ leak
+        prior = ((ratio - 1) / PRIOR_SD) ** 2 + float((leak**2).sum()) / LEAK_SD**2
         likelihood = float((np.log(weight) - weight * missed**2).sum()) - prior
         fits.append((likelihood, (value, error, ratio)))
     return max(fits)[1]
 
 
 def _regression(
-    change: np.ndarray, values: np.ndarray, weight: np.ndarray
-) -> tuple[float, float, float]:
-    """Fit values = c + ρ change with ρ ~ 1 ± PRIOR_SD within RATIO_RANGE; c, its SE and ρ."""
-    total, prior = weight.sum(), PRIOR_SD**-2
-    mean = float((weight * change).sum() / total)
-    square = float((weight * (change - mean) ** 2).sum()) + prior
-    product = float((weight * (change - mean) * values).sum())
-    # the prior on ρ does not move with the centring: c = v̄ − ρ·mean
-    ratio = (product + prior) / square
-    clipped = float(np.clip(ratio, *RATIO_RANGE))
-    value = float((weight * values).sum() / total) - clipped * mean
-    return value, float(np.sqrt(1.0 / total + mean**2 / square)), clipped
+    change: np.ndarray, others: np.ndarray, values: np.ndarray, weight: np.ndarray
+) -> tuple[float, float, float, np.ndarray]:
+    """Fit values = c + ρ change + others γ with ρ ~ 1 ± PRIOR_SD within RATIO_RANGE and γ ~ 0 ±
+    LEAK_SD; c, its SE, ρ and γ."""
+    root = np.sqrt(weight)
+    rows = np.column_stack([np.ones_like(change), change, others]) * root[:, None]
+    priors = np.diag([0.0, 1 / PRIOR_SD, *[1 / LEAK_SD] * others.shape[1]])[1:]
+    system = np.vstack([rows, priors])
+    goal = np.concatenate([values * root, [1 / PRIOR_SD], np.zeros(others.shape[1])])
+    inverse = np.linalg.pinv(system, rcond=1e-15)
+    solution, error = inverse @ goal, float(np.linalg.norm(inverse[0]))
+    ratio = float(np.clip(solution[1], *RATIO_RANGE))
+    if ratio != solution[1]:
+        rest = np.delete(system, 1, axis=1)
+        solution = np.linalg.lstsq(rest, goal - ratio * system[:, 1], rcond=None)[0]
+        return float(solution[0]), error, ratio, solution[1:]
+    return float(solution[0]), error, ratio, solution[2:]

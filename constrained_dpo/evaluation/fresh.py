@@ -235,7 +235,8 @@ def write_evaluation(
         reference = _joined(folder / "reference.parquet", reference)
     splits = run.prompts().set_index("prompt_id")["split"]
     trained = splits.reindex(samples["prompt_id"].unique()).isin(["fit", "dual"])
-    ranges = {name: scorer.score_range for name, scorer in scorers.items()}
+    ranges = recipe.score_ranges | {name: s.score_range for name, s in scorers.items()}
+    objectives = list(dict.fromkeys([*scorers, *problem.names]))
     seen = [*seen_slack(run, problem), prompt_slack(samples, reference, problem)]
     rule = Rule(
         confidence,
@@ -251,7 +252,7 @@ def write_evaluation(
         looks=look,
         trained_prompts=int(trained.sum()),
         verdict=measured.overall,
-        change=changes(samples, reference, list(scorers), confidence, ranges),
+        change=changes(samples, reference, objectives, confidence, ranges),
     )
     write_parquet(samples, folder / "samples.parquet")
     write_parquet(reference, folder / "reference.parquet")

@@ -52,7 +52,7 @@ class Claim:
         return column_of(responses, self.column).groupby(responses["prompt_id"], sort=True).mean()
 
     def room(self, samples: pd.DataFrame, reference: pd.DataFrame) -> pd.Series:
-        """Compute the room of every prompt: (num_prompts,) by prompt_id.
+        """Compute the room of every prompt that the claim concerns: (num_prompts,) by prompt_id.
 
         samples, reference: responses of π_θ and π_ref to the same prompts. Raises UserError when
         the prompts differ.
@@ -64,7 +64,7 @@ class Claim:
                 f"{self.title}: {len(odd)} prompts are in only one of the two tables, e.g. "
                 f"{odd[0]!r}; remove the gate's folder and give the command again"
             )
-        return self.policy * after + self.reference * before + self.offset
+        return (self.policy * after + self.reference * before + self.offset).dropna()
 
     def reference_room(self, reference: pd.DataFrame) -> pd.Series:
         """Compute the room that π_ref has against itself: every other response of a prompt against

@@ -128,7 +128,7 @@ class ConstraintSettings(Settings):
         """One, or with `by` one for each category once they are known; with margins in std in score
         units, where their number is known."""
         if self.by is None or self.categories is None:
-            return [self._constraint(self.name, self.margin_of(""))]
+            return [replace(self._constraint(self.name, self.margin_of("")), by=self.by)]
         return [
             replace(
                 self._constraint(f"{self.name}{CATEGORY_MARK}{name}", self.margin_of(name)),

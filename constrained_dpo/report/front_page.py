@@ -160,7 +160,7 @@ def _first_answers(
     return {
         str(pid): {
             "text": shortened(answer["response"]),
-            "scores": [(name, signed(answer[name], 2)) for name in objectives],
+            "scores": [(n, signed(answer[n], 2)) for n in objectives if pd.notna(answer[n])],
             "cut": not answer["ended"],
         }
         for pid, answer in first.items()

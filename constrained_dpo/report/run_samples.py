@@ -52,7 +52,7 @@ def sample_cards(contents: Contents) -> list[dict[str, Any]]:
     for key, reasons in chosen.items():
         pid, draw = key
         sides = [_side(title, responses[key], names) for title, responses in rows.items()]
-        moves = {name: float(changes[name][key]) for name in names}
+        moves = {n: float(changes[n][key]) for n in names if pd.notna(changes[n][key])}
         cards.append(
             {
                 "prompt": shortened(_prompt_text(prompts[pid], contents.recipe.prompts.format)),
@@ -71,7 +71,7 @@ def _side(title: str, response: dict[str, Any], names: list[str]) -> dict[str, A
     return {
         "title": title,
         "text": shortened(response["response"]),
-        "scores": [(name, signed(response[name], 2)) for name in names],
+        "scores": [(n, signed(response[n], 2)) for n in names if pd.notna(response[n])],
         "length": f"{len(response['token_ids'])} tokens{cut}",
     }
 

@@ -246,7 +246,7 @@ def print_samples(console: Console, run: RunDirectory, number: int, count: int =
     for pid, prompt in zip(prompts["prompt_id"], prompts["prompt"], strict=True):
         cells = []
         for row in (before.loc[pid], after.loc[pid]):
-            scores = ", ".join(f"{n} {row[n]:+.2f}" for n in objectives)
+            scores = ", ".join(f"{n} {row[n]:+.2f}" for n in objectives if pd.notna(row[n]))
             cells.append(f"{row['response'] or '(nothing)'}\n({scores})")
         table.add_row(last_user_text(prompt, chat), *cells)
     console.print(table)
