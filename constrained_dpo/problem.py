@@ -75,7 +75,7 @@ class Constraint:
 
 
 def _listed(categories: frozenset[str]) -> str:
-    return " or ".join(sorted(categories)) or "of each category, which `prepare` finds"
+    return " or ".join(sorted(categories)) or "each category in turn"
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,16 @@ class ConstrainedProblem:
     def objectives(self) -> list[str]:
         """Score columns: the reward, then the utilities."""
         return [self.reward, *self.names]
+
+    def prompt_counts(self, prompts: pd.DataFrame) -> pd.DataFrame:
+        """Count the prompts that each constraint concerns, by constraint and split; prompts: the
+        prompts table."""
+        counts = {
+            c.name: prompts["split"][c.concerns(prompts)].value_counts() for c in self.constraints
+        }
+        splits = ["fit", "dual", "test"]
+        table = pd.DataFrame(counts, index=splits, dtype=float).T
+        return table.fillna(0).astype(int)
 
     def with_categories(self, scored: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
         """Add the columns of constraints by category: the utility's score, null for responses to
@@ -192,7 +202,7 @@ class ConstrainedProblem:
                     if c.margin is None
                     else f"at least {c.margin:g} above π_ref"
                 )
-            where = "" if c.by is None else f" over prompts with {c.by} {_listed(c.categories)}"
+            where = "" if c.by is None else f" over prompts whose {c.by} is {_listed(c.categories)}"
             lines.append(
                 f"subject to E[{c.name}]{where} {level} (higher is better; u > 0 is satisfied with "
                 "room)"

@@ -147,7 +147,7 @@ def check_recipe(recipe: Recipe, *, pilot: bool, target_se: dict[str, float]) ->
         raise UserError("\n".join(findings.errors))
     findings.warnings += certificate_limits(recipe)
     if prompts is not None and not recipe.problem.unresolved:
-        tested = split_counts(prompts if learner is None else learner.prompts).get("test", 0)
+        tested = prompts if learner is None else learner.prompts
         findings.warnings += verdict_limits(recipe, recipe.problem, tested)
     pilot_report = None
     complete = len(scorers) == len(recipe.scorers)

@@ -26,14 +26,16 @@ def certificate_limits(recipe: Recipe) -> list[str]:
     ]
 
 
-def verdict_limits(recipe: Recipe, problem: ConstrainedProblem, test_prompts: int) -> list[str]:
-    """Name the constraints that so many test prompts can never show to be satisfied, even if every
-    one of them had the highest slack that the score's range allows."""
+def verdict_limits(recipe: Recipe, problem: ConstrainedProblem, prompts: pd.DataFrame) -> list[str]:
+    """Name the constraints that the test prompts can never show to be satisfied, even if every one
+    of them had the highest slack that the score's range allows; prompts: the prompts table."""
     lines = []
     confidence = _verdict_confidence(recipe)
+    counts = problem.prompt_counts(prompts)["test"]
     for name, (low, high) in known_bounds(problem, recipe.score_ranges).items():
         if not np.isfinite([low, high]).all():
             continue
+        test_prompts = int(counts[name])
         best = mean_interval(np.full(test_prompts, high), 2 * confidence - 1, (low, high))[0]
         if best <= 0:
             lines.append(

@@ -10,6 +10,7 @@ import math
 import resource
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +75,19 @@ def run_pilot(
     the dataset the pool will hold. Raises UserError where a scorer or the fit refuses its input.
     """
     recipe = learner.recipe
-    prompts = learner.prompts[learner.prompts["split"] == "dual"]
+    prompts = _mixed(learner.prompts[learner.prompts["split"] == "dual"], recipe)
     pool, timing, size = _play(learner, prompts)
     in_std = {c.name: c.margins_in_std for c in recipe.objective.constraints if c.margins_in_std}
     stds = reference_stds(pool, list(in_std))
-    problem = recipe.with_reference_stds(stds).problem
+    problem, warnings = _seen(recipe.with_reference_stds(stds).problem, pool)
+    concerned = problem.prompt_counts(learner.prompts)
     splits = learner.prompts["split"]
     counts = {split: int((splits == split).sum()) for split in ("fit", "dual", "test")}
     precision = expected_precision(
         pool,
         problem,
         responses_per_prompt=recipe.dual.responses_per_prompt,
-        prompts={split: counts[split] for split in ("dual", "test")},
+        prompts=concerned[["dual", "test"]],
         target_se=target_se,
     )
     pilot = Pilot(
@@ -106,8 +108,25 @@ def run_pilot(
         peak_gib=_peak_gib(),
         bounded=size.bounded,
     )
-    warnings = _out_of_reach(pool, problem, recipe.dual.max_lambda)
+    warnings += _out_of_reach(pool, problem, recipe.dual.max_lambda)
     return pilot, warnings + reachable_verdicts(recipe, problem, pool, precision)
+
+
+def _mixed(prompts: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
+    """The prompts in an order in which every category comes early."""
+    for column in recipe.category_columns:
+        first = prompts[column].map(lambda names: names[0] if len(names) else "")
+        prompts = prompts.iloc[np.argsort(first.groupby(first).cumcount(), kind="stable")]
+    return prompts
+
+
+def _seen(problem: ConstrainedProblem, pool: pd.DataFrame) -> tuple[ConstrainedProblem, list[str]]:
+    """The problem without the constraints that concern none of the pilot's prompts, and a line
+    about them."""
+    seen = tuple(c for c in problem.constraints if pool[c.name].notna().any())
+    left = [c.name for c in problem.constraints if c not in seen]
+    line = f"pilot: it had no prompt of {', '.join(left)}; nothing is said of them"
+    return replace(problem, constraints=seen), [line] * bool(left)
 
 
 def _play(learner: LoraLearner, prompts: pd.DataFrame) -> tuple[pd.DataFrame, Timing, PilotSize]:

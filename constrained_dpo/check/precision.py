@@ -80,13 +80,13 @@ def expected_precision(
     problem: ConstrainedProblem,
     *,
     responses_per_prompt: int,
-    prompts: dict[str, int],
+    prompts: pd.DataFrame,
     target_se: dict[str, float],
 ) -> dict[str, Precision]:
     """Expect the precision of u, by constraint.
 
-    prompts: number by split (dual, test); target_se: margin/10 where it names no other (None for a
-    threshold or a margin of 0). Score units throughout.
+    prompts: numbers by constraint and split (dual, test); target_se: margin/10 where it names no
+    other (None for a threshold or a margin of 0). Score units throughout.
     """
     components = variance_components(scored, problem.names)
     variance = prompt_variance(components, problem, responses_per_prompt)
@@ -96,7 +96,10 @@ def expected_precision(
         precision[c.name] = Precision(
             std_within=math.sqrt(components["within"][c.name]),
             std_between=math.sqrt(components["between"][c.name]),
-            se={split: math.sqrt(variance[c.name] / count) for split, count in prompts.items()},
+            se={
+                str(split): math.sqrt(variance[c.name] / count)
+                for split, count in prompts.loc[c.name].items()
+            },
             target_se=target,
             prompts_needed=math.ceil(variance[c.name] / target**2) if target else None,
         )

@@ -93,9 +93,7 @@ class TabularLearner:
     def score(self, responses: pd.DataFrame) -> pd.DataFrame:
         cells = self._cells(responses)
         scored = responses.assign(**{self.world.problem.reward: self.world.reward[cells]})
-        return scored.assign(
-            **{n: self.world.utilities[n][cells] for n in self.world.problem.names}
-        )
+        return scored.assign(**{name: table[cells] for name, table in self.world.utilities.items()})
 
     def log_probabilities(self, responses: pd.DataFrame, adapter: Path) -> np.ndarray:
         return self.table(adapter)[self._cells(responses)]

@@ -200,19 +200,19 @@ def _histograms(contents: Contents) -> Iterator[Picture]:
     ]
     count = f"{len(contents.before):,} responses each."
     for index, name in enumerate(contents.recipe.problem.objectives):
-        before, after = (side[name].dropna() for side in (contents.before, contents.after))
+        scores = [side[name].dropna().to_numpy() for side in (contents.before, contents.after)]
         yield Picture(
             f"scores-{index}-{name}",
             "scores",
             f"{'Utility' if index else 'Reward'}: {name}",
-            _spread(name, before, after),
+            _spread(name, *scores),
             f"Scores of the responses to the test prompts under π_ref and round {contents.shown}. "
-            f"Vertical lines: means. {len(before):,} responses each.",
+            f"Vertical lines: means. {len(scores[0]):,} responses each.",
             sources,
             partial(
                 draw_histogram,
-                before=before.to_numpy(),
-                after=after.to_numpy(),
+                before=scores[0],
+                after=scores[1],
                 label=f"{name} (score units)",
                 policy=policy,
             ),

@@ -18,7 +18,7 @@ def lagrangian_score(responses: pd.DataFrame, reward: str, lambda_: pd.Series) -
     """
     columns = [reward, *lambda_.index]
     require_columns(responses, columns, "responses")
-    require_scores(responses, columns, "responses")
+    require_scores(responses, columns, "responses", shard=True)
     for name, value in lambda_.items():
         if not np.isfinite(value) or value < 0:
             raise UserError(f"lambda of {name} is {value}; multipliers are finite and ≥ 0")
@@ -51,7 +51,7 @@ class LabelScores:
         names = [str(name) for name in lambda_.center.index]
         base = lagrangian_score(responses, reward, pd.Series(dtype=float))
         require_columns(responses, names, "responses")
-        require_scores(responses, names, "responses")
+        require_scores(responses, names, "responses", shard=True)
         columns = zip(multiplier_columns(names), names, strict=True)
         return cls(base, {c: score_values(responses, n) for c, n in columns}, lambda_)
 

@@ -48,7 +48,7 @@ def test_too_few_test_prompts_for_any_verdict_are_named(prompts):
     satisfied exactly where nothing is said."""
     recipe = recipe_with(RANGE)
     problem = recipe.problem
-    lines = verdict_limits(recipe, problem, prompts)
+    lines = verdict_limits(recipe, problem, pd.DataFrame({"split": ["test"] * prompts}))
     one = pd.DataFrame({"prompt_id": [f"p{i}" for i in range(prompts)], "helpful": 0.0})
     rounds = recipe.dual.rounds
     assert rounds > 1
@@ -65,7 +65,7 @@ def test_too_few_test_prompts_for_any_verdict_are_named(prompts):
 
 def test_without_a_range_no_number_of_prompts_is_refused():
     recipe = recipe_with()
-    assert verdict_limits(recipe, recipe.problem, 2) == []
+    assert verdict_limits(recipe, recipe.problem, pd.DataFrame({"split": ["test"] * 2})) == []
 
 
 def test_a_level_that_noise_hides_is_named_by_the_pilots_samples():
@@ -79,7 +79,11 @@ def test_a_level_that_noise_hides_is_named_by_the_pilots_samples():
         }
     )
     expect = lambda tested: expected_precision(
-        pool, problem, responses_per_prompt=4, prompts={"dual": 12, "test": tested}, target_se={}
+        pool,
+        problem,
+        responses_per_prompt=4,
+        prompts=pd.DataFrame({"dual": {"harmless": 12}, "test": {"harmless": tested}}),
+        target_se={},
     )
     (line,) = reachable_verdicts(recipe, problem, pool, expect(12))
     assert line.startswith("verdict on harmless") and "reach 0.1;" in line

@@ -106,7 +106,11 @@ def test_variance_components_and_the_expected_error_against_simulation():
         first.mean(axis=1).std(), rel=0.05
     )
     expect = lambda problem: expected_precision(
-        frame, problem, responses_per_prompt=drawn, prompts={"dual": prompts}, target_se={}
+        frame,
+        problem,
+        responses_per_prompt=drawn,
+        prompts=pd.DataFrame({"dual": {"g": prompts}}),
+        target_se={},
     )["g"]
     assert expect(relative).target_se == pytest.approx(margin / 10)
     assert expect(absolute).target_se is None and expect(absolute).prompts_needed is None

@@ -189,4 +189,6 @@ def test_other_holes_in_scores_are_refused(column, values, words):
         {"prompt_id": ["p", "p"], "response_id": ["y", "z"], "r": [0.0, 1.0], column: values}
     )
     with pytest.raises(UserError, match=words):
-        lagrangian_score(frame, "r", pd.Series({column: 1.0}))
+        ScoreTable.from_frame(
+            frame, ConstrainedProblem("r", 1.0, (Constraint(column, margin=1.0),))
+        )
