@@ -1,10 +1,10 @@
 """Prompts as the policy reads them: rendered by template, tokenized."""
 
 import json
+import re
 from datetime import datetime
 from functools import cache
 from itertools import islice
-from string import ascii_letters
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -38,7 +38,7 @@ def write_chat(
     """
     changed = {}
     if reads_clock(tokenizer):
-        changed = {"chat_template": _stopped_clock() + tokenizer.get_chat_template()}
+        changed = {"chat_template": _with_stopped_clock(tokenizer.get_chat_template())}
     return str(
         tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, **changed
@@ -47,15 +47,16 @@ def write_chat(
 
 
 @cache
-def _stopped_clock() -> str:
-    """A macro in front of a template, in place of transformers' function of the same name: a
-    template is given data, never functions."""
-    directives = [f"%{pad}{letter}" for letter in ascii_letters for pad in ("", "-")]
-    steps = (
-        f"|replace({json.dumps(d)},{json.dumps(TEMPLATE_CLOCK.strftime(d))})" for d in directives
-    )
+def _with_stopped_clock(template: str) -> str:
+    """The template behind a macro that takes the place of transformers' function of the same name:
+    what is handed to a template becomes plain data, so no function can be. It knows the directives
+    that the template writes."""
+    directives = sorted(set(re.findall("%-?[A-Za-z]", template)))
+    steps = [
+        f"|replace({json.dumps(d)}, {json.dumps(TEMPLATE_CLOCK.strftime(d))})" for d in directives
+    ]
     body = f"{{{{ format{''.join(steps)} }}}}"
-    return f"{{%- macro strftime_now(format) -%}}{body}{{%- endmacro -%}}"
+    return f"{{%- macro strftime_now(format) -%}}{body}{{%- endmacro -%}}{template}"
 
 
 def lacking_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
