@@ -93,7 +93,7 @@ def _below(folder: Path) -> Iterator[Path]:
             continue
         read.add(real)
         folders[:] = sorted(
-            filter(_visible, folders), key=lambda n: ((Path(place, n)).is_symlink(), n)
+            filter(_visible, folders), key=lambda n: (os.path.islink(os.path.join(place, n)), n)
         )
         yield from (
             Path(place, name)

@@ -56,7 +56,8 @@ def _with_stopped_clock(template: str) -> str:
         f"|replace({json.dumps(d)}, {json.dumps(TEMPLATE_CLOCK.strftime(d))})" for d in directives
     ]
     body = f"{{{{ format{''.join(steps)} }}}}"
-    return f"{{%- macro strftime_now(format) -%}}{body}{{%- endmacro -%}}{template}"
+    # the newline belongs to the block (trim_blocks), so the template still begins a line
+    return f"{{%- macro strftime_now(format) -%}}{body}{{%- endmacro %}}\n{template}"
 
 
 def lacking_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:

@@ -43,6 +43,16 @@ def test_the_time_is_one_day_however_it_is_asked(way, named, tokenizer):
     assert written == f"{TEMPLATE_CLOCK.strftime(format)} a b"
 
 
+@pytest.mark.parametrize(
+    "start", ["", " ", "\n", " \n ", "  {% if true %}\n  x{% endif %}\n", "{#- -#} "]
+)
+def test_white_space_stays_as_it_is(start, tokenizer):
+    """A template that could ask for the time but does not, as transformers alone writes it."""
+    tokenizer.chat_template = start + "y{% if false %}{{ strftime_now('%d') }}{% endif %}\n"
+    expected = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert write_chat(tokenizer, CHAT, add_generation_prompt=False) == expected
+
+
 def test_other_templates_are_written_as_they_are(tokenizer):
     tokenizer.chat_template = "{{ bos_token }}{% if add_generation_prompt %} strf{% endif %}\n"
     for prompt in (False, True):
