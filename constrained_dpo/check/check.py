@@ -37,6 +37,7 @@ from data_prep.models.checkpoints import check_adapter_folder
 from data_prep.models.policy import Policy, load_policy
 from data_prep.prompts.rows import DatasetSource
 from data_prep.prompts.split import read_prompts, split_prompts
+from data_prep.prompts.templates import TEMPLATE_CLOCK, reads_clock
 from data_prep.records import Record
 from data_prep.scorers.implicit import PolicyHandle
 from data_prep.scorers.protocol import Scorer
@@ -271,6 +272,11 @@ def _check_template(learner: LoraLearner, findings: _Findings) -> None:
         findings.warnings.append(
             "prompts.format is text with a bare template, but the tokenizer has a chat template: a "
             "chat model wants format: chat"
+        )
+    if prompts.format == "chat" and reads_clock(learner.policy.tokenizer):
+        findings.warnings.append(
+            f"the policy's chat template writes the date; it is {TEMPLATE_CLOCK:%d %b %Y} on every "
+            "day, so that prompts stay the same"
         )
 
 

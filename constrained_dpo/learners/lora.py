@@ -92,7 +92,7 @@ class LoraLearner:
 
     @cached_property
     def prompt_tokens(self) -> dict[str, list[int]]:
-        """Token ids by prompt_id: those that `prepare` kept, since a template may hold the date."""
+        """Token ids by prompt_id: those that `prepare` kept."""
         if TOKEN_IDS in self.prompts:
             kept = zip(self.prompts["prompt_id"], self.prompts[TOKEN_IDS], strict=True)
             return {pid: [int(i) for i in ids] for pid, ids in kept}

@@ -62,7 +62,9 @@ def load_settings(block: type[Block], source: Path | str | Mapping[str, Any], wh
 
 def _validated(block: type[Block], source: RecipeSource, document: CommentedMap) -> Block:
     file = Path(source) if isinstance(source, Path | str) else None
-    folders = ([file.resolve().parent] if file else []) + [Path.cwd()]
+    # a link into a cache of blobs has its files beside itself, another link beside its target
+    beside = [file.absolute().parent, file.resolve().parent] if file else []
+    folders = [*dict.fromkeys([*beside, Path.cwd()])]
     try:
         return block.model_validate(plain(document), context={"folders": folders})
     except ValidationError as error:

@@ -66,8 +66,8 @@ def prepare(
 
 
 def _keep_prompts(run: RunDirectory, learner: Learner) -> None:
-    """Write the prompts with their token ids, once: a template that reads the clock would give
-    others later. Raises UserError where the source gives other prompts than those kept."""
+    """Write the prompts with their token ids, once: a run's prompts stay as they are. Raises
+    UserError where the source gives other prompts than those kept."""
     prompts = learner.prompts.reset_index(drop=True)
     if run.prompts_file.exists():
         kept = read_parquet(run.prompts_file)

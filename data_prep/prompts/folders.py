@@ -6,8 +6,10 @@ may stand anywhere in a file's name, else in the nearest folder's: `train`, `tes
 are never read together.
 """
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 from data_prep.errors import UserError
@@ -40,7 +42,7 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
     Raises UserError where there is none, where a name says two splits, and where `split` stands for
     several.
     """
-    files = sorted({f for pattern in PATTERNS for f in folder.rglob(pattern) if _seen(f, folder)})
+    files = sorted(_below(folder))
     if not files:
         raise UserError(
             f"prompts: {folder}: no such file: a folder without parquet or jsonl files (and not "
@@ -81,9 +83,27 @@ def split_name(path: Path) -> str | None:
     return None
 
 
-def _seen(file: Path, folder: Path) -> bool:
-    parts = file.relative_to(folder).parts
-    return file.is_file() and not any(part.startswith((".", "__")) for part in parts)
+def _below(folder: Path) -> Iterator[Path]:
+    """The files of PATTERNS below a folder that are not hidden; linked folders too, each once and
+    rather by its own name than by a link's."""
+    read = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in read:
+            folders.clear()
+            continue
+        read.add(real)
+        folders[:] = sorted(
+            filter(_visible, folders), key=lambda n: (os.path.islink(os.path.join(place, n)), n)
+        )
+        yield from (
+            Path(place, name)
+            for name in filter(_visible, names)
+            if any(fnmatch(name, pattern) for pattern in PATTERNS)
+        )
+
+
+def _visible(name: str) -> bool:
+    return not name.startswith((".", "__"))
 
 
 def _called(path: Path, split: str) -> bool:

@@ -21,7 +21,13 @@ from data_prep.prompts.layouts import answers_of, preferred, prompt_of
 from data_prep.prompts.rows import source_name
 from data_prep.prompts.settings import PromptSettings
 from data_prep.prompts.split import parsed_rows, prompt_id
-from data_prep.prompts.templates import ENCODED_AT_ONCE, encode, lacking_template, rendered_prompts
+from data_prep.prompts.templates import (
+    ENCODED_AT_ONCE,
+    encode,
+    lacking_template,
+    rendered_prompts,
+    write_chat,
+)
 from data_prep.readers.rows import LISTED
 
 if TYPE_CHECKING:
@@ -298,7 +304,7 @@ def turn_end(
         raise UserError(f"prompts.format: chat, but the tokenizer has {problem}; set format: text")
     probe = "the answer"
     dialogue = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": probe}]
-    behind = tokenizer.apply_chat_template(dialogue, tokenize=False).rpartition(probe)[2]
+    behind = write_chat(tokenizer, dialogue, add_generation_prompt=False).rpartition(probe)[2]
     return next(
         (i for i in tokenizer(behind, add_special_tokens=False)["input_ids"] if i in eos_ids),
         default,

@@ -1,5 +1,9 @@
 """Prompts as the policy reads them: rendered by template, tokenized."""
 
+import json
+import re
+from datetime import datetime
+from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -14,6 +18,46 @@ if TYPE_CHECKING:
 
 
 ENCODED_AT_ONCE = 1000
+
+TEMPLATE_CLOCK = datetime(2026, 1, 1)
+"""What a chat template reads as the time. With the real one, the same recipe would give other
+prompts and scores on another day, and a run that goes on tomorrow two kinds of them."""
+
+
+def reads_clock(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the chat template asks for the time, as transformers offers it."""
+    return "strftime_now" in str(tokenizer.chat_template or "")
+
+
+def write_chat(
+    tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, add_generation_prompt: bool
+) -> str:
+    """Write a chat by the tokenizer's template; the time is TEMPLATE_CLOCK.
+
+    Raises what the template raises (jinja2's TemplateError, TypeError).
+    """
+    changed = {}
+    if reads_clock(tokenizer):
+        changed = {"chat_template": _with_stopped_clock(tokenizer.get_chat_template())}
+    return str(
+        tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **changed
+        )
+    )
+
+
+@cache
+def _with_stopped_clock(template: str) -> str:
+    """The template behind a macro that takes the place of transformers' function of the same name:
+    what is handed to a template becomes plain data, so no function can be. It knows the directives
+    that the template writes."""
+    directives = sorted(set(re.findall("%-?[A-Za-z]", template)))
+    steps = [
+        f"|replace({json.dumps(d)}, {json.dumps(TEMPLATE_CLOCK.strftime(d))})" for d in directives
+    ]
+    body = f"{{{{ format{''.join(steps)} }}}}"
+    # the newline belongs to the block (trim_blocks), so the template still begins a line
+    return f"{{%- macro strftime_now(format) -%}}{body}{{%- endmacro %}}\n{template}"
 
 
 def lacking_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
@@ -46,10 +90,7 @@ def rendered_prompts(
 
     chats = [_stored_messages(prompt) for prompt in prompts]
     try:
-        return [
-            tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-            for chat in chats
-        ]
+        return [write_chat(tokenizer, chat, add_generation_prompt=True) for chat in chats]
     except TemplateError as error:
         raise UserError(
             f"prompts: the tokenizer's chat template refuses a prompt ({error}); change the "

@@ -7,6 +7,7 @@ from jinja2 import TemplateError
 from data_prep.errors import UserError
 from data_prep.models.tokens import as_text
 from data_prep.prompts.messages import Prompt, as_messages
+from data_prep.prompts.templates import write_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,11 +33,7 @@ def chat_text(
     ]
     messages.append({"role": "assistant", "content": response})
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
+        return write_chat(tokenizer, messages, add_generation_prompt=add_generation_prompt)
     except (TemplateError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         roles = ", ".join(message["role"] for message in messages)

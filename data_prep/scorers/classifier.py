@@ -102,7 +102,13 @@ class ClassifierScorer(Scorer):
                     "set `label`"
                 )
             return 0
-        index = label if isinstance(label, int) else config.label2id.get(label, -1)
+        named = config.label2id.get(str(label), -1)
+        index = label if isinstance(label, int) else named
+        if named not in (-1, index):
+            raise UserError(
+                f"scorer {self.settings.model}: label: {label} is the name of index {named}, and "
+                f'as an index it is not that label; write the name in quotes, as in "{label}"'
+            )
         if not 0 <= index < config.num_labels:
             raise UserError(
                 f"scorer {self.settings.model}: no label {label!r}; it has "

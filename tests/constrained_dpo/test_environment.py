@@ -5,10 +5,13 @@ import signal
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
 from constrained_dpo.environment import settle_environment
+from constrained_dpo.fit.adapter import fit_adapter
 from data_prep.errors import UserError
+from tests.helpers.cli import cdpo
 
 LAUNCH = {
     "WORLD_SIZE": "2",
@@ -50,6 +53,21 @@ def test_what_the_recipe_decides_is_left_aside_alone_and_refused_in_a_launch(
         settle_environment()
     environment.setenv(name, "1" if name.endswith("STEPS") else "no")
     settle_environment()
+
+
+def test_every_command_begins_with_that(environment, tmp_path):
+    environment.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    environment.setenv("WORLD_SIZE", "2")
+    words = cdpo("status", tmp_path, check=2).stderr
+    assert words.startswith("ACCELERATE_MIXED_PRECISION=bf16 in the environment is left aside")
+    assert not {"ACCELERATE_MIXED_PRECISION", "WORLD_SIZE"} & set(os.environ)
+
+
+def test_a_fit_without_a_command_refuses_it(environment):
+    environment.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    nothing = pd.DataFrame()
+    with pytest.raises(UserError, match="ACCELERATE_MIXED_PRECISION=fp16 in the environment: poli"):
+        fit_adapter(None, nothing, nothing, {}, None)
 
 
 @pytest.mark.parametrize(

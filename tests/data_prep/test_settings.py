@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from constrained_dpo.evaluation.judge_answers import JudgeSettings
+from constrained_dpo.gate.settings import GateSettings
 from constrained_dpo.recipe.load import load_recipe, schema_blocks
 from constrained_dpo.recipe.schema import Recipe
 from data_prep.errors import UserError
@@ -54,7 +55,8 @@ RECIPE = {
 
 
 def test_no_field_of_any_block_takes_a_truth_value_for_something_else():
-    for block in [*schema_blocks(Recipe).values(), JudgeSettings]:
+    blocks = (block for model in (Recipe, GateSettings) for block in schema_blocks(model).values())
+    for block in [*blocks, JudgeSettings]:
         for name, field in block.model_fields.items():
             if "bool" in str(field.annotation):
                 continue

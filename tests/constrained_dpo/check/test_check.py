@@ -10,6 +10,7 @@ from constrained_dpo.check.downloads import needs_download
 from constrained_dpo.recipe.load import load_recipe
 from data_prep.errors import UserError
 from tests.helpers.cli import cdpo
+from tests.helpers.models import save_tiny_causal_lm
 from tests.helpers.paths import QUICKSTART, RECIPES
 
 
@@ -154,3 +155,23 @@ def test_a_scorer_that_cannot_score_is_an_error_of_the_recipe(tmp_path):
         with pytest.raises(UserError, match=match):
             check_recipe(recipe, pilot=False, target_se={})
         (tmp_path / "s.py").unlink()
+
+
+def test_a_policy_whose_template_writes_the_date_is_named_with_the_date_it_writes(tmp_path):
+    save_tiny_causal_lm(tmp_path)
+    (tmp_path / "s.py").write_text("def f(p, r): return [float(len(x)) for x in r]\n")
+    rows = [{"prompt": [{"role": "user", "content": f"w{i}"}]} for i in range(40)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    scorer = {"type": "python", "target": str(tmp_path / "s.py") + ":f"}
+    path = write_recipe(
+        tmp_path,
+        policy={"model": str(tmp_path), "quantization": "none", "dtype": "float32"},
+        prompts={"source": str(tmp_path / "p.jsonl"), "test": 0.3, "format": "chat"},
+        objective={"beta": 1, "reward": {"name": "long", "scorer": scorer}, "constraints": []},
+    )
+    template = tmp_path / "chat_template.jinja"
+    for clock, warned in (("", 0), ("{{ strftime_now('%d %b %Y') }} ", 1)):
+        template.write_text(clock + "{{ messages[0]['content'] }}")
+        report = check_recipe(load_recipe(path), pilot=False, target_se={})
+        lines = [line for line in report.warnings if "writes the date" in line]
+        assert len(lines) == warned and all("01 Jan 2026" in line for line in lines)

@@ -234,6 +234,18 @@ def test_every_scorer_type_and_reference_adapter_take_paths_relative_to_the_reci
     )
 
 
+@pytest.mark.parametrize("beside", ["link", "target"])
+def test_a_recipe_that_is_a_link_has_its_files_beside_it_or_beside_its_target(beside, tmp_path):
+    folders = {name: tmp_path / name for name in ("link", "target")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["target"] / "3f9a0c").write_text(QUICKSTART.read_text())
+    (folders["link"] / "r.yaml").symlink_to(folders["target"] / "3f9a0c")
+    (folders[beside] / "base").mkdir()
+    recipe = load_recipe(folders["link"] / "r.yaml", ["policy.model=base"])
+    assert recipe.policy.model == str(folders[beside] / "base")
+
+
 def test_a_misspelt_key_of_a_beaver_scorer_is_named_without_the_schemas_own_names():
     with pytest.raises(
         UserError,

@@ -54,6 +54,17 @@ def test_a_template_with_a_date_changes_no_prompt_of_a_run(make_learner, tmp_pat
         _keep_prompts(run, make_learner("monday", table("a b b")))
 
 
+def test_prompts_that_no_run_keeps_are_those_of_every_day_too(make_learner):
+    """A gate's or an evaluation's file, drawn today and tomorrow; the real time has
+    microseconds."""
+    clock = "{{ 'monday' if strftime_now('%f') == '000000' else 'tuesday' }}"
+    expected = make_learner("monday", table()).prompt_tokens
+    assert make_learner(clock, table()).prompt_tokens == expected
+    llama = "{% if strftime_now is defined %}" + clock + "{% else %}tuesday{% endif %}"
+    assert make_learner(llama, table()).prompt_tokens == expected
+    assert make_learner("tuesday", table()).prompt_tokens != expected
+
+
 def test_a_run_that_kept_prompts_alone_is_read_as_before(make_learner, tmp_path):
     run = SimpleNamespace(prompts_file=tmp_path / "prompts.parquet")
     write_parquet(table(), run.prompts_file)

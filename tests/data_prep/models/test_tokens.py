@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoTokenizer,
@@ -108,6 +109,27 @@ def bart():
     return BartForSequenceClassification(
         BartConfig(**SMALL, **sides, d_model=16, max_position_embeddings=60)
     )
+
+
+KIN = {
+    "XLMRoberta": {},
+    "Camembert": {},
+    "MPNet": {},
+    "Data2VecText": {},
+    "Longformer": {"attention_window": 4},
+}
+
+
+@pytest.mark.parametrize("name", KIN)
+def test_models_whose_positions_begin_behind_the_padding(name):
+    config = getattr(transformers, f"{name}Config")
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size |= {"intermediate_size": 16, "max_position_embeddings": 24} | SMALL | KIN[name]
+    model = getattr(transformers, f"{name}ForSequenceClassification")(config(**size)).eval()
+    window = window_of(model)
+    model(torch.tensor([[5] * (window - 1) + [2]]))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.tensor([[5] * window + [2]]))
 
 
 def test_windows_are_what_the_positions_hold():

@@ -88,6 +88,25 @@ def test_a_folder_that_leaves_it_open_is_refused(kind, tmp_path):
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_linked_folders_are_read_once_and_rather_by_their_own_name(tmp_path):
+    far = filled(tmp_path / "far", "a.jsonl", "b/c.jsonl", ".d.jsonl")
+    folder = filled(tmp_path / "here", "train.jsonl", "test/e.jsonl", ".hidden/f.jsonl")
+    (folder / "more-train").symlink_to(far)
+    (folder / "more-train-again").symlink_to(far)
+    (folder / "again-test").symlink_to(folder / "test")
+    (far / "b" / "round").symlink_to(far)
+    (folder / "round").symlink_to(folder)
+    assert files_read(folder) == {"train.jsonl", "a.jsonl", "b/c.jsonl"}
+    assert files_read(folder, "test") == {"test/e.jsonl"}
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    folder = filled(tmp_path / "here", "a.jsonl")
+    (folder / "b.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"b\.jsonl: cannot be read .*No such file"):
+        files_read(folder)
+
+
 @pytest.mark.parametrize("through", ["file", "folder", "two links"])
 def test_a_link_keeps_its_own_ending(through, tmp_path):
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"

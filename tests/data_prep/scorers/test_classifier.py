@@ -83,6 +83,17 @@ def test_of_several_labels_the_recipe_names_one(three):
     assert not np.allclose(logits[:, 1], logits[:, 2])
 
 
+def test_a_number_that_is_another_labels_name_is_refused(tmp_path):
+    """Stars: index 0 is named 1, so `label: 1` may mean either."""
+    stars = {0: "1", 1: "2", 2: "3"}
+    names = {"id2label": stars, "label2id": {name: i for i, name in stars.items()}}
+    save_classifier(tmp_path, WORDS, labels=3, **names)
+    with pytest.raises(UserError, match=r'label: 1 is the name of index 0, .* as in "1"'):
+        make_scorer(classifier(tmp_path, label=1))
+    assert make_scorer(classifier(tmp_path, label="1")).label == 0
+    assert make_scorer(classifier(tmp_path, label=0)).label == 0  # no label is named 0
+
+
 def test_outputs_of_a_head_with_several_labels(three, folder, tmp_path):
     several, logits = three
     softmax = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)

@@ -74,6 +74,12 @@ def test_a_template_reads_the_conversation_and_a_pair_the_last_turn(folder):
     assert pair.told([CHAT]) == ["and then"]
 
 
+def test_a_template_that_writes_the_date_reads_the_same_on_every_day(folder, with_template):
+    """The real time has microseconds: it is 000000 of them only where the clock is set."""
+    with_template("{{ 'one' if strftime_now('%f') == '000000' else 'city' }} " + TEMPLATE)
+    assert read(classifier(folder, "chat")).split()[0] == "one"
+
+
 def test_several_named_templates_without_a_default_are_refused(folder, tmp_path):
     model = shutil.copytree(folder, tmp_path / "model")
     (model / "chat_template.jinja").unlink(missing_ok=True)  # of another test
