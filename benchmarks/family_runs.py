@@ -5,15 +5,18 @@ import json
 import logging
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from benchmarks.family_front import front_of, kappas_of
-from benchmarks.family_tasks import Task, category_files, recipe_of
+from benchmarks.family_front import front_of, kappas_of, values_of
+from benchmarks.family_tasks import Task, category_files, recipe_of, with_kinds
 from benchmarks.shares import share_closed
 from constrained_dpo import Run
 from constrained_dpo.dual.exact import ExactOptimum
+from constrained_dpo.recipe.categories import categorized
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import MORE_FITS, RunDirectory
 from constrained_dpo.run.record import RoundRecord, read_optimum
@@ -72,9 +75,24 @@ def play_task(task: Task, folder: Path) -> dict:
     }
     if task.front:
         result["front"] = front_of(run, records[-1])
+    if task.categories == "mean":
+        result["categories"] = [categories_of(task, run, record.round) for record in records]
     if task.kappa:
         result["kappas"] = kappas_of(run, records[-1])
     return result
+
+
+def categories_of(task: Task, run: Run, number: int) -> dict[str, float]:
+    """Give the exact u/b that a round's policy has in each of the eight categories."""
+    values = values_of(run)
+    prompts = with_kinds(values.learner.prompts)
+    values.learner.prompts = prompts
+    eight = Recipe.model_validate(recipe_of(replace(task, categories="eight")))
+    problem = categorized(eight, prompts).problem
+    adapter, zero = run.directory.adapter_folder(number), pd.Series(0.0, index=problem.names)
+    start = values.optimum(problem)["dual"].reference.u
+    u = values.policy(adapter, zero, problem)["dual"].u
+    return {name: u[name] / -start[name] for name in problem.names}
 
 
 def _optimum(recipe: dict, folder: Path) -> ExactOptimum:

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
 from data_prep.quickstart import PROMPTS
@@ -135,6 +136,11 @@ def category_files(folder: Path) -> dict[str, str]:
         rows = [{"prompt": prompt, "kind": _kind(prompt)} for prompt in PROMPTS[split]]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {key: str(file) for key, file in files.items()}
+
+
+def with_kinds(prompts: pd.DataFrame) -> pd.DataFrame:
+    """Add the kinds of `category_files` to a prompts table."""
+    return prompts.assign(kind=[[_kind(prompt)] for prompt in prompts["prompt"]])
 
 
 def _kind(prompt: str) -> str:

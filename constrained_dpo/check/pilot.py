@@ -267,7 +267,7 @@ def _family(recipe: Recipe) -> tuple[pd.Series | MultiplierRange, Family | None]
     if conditional is None:
         return pd.Series(0.0, index=names), None
     ones = pd.Series(1.0, index=names)
-    law = MultiplierRange(ones, 0.1 * ones, conditional.range, conditional.kappa)
+    law = MultiplierRange(ones, 0.1 * ones, recipe.trained_range, conditional.kappa)
     ends = by_name(law.low), by_name(law.high)
     return law, Family(
         units=by_name(ones), rank=recipe.policy.lora.r, low=ends[0], high=ends[1], kappa=law.kappa

@@ -78,7 +78,7 @@ def choices(recipe: Recipe, open_: Recipe, loss: str | None) -> list[str]:
         lines.append(f"loss {loss}: {share} pairs saturate at this scale of the scores")
     if fit.conditional is not None:
         lines.append(
-            f"one policy for every λ within a factor {fit.conditional.range:g}, {recipe.stretches} "
+            f"one policy for every λ within a factor {recipe.trained_range:g}, {recipe.stretches} "
             f"stretches a fit, LoRA+ ratio {fit.loraplus_ratio:g}: nearest to the optimum in "
             "docs/benchmarks.md"
         )

@@ -15,8 +15,11 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class ConditionalSettings(Settings):
     """The family that is fitted in place of one policy: π(y|x; λ) for every λ in a range."""
 
-    range: float = Field(
-        3.0, gt=1, description="rows are labelled under multipliers from λ/range to λ·range"
+    range: float | None = Field(
+        None,
+        gt=1,
+        description="rows are labelled under multipliers from λ/range to λ·range; null: 3, and 2 "
+        "with more than two constraints, whose draws are noise to each other",
     )
     kappa: tuple[float, float] | None = Field(
         None,

@@ -83,6 +83,14 @@ class Recipe(Settings):
             return 1
         return self.fit.stretches
 
+    @property
+    def trained_range(self) -> float:
+        """By what factor around λ a family is trained."""
+        if self.fit.conditional is None:
+            raise ValueError("fit.conditional is null: the recipe fits no family")
+        many = len(self.problem.names) > 2
+        return self.fit.conditional.range or (2.0 if many else 3.0)
+
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         problems = self._problem_mistakes()

@@ -32,7 +32,7 @@ def multiplier_range(run: RunDirectory, recipe: Recipe, center: pd.Series) -> Mu
     if conditional is None:
         raise ValueError("fit.conditional is null: the recipe fits no family")
     _, unit = demanded(run, recipe)
-    return MultiplierRange(center, FLOOR_SHARE * unit, conditional.range, conditional.kappa)
+    return MultiplierRange(center, FLOOR_SHARE * unit, recipe.trained_range, conditional.kappa)
 
 
 def family_of(run: RunDirectory, recipe: Recipe, law: MultiplierRange) -> Family:
