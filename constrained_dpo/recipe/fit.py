@@ -1,5 +1,6 @@
 """The keys of the recipe's `fit` block: how one round's Lagrangian maximizer is trained."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -113,6 +114,9 @@ class FitSettings(Settings):
         gt=0,
         description="passes over the round's rows (instead of steps); neither: 200 steps, more "
         "where a group of each prompt needs them",
+    )
+    rate_schedule: Literal["constant", "inverse_sqrt"] = Field(
+        "constant", description="peak rate of round t: learning_rate, or learning_rate/√(t + 1)"
     )
     later_rounds: Share | list[Share] = Field(
         1.0,
@@ -239,14 +243,19 @@ class FitSettings(Settings):
 
     def in_round(self, number: int) -> "FitSettings":
         """The settings of round `number`, from 0: `steps` (at least one) or `epochs`, and
-        `warmup_steps`, by `later_rounds`."""
+        `warmup_steps`, by `later_rounds`; `learning_rate`, by `rate_schedule`."""
         shares = self.later_rounds if isinstance(self.later_rounds, list) else [self.later_rounds]
         share = 1.0 if number == 0 else shares[min(number, len(shares)) - 1]
-        warmup = {"warmup_steps": int(share * (self.warmup_steps or 0))}
+        falling = self.rate_schedule == "inverse_sqrt"
+        changes: dict[str, object] = {
+            "warmup_steps": int(share * (self.warmup_steps or 0)),
+            "learning_rate": self.learning_rate / math.sqrt(number + 1 if falling else 1),
+        }
         if self.steps is not None:
-            return self.model_copy(update={"steps": max(1, round(share * self.steps))} | warmup)
-        epochs = share * (self.epochs or 0.0)
-        return self.model_copy(update={"epochs": epochs} | warmup)
+            changes["steps"] = max(1, round(share * self.steps))
+        else:
+            changes["epochs"] = share * (self.epochs or 0.0)
+        return self.model_copy(update=changes)
 
     @property
     def stretches(self) -> int:

@@ -31,6 +31,13 @@ def test_the_warm_up_gets_its_share_and_is_shorter_than_the_fit():
     assert fit.in_round(2).steps == 1
 
 
+def test_a_rate_falls_from_round_to_round():
+    fit = fit_of("fit.rate_schedule=inverse_sqrt", "fit.learning_rate=6e-4")
+    rates = [fit.in_round(number).learning_rate for number in (0, 3, 8)]
+    assert rates == pytest.approx([6e-4, 3e-4, 2e-4])
+    assert fit_of("fit.learning_rate=6e-4").in_round(8).learning_rate == 6e-4
+
+
 def test_later_rounds_get_their_share_of_epochs():
     fit = fit_of("fit.steps=null", "fit.epochs=3", "fit.later_rounds=[1, 0.5]")
     assert [fit.in_round(t).epochs for t in range(4)] == [3, 3, 1.5, 1.5]
