@@ -22,8 +22,9 @@ class Contents:
     """What a report is drawn from.
 
     records: round.json of every round done; optimum: exact.json or None; shown: the round whose
-    policy is shown; front: that of its family, or None; before, after: the responses of π_ref and of that policy to the test prompts,
-    one index (prompt_id, draw) for both, in the order of prompts.parquet.
+    policy is shown; front: that of its family, or None; before, after: the responses of π_ref and
+    of that policy to the test prompts, one index (prompt_id, draw) for both, in the order of
+    prompts.parquet.
     """
 
     run: RunDirectory

@@ -36,10 +36,11 @@ def front_pictures(front: Front, record: RoundRecord) -> Iterator[Picture]:
             f"Gain of {name} over π_ref and change of reward at each setting: {points}; round "
             f"{front.round}'s own policy: {signed(gain)}, {signed(0.0)}",
             f"Gain of {name} over π_ref, and the change of E[{front.reward}] against round "
-            f"{front.round}'s own policy (ringed), on the test prompts. Bars: {100 * front.confidence:g} % "
-            "intervals of the gain and two standard errors of the change. Numbers: the margin, or "
-            "the given λ. Hollow: outside the range that the family was trained on. The reward "
-            f"leaves the KL term out; π_ref's is {signed(front.reference[front.reward])}.",
+            f"{front.round}'s own policy (ringed), on the test prompts. Bars: "
+            f"{100 * front.confidence:g} % intervals of the gain and two standard errors of the "
+            "change. Numbers: the margin, or the given λ. Hollow: outside the range that the "
+            "family was trained on. The reward leaves the KL term out; π_ref's is "
+            f"{signed(front.reference[front.reward])}.",
             ["front/front.json"],
             partial(draw_front, front=front, name=name, chosen=gain),
         )
@@ -74,7 +75,7 @@ def draw_front(style: Style, front: Front, name: str, chosen: float) -> "Figure"
         )
     )
     axes.axhline(0, color=style.neutral, linewidth=1.0, zorder=0)
-    handles += ring(axes, (chosen, 0.0), "o", 13, style.colour(1), f"round {front.round}")
+    handles += ring(axes, (chosen, 0.0), "o", 13, style.colour(1), f"chosen: round {front.round}")
     axes.margins(0.08)
     axes.set_xlabel(f"gain of {name} over π_ref (score units)")
     axes.set_ylabel(f"change of E[{front.reward}] (score units)")

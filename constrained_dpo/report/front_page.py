@@ -34,8 +34,8 @@ from data_prep.files import write_atomically
 from data_prep.prompts.messages import last_user_text
 from data_prep.readers.tables import read_parquet
 
-SHOWN_PROMPTS = 8
-"""Test prompts whose answers are on the page."""
+SHOWN_PROMPTS, LEAD_PROMPTS = 8, 3
+"""Test prompts whose answers are on the page, and on its first screen."""
 
 
 def write_front(run: RunDirectory, front: Front) -> Path:
@@ -76,6 +76,7 @@ def _render(
         "percent": f"{100 * front.confidence:g} %",
         "settings": [_setting(front, row) for row in rows],
         "first": _first(front, rows),
+        "lead": LEAD_PROMPTS,
         "reference": [(name, signed(value)) for name, value in front.reference.items()],
         "notes": [f"{line[0].upper()}{line[1:]}." for line in front_notes(front)],
         "figures": figures,

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Picture:
     """A figure of a page.
 
-    section: front, multipliers, slack, path, certificate or scores; stem: its PNGs are STEM.png and STEM-dark.png;
-    sources: the run's files it was drawn from.
+    section: front, multipliers, slack, path, certificate or scores; stem: its PNGs are STEM.png and
+    STEM-dark.png; sources: the run's files it was drawn from.
     """
 
     stem: str

@@ -13,6 +13,7 @@ from constrained_dpo.report.front_figures import front_pictures
 from constrained_dpo.report.picture import Picture
 from constrained_dpo.report.slack_drawing import draw_path, draw_slack
 
+
 def pictures(contents: Contents) -> Iterator[Picture]:
     """Every figure of the report, in order."""
     names = contents.recipe.problem.names

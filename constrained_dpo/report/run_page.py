@@ -1,8 +1,9 @@
 """`cdpo report`: one self-contained HTML page and its PNGs, drawn from a run's files alone.
 
 Reads recipe.yaml, state.json, exact.json, scorers.json, prompts.parquet, reference.parquet,
-rounds/* and front/front.json, loads no model and takes no lock: what a run in progress has finished is what is shown.
-Writes only RUN/report/, each file whole; the page embeds its images, so it can be sent as it is.
+rounds/* and front/front.json, loads no model and takes no lock: what a run in progress has finished
+is what is shown. Writes only RUN/report/, each file whole; the page embeds its images, so it can be
+sent as it is.
 """
 
 import base64

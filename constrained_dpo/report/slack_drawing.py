@@ -156,7 +156,7 @@ def draw_path(
             pad=0.02,
             aspect=30,
         )
-    handles += ring(axes, (x[shown], y[shown]), "o", 13, style.colour(1), f"round {shown}")
+    handles += ring(axes, (x[shown], y[shown]), "o", 13, style.colour(1), f"chosen: round {shown}")
     if optimum:
         handles += ring(axes, optimum, "*", 15, style.colour(2), "exact optimum")
     axes.margins(0.12)
