@@ -22,9 +22,9 @@ class Contents:
     """What a report is drawn from.
 
     records: round.json of every round done; optimum: exact.json or None; shown: the round whose
-    policy is shown; front: that of its family, or None; before, after: the responses of π_ref and
-    of that policy to the test prompts, one index (prompt_id, draw) for both, in the order of
-    prompts.parquet.
+    policy is shown; front: that of its family, or None; reference: all of π_ref's responses to the
+    test prompts; before, after: π_ref's and that policy's, one index (prompt_id, draw) for both, in
+    the order of prompts.parquet.
     """
 
     run: RunDirectory
@@ -34,6 +34,7 @@ class Contents:
     optimum: dict[str, ExactOptimum] | None
     shown: int
     front: Front | None
+    reference: pd.DataFrame
     before: pd.DataFrame
     after: pd.DataFrame
 
@@ -45,7 +46,7 @@ class Contents:
     def reference_means(self) -> pd.Series:
         """π_ref's mean scores on the test prompts, by objective; a prompt counts as one."""
         objectives = self.recipe.problem.objectives
-        return self.before.groupby("prompt_id")[objectives].mean().mean()
+        return self.reference.groupby("prompt_id")[objectives].mean().mean()
 
     def name_of(self, path: Path) -> str:
         """A file's name relative to the run, as captions give it."""
@@ -79,14 +80,23 @@ def read_contents(run: RunDirectory, number: int | None = None) -> Contents:
     optimum = read_optimum(run)
     rank = {prompt_id: i for i, prompt_id in enumerate(run.prompts()["prompt_id"])}
     columns = ["prompt_id", "response", "token_ids", "ended", "split", *recipe.problem.objectives]
-    before, after = (
+    reference, after = (
         _test_responses(read_parquet(path, columns), rank)
         for path in (run.reference_file, run.samples_file(shown))
     )
-    both = before.index.intersection(after.index, sort=False)
-    records, front = read_records(run), _front(run, shown)
-    before, after = before.loc[both], after.loc[both]
-    return Contents(run, recipe, state, records, optimum, shown, front, before, after)
+    both = reference.index.intersection(after.index, sort=False)
+    return Contents(
+        run,
+        recipe,
+        state,
+        read_records(run),
+        optimum,
+        shown,
+        _front(run, shown),
+        reference,
+        reference.loc[both],
+        after.loc[both],
+    )
 
 
 def _front(run: RunDirectory, shown: int) -> Front | None:

@@ -69,8 +69,8 @@ DARK = Style(
 )
 
 
-def settings(style: Style) -> dict[str, Any]:
-    """Give the matplotlib settings that figures of a style are drawn under."""
+def settings(style: Style) -> Any:
+    """Give the matplotlib settings, a dict, that figures of a style are drawn under."""
     return {
         "figure.facecolor": style.background,
         "axes.facecolor": style.background,

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from constrained_dpo.evaluation.front_record import Front, FrontRow
 from constrained_dpo.report.contents import signed
 from constrained_dpo.report.drawing import DOTS_PER_INCH, LIGHT, MARKERS, WIDTH, Style, settings
@@ -91,12 +93,12 @@ def front_marks(front: Front, record: RoundRecord) -> list[list[tuple[float, flo
 
     marks = []
     for name in front.levels:
-        points = [(row.gains[name], row.reward_change) for row in front.rows]
+        points = np.array([(row.gains[name], row.reward_change) for row in front.rows])
         with rc_context(rc=settings(LIGHT)):  # dark figures have the same layout
             figure = draw_front(LIGHT, front, name, _own_gain(front, record, name))
             figure.set_dpi(DOTS_PER_INCH)
             figure.draw_without_rendering()
-            places = figure.axes[0].transData.transform(points) / figure.bbox.size
+            places = figure.axes[0].transData.transform(points.reshape(-1, 2)) / figure.bbox.size
         marks.append([(float(x), 1 - float(y)) for x, y in places])
     return marks
 

@@ -58,5 +58,5 @@ def averages(contents: Contents) -> list[tuple[str, str, str]]:
     problem, test, means = contents.recipe.problem, contents.record.test, contents.reference_means
     after = {problem.reward: test.reward} | test.utilities
     rows = [(n, signed(means[n], 2), signed(after[n], 2)) for n in problem.objectives]
-    length = lengths(contents.before).mean()
+    length = lengths(contents.reference).mean()
     return [*rows, ("tokens", f"{length:.1f}", f"{test.mean_length:.1f}")]

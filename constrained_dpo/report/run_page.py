@@ -182,7 +182,7 @@ def constraint_rows(contents: Contents) -> list[dict[str, str]]:
 def round_rows(contents: Contents) -> list[dict]:
     """Of π_ref and every round: values by constraint, and those of the policy on the test
     prompts."""
-    problem, before = contents.recipe.problem, contents.before
+    problem, reference = contents.recipe.problem, contents.reference
     means = contents.reference_means
     levels = problem.levels(means)
     rows = [
@@ -194,8 +194,8 @@ def round_rows(contents: Contents) -> list[dict]:
             "objective": signed(means[problem.reward]),
             "gap": "",
             "residual": "",
-            "length": f"{lengths(before).mean():.1f}",
-            "cut": f"{100 * cut_off(before):.0f} %",
+            "length": f"{lengths(reference).mean():.1f}",
+            "cut": f"{100 * cut_off(reference):.0f} %",
             "constraints": [
                 {
                     "name": n,

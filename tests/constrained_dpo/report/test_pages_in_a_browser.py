@@ -72,7 +72,7 @@ def boxes(page, selector) -> list[dict]:
 
 
 def test_the_first_screen_has_the_verdict_the_front_and_three_answers(played, browser):
-    with opened(browser, played.report) as shown:
+    with opened(browser, played.report, height=720) as shown:
         page = shown.page
         sentence = cdpo("report", played.run.path, check=0).stdout.splitlines()[0]
         assert sentence in page.inner_text(".verdict")
@@ -83,7 +83,7 @@ def test_the_first_screen_has_the_verdict_the_front_and_three_answers(played, br
         before, after = (first_answers(played.run, table) for table in tables)
         assert texts == [list(pair) for pair in zip(before, after, strict=True)]
         for box in boxes(page, ".verdict, .lead img, #answers li"):
-            assert box["y"] >= 0 and box["y"] + box["height"] <= 800
+            assert box["y"] >= 0 and box["y"] + box["height"] <= 720
         assert page.query_selector_all("details[open]") == []
         assert not page.is_visible("#table-of-rounds") and not page.is_visible("#cards")
 
@@ -112,7 +112,7 @@ def test_the_slider_moves_the_numbers_the_answers_and_the_mark(played, browser):
             assert page.get_attribute("#slider", "aria-valuetext") == words
             assert row.verdict in page.inner_text(".panel .verdict >> visible=true").lower()
             numbers = " ".join(visible_texts(page, ".panel dd"))
-            for value in (row.reward, row.reward_change, row.objective, row.u["harmless"]):
+            for value in (row.reward, row.reward_change, row.gains["harmless"], row.u["harmless"]):
                 assert signed(value) in numbers
             assert f"{row.lambda_['harmless']:.4f}" in numbers
             answers = visible_texts(page, ".lead .settings .answer")
