@@ -85,17 +85,11 @@ def ring(
 def _met_region(axes: "Axes", style: Style) -> Any:
     """Shades what meets the level, u ≥ 0; the axes leave room for it."""
     left, right = axes.get_xlim()
+    right = max(right, 0.06 * (right - left))
     axes.axvline(0, color=style.colour(0), linestyle="--", linewidth=1.3)
-    shaded = axes.axvspan(
-        0,
-        max(right, 0),
-        color=style.colour(0),
-        alpha=0.16,
-        linewidth=0,
-        zorder=0,
-        label="meets the level",
-    )
-    axes.set_xlim(left, max(right, 0.06 * (right - left)))
+    colour, label = style.colour(0), "meets the level"
+    shaded = axes.axvspan(0, right, color=colour, alpha=0.16, linewidth=0, zorder=0, label=label)
+    axes.set_xlim(left, right)
     return shaded
 
 

@@ -1,5 +1,6 @@
 """What a run's page begins with: which figure, whose answers, and the means."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -72,10 +73,10 @@ def test_the_answers_and_means_are_those_of_the_tables(run):
     test = prompts.loc[prompts["split"] == "test", "prompt_id"]
     lead = sample_cards(contents)[:LEAD_ANSWERS]
     assert [(card["id"], card["draw"]) for card in lead] == [(pid, 0) for pid in test[:3]]
-    tables = [read_parquet(file) for file in (run.reference_file, run.samples_file(0))]
-    tables = [table[table["split"] == "test"] for table in tables]
-    rows = averages(contents)
-    assert [name for name, _, _ in rows] == ["r", "g0", "g1", "tokens"]
-    for name, *values in rows[:3]:
-        means = [t.groupby("prompt_id")[name].mean().mean() for t in tables]
-        assert values == [signed(mean, 2) for mean in means]
+    table = read_parquet(run.reference_file)
+    means = table[table["split"] == "test"].groupby("prompt_id")[["r", "g0", "g1"]].mean().mean()
+    record = json.loads(run.round_file(0).read_text())["test"]
+    after = {"r": record["reward"]} | record["utilities"]
+    expected = [(n, signed(means[n], 2), signed(after[n], 2)) for n in ("r", "g0", "g1")]
+    assert averages(contents)[:-1] == expected
+    assert averages(contents)[-1][0] == "tokens"
