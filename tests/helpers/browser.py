@@ -11,6 +11,9 @@ import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 
+PATIENCE = 180_000
+"""Milliseconds: a machine that is busy with other tests starts a browser late."""
+
 
 @contextmanager
 def chromium() -> Iterator:
@@ -20,7 +23,7 @@ def chromium() -> Iterator:
         pytest.skip("needs Chromium (apt-get install chromium)")
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # root may not use the sandbox
     with driver.sync_playwright() as player:
-        browser = player.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        browser = player.chromium.launch(executable_path=CHROMIUM, args=arguments, timeout=PATIENCE)
         yield browser
         browser.close()
 
@@ -48,6 +51,7 @@ def opened(
         color_scheme=scheme,
         java_script_enabled=scripts,
     )
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     shown = Opened(page)
     page.on("request", lambda request: shown.requests.append(request.url))
