@@ -12,7 +12,7 @@ import pandas as pd
 from constrained_dpo.experiments.compare import Group, points
 from constrained_dpo.experiments.rows import Row
 from constrained_dpo.report.drawing import MARKERS, WIDTH, Style
-from constrained_dpo.report.run_figures import Picture
+from constrained_dpo.report.picture import Picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

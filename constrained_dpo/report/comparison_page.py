@@ -1,7 +1,6 @@
 """`cdpo compare --output`: compare.csv, compare.md, the figures and one self-contained page;
 written whole, from the runs' files alone."""
 
-import base64
 from pathlib import Path
 
 from constrained_dpo.experiments.compare import Group, side_by_side
@@ -30,14 +29,10 @@ def write_comparison(
         [],
     )
     for number, group in enumerate(groups, 1):
-        figures = []
-        for picture in pictures(group, f"{number}-" if len(groups) > 1 else ""):
-            files = dict(picture.files())
-            contents |= files
-            light, dark = (base64.b64encode(data).decode() for data in files.values())
-            figures.append(
-                {"picture": picture, "file": next(iter(files)), "light": light, "dark": dark}
-            )
+        prefix = f"{number}-" if len(groups) > 1 else ""
+        figures = [picture.drawn() for picture in pictures(group, prefix)]
+        for figure in figures:
+            contents |= figure.files
         shown.append(
             {
                 "group": group,

@@ -7,6 +7,7 @@ import pandas as pd
 
 from constrained_dpo.dual.exact import ExactOptimum
 from constrained_dpo.estimates.measure import Measurement
+from constrained_dpo.evaluation.front_record import Front
 from constrained_dpo.problem import Constraint
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory, RunState
@@ -21,8 +22,9 @@ class Contents:
     """What a report is drawn from.
 
     records: round.json of every round done; optimum: exact.json or None; shown: the round whose
-    policy is shown; before, after: the responses of π_ref and of that policy to the test prompts,
-    one index (prompt_id, draw) for both, in the order of prompts.parquet.
+    policy is shown; front: that of its family, or None; reference: all of π_ref's responses to the
+    test prompts; before, after: π_ref's and that policy's, one index (prompt_id, draw) for both, in
+    the order of prompts.parquet.
     """
 
     run: RunDirectory
@@ -31,12 +33,20 @@ class Contents:
     records: list[RoundRecord]
     optimum: dict[str, ExactOptimum] | None
     shown: int
+    front: Front | None
+    reference: pd.DataFrame
     before: pd.DataFrame
     after: pd.DataFrame
 
     @property
     def record(self) -> RoundRecord:
         return self.records[self.shown]
+
+    @property
+    def reference_means(self) -> pd.Series:
+        """π_ref's mean scores on the test prompts, by objective; a prompt counts as one."""
+        objectives = self.recipe.problem.objectives
+        return self.reference.groupby("prompt_id")[objectives].mean().mean()
 
     def name_of(self, path: Path) -> str:
         """A file's name relative to the run, as captions give it."""
@@ -70,13 +80,31 @@ def read_contents(run: RunDirectory, number: int | None = None) -> Contents:
     optimum = read_optimum(run)
     rank = {prompt_id: i for i, prompt_id in enumerate(run.prompts()["prompt_id"])}
     columns = ["prompt_id", "response", "token_ids", "ended", "split", *recipe.problem.objectives]
-    before, after = (
+    reference, after = (
         _test_responses(read_parquet(path, columns), rank)
         for path in (run.reference_file, run.samples_file(shown))
     )
-    both = before.index.intersection(after.index, sort=False)
-    records = read_records(run)
-    return Contents(run, recipe, state, records, optimum, shown, before.loc[both], after.loc[both])
+    both = reference.index.intersection(after.index, sort=False)
+    return Contents(
+        run,
+        recipe,
+        state,
+        read_records(run),
+        optimum,
+        shown,
+        _front(run, shown),
+        reference,
+        reference.loc[both],
+        after.loc[both],
+    )
+
+
+def _front(run: RunDirectory, shown: int) -> Front | None:
+    """The front of a round's family; None where it has no point yet or is of another round's."""
+    if not run.front_file.exists():
+        return None
+    front = Front.read(run.front_file)
+    return front if front.rows and front.round == shown else None
 
 
 def _test_responses(table: pd.DataFrame, rank: dict[str, int]) -> pd.DataFrame:

@@ -69,11 +69,9 @@ DARK = Style(
 )
 
 
-def render(draw: Callable[[Style], "Figure"], style: Style) -> bytes:
-    """The figure that `draw` makes for this style, as PNG bytes."""
-    from matplotlib import rc_context
-
-    settings: Any = {
+def settings(style: Style) -> Any:
+    """Give the matplotlib settings, a dict, that figures of a style are drawn under."""
+    return {
         "figure.facecolor": style.background,
         "axes.facecolor": style.background,
         "savefig.facecolor": style.background,
@@ -96,7 +94,13 @@ def render(draw: Callable[[Style], "Figure"], style: Style) -> bytes:
         "lines.linewidth": 1.8,
         "text.usetex": False,
     }
-    with rc_context(rc=settings):
+
+
+def render(draw: Callable[[Style], "Figure"], style: Style) -> bytes:
+    """The figure that `draw` makes for this style, as PNG bytes."""
+    from matplotlib import rc_context
+
+    with rc_context(rc=settings(style)):
         buffer = BytesIO()
         draw(style).savefig(buffer, format="png", dpi=DOTS_PER_INCH)
     return buffer.getvalue()

@@ -4,11 +4,15 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from constrained_dpo.evaluation.front_record import Front, FrontRow
 from constrained_dpo.report.contents import signed
-from constrained_dpo.report.drawing import MARKERS, WIDTH, Style
+from constrained_dpo.report.drawing import DOTS_PER_INCH, LIGHT, MARKERS, WIDTH, Style, settings
 from constrained_dpo.report.front_words import setting_words
-from constrained_dpo.report.run_figures import Picture
+from constrained_dpo.report.picture import Picture
+from constrained_dpo.report.slack_drawing import ring
+from constrained_dpo.run.record import RoundRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,10 +22,11 @@ LABELLED = 12
 """So many points of a series have their margin beside them; more would cover each other."""
 
 
-def front_pictures(front: Front) -> Iterator[Picture]:
-    """A figure for every constraint."""
+def front_pictures(front: Front, record: RoundRecord) -> Iterator[Picture]:
+    """A figure for every constraint; record: of the round whose family the front is of."""
     names = list(front.levels)
     for index, name in enumerate(names, 1):
+        gain = _own_gain(front, record, name)
         points = "; ".join(
             f"{setting_words(row)}: {signed(row.gains[name])}, {signed(row.reward_change)}"
             for row in front.rows
@@ -30,14 +35,16 @@ def front_pictures(front: Front) -> Iterator[Picture]:
             "front" if len(names) == 1 else f"front-{index}-{name}",
             "front",
             f"What {name} costs",
-            f"Gain of {name} over π_ref and change of reward at each setting: {points}",
+            f"Gain of {name} over π_ref and change of reward at each setting: {points}; round "
+            f"{front.round}'s own policy: {signed(gain)}, {signed(0.0)}",
             f"Gain of {name} over π_ref, and the change of E[{front.reward}] against round "
-            f"{front.round}'s own policy, on the test prompts. Bars: {100 * front.confidence:g} % "
-            "intervals of the gain and two standard errors of the change. Numbers: the margin, or "
-            "the given λ. Hollow: outside the range that the family was trained on. The reward "
-            f"leaves the KL term out; π_ref's is {signed(front.reference[front.reward])}.",
+            f"{front.round}'s own policy (ringed), on the test prompts. Bars: "
+            f"{100 * front.confidence:g} % intervals of the gain and two standard errors of the "
+            "change. Numbers: the margin, or the given λ. Hollow: outside the range that the "
+            "family was trained on. The reward leaves the KL term out; π_ref's is "
+            f"{signed(front.reference[front.reward])}.",
             ["front/front.json"],
-            partial(draw_front, front=front, name=name),
+            partial(draw_front, front=front, name=name, chosen=gain),
         )
 
 
@@ -50,9 +57,12 @@ def _series(front: Front) -> dict[str, list[FrontRow]]:
     return series
 
 
-def draw_front(style: Style, front: Front, name: str) -> "Figure":
+def draw_front(style: Style, front: Front, name: str, chosen: float) -> "Figure":
     """The gain of one utility over π_ref (x) and the change of the reward against the run's own
-    policy (y) of every point, score units, with their intervals and the recipe's margin."""
+    policy (y) of every point, score units, with their intervals and the recipe's margin.
+
+    chosen: the gain of the run's own policy.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
@@ -67,12 +77,35 @@ def draw_front(style: Style, front: Front, name: str) -> "Figure":
         )
     )
     axes.axhline(0, color=style.neutral, linewidth=1.0, zorder=0)
+    handles += ring(axes, (chosen, 0.0), "o", 13, style.colour(1), f"chosen: round {front.round}")
     axes.margins(0.08)
     axes.set_xlabel(f"gain of {name} over π_ref (score units)")
     axes.set_ylabel(f"change of E[{front.reward}] (score units)")
     columns = 3 if len(handles) <= 3 else 2
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=1.8)
     return figure
+
+
+def front_marks(front: Front, record: RoundRecord) -> list[list[tuple[float, float]]]:
+    """Give where each point is on each figure: (x, y) as shares of the image's width from the left
+    and of its height from the top, by figure and point."""
+    from matplotlib import rc_context
+
+    marks = []
+    for name in front.levels:
+        points = np.array([(row.gains[name], row.reward_change) for row in front.rows])
+        with rc_context(rc=settings(LIGHT)):  # dark figures have the same layout
+            figure = draw_front(LIGHT, front, name, _own_gain(front, record, name))
+            figure.set_dpi(DOTS_PER_INCH)
+            figure.draw_without_rendering()
+            places = figure.axes[0].transData.transform(points.reshape(-1, 2)) / figure.bbox.size
+        marks.append([(float(x), 1 - float(y)) for x, y in places])
+    return marks
+
+
+def _own_gain(front: Front, record: RoundRecord, name: str) -> float:
+    """The gain of the round's own policy over π_ref (score units)."""
+    return record.test.utilities[name] - front.reference[name]
 
 
 def _shift(front: Front, name: str) -> float:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from constrained_dpo.evaluation.front_record import Front, FrontRow
 from constrained_dpo.report.contents import signed
-from constrained_dpo.report.front_figures import front_pictures
+from constrained_dpo.report.front_figures import front_marks, front_pictures
 from constrained_dpo.report.front_words import (
     distance,
     front_notes,
@@ -25,15 +25,17 @@ from constrained_dpo.report.front_words import (
     with_error,
 )
 from constrained_dpo.report.page import TEMPLATES, render_page, shortened
+from constrained_dpo.report.picture import DrawnPicture
 from constrained_dpo.report.verdict_words import MEANING
 from constrained_dpo.run.directory import RunDirectory
+from constrained_dpo.run.record import RoundRecord
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from data_prep.prompts.messages import last_user_text
 from data_prep.readers.tables import read_parquet
 
-SHOWN_PROMPTS = 8
-"""Test prompts whose answers are on the page."""
+SHOWN_PROMPTS, LEAD_PROMPTS = 8, 3
+"""Test prompts whose answers are on the page, and on its first screen."""
 
 
 def write_front(run: RunDirectory, front: Front) -> Path:
@@ -41,19 +43,13 @@ def write_front(run: RunDirectory, front: Front) -> Path:
 
     Raises UserError where the folder cannot be written.
     """
-    folder, figures = run.front_file.parent, []
-    images: dict[str, bytes] = {}
-    for picture in front_pictures(front):
-        files = dict(picture.files())
-        light, dark = (base64.b64encode(data).decode() for data in files.values())
-        figures.append(
-            {"picture": picture, "file": next(iter(files)), "light": light, "dark": dark}
-        )
-        images |= files
-    page = _render(run, front, figures)
+    folder, record = run.front_file.parent, RoundRecord.read(run.round_file(front.round))
+    figures = [picture.drawn() for picture in front_pictures(front, record)]
+    page = _render(run, front, figures, front_marks(front, record))
     try:
-        for name, data in images.items():
-            write_atomically(folder / name, data)
+        for figure in figures:
+            for name, data in figure.files.items():
+                write_atomically(folder / name, data)
         write_atomically(folder / "front.html", page.encode())
     except OSError as error:
         raise UserError(
@@ -62,7 +58,12 @@ def write_front(run: RunDirectory, front: Front) -> Path:
     return folder / "front.html"
 
 
-def _render(run: RunDirectory, front: Front, figures: list[dict[str, Any]]) -> str:
+def _render(
+    run: RunDirectory,
+    front: Front,
+    figures: list[DrawnPicture],
+    marks: list[list[tuple[float, float]]],
+) -> str:
     recipe, rows = run.recipe(), front.rows
     script = (TEMPLATES / "front.js").read_text(encoding="utf-8")
     values = {
@@ -75,9 +76,11 @@ def _render(run: RunDirectory, front: Front, figures: list[dict[str, Any]]) -> s
         "percent": f"{100 * front.confidence:g} %",
         "settings": [_setting(front, row) for row in rows],
         "first": _first(front, rows),
+        "lead": LEAD_PROMPTS,
         "reference": [(name, signed(value)) for name, value in front.reference.items()],
         "notes": [f"{line[0].upper()}{line[1:]}." for line in front_notes(front)],
         "figures": figures,
+        "marks": marks,
         "cards": _cards(run, rows, recipe.prompts.format, recipe.problem.objectives),
         "script": script,
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

@@ -1,54 +1,24 @@
 """Which figures a report has: their values, captions, alternative texts and the run's files that
 they are drawn from."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from constrained_dpo.report.contents import Contents, cut_off, interval, lengths, signed
-from constrained_dpo.report.drawing import (
-    DARK,
-    LIGHT,
-    Style,
-    draw_certificate,
-    draw_histogram,
-    draw_multipliers,
-    render,
-)
+from constrained_dpo.report.drawing import draw_certificate, draw_histogram, draw_multipliers
+from constrained_dpo.report.front_figures import front_pictures
+from constrained_dpo.report.picture import Picture
 from constrained_dpo.report.slack_drawing import draw_path, draw_slack
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure of the report.
-
-    section: multipliers, slack, path or scores; stem: its PNGs are STEM.png and STEM-dark.png;
-    sources: the run's files it was drawn from.
-    """
-
-    stem: str
-    section: str
-    title: str
-    alt: str
-    caption: str
-    sources: list[str]
-    draw: "Callable[[Style], Figure]" = field(repr=False)
-
-    def files(self) -> Iterator[tuple[str, bytes]]:
-        yield f"{self.stem}.png", render(self.draw, LIGHT)
-        yield f"{self.stem}-dark.png", render(self.draw, DARK)
 
 
 def pictures(contents: Contents) -> Iterator[Picture]:
     """Every figure of the report, in order."""
     names = contents.recipe.problem.names
+    if contents.front is not None:
+        yield from front_pictures(contents.front, contents.record)
     if names:
         yield _multipliers(contents)
     for index, name in enumerate(names, 1):
@@ -121,25 +91,29 @@ def _slack(contents: Contents, index: int, name: str) -> Picture:
 def _path(contents: Contents, index: int, name: str) -> Picture:
     reward, tests = contents.recipe.problem.reward, [record.test for record in contents.records]
     rounds = pd.DataFrame(
-        {"utility": [t.utilities[name] for t in tests], "reward": [t.reward for t in tests]}
+        {
+            "u": [test.u[name] for test in tests],
+            "low": [test.u_ci_low[name] for test in tests],
+            "high": [test.u_ci_high[name] for test in tests],
+            "reward": [test.reward for test in tests],
+        }
     )
-    means = contents.before[[name, reward]].mean()
-    level = contents.record.test.utilities[name] - contents.record.test.u[name]
+    here, means = tests[contents.shown], contents.reference_means
+    reference = (means[name] - contents.recipe.problem.levels(means)[name], means[reward])
     best = contents.optimum_on("test")
-    optimum = (best.optimal.utilities[name], best.optimal.reward) if best else None
+    optimum = (best.optimal.u[name], best.optimal.reward) if best else None
     where = "these prompts" if "test" in (contents.optimum or {}) else "all prompts of the world"
-    here = tests[contents.shown]
+    percent = f"{100 * contents.recipe.dual.confidence:g} %"
     return Picture(
         f"path-{index}-{name}",
         "path",
-        f"Path: {name} against {reward}",
-        f"Reward against {name} on test prompts: π_ref at {signed(means.iloc[0])}, "
-        f"{signed(means.iloc[1])}; round {contents.shown} at "
-        f"{signed(here.utilities[name])}, {signed(here.reward)}; the level asked for is "
-        f"{signed(level)}",
-        f"Each round's policy on the test prompts; the dashed line is the level that {name} has "
-        "to reach"
-        + (f", the star the exact constrained optimum on {where}." if optimum else ".")
+        f"Reward against slack of {name}",
+        f"Reward against u of {name} on test prompts: π_ref at {signed(reference[0])}, "
+        f"{signed(reference[1])}; round {contents.shown} at "
+        f"{signed(here.u[name])}, {signed(here.reward)}",
+        f"Each round's policy on the test prompts; u ≥ 0 reaches the level of {name}. Ring: round "
+        f"{contents.shown}, the policy shown, with the {percent} interval of its u"
+        + (f"; star: the exact constrained optimum on {where}." if optimum else ".")
         + " The reward leaves the KL term out.",
         [
             *contents.round_files,
@@ -150,8 +124,7 @@ def _path(contents: Contents, index: int, name: str) -> Picture:
             draw_path,
             rounds=rounds,
             names=(name, reward),
-            reference=tuple(means),
-            level=level,
+            reference=reference,
             optimum=optimum,
             shown=contents.shown,
         ),

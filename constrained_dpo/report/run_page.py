@@ -1,8 +1,9 @@
 """`cdpo report`: one self-contained HTML page and its PNGs, drawn from a run's files alone.
 
-Reads recipe.yaml, state.json, exact.json, scorers.json, prompts.parquet, reference.parquet and
-rounds/*, loads no model and takes no lock: what a run in progress has finished is what is shown.
-Writes only RUN/report/, each file whole; the page embeds its images, so it can be sent as it is.
+Reads recipe.yaml, state.json, exact.json, scorers.json, prompts.parquet, reference.parquet,
+rounds/* and front/front.json, loads no model and takes no lock: what a run in progress has finished
+is what is shown. Writes only RUN/report/, each file whole; the page embeds its images, so it can be
+sent as it is.
 """
 
 import base64
@@ -21,7 +22,9 @@ from constrained_dpo.report.contents import (
     signed,
 )
 from constrained_dpo.report.page import TEMPLATES, render_page
-from constrained_dpo.report.run_figures import Picture, pictures
+from constrained_dpo.report.picture import DrawnPicture
+from constrained_dpo.report.run_figures import pictures
+from constrained_dpo.report.run_lead import LEAD_ANSWERS, averages, lead_figure, verdict_sentence
 from constrained_dpo.report.run_samples import EXTREMES, FIRST_RESPONSES, sample_cards
 from constrained_dpo.report.scorer_words import measured_lines
 from constrained_dpo.report.status_words import certificate_line
@@ -43,9 +46,9 @@ def write_report(run: RunDirectory, number: int | None = None) -> tuple[Path, st
     """
     contents = read_contents(run, number)
     folder = run.path / "report"
-    drawn = [(picture, dict(picture.files())) for picture in pictures(contents)]
-    images = {name: data for _, files in drawn for name, data in files.items()}
-    page = _render(contents, drawn)
+    figures = [picture.drawn() for picture in pictures(contents)]
+    images = {name: data for figure in figures for name, data in figure.files.items()}
+    page = _render(contents, figures)
     try:
         for name, data in images.items():
             write_atomically(folder / name, data)
@@ -60,20 +63,19 @@ def write_report(run: RunDirectory, number: int | None = None) -> tuple[Path, st
     return folder / "report.html", verdict_sentence(contents)
 
 
-def _render(contents: Contents, drawn: list[tuple[Picture, dict[str, bytes]]]) -> str:
+def _render(contents: Contents, figures: list[DrawnPicture]) -> str:
     recipe, state, run = contents.recipe, contents.state, contents.run
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-    figures = [
-        {"picture": picture, "files": list(files), "light": light, "dark": dark}
-        for picture, files in drawn
-        for light, dark in [[base64.b64encode(data).decode() for data in files.values()]]
-    ]
+    samples = sample_cards(contents)
     values = {
         "name": recipe.name,
         "run": run.path.name,
         "shown": contents.shown,
         "verdict": contents.record.verdict,
         "sentence": verdict_sentence(contents),
+        "lead": lead_figure(contents, figures),
+        "answers": samples[:LEAD_ANSWERS],
+        "averages": averages(contents),
         "notes": notes(contents),
         "next_step": next_step(run, recipe),
         "problem": recipe.problem.describe().splitlines(),
@@ -83,7 +85,7 @@ def _render(contents: Contents, drawn: list[tuple[Picture, dict[str, bytes]]]) -
         "reward": recipe.problem.reward,
         "percent": f"{100 * recipe.dual.confidence:g} %",
         "figures": figures,
-        "samples": sample_cards(contents),
+        "samples": samples,
         "num_pairs": len(contents.before),
         "num_prompts": contents.before.index.get_level_values("prompt_id").nunique(),
         "first_responses": FIRST_RESPONSES,
@@ -102,40 +104,6 @@ def _render(contents: Contents, drawn: list[tuple[Picture, dict[str, bytes]]]) -
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
     return render_page("report.html.j2", values)
-
-
-def verdict_sentence(contents: Contents) -> str:
-    """The verdict on the test prompts in one sentence: which constraint, its margin, u with its
-    interval, the round, the confidence."""
-    problem, test, confidence = (
-        contents.recipe.problem,
-        contents.record.test,
-        contents.recipe.dual.confidence,
-    )
-    verdicts, where = test.verdicts, f"{test.num_prompts} unseen test prompts"
-    if not problem.constraints:
-        return (
-            f"No constraint was set: round {contents.shown} reaches E[{problem.reward}] "
-            f"{signed(test.reward)} on {where}."
-        )
-    parts = [
-        f"{c.name} ({level_words(c)}) is {verdicts[c.name]}, u = {interval(test, c.name)}"
-        for c in problem.constraints
-    ]
-    start = f"After round {contents.shown}, on {where} and at {100 * confidence:g} % confidence"
-    if len(parts) == 1:
-        return f"{start}, {parts[0]} score units."
-    counts = {
-        word: sum(v == word for v in verdicts.values())
-        for word in ("satisfied", "undecided", "violated")
-    }
-    summary = ", ".join(
-        f"{n or 'none'} {word}" for word, n in counts.items() if n or word == "satisfied"
-    )
-    return (
-        f"{start} over all {len(parts)} constraints together, {summary}: {'; '.join(parts)} "
-        "(score units)."
-    )
 
 
 def notes(contents: Contents) -> list[str]:
@@ -193,7 +161,7 @@ def constraint_rows(contents: Contents) -> list[dict[str, str]]:
     """Of every constraint, on the test prompts: the required level, where π_ref is, what was
     reached, u, verdict."""
     test, rows = contents.record.test, []
-    reference = contents.before.groupby("prompt_id")[contents.recipe.problem.names].mean().mean()
+    reference = contents.reference_means
     for c in contents.recipe.problem.constraints:
         reached = test.utilities[c.name]
         rows.append(
@@ -214,8 +182,8 @@ def constraint_rows(contents: Contents) -> list[dict[str, str]]:
 def round_rows(contents: Contents) -> list[dict]:
     """Of π_ref and every round: values by constraint, and those of the policy on the test
     prompts."""
-    problem, before = contents.recipe.problem, contents.before
-    means = before.groupby("prompt_id")[problem.objectives].mean().mean()
+    problem, reference = contents.recipe.problem, contents.reference
+    means = contents.reference_means
     levels = problem.levels(means)
     rows = [
         {
@@ -226,8 +194,8 @@ def round_rows(contents: Contents) -> list[dict]:
             "objective": signed(means[problem.reward]),
             "gap": "",
             "residual": "",
-            "length": f"{lengths(before).mean():.1f}",
-            "cut": f"{100 * cut_off(before):.0f} %",
+            "length": f"{lengths(reference).mean():.1f}",
+            "cut": f"{100 * cut_off(reference):.0f} %",
             "constraints": [
                 {
                     "name": n,
@@ -298,5 +266,6 @@ def _sources(contents: Contents) -> Iterator[tuple[str, str]]:
         run.samples_file(contents.shown),
     ]
     files += [run.exact_file] if contents.optimum else []
+    files += [run.front_file] if contents.front else []
     for path in [*files, *map(run.round_file, range(len(contents.records)))]:
         yield contents.name_of(path), hash_file(path)[:16]

@@ -7,6 +7,7 @@ import pandas as pd
 
 from constrained_dpo.report.contents import Contents, signed
 from constrained_dpo.report.page import shortened
+from data_prep.prompts.messages import last_user_text
 
 FIRST_RESPONSES, EXTREMES = 100, 60
 """Pairs of responses on the page: first draws, and largest changes over all constraints."""
@@ -44,6 +45,7 @@ def sample_cards(contents: Contents) -> list[dict[str, Any]]:
     changes = contents.after[names] - contents.before[names]
     chosen = choose_samples(changes, problem.names or [problem.reward])
     prompts = contents.run.prompts().set_index("prompt_id")["prompt"].to_dict()
+    format = contents.recipe.prompts.format
     tables = {"π_ref": contents.before, f"round {contents.shown}": contents.after}
     rows: dict[str, Any] = {
         title: table.loc[list(chosen)].to_dict("index") for title, table in tables.items()
@@ -55,7 +57,8 @@ def sample_cards(contents: Contents) -> list[dict[str, Any]]:
         moves = {n: float(changes[n][key]) for n in names if pd.notna(changes[n][key])}
         cards.append(
             {
-                "prompt": shortened(_prompt_text(prompts[pid], contents.recipe.prompts.format)),
+                "prompt": shortened(_prompt_text(prompts[pid], format)),
+                "question": shortened(last_user_text(prompts[pid], format)),
                 "id": pid,
                 "draw": draw,
                 "sides": sides,

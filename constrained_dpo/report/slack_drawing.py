@@ -1,14 +1,15 @@
-"""Figures of slack and of a run's way in the plane of utility and reward."""
+"""Figures of slack by round, and of a run's way in the plane of slack and reward."""
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from constrained_dpo.report.drawing import Style, _figure, _legend, _whole_rounds
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from constrained_dpo.report.drawing import Style, _figure, _legend, _whole_rounds
 
 
 def draw_slack(
@@ -62,10 +63,10 @@ def draw_slack(
     return figure
 
 
-def _mark(
+def ring(
     axes: "Axes", point: tuple[float, float], marker: str, size: float, colour: str, label: str
 ) -> list[Any]:
-    """A hollow marker around a point."""
+    """Draw a hollow marker around a point; give its handle."""
     return list(
         axes.plot(
             *point,
@@ -81,19 +82,14 @@ def _mark(
     )
 
 
-def _met_region(axes: "Axes", level: float, style: Style) -> Any:
-    """Shades what meets the level; the axes leave room for it."""
+def _met_region(axes: "Axes", style: Style) -> Any:
+    """Shades what meets the level, u ≥ 0; the axes leave room for it."""
     left, right = axes.get_xlim()
-    shaded = axes.axvspan(
-        level,
-        max(right, level),
-        color=style.colour(0),
-        alpha=0.16,
-        linewidth=0,
-        zorder=0,
-        label="meets the level",
-    )
-    axes.set_xlim(left, max(right, level + 0.06 * (right - left)))
+    right = max(right, 0.06 * (right - left))
+    axes.axvline(0, color=style.colour(0), linestyle="--", linewidth=1.3)
+    colour, label = style.colour(0), "meets the level"
+    shaded = axes.axvspan(0, right, color=colour, alpha=0.16, linewidth=0, zorder=0, label=label)
+    axes.set_xlim(left, right)
     return shaded
 
 
@@ -103,22 +99,20 @@ def draw_path(
     *,
     names: tuple[str, str],
     reference: tuple[float, float],
-    level: float,
     optimum: tuple[float, float] | None,
     shown: int,
 ) -> "Figure":
-    """The rounds' policies in the plane of one utility (x) and the reward (y), score units, with
-    π_ref, the level and the exact optimum.
+    """The rounds' policies in the plane of one slack (x) and the reward (y), score units, with
+    π_ref, the exact optimum, and the interval of the round shown.
 
-    rounds: columns utility, reward, index the round; names: utility and reward; level: the utility
-    that the constraint asks for.
+    rounds: columns u, low, high, reward, index the round; names: utility and reward.
     """
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.ticker import MaxNLocator
 
     figure = _figure(3.8)
     axes = figure.subplots()
-    x, y = rounds["utility"], rounds["reward"]
+    x, y = rounds["u"], rounds["reward"]
     handles: list[Any] = axes.plot(
         *reference, linestyle="", marker="s", markersize=8, color=style.neutral, label="π_ref"
     )
@@ -131,6 +125,9 @@ def draw_path(
         zorder=1,
     )
     axes.plot(x, y, color=style.neutral, linewidth=1, zorder=1)
+    ends = rounds.loc[[shown], ["low", "high"]].to_numpy()[0]
+    if np.isfinite(ends).all():
+        axes.plot(ends, [y[shown]] * 2, color=style.colour(1), linewidth=1.4, zorder=2)
     shades = LinearSegmentedColormap.from_list("rounds", style.rounds)
     points = axes.scatter(
         x,
@@ -153,14 +150,12 @@ def draw_path(
             pad=0.02,
             aspect=30,
         )
-    marked = (x[shown], y[shown])
-    handles += _mark(axes, marked, "o", 13, style.colour(1), f"round {shown}")
+    handles += ring(axes, (x[shown], y[shown]), "o", 13, style.colour(1), f"chosen: round {shown}")
     if optimum:
-        handles += _mark(axes, optimum, "*", 15, style.colour(2), "exact optimum")
+        handles += ring(axes, optimum, "*", 15, style.colour(2), "exact optimum")
     axes.margins(0.12)
-    axes.axvline(level, color=style.colour(0), linestyle="--", linewidth=1.3)
-    handles.append(_met_region(axes, level, style))
-    axes.set_xlabel(f"utility E[{names[0]}] (score units)")
+    handles.append(_met_region(axes, style))
+    axes.set_xlabel(f"slack u({names[0]}) (score units)")
     axes.set_ylabel(f"reward E[{names[1]}] (score units)")
     _legend(figure, handles, 2 if optimum else 3)
     return figure
