@@ -49,6 +49,10 @@ class Setting(Record):
 class FrontRow(Record):
     """A point of a front in numbers; dicts are by constraint, score units, on the test prompts.
 
+    key, lambda_, kappa: as in `FrontPoint`; num_trials: how many it took; verdict: on all
+    constraints; reward, utilities, u, `u_ci_*`, `*_se`, verdicts, verdict_confidence,
+    cut_off_fraction, mean_length: as in `Measurement`.
+
     levels: what the constraints are judged at, margins over π_ref or thresholds; solved: whether λ
     was found for them or was given. look: among all points of the run's fronts; outside: at which
     end λ leaves the range that the family was trained on, kappa_outside: κ likewise; at_edge: where
@@ -158,10 +162,11 @@ class FrontPoint(Record):
 class Front(Record):
     """The points of a run's fronts (front.json).
 
-    looks: keys in the order in which the points look at the test prompts, those of points that are
-    not done yet included; points: those that are done. round: whose family the newest are of;
-    levels: the recipe's; low, high: the multipliers that this family was trained on, by constraint;
-    reference: π_ref's means on the test prompts, by objective.
+    reward: its name; confidence: of all verdicts together; looks: keys in the order in which the
+    points look at the test prompts, those of points that are not done yet included; points: those
+    that are done. round: whose family the newest are of; levels: the recipe's; low, high: the
+    multipliers that this family was trained on, by constraint; reference: π_ref's means on the test
+    prompts, by objective.
     """
 
     reward: str

@@ -13,9 +13,7 @@ from tests.helpers.cli import cdpo
 from tests.helpers.paths import REPO
 
 OWN_MODEL = REPO / "docs" / "guide" / "your-own-model.md"
-
-
-BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(\w+)(?: title=\"(\S+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
