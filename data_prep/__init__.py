@@ -1,6 +1,6 @@
 """Turn prompts, a policy and scorers into validated tables. Never imports `constrained_dpo`.
 
-The names below are the documented API. They are loaded when first used, so `import data_prep` is
+The names below are the documented API (docs/reference.md). They are loaded when first used, so `import data_prep` is
 instant and imports no network library.
 """
 

@@ -49,7 +49,7 @@ class Setting(Record):
 class FrontRow(Record):
     """A point of a front in numbers; dicts are by constraint, score units, on the test prompts.
 
-    key, lambda_, kappa: as in `FrontPoint`; num_trials: how many it took; verdict: on all
+    key: the folder's name; round: whose family it is of; lambda_, kappa: what it is; num_trials: how many it took; verdict: on all
     constraints; reward, utilities, u, `u_ci_*`, `*_se`, verdicts, verdict_confidence,
     cut_off_fraction, mean_length: as in `Measurement`.
 
@@ -109,9 +109,10 @@ class FrontPoint(Record):
 
     key: its folder's name; setting: what it was to be; lambda_, kappa: what it is; reason: how its
     search ended, and trials: what it tried, on the dual prompts. dual, test: estimates at the
-    setting's levels; reference: π_ref's means on the test prompts, by objective; reward_change: as
-    in `FrontRow`; family: a hash of the gated adapter; responses: of a prompt; exact: by split,
-    where every response of the world is listed.
+    setting's levels; reference: π_ref's means on the test prompts, by objective; round, look,
+    outside, kappa_outside, at_edge, `reward_change*`: as in `FrontRow`; family: a hash of the gated
+    adapter; responses, seed: how many of a prompt were drawn, and how; exact: by split, where every
+    response of the world is listed.
     """
 
     key: str
