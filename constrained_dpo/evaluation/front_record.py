@@ -49,9 +49,9 @@ class Setting(Record):
 class FrontRow(Record):
     """A point of a front in numbers; dicts are by constraint, score units, on the test prompts.
 
-    key: the folder's name; round: whose family it is of; lambda_, kappa: what it is; num_trials: how many it took; verdict: on all
-    constraints; reward, utilities, u, `u_ci_*`, `*_se`, verdicts, verdict_confidence,
-    cut_off_fraction, mean_length: as in `Measurement`.
+    key: the folder's name; round: whose family it is of; lambda_, kappa: what it is; num_trials:
+    how many it took; verdict: on all constraints; reward, utilities, u, `u_ci_*`, `*_se`, verdicts,
+    verdict_confidence, cut_off_fraction, mean_length: as in `Measurement`.
 
     levels: what the constraints are judged at, margins over π_ref or thresholds; solved: whether λ
     was found for them or was given. look: among all points of the run's fronts; outside: at which
