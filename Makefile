@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup init round run smollm2 status report test test-all lint bench bench-quality bench-family bench-methods bench-fit bench-coverage bench-one-shot bench-theory bench-kills bench-relabel bench-prepare clean
+.PHONY: setup init round run smollm2 status report test test-all lint docs bench bench-quality bench-family bench-methods bench-fit bench-coverage bench-one-shot bench-theory bench-kills bench-relabel bench-prepare clean
 .DEFAULT_GOAL := round
 
 setup: $(VENV)/.installed
@@ -52,6 +52,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# The site of the documentation, into site/. Whatever mkdocs warns of is an error.
+docs: $(VENV)/.docs-installed
+	$(BIN)/mkdocs build
+
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	@touch $@
 
 # The tables of docs/benchmarks.md, measured anew (about 40 minutes on 2 cores).
 bench: setup
@@ -119,4 +127,4 @@ bench-prepare: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_prepare
 
 clean:
-	rm -rf runs build *.egg-info
+	rm -rf runs build site *.egg-info

@@ -1,7 +1,7 @@
 """Constrained alignment of language models: as helpful as possible, at least this much safer.
 
-The names below are the documented API (docs/python-api.md). They are loaded when first used, so
-`import constrained_dpo` is instant and imports no network library.
+The names below are the documented API (docs/reference.md, docs/python-api.md). They are loaded when
+first used, so `import constrained_dpo` is instant and imports no network library.
 """
 
 from importlib import import_module

@@ -76,6 +76,7 @@ class Run:
 
     @property
     def path(self) -> Path:
+        """The run directory."""
         return self.directory.path
 
     @property

@@ -25,8 +25,8 @@ def by_name(values: pd.Series) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Constraint:
-    """A utility and the level it has to reach: `margin` above the reference policy, or an absolute
-    `threshold` (score units).
+    """A utility, the column `name`, and the level it has to reach: `margin` above the reference
+    policy, or an absolute `threshold` (score units).
 
     margin_in_std: a margin in standard deviations of the reference policy's scores, until they are
     known (`resolved`). utility: the column that is scored, where the constraint is on the prompts
@@ -80,8 +80,8 @@ def _listed(categories: frozenset[str]) -> str:
 
 @dataclass(frozen=True)
 class ConstrainedProblem:
-    """Reward column, KL weight β (score units per nat) and constraints. Raises UserError on
-    duplicated or reserved names."""
+    """Maximize `reward`, the name of a column, less `beta` · KL (score units per nat), subject to
+    `constraints`. Raises UserError on duplicated or reserved names."""
 
     reward: str
     beta: float

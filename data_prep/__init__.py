@@ -1,7 +1,7 @@
 """Turn prompts, a policy and scorers into validated tables. Never imports `constrained_dpo`.
 
-The names below are the documented API. They are loaded when first used, so `import data_prep` is
-instant and imports no network library.
+The names below are the documented API (docs/reference.md). They are loaded when first used, so
+`import data_prep` is instant and imports no network library.
 """
 
 from importlib import import_module

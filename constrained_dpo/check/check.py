@@ -59,9 +59,11 @@ class CheckReport(Record):
     """What a check has seen of a recipe. What could not be checked is None, and listed in
     `not_checked`.
 
-    prompts: by split; left_out: prompts by reason; dataset: its responses in the pool; sampler: the
-    servers' identity and their log-probabilities beside ours; golden: a published score beside
-    ours, in words; choices: what the recipe leaves to the toolkit, in words.
+    name: the recipe's; prompts: by split; left_out: prompts by reason; dataset: its responses in
+    the pool; lengths: in tokens, beside the windows; policy: its facts; scorers: by objective;
+    sampler: the servers' identity and their log-probabilities beside ours; golden: a published
+    score beside ours, in words; choices: what the recipe leaves to the toolkit, in words; pilot:
+    times, memory and precision of a small trial; warnings: in words.
     """
 
     name: str

@@ -12,8 +12,11 @@ from data_prep.records import Record
 
 
 class History(Record):
-    """A run's multipliers, recomputed and equal to those in state.json; the scale of its scores
-    at λ_0, None before `prepare`."""
+    """A run's history, recomputed.
+
+    run: its path; lambda_: the multipliers by round, equal to those in state.json; scale: of its
+    scores at λ_0, None before `prepare`.
+    """
 
     run: str
     lambda_: list[dict[str, float]] = Field(alias="lambda")

@@ -34,12 +34,13 @@ Evaluate = Callable[[np.ndarray], DualPoint]
 
 @dataclass(frozen=True)
 class OneShotSolution:
-    """λ* = argmin_{0 ≤ λ ≤ max_lambda} D(λ), the tilted policy's predicted means, and the KKT
-    residual (score units of g).
+    """λ* = argmin_{0 ≤ λ ≤ max_lambda} D(λ), and what the tilted policy π*_λ is predicted to do.
 
-    ess, min_ess: mean and smallest effective sample size per prompt. passes: over the whole table,
-    line search included, parts of the table counted by their share and rounded up. `at_bound` names
-    the constraints whose λ* sits at max_lambda with D still falling.
+    lambda_: λ* by constraint; dual_value: D(λ*); reward, utilities: E[r], E[g] in score units; kl:
+    in nats; kkt_residual: in score units of g. ess, min_ess: mean and smallest effective sample
+    size per prompt. passes: over the whole table, line search included, parts of the table counted
+    by their share and rounded up. `at_bound` names the constraints whose λ* sits at max_lambda with
+    D still falling.
     """
 
     lambda_: pd.Series

@@ -42,10 +42,11 @@ class Certificate(Record):
     dual_values those of all sources; lagrangian_gap: D(λ) − L(π_θ, λ); optimality_gap: D(λ) − the
     objective; disagreement: a source that sees mass which π_θ's samples miss.
 
-    Each has an interval (*_low, *_high), two standard errors beyond an estimate that is biased low
-    and one that is biased high. The lower end holds whatever the samples miss. The upper end can
-    fail where the best answers are rarer than one in all draws. The estimate between them is None
-    where the samples cannot carry it, and the interval where there is none, for certificate_reason.
+    Each has a standard error (`*_se`) and an interval (`*_low`, `*_high`), two of them beyond an
+    estimate that is biased low and one that is biased high. The lower end holds whatever the
+    samples miss. The upper end can fail where the best answers are rarer than one in all draws. The
+    estimate between them is None where the samples cannot carry it, and the interval where there is
+    none, for certificate_reason.
     """
 
     lagrangian: float | None = None

@@ -30,12 +30,14 @@ class Rule:
 class Measurement(Record):
     """Estimates of a policy on one set of prompts; dicts are by constraint, score units.
 
-    u: the slack; u_se: its standard error; u_ci_*: its two-sided interval. overall: the verdict on
-    all constraints, which rests on u_low, one-sided bounds at `verdict_confidence`; verdicts: on
-    each, which rest on u_each_*, one-sided bounds for all of them together. u_bounds: of a prompt's
+    u: the slack; u_se: its standard error; `u_ci_*`: its two-sided interval. reward: E[r];
+    utilities: E[g]; `*_se`: a mean's standard error, by prompt. overall: the verdict on all
+    constraints, which rests on u_low, one-sided bounds at `verdict_confidence`; verdicts: on each,
+    which rest on `u_each_*`, one-sided bounds for all of them together. u_bounds: of a prompt's
     slack; bounds_seen: constraints whose bounds are the lowest and highest seen, because nothing
     else bounds their scores. kl (nats) and objective E[r] − β KL are None where the samples are not
-    from the policy itself, for `kl_reason`.
+    from the policy itself, for `kl_reason`. num_prompts, num_samples: what it rests on;
+    cut_off_fraction: of the responses, those that did not end; mean_length: in tokens.
     """
 
     u: dict[str, float]

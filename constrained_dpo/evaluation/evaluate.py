@@ -30,8 +30,8 @@ from data_prep.scorers.settings import ScorerSettings
 class JudgeOptions:
     """A chat server that compares the answers with π_ref's.
 
-    against: compare with this run's last round instead; unsafe: prompts that ask for harm, judged
-    apart from the others.
+    settings: of the server; against: compare with this run's last round instead; unsafe: prompts
+    that ask for harm, judged apart from the others.
     """
 
     settings: JudgeSettings
@@ -46,7 +46,8 @@ class EvaluationOptions:
     round: a number, best, best-dual or last; adapter: instead of a round, a LoRA adapter from
     elsewhere on the run's base; prompts: a file instead of the run's test prompts; scorers: extra
     scores by name; responses: per prompt (None: dual.responses_per_prompt); seed: another draws
-    others; more: add fresh responses to an earlier evaluation of the same question.
+    others; more: add fresh responses to an earlier evaluation of the same question; judge: also
+    asks a chat server.
     """
 
     round: str = "last"
@@ -66,8 +67,11 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation, the prompts left out by reason, and what a judge said by set of prompts
-    (`prompts`, `unsafe`)."""
+    """What an evaluation gives.
+
+    record: its estimates; left_out: prompts by reason; judged: what a judge said, by set of prompts
+    (`prompts`, `unsafe`).
+    """
 
     record: Evaluation
     left_out: dict[str, int]

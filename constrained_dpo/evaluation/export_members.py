@@ -30,7 +30,10 @@ SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class Member:
-    """An exported adapter: its name on a server, its folder, and what was measured of it."""
+    """An exported adapter.
+
+    name: on a server; folder: where it is; point: what was measured of it.
+    """
 
     name: str
     folder: Path

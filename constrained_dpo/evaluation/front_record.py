@@ -49,6 +49,10 @@ class Setting(Record):
 class FrontRow(Record):
     """A point of a front in numbers; dicts are by constraint, score units, on the test prompts.
 
+    key: the folder's name; round: whose family it is of; lambda_, kappa: what it is; num_trials:
+    how many it took; verdict: on all constraints; reward, utilities, u, `u_ci_*`, `*_se`, verdicts,
+    verdict_confidence, cut_off_fraction, mean_length: as in `Measurement`.
+
     levels: what the constraints are judged at, margins over π_ref or thresholds; solved: whether λ
     was found for them or was given. look: among all points of the run's fronts; outside: at which
     end λ leaves the range that the family was trained on, kappa_outside: κ likewise; at_edge: where
@@ -105,9 +109,10 @@ class FrontPoint(Record):
 
     key: its folder's name; setting: what it was to be; lambda_, kappa: what it is; reason: how its
     search ended, and trials: what it tried, on the dual prompts. dual, test: estimates at the
-    setting's levels; reference: π_ref's means on the test prompts, by objective; reward_change: as
-    in `FrontRow`; family: a hash of the gated adapter; responses: of a prompt; exact: by split,
-    where every response of the world is listed.
+    setting's levels; reference: π_ref's means on the test prompts, by objective; round, look,
+    outside, kappa_outside, at_edge, `reward_change*`: as in `FrontRow`; family: a hash of the gated
+    adapter; responses, seed: how many of a prompt were drawn, and how; exact: by split, where every
+    response of the world is listed.
     """
 
     key: str
@@ -158,10 +163,11 @@ class FrontPoint(Record):
 class Front(Record):
     """The points of a run's fronts (front.json).
 
-    looks: keys in the order in which the points look at the test prompts, those of points that are
-    not done yet included; points: those that are done. round: whose family the newest are of;
-    levels: the recipe's; low, high: the multipliers that this family was trained on, by constraint;
-    reference: π_ref's means on the test prompts, by objective.
+    reward: its name; confidence: of all verdicts together; looks: keys in the order in which the
+    points look at the test prompts, those of points that are not done yet included; points: those
+    that are done. round: whose family the newest are of; levels: the recipe's; low, high: the
+    multipliers that this family was trained on, by constraint; reference: π_ref's means on the test
+    prompts, by objective.
     """
 
     reward: str

@@ -13,11 +13,12 @@ def check_title(kind: str, name: str) -> str:
 class CheckResult(Record):
     """What a gate says of one check.
 
-    room: by how much the claim holds in the mean over prompts, > 0 holds, in the units of the
-    check; se: its standard error; low, high: one-sided bounds of it, low at the gate's error
-    probability, high at a share of it by the number of checks, both the sharpest of all looks.
-    policy, reference: the means under both policies; of a capability, after and before. prompts:
-    the set, null for a capability; decided_at: prompts at the look that decided it; bounded:
+    kind, name: as in gate.yaml; claim: in words; verdict: passed, failed or undecided. room: by how
+    much the claim holds in the mean over prompts, > 0 holds, in the units of the check; se: its
+    standard error; low, high: one-sided bounds of it, low at the gate's error probability, high at
+    a share of it by the number of checks, both the sharpest of all looks. policy, reference: the
+    means under both policies; of a capability, after and before. prompts: the set, null for a
+    capability; num_prompts: looked at; decided_at: prompts at the look that decided it; bounded:
     whether the score's range is known, else the range seen took its place.
     """
 
@@ -65,9 +66,9 @@ class Session(Record):
 class GateRecord(Record):
     """A gate's result (gate.json).
 
-    key: its folder's name; verdict: passed, failed or undecided; round, or adapter: the folder of
-    one from elsewhere; available: prompts by set; sessions: how it looked; left_out: prompts left
-    out, by reason.
+    key: its folder's name; verdict: passed, failed or undecided; confidence: of a pass; checks: the
+    result of each; round, or adapter: the folder of one from elsewhere; available: prompts by set;
+    sessions: how it looked; left_out: prompts left out, by reason.
     """
 
     key: str

@@ -27,8 +27,10 @@ Opener = Callable[[RunDirectory], tuple[Recipe, Learner]]
 
 @dataclass(frozen=True)
 class Played:
-    """The rounds that a call played, and why it stopped before the number it was told (None: it did
-    not)."""
+    """What a call played.
+
+    records: of its rounds; stopped: why it ended before the number it was told, None: it did not.
+    """
 
     records: list[RoundRecord]
     stopped: str | None

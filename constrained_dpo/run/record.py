@@ -48,7 +48,11 @@ class RoundRecord(Measurement, Certificate):
     member at lambda_next and κ `kappa`; at_edge: constraints whose root lies beyond an end of the
     range that the family was trained on. seconds: by phase, None where a phase was resumed; hashes:
     of the run's inputs. sampling_cost: of a round whose responses servers drew, seconds until they
-    answered and in our own forward beside them (the main process's).
+    answered and in our own forward beside them (the main process's); sampler: their
+    log-probabilities and draws beside ours. sampling_law: how responses were drawn; exact: by
+    split, where every response of the world is listed. truncated_scores: by objective, texts that
+    were cut to a scorer's window; unlabelled_prompts: fit and dual prompts without a label;
+    processes: of the launch.
     """
 
     round: int

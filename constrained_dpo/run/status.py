@@ -15,9 +15,12 @@ from data_prep.records import Record
 class RunStatus(Record):
     """Where a run stands.
 
-    lambda_: for the next round, None before `prepare`; at_max_lambda: constraints whose multiplier
-    is at its bound; best, best_dual: the rounds that `--round` would choose, None where none
-    qualifies; seconds_*: expected from the rounds so far.
+    name: the recipe's; problem: in words; reward: its name; confidence: of verdicts. lambda_: for
+    the next round, None before `prepare`; at_max_lambda: constraints whose multiplier is at its
+    bound; left_out: prompts by reason; dataset: facts of a dataset's responses in the pool; rounds:
+    records of those that are done; best, best_dual: the rounds that `--round` would choose, None
+    where none qualifies; next: what happens next, in words; rounds_left: of the recipe's;
+    `seconds_*`: expected from the rounds so far.
     """
 
     name: str

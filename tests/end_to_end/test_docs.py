@@ -1,5 +1,5 @@
 """The documentation's transcripts, executed: docs/guide/your-own-model.md as a newcomer types
-it, docs/python-api.md block by block."""
+it, docs/tutorial.md and docs/python-api.md block by block. Figures name what draws them."""
 
 import json
 import re
@@ -13,9 +13,7 @@ from tests.helpers.cli import cdpo
 from tests.helpers.paths import REPO
 
 OWN_MODEL = REPO / "docs" / "guide" / "your-own-model.md"
-
-
-BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(\w+)(?: title=\"(\S+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +52,16 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
+def play_commands(body: str) -> list[str]:
+    """Plays the lines of a console block; returns what each printed."""
+    printed = []
+    for line in body.splitlines():
+        prompt, program, *arguments = shlex.split(line)
+        assert (prompt, program) == ("$", "cdpo")
+        printed.append(cdpo(*arguments, check=0).stdout)
+    return printed
+
+
 @pytest.mark.slow
 def test_your_own_model_works_as_written(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "my-model").symlink_to(tiny_model)
@@ -63,11 +71,7 @@ def test_your_own_model_works_as_written(tiny_model, tmp_path, monkeypatch):
         if name:
             (tmp_path / name).write_text(body)
         elif kind == "console":
-            for line in body.splitlines():
-                prompt, program, *arguments = shlex.split(line)
-                assert (prompt, program) == ("$", "cdpo")
-                cdpo(*arguments, check=0)
-                played += 1
+            played += len(play_commands(body))
     assert played == 10
     assert (tmp_path / "runs/mine/report/report.html").stat().st_size > 10_000
     assert (
@@ -78,6 +82,27 @@ def test_your_own_model_works_as_written(tiny_model, tmp_path, monkeypatch):
         for n in ("mine", "tighter")
     )
     assert len(mine) == 3 and len(tighter) == 2 and 0 < mine[0]["brief"] < tighter[0]["brief"]
+
+
+@pytest.mark.slow
+def test_the_tutorial_prints_what_it_shows(tmp_path, monkeypatch):
+    (tmp_path / "recipes").symlink_to(REPO / "recipes")
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    printed, shown = "", 0
+    for kind, _, body in BLOCK.findall((REPO / "docs" / "tutorial.md").read_text()):
+        if kind == "console":
+            printed = "".join(play_commands(body))
+        elif kind == "python":
+            exec(body, scope)
+        else:  # its rows; the numbers are this machine's
+            rows = {line.split()[0] for line in printed.splitlines() if line}
+            assert {line.split()[0] for line in body.splitlines()} <= rows
+            shown += len(body.splitlines())
+    assert shown == 16
+    assert scope["u"] == pytest.approx(scope["record"].test.u["harmless"], abs=1e-12)
+    assert (tmp_path / "runs/tutorial/report/report.html").exists()
+    assert (tmp_path / "exported/adapter_model.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -99,6 +124,25 @@ def test_the_python_examples_play_a_whole_run(tmp_path, monkeypatch):
     assert scope["u"].loc["harmless", "u"] == pytest.approx(-0.1)
     assert following["harmless"] == pytest.approx(solution.lambda_["harmless"] + 0.1)
     assert len(scope["pairs"]) == 200 * 8
+
+
+FIGURES = re.compile(r"(?:^!\[.*\]\(\S+\)\n)+\n?(.*)", re.MULTILINE)
+DRAWN = re.compile(r"Drawn by `(make|python -m) (\S+)")
+
+
+def test_every_figure_names_the_command_that_draws_it():
+    pages = [*REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), *REPO.glob("recipes/**/*.md")]
+    captions = [caption for page in pages for caption in FIGURES.findall(page.read_text())]
+    assert len(captions) >= 6
+    targets = (REPO / "Makefile").read_text()
+    for caption in captions:
+        drawn = DRAWN.match(caption)
+        assert drawn, caption
+        program, name = drawn.groups()
+        if program == "make":
+            assert f"\n{name.strip('`.')}: " in targets, caption
+        else:
+            assert (REPO / f"{name.replace('.', '/')}.py").is_file(), caption
 
 
 @pytest.mark.slow
