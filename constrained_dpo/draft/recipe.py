@@ -23,8 +23,8 @@ MAX_LENGTH = FitSettings().max_length
 MAX_NEW_TOKENS = SamplingSettings().max_new_tokens
 NEW_TOKENS_ON_CPU = 64
 
-TEST_PROMPTS, LARGEST_SHARE = 100, 0.4
-"""What a verdict asks for, and the share of the prompts that it takes at most."""
+TEST_PROMPTS, DEFAULT_SHARE, LARGEST_SHARE = 100, 0.2, 0.4
+"""What a verdict asks for; the schema's share of the prompts, and the most that it takes."""
 
 MANY_PROMPTS, FIT_PROMPTS = 8000, 6000
 
@@ -96,8 +96,10 @@ def _prompt_lines(seen: Seen, new_tokens: int) -> list[Line]:
     if prompts.format == "chat":
         lines.append(Line(1, "format: chat", "the tokenizer has a chat template"))
     else:
-        why = "the tokenizer has no chat template: what the model reads, word for word"
-        lines.append(Line(1, 'template: "{prompt}"', why))
+        what = (
+            "no chat template: the model reads a prompt as it is; `template` puts words around it"
+        )
+        lines.append(Line(1, f"# {what}"))
     share, why = test_share(prompts.count)
     if why:
         lines.append(Line(1, f"test: {share:g}", why))
@@ -117,14 +119,15 @@ def _prompt_lines(seen: Seen, new_tokens: int) -> list[Line]:
 
 def test_share(count: int) -> tuple[float, str]:
     """The share of test prompts, and why it is not the default; empty where it is."""
-    if count * 0.2 > 10 * TEST_PROMPTS:
-        share = round(10 * TEST_PROMPTS / count, 3)
-        return share, f"about {10 * TEST_PROMPTS} decide a verdict; the others are fitted on"
-    if count * 0.2 >= TEST_PROMPTS:
-        return 0.2, ""
-    share = min(LARGEST_SHARE, round(TEST_PROMPTS / count, 2))
+    most = 10 * TEST_PROMPTS
+    wanted = min(max(count * DEFAULT_SHARE, TEST_PROMPTS), most)
+    share = min(LARGEST_SHARE, float(f"{wanted / count:.2g}"))
+    if share == DEFAULT_SHARE:
+        return share, ""
     about = round(share * count)
-    enough = "" if about >= TEST_PROMPTS else "; more prompts would make the verdict sharper"
+    if share < DEFAULT_SHARE:
+        return share, f"about {about} decide a verdict; the others are fitted on"
+    enough = "" if share < LARGEST_SHARE else "; more prompts would make the verdict sharper"
     return share, f"about {about} test prompts{enough}"
 
 
@@ -247,12 +250,12 @@ def _size_lines(seen: Seen, new_tokens: int) -> list[Line]:
             Line(1, "trials: 4", "see rounds"),
         ]
         fit = [
-            Line(1, "refresh: 1", "as recipes/smollm2.yaml, like the lines below"),
-            Line(1, "steps: 30"),
-            Line(1, "batch_size: 2"),
-            Line(1, "gradient_accumulation: 1"),
-            Line(1, "learning_rate: 1e-4"),
-            Line(1, "loraplus_ratio: 4"),
+            Line(1, "refresh: 1", "the fit's sizes and rates are those of recipes/smollm2.yaml"),
+            Line(1, "steps: 30", "see refresh"),
+            Line(1, "batch_size: 2", "see refresh"),
+            Line(1, "gradient_accumulation: 1", "see refresh"),
+            Line(1, "learning_rate: 1e-4", "see refresh"),
+            Line(1, "loraplus_ratio: 4", "see refresh"),
         ]
     elif seen.model.parameters >= MANY_PARAMETERS:
         fit = [

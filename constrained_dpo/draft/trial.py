@@ -98,7 +98,7 @@ def play_trial(recipe: Recipe) -> Trial:
         drawn = answer(chosen)
         seconds = time.perf_counter() - start
 
-    timed(f"{PROMPTS * RESPONSES} answers of the model", play)
+    timed(f"new: {PROMPTS * RESPONSES} answers of the model", play)
     return Trial(
         answers=len(drawn),
         cut_off=int((~drawn["ended"]).sum()),
