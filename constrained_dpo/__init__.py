@@ -7,7 +7,7 @@ The names below are the documented API (docs/python-api.md). They are loaded whe
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from constrained_dpo.api import Run

@@ -34,15 +34,24 @@ def new(
         list[str],
         typer.Option(help="NAME=NUMBER in score units, or NAME=0.5std; default: proposed"),
     ] = [],
+    copy: Annotated[
+        str | None,
+        typer.Option(help="instead: a recipe that ships with the toolkit, e.g. quickstart"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a commented recipe after a look at a model, prompts and scorers; on a terminal, ask for
     what was not given."""
-    from constrained_dpo.draft.draft import Wish, require_new, write_draft
+    from constrained_dpo.draft.draft import Draft, Wish, copy_shipped, require_new, write_draft
     from constrained_dpo.draft.specs import named_scorer
 
     require_new(recipe)
     given = {"policy": policy, "prompts": prompts, "reward": reward, "constraint": constraint}
+    if copy is not None:
+        if odd := [f"--{name}" for name, value in given.items() if value] or margin:
+            raise UserError(f"--copy writes a recipe as it is; drop {odd[0]}, or --copy")
+        _show(recipe, Draft(copy_shipped(recipe, copy), None, []), as_json)
+        return
     missing = [f"--{name}" for name, value in given.items() if not value]
     if missing and not sys.stdin.isatty():
         raise UserError(f"cdpo new: give {', '.join(missing)} too; on a terminal it asks for them")
@@ -102,7 +111,7 @@ def _show(file: Path, draft: "Draft", as_json: bool) -> None:
             }
         )
         return
-    print(f"{file}: written; every line says why\n{draft.recipe.problem.describe()}")
+    print(f"{file}: written; its lines say why\n{draft.recipe.problem.describe()}")
     if draft.trial is not None:
         answer = " ".join(draft.trial.example.split())[:80]
         print(

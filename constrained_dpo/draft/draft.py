@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 
 from ruamel.yaml.comments import CommentedMap
@@ -47,6 +48,26 @@ def require_new(file: Path) -> None:
         raise UserError(f"{file}: is there already; choose another name")
     if not file.absolute().parent.is_dir():
         raise UserError(f"{file}: no such folder {file.parent}; make it first")
+
+
+def copy_shipped(file: Path, name: str) -> Recipe:
+    """Write a recipe that ships with the toolkit, by its name, as it is; return it.
+
+    Raises UserError for a name that none has.
+    """
+    require_new(file)
+    folder = files("constrained_dpo") / "recipes"
+    shipped = {Path(item.name).stem: item for item in folder.iterdir() if _is_recipe(item.name)}
+    if name not in shipped:
+        raise UserError(f"--copy {name}: no such recipe; there are {', '.join(sorted(shipped))}")
+    text = shipped[name].read_text(encoding="utf-8")
+    recipe = _validated(file, text)
+    write_atomically(file, text.encode())
+    return recipe
+
+
+def _is_recipe(name: str) -> bool:
+    return name.endswith(".yaml")
 
 
 def write_draft(file: Path, wish: Wish) -> Draft:

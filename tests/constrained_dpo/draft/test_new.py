@@ -16,6 +16,7 @@ from constrained_dpo.recipe.schema import Recipe
 from data_prep.settings import Settings, parse_yaml
 from tests.helpers.cli import cdpo
 from tests.helpers.models import save_classifier, save_tiny_causal_lm
+from tests.helpers.paths import RECIPES
 from tests.helpers.terminal import open_terminal
 
 WORDS = " ".join(f"w{i}" for i in range(60))
@@ -198,6 +199,14 @@ def test_a_recipe_is_never_overwritten(here, refused):
     refused("new", "mine.yaml", *GIVEN, match="is there already")
     refused("new", "mine", *GIVEN, match="name it mine.yaml")
     assert (here / "mine.yaml").read_text() == "name: kept\n"
+
+
+def test_a_recipe_that_ships_is_copied(tmp_path, refused):
+    cdpo("new", tmp_path / "mine.yaml", "--copy", "quickstart", check=0)
+    assert (tmp_path / "mine.yaml").read_text() == (RECIPES / "quickstart.yaml").read_text()
+    refused("new", tmp_path / "b.yaml", "--copy", "quick", match="there are caid_hh_two")
+    words = "--copy", "quickstart", "--policy", "x"
+    refused("new", tmp_path / "b.yaml", *words, match="drop --policy, or --copy")
 
 
 def test_a_terminal_is_asked_for_what_is_missing(here, monkeypatch):
