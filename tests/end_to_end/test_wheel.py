@@ -77,7 +77,7 @@ def environment(wheel) -> Path:
     folder = wheel.parent
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python = folder / "venv/bin/python"
-    subprocess.run([*PIP, "--python", python, "install", "--no-deps", str(wheel)], check=True)
+    run(*PIP, "--python", python, "install", "--no-deps", wheel, cwd=folder)
     (packages,) = (folder / "venv/lib").glob("python*/site-packages")
     # a path in a .pth file gives its packages, not those that its own .pth files name: this
     # environment's editable install stays outside
