@@ -29,6 +29,8 @@ TEST_PROMPTS, DEFAULT_SHARE, LARGEST_SHARE = 100, 0.2, 0.4
 MANY_PROMPTS, FIT_PROMPTS = 8000, 6000
 
 BETA_SHARE, UNSEEN_BETA = 0.25, 0.1
+"""β in std of the reward within a prompt, as on the worlds of docs/benchmarks.md; and where no
+answer was seen."""
 
 MARGINS = (0.5, 0.25, 0.1)
 """In std, the largest first."""
