@@ -46,8 +46,8 @@ class Reporter:
         self.content |= {"phase": name, "began": time.time(), "bar": None}
         self._write()
 
-    def bar(self, content: dict[str, Any], hurried: bool) -> None:
-        """A bar moved; hurried: only where the last write was a while ago."""
+    def bar(self, content: dict[str, Any] | None, hurried: bool) -> None:
+        """A bar moved, or ended (None); hurried: only where the last write was a while ago."""
         self.content["bar"] = content
         if not hurried or time.monotonic() - self.written > WRITTEN_EVERY:
             self._write()
@@ -164,8 +164,10 @@ class Bar:
         """Take the bar away, and keep its pace."""
         self.shown.close()
         pace = self.pace.seconds_per_unit
-        if self.reporter is not None and pace is not None:
-            self.reporter.paces[self.kind] = pace
+        if self.reporter is not None:
+            self.reporter.bar(None, hurried=False)
+            if pace is not None:
+                self.reporter.paces[self.kind] = pace
 
     def _tell(self, *, hurried: bool) -> None:
         if self.reporter is not None:

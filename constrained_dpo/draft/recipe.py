@@ -98,10 +98,8 @@ def _prompt_lines(seen: Seen, new_tokens: int) -> list[Line]:
     if prompts.format == "chat":
         lines.append(Line(1, "format: chat", "the tokenizer has a chat template"))
     else:
-        what = (
-            "no chat template: the model reads a prompt as it is; `template` puts words around it"
-        )
-        lines.append(Line(1, f"# {what}"))
+        why = "# no chat template: the model reads a prompt as it is; see prompts.template"
+        lines.append(Line(1, why))
     share, why = test_share(prompts.count)
     if why:
         lines.append(Line(1, f"test: {share:g}", why))
