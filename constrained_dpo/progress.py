@@ -41,6 +41,12 @@ class Reporter:
         self.content: dict[str, Any] = {"process": os.getpid(), "host": socket.gethostname()}
         self.written = 0.0
 
+    def pace(self, kind: str, like: tuple[str, float] | None) -> float | None:
+        """Seconds per unit of a kind of work, as it was done before, or as one like it was."""
+        if kind in self.paces or like is None or like[0] not in self.paces:
+            return self.paces.get(kind)
+        return self.paces[like[0]] * like[1]
+
     def phase(self, name: str | None) -> None:
         """A phase begins, or the last one ended (None)."""
         self.content |= {"phase": name, "began": time.time(), "bar": None}
@@ -128,13 +134,23 @@ class Bar:
     """A bar on stderr, quiet where that is no terminal, whose state is also on disk while a
     run is worked on.
 
-    kind: of work; a later bar of the same kind knows its pace from the start. done: units that an
-    earlier process did, which say nothing of the pace.
+    kind: of work; a later bar of the same kind knows its pace from the start. like: another kind,
+    and how many times as long as its units these take, for the first bar of a kind. done: units
+    that an earlier process did, which say nothing of the pace.
     """
 
-    def __init__(self, label: str, *, total: int, unit: str, kind: str, done: int = 0) -> None:
+    def __init__(
+        self,
+        label: str,
+        *,
+        total: int,
+        unit: str,
+        kind: str,
+        like: tuple[str, float] | None = None,
+        done: int = 0,
+    ) -> None:
         self.label, self.unit, self.kind, self.reporter = label, unit, kind, _reporter.get()
-        before = None if self.reporter is None else self.reporter.paces.get(kind)
+        before = None if self.reporter is None else self.reporter.pace(kind, like)
         self.pace = Pace(total, done, before)
         self.shown = _shown(self)
         self._tell(hurried=False)

@@ -13,6 +13,12 @@ from data_prep.readers.tables import read_parquet, write_parquet
 from data_prep.settings import derive_seed
 from data_prep.tables import validate_responses
 
+REFERENCE = "sample and score, π_ref"
+
+ADAPTER_COST = 2.0
+"""Seconds of an adapter's response (π_ref reads it too) over those of π_ref; the upper end of what
+was seen."""
+
 
 @dataclass(frozen=True)
 class Collection:
@@ -53,12 +59,13 @@ def collect(learner: Source, prompts: pd.DataFrame, job: Collection) -> pd.DataF
     mine = range(rank(), count, num_processes())
     todo = [number for number in mine if not paths[number].exists()]
     total, left = (sum(sizes[number] for number in numbers) for numbers in (mine, todo))
-    whose = "π_ref" if job.adapter is None else "policy"
+    kind = REFERENCE if job.adapter is None else "sample and score, policy"
     with Bar(
         f"{job.phase}: sample and score",
         total=total,
         unit="response",
-        kind=f"sample and score, {whose}",
+        kind=kind,
+        like=(REFERENCE, ADAPTER_COST),
         done=total - left,
     ) as bar:
         for number in todo:

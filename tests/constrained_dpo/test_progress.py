@@ -77,6 +77,17 @@ def test_a_later_bar_of_a_kind_begins_with_the_last_ones_pace(clock, tmp_path):
     assert not file.exists()
 
 
+def test_the_first_bar_of_a_kind_begins_with_the_pace_of_one_like_it(clock, tmp_path):
+    file = tmp_path / "progress.json"
+    with reporting(file):
+        with Bar("first", total=2, unit="response", kind="π_ref") as bar:
+            clock(3.0)
+            bar.step(2)
+        assert json.loads(file.read_text())["bar"] is None
+        Bar("next", total=10, unit="response", kind="policy", like=("π_ref", 2.0))
+        assert json.loads(file.read_text())["bar"]["seconds_left"] == pytest.approx(30.0)
+
+
 def test_a_phase_and_its_bar_are_on_disk_while_they_are_under_way(tmp_path):
     file, seen = tmp_path / "progress.json", []
 
