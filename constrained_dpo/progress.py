@@ -19,6 +19,9 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+LATE = 0.2
+"""Share of the time of what is not done yet that is claimed at least, however late it is."""
+
 WRITTEN_EVERY = 0.5
 """Seconds between two writes of a bar's state."""
 
@@ -126,8 +129,8 @@ class Pace:
         pace = self.seconds_per_unit
         if pace is None:
             return None
-        since = time.monotonic() - self.moments[-1][0]
-        return max(0.0, pace * (self.total - self.done) - since)
+        left, since = pace * (self.total - self.done), time.monotonic() - self.moments[-1][0]
+        return max(LATE * left, left - since)
 
 
 class Bar:

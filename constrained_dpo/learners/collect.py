@@ -59,7 +59,8 @@ def collect(learner: Source, prompts: pd.DataFrame, job: Collection) -> pd.DataF
     mine = range(rank(), count, num_processes())
     todo = [number for number in mine if not paths[number].exists()]
     total, left = (sum(sizes[number] for number in numbers) for numbers in (mine, todo))
-    kind = REFERENCE if job.adapter is None else "sample and score, policy"
+    kind = f"sample and score, policy, {job.responses_per_prompt} responses of a prompt"
+    kind = REFERENCE if job.adapter is None else kind
     with Bar(
         f"{job.phase}: sample and score",
         total=total,

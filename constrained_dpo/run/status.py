@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
+from constrained_dpo.progress import LATE
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import RoundRecord, read_records
@@ -152,7 +153,7 @@ def read_activity(run: RunDirectory) -> Activity | None:
         return None
     phase, left = content.get("phase"), None
     if bar is not None and bar["seconds_left"] is not None:
-        left = max(0.0, bar["seconds_left"] - (now - bar["at"]))
+        left = max(LATE * bar["seconds_left"], bar["seconds_left"] - (now - bar["at"]))
     elif bar is None and phase is not None:
         usual = _usual_seconds(run, phase)
         left = None if usual is None else max(0.0, usual - (now - content["began"]))

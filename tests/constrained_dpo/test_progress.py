@@ -59,7 +59,9 @@ def test_before_the_first_unit_the_pace_of_the_same_work_earlier_counts(clock):
     pace = Pace(10, 0, 3.0)
     clock(4.0)
     assert pace.seconds_left == pytest.approx(26.0)
-    clock(100.0)
+    clock(100.0)  # late, and nothing is done: it does not claim to be
+    assert pace.seconds_left == pytest.approx(6.0)
+    pace.step(10)
     assert pace.seconds_left == 0.0
 
 
