@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from constrained_dpo.learners.collect import ADAPTER_COST
 from constrained_dpo.recipe.schema import Recipe
 
 SECONDS = 60.0
@@ -18,9 +17,9 @@ FEWEST_PROMPTS = 4
 
 TIMED_STEPS = 2
 
-TRAINING_COST = 1.0
-"""Seconds of training on a response over those of a response of π_ref; the upper end of what was
-seen."""
+ADAPTER_COST, TRAINING_COST = 2.0, 1.0
+"""Seconds of an adapter's response (π_ref reads it too), and of training on one, over those of a
+response of π_ref; upper ends of what was seen."""
 
 
 @dataclass(frozen=True)
