@@ -7,7 +7,7 @@ first used, so `import constrained_dpo` is instant and imports no network librar
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from constrained_dpo.api import Run

@@ -96,7 +96,7 @@ def refused():
         lines = [
             line
             for line in stderr.strip().splitlines()
-            if not line.startswith(("prepare:", "round "))
+            if not line.startswith(("new:", "prepare:", "round "))
         ]
         assert len(lines) == 1, stderr
         assert lines[0].startswith("error: ") and match in lines[0] and "Traceback" not in stderr, (

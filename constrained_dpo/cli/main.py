@@ -12,6 +12,7 @@ from constrained_dpo.cli.evaluate import evaluate
 from constrained_dpo.cli.export import export
 from constrained_dpo.cli.front import front
 from constrained_dpo.cli.gate import gate
+from constrained_dpo.cli.new import new
 from constrained_dpo.cli.prealign import prealign
 from constrained_dpo.cli.runs import init, play_all, play_one, prepare, report, status
 from constrained_dpo.cli.sweep import sweep
@@ -29,7 +30,7 @@ app = typer.Typer(
 )
 
 app.callback()(common_options)
-for command in (init, check, prepare, status, report, evaluate, front, export, compare, sweep):
+for command in (new, init, check, prepare, status, report, evaluate, front, export, compare, sweep):
     app.command()(command)
 app.command()(prealign)
 app.command()(gate)

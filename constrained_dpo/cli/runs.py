@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from constrained_dpo.cli.follow import follow_run
 from constrained_dpo.cli.options import (
     AsJson,
     Overrides,
@@ -145,22 +146,33 @@ def status(
     full: Annotated[
         bool, typer.Option("--full", help="also the last round's tables and sample answers")
     ] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="show it while a process plays the run; Ctrl-C ends")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Where a run stands and what happens next."""
-    from constrained_dpo.report.status_words import certificate_line, print_status
+    """Where a run stands, what is under way and what happens next."""
+    from constrained_dpo.report.status_words import activity_line, certificate_line, print_status
     from constrained_dpo.report.words import print_samples, print_tables
     from constrained_dpo.run.directory import RunDirectory
-    from constrained_dpo.run.status import read_status
+    from constrained_dpo.run.status import read_activity, read_status
 
     directory = RunDirectory(run)
-    content = read_status(directory)
+    if follow:
+        if full or as_json:
+            raise UserError(f"--follow: is shown without {'--full' if full else '--json'}; drop it")
+        follow_run(results_console(), directory)
+        return
+    content, activity = read_status(directory), read_activity(directory)
     if as_json:
         words = certificate_line(content.rounds) if content.rounds else None
-        print_json(content.to_json() | {"certificate": words})
+        now = None if activity is None else activity.to_json()
+        print_json(content.to_json() | {"certificate": words, "activity": now})
         return
     console = results_console()
     print_status(console, content)
+    if activity is not None:
+        console.print(activity_line(activity))
     if full and content.rounds:
         print_tables(console, directory, content.rounds[-1])
         print_samples(console, directory, content.rounds[-1].round)

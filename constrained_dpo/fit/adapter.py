@@ -27,7 +27,7 @@ from constrained_dpo.fit.rows import group_dataset, pair_dataset
 from constrained_dpo.fit.shared_prompts import evaluating
 from constrained_dpo.fit.stretches import StretchEnd, in_stretch, keep_checkpoint, unfinished
 from constrained_dpo.fit.trainer import FitPlan, PseudoPreferenceTrainer
-from constrained_dpo.fit.watch import StepWatch, training_log_text
+from constrained_dpo.fit.watch import FitProgress, StepWatch, training_log_text
 from constrained_dpo.launch import is_main, rank, shards_base, wait
 from constrained_dpo.tracking import fit_logs
 from data_prep.errors import UserError
@@ -86,7 +86,7 @@ def fit_adapter(
         there = replace(plan, output=saved or _temporary(plan))
         trainer = build_trainer(policy, fitted, there, held_out, checkpoint is not None)
         trainer.watch = StepWatch(dataset, _bad_batch(plan))
-        for callback in (trainer.watch, *callbacks):
+        for callback in (trainer.watch, FitProgress(end), *callbacks):
             trainer.add_callback(callback)
         try:
             fresh = plan.previous_adapter is None and checkpoint is None

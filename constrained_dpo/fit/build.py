@@ -26,7 +26,6 @@ from constrained_dpo.fit.shared_prompts import (
     why_not_shared,
 )
 from constrained_dpo.fit.trainer import FitPlan, PseudoPreferenceTrainer
-from constrained_dpo.fit.watch import FitProgress
 from data_prep.errors import UserError
 from data_prep.models.attachment import check_lora_only
 from data_prep.models.checkpoints import explained_loading
@@ -145,7 +144,6 @@ def build_trainer(
         transformers.ProgressCallback,
     ):  # stdout is for results; progress is ours, on stderr
         trainer.remove_callback(callback)
-    trainer.add_callback(FitProgress())
     _float_adapter(trainer, plan.previous_adapter, str(policy.device))
     if list(trainer.model.peft_config) != ["default"] or trainer.ref_model is not None:
         raise RuntimeError(

@@ -8,9 +8,9 @@ from typing import Any
 
 import datasets
 import torch
-from tqdm import tqdm
 from transformers import TrainerCallback
 
+from constrained_dpo.progress import Bar
 from data_prep.files import write_json
 
 
@@ -102,24 +102,24 @@ def _json_ready(value: object) -> object:
 
 
 class FitProgress(TrainerCallback):
-    """A bar with ETA and the current loss on stderr."""
+    """A bar with the time that is left and the current loss on stderr.
+
+    end: the step at which a stretch ends, None for a fit's end.
+    """
+
+    def __init__(self, end: int | None) -> None:
+        self.end = end
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="fit",
-            unit="step",
-            disable=None,
-            leave=False,
-        )
+        total, done = self.end or state.max_steps, state.global_step
+        self.bar = Bar("fit", total=total, unit="step", kind="fit", done=done)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(1)
+        self.bar.step()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+            self.bar.note(f"loss={float(logs['loss']):.4f}")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()

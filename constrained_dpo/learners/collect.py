@@ -4,14 +4,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 from constrained_dpo.estimates.draws import DrawRule, require_policy_draws
 from constrained_dpo.launch import num_processes, rank, wait
 from constrained_dpo.learners.protocol import Source
+from constrained_dpo.progress import Bar
 from data_prep.readers.tables import read_parquet, write_parquet
 from data_prep.settings import derive_seed
 from data_prep.tables import validate_responses
+
+REFERENCE = "sample and score, π_ref"
+
+FIRST_OF_POLICY = 1.3
+"""Seconds of a policy's response over those of π_ref, as its first bar takes them to be; 0.9 to 1.8
+were seen."""
 
 
 @dataclass(frozen=True)
@@ -48,21 +54,28 @@ def collect(learner: Source, prompts: pd.DataFrame, job: Collection) -> pd.DataF
     per_shard = max(1, job.shard_size // job.responses_per_prompt)
     count = -(-len(prompts) // per_shard)
     paths = [job.folder / f"{number:05d}.parquet" for number in range(count)]
-    shards = tqdm(
-        range(rank(), count, num_processes()),
-        desc=f"{job.phase}: sample and score",
-        unit="shard",
-        disable=None,
-        leave=False,
-    )
-    for number in shards:
-        if not paths[number].exists():
-            chosen = prompts.iloc[number * per_shard : (number + 1) * per_shard]
-            drawn = _drawn(learner, chosen, job, number)
+    shards = {n: prompts.iloc[n * per_shard : (n + 1) * per_shard] for n in range(count)}
+    sizes = {n: len(chosen) * job.responses_per_prompt for n, chosen in shards.items()}
+    numbers = range(rank(), count, num_processes())
+    todo = [number for number in numbers if not paths[number].exists()]
+    total, left = (sum(sizes[number] for number in group) for group in (numbers, todo))
+    kind = f"sample and score, policy, {job.responses_per_prompt} responses of a prompt"
+    kind = REFERENCE if job.adapter is None else kind
+    with Bar(
+        f"{job.phase}: sample and score",
+        total=total,
+        unit="response",
+        kind=kind,
+        like=(REFERENCE, FIRST_OF_POLICY),
+        done=total - left,
+    ) as bar:
+        for number in todo:
+            drawn = _drawn(learner, shards[number], job, number)
             # before its scores are computed, and before it is kept
             require_policy_draws(drawn, job.rule, job.phase)
             scored = learner.score(drawn)
             write_parquet(validate_responses(scored, job.objectives, job.phase), paths[number])
+            bar.step(sizes[number])
     wait()
     table = pd.concat([read_parquet(path) for path in paths], ignore_index=True)
     again = f"{job.phase} (all shards; delete {job.folder} to draw them again)"

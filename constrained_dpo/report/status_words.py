@@ -17,7 +17,7 @@ from constrained_dpo.report.cells import (
     verdict_cell,
 )
 from constrained_dpo.run.record import RoundRecord
-from constrained_dpo.run.status import RunStatus
+from constrained_dpo.run.status import Activity, RunStatus
 
 
 def certificate_line(records: Sequence[RoundRecord]) -> str:
@@ -72,6 +72,24 @@ def print_status(console: Console, status: RunStatus) -> None:
             f"expected from the rounds so far: {duration(status.seconds_per_round)} a round, "
             f"{duration(status.seconds_left or 0.0)} for the {status.rounds_left} left"
         )
+
+
+def activity_line(activity: Activity | None) -> str:
+    """Say what a run's process is doing, and how long it still will."""
+    if activity is None:
+        return "now: no process works on it"
+    if activity.phase is None and activity.label is None:
+        return f"now: process {activity.process} is between two phases"
+    line = f"now: {activity.phase or activity.label}"
+    if activity.label and "-trial-" in activity.label:
+        line += f" ({activity.label.removesuffix(': sample and score')})"
+    if activity.total is not None:
+        line += f": {activity.done} of {activity.total} {activity.unit}s"
+    if activity.seconds is not None and activity.seconds >= 1:
+        line += f", for {duration(activity.seconds)}"
+    if activity.seconds_left is not None:
+        line += f", about {duration(activity.seconds_left)} left"
+    return line
 
 
 def describe_answers(counts: dict) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 from pydantic import Field
 
+from constrained_dpo.progress import reporting
 from constrained_dpo.recipe.defaults import sized, split_counts
 from constrained_dpo.recipe.load import load_recipe, read_document, recipe_text
 from constrained_dpo.recipe.schema import Recipe
@@ -207,6 +208,11 @@ class RunDirectory:
         """What trackers wrote: `rounds`, or `round-NNN` for a round's fit."""
         return self.path / "logs" / name
 
+    @property
+    def progress_file(self) -> Path:
+        """What the process that holds the run is doing, while it does."""
+        return self.path / ".progress.json"
+
     def recipe(self) -> Recipe:
         """The frozen recipe; raises UserError when it was edited after init."""
         self._require()
@@ -290,7 +296,7 @@ class RunDirectory:
         Raises UserError when another process holds it or the folder cannot be written.
         """
         self._require()
-        with hold(self.path):
+        with hold(self.path), reporting(self.progress_file):
             for checkpoints in list(self.path.glob("rounds/*/.checkpoints")):
                 # Killed between the adapter and the end of its checkpoints.
                 if (checkpoints.parent / "adapter").exists():

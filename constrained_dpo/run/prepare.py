@@ -59,10 +59,15 @@ def prepare(
         timed(phase, lambda: _prepare_dataset_pool(run, dataset_learner))
     learner.sampling_cost()  # says it
     wait()
+    begun: list[Recipe] = []
+
+    def begin() -> None:
+        begun.append(_begin(run, recipe, learner, identity, left_out))
+
     if is_main():
-        recipe = _begin(run, recipe, learner, identity, left_out)
+        timed("prepare: margins, scale and λ_0", begin)
     wait()
-    return recipe if is_main() else run.recipe()
+    return begun[0] if begun else run.recipe()
 
 
 def _keep_prompts(run: RunDirectory, learner: Learner) -> None:

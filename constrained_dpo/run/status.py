@@ -1,15 +1,23 @@
-"""Where a run stands and what happens next."""
+"""Where a run stands, what its process is doing, and what happens next."""
 
+import json
+import os
+import socket
+import time
 from typing import Any
 
 from pydantic import Field
 
+from constrained_dpo.progress import LATE
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.record import RoundRecord, read_records
 from constrained_dpo.run.steering import best_dual_round, best_round
 from data_prep.errors import UserError
 from data_prep.records import Record
+
+FORGOTTEN = 3600.0
+"""Seconds after which a file of another machine's process is taken for what a kill left."""
 
 
 class RunStatus(Record):
@@ -117,3 +125,67 @@ def expected_round_seconds(records: list[RoundRecord]) -> float | None:
             return None
         total += sum(times) / max(len(times), 1)
     return round(total, 2)
+
+
+class Activity(Record):
+    """What the process that holds a run is doing.
+
+    phase: None between two phases; seconds: since it began; label, done, total, unit: of its bar,
+    None where it has none; seconds_left: of the bar, or of a phase as the last round took it; None
+    where nothing is known.
+    """
+
+    process: int
+    phase: str | None
+    seconds: float | None
+    label: str | None
+    done: int | None
+    total: int | None
+    unit: str | None
+    seconds_left: float | None
+
+
+def read_activity(run: RunDirectory) -> Activity | None:
+    """Read what a run's process is doing from its file; None where no process holds the run."""
+    try:
+        content = json.loads(run.progress_file.read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    now, bar = time.time(), content.get("bar")
+    if not _alive(content, now - run.progress_file.stat().st_mtime):
+        return None
+    phase, left = content.get("phase"), None
+    if bar is not None and bar["seconds_left"] is not None:
+        left = max(LATE * bar["seconds_left"], bar["seconds_left"] - (now - bar["at"]))
+    elif bar is None and phase is not None:
+        usual = _usual_seconds(run, phase)
+        left = None if usual is None else max(0.0, usual - (now - content["began"]))
+    counts = {key: None if bar is None else bar[key] for key in ("label", "done", "total", "unit")}
+    return Activity(
+        process=content["process"],
+        phase=phase,
+        seconds=None if phase is None else now - content["began"],
+        seconds_left=left,
+        **counts,
+    )
+
+
+def _alive(content: dict[str, Any], age: float) -> bool:
+    """Whether the process of a file is still there; of another machine's only the file's age is
+    known."""
+    if content.get("host") != socket.gethostname():
+        return age < FORGOTTEN
+    try:
+        os.kill(content["process"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _usual_seconds(run: RunDirectory, phase: str) -> float | None:
+    """What the last round took for a phase that a round has once and that counts nothing."""
+    records = read_records(run)
+    name = phase.rpartition(": ")[2]
+    return records[-1].seconds.get(name) if records and name == "off_policy" else None

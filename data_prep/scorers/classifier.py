@@ -226,15 +226,14 @@ class ClassifierScorer(Scorer):
         alone = [i for i in order if encoded[i]["input_ids"][-1] == pad]
         batched = [i for i in order if encoded[i]["input_ids"][-1] != pad]
         scores = np.empty(len(encoded))
-        for begin in tqdm(
-            range(0, len(batched), self.settings.batch_size),
-            desc="score",
-            unit="batch",
-            disable=None,
-            leave=False,
-        ):
-            rows = batched[begin : begin + self.settings.batch_size]
-            scores[rows] = self._forward([encoded[i] for i in rows])
+        size = self.settings.batch_size
+        # in tokens: the texts come by their length
+        total = sum(len(encoded[i]["input_ids"]) for i in batched)
+        with tqdm(total=total, desc="score", unit="token", disable=None, leave=False) as bar:
+            for begin in range(0, len(batched), size):
+                rows = batched[begin : begin + size]
+                scores[rows] = self._forward([encoded[i] for i in rows])
+                bar.update(sum(len(encoded[i]["input_ids"]) for i in rows))
         config = self.model.config.get_text_config()
         config.pad_token_id = None
         for i in alone:

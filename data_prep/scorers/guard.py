@@ -317,16 +317,15 @@ class GuardScorer(Scorer):
         encoded = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         scores, num_safe = np.empty(len(encoded)), len(self.settings.safe_words)
-        for begin in tqdm(
-            range(0, len(order), self.settings.batch_size),
-            desc="score",
-            unit="batch",
-            disable=None,
-            leave=False,
-        ):
-            rows = order[begin : begin + self.settings.batch_size]
-            logps = self._word_logps([encoded[i] for i in rows], self.verdict.words)
-            scores[rows] = np.logaddexp.reduce(logps[:, :num_safe], axis=1) - np.logaddexp.reduce(
-                logps[:, num_safe:], axis=1
-            )
+        size, total = self.settings.batch_size, sum(map(len, encoded))
+        # in tokens: the texts come by their length
+        with tqdm(total=total, desc="score", unit="token", disable=None, leave=False) as bar:
+            for begin in range(0, len(order), size):
+                rows = order[begin : begin + size]
+                logps = self._word_logps([encoded[i] for i in rows], self.verdict.words)
+                safe, unsafe = logps[:, :num_safe], logps[:, num_safe:]
+                scores[rows] = np.logaddexp.reduce(safe, axis=1) - np.logaddexp.reduce(
+                    unsafe, axis=1
+                )
+                bar.update(sum(len(encoded[i]) for i in rows))
         return scores

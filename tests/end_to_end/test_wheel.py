@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.paths import REPO
+from tests.helpers.paths import REPO, SMALL
+
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 PACKAGES = ("constrained_dpo/*", "data_prep/*")
 
@@ -33,33 +36,71 @@ print(constrained_dpo.__file__)
 """
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> Path:
-    """The folder of executables of an environment with the wheel; the libraries are this one's."""
-    folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    source = folder / "source"
-    tracked = subprocess.run(
-        ["git", "ls-files", "-z", "pyproject.toml", "README.md", "LICENSE", *PACKAGES],
-        cwd=REPO,
-        capture_output=True,
-        check=True,
+SDIST = "import sys; from setuptools.build_meta import build_sdist; print(build_sdist(sys.argv[1]))"
+
+pytestmark = pytest.mark.slow
+
+
+def tracked() -> list[str]:
+    """What the distribution is made of, by git; the folder of recipes is linked into a package."""
+    names = ("pyproject.toml", "README.md", "LICENSE", "recipes/*", *PACKAGES)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", *names], cwd=REPO, capture_output=True, check=True
     )
-    for name in tracked.stdout.decode().split("\0")[:-1]:
+    return listed.stdout.decode().split("\0")[:-1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, made of the source distribution, which is made of what git tracks."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in tracked():
         copied = source / name
         copied.parent.mkdir(parents=True, exist_ok=True)
-        copied.write_bytes((REPO / name).read_bytes())
-    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
-    subprocess.run([*pip, *build], check=True)
-    (wheel,) = folder.glob("*.whl")
+        if (REPO / name).is_symlink():
+            copied.symlink_to(os.readlink(REPO / name))
+        else:
+            copied.write_bytes((REPO / name).read_bytes())
+    command = [sys.executable, "-c", SDIST, str(folder)]
+    built = subprocess.run(command, cwd=source, capture_output=True, text=True, check=True)
+    sdist = folder / built.stdout.splitlines()[-1]
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
+    subprocess.run([*PIP, "wheel", *options, str(sdist)], check=True)
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def environment(wheel) -> Path:
+    """The folder of executables of an environment with the wheel; the libraries are this one's."""
+    folder = wheel.parent
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python = folder / "venv/bin/python"
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", str(wheel)], check=True)
+    run(*PIP, "--python", python, "install", "--no-deps", wheel, cwd=folder)
     (packages,) = (folder / "venv/lib").glob("python*/site-packages")
     # a path in a .pth file gives its packages, not those that its own .pth files name: this
     # environment's editable install stays outside
     (packages / "libraries.pth").write_text(sysconfig.get_path("purelib"))
     return folder / "venv/bin"
+
+
+def test_the_wheel_holds_what_git_tracks_and_nothing_else(wheel):
+    linked = {n for n in tracked() if (REPO / n).is_symlink()}
+    packages = {n for n in tracked() if n.startswith(("constrained_dpo/", "data_prep/"))} - linked
+    recipes = {f"constrained_dpo/{n}" for n in tracked() if n.startswith("recipes/")}
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {n for n in names if ".dist-info/" not in n} == packages | recipes
+    assert linked == {"constrained_dpo/recipes"} and "data_prep/everyday/train.jsonl" in names
+
+
+def test_a_newcomer_plays_the_embedded_world_from_the_wheel(environment, tmp_path):
+    """The README's commands without a clone, with fewer steps."""
+    run(environment / "cdpo", "new", "quickstart.yaml", "--copy", "quickstart", cwd=tmp_path)
+    small = [word for key in SMALL for word in ("-s", key)]
+    less = ("-s", "fit.refresh=1", "-s", "fit.batch_size=4", "-s", "dual.trials=2")
+    run(environment / "cdpo", "init", "quickstart.yaml", "mine", *small, *less, cwd=tmp_path)
+    assert "verdict" in run(environment / "cdpo", "round", "mine", cwd=tmp_path)
 
 
 def run(*command: str | Path, cwd: Path) -> str:
