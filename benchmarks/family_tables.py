@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from benchmarks.family_categories import print_categories
 from benchmarks.family_tasks import WORLDS, Task
 from benchmarks.family_verdicts import print_verdicts
 
@@ -18,11 +19,12 @@ def print_tables(records: list[dict]) -> None:
     print("| what | aim | measured | runs |\n|---|---|---|---|")
     for row in _aims(runs):
         print("| " + " | ".join(row) + " |")
-    for kind in dict.fromkeys(task.kind for task, _ in runs):
+    for kind in dict.fromkeys(task.kind for task, _ in runs if not task.categories):
         chosen = [run for run in runs if run[0].kind == kind]
         _print_rounds(kind, chosen)
         _print_fronts(chosen)
         _print_kappas(chosen)
+    print_categories([run for run in runs if run[0].categories])
     _print_unseen([r for r in records if "unseen" in r])
     _print_peers([r for r in records if "peers" in r], runs)
     print_verdicts([r for r in records if "quickstart" in r])
@@ -60,7 +62,8 @@ def _aims(runs: list[Run]) -> Iterable[tuple[str, str, str, str]]:
     as_set = [
         run
         for run in runs
-        if run[0].setting == "conditional" and not run[0].changes and not run[0].kappa
+        if run[0].setting == "conditional"
+        and not (run[0].changes or run[0].kappa or run[0].categories)
     ]
     usual = [run for run in as_set if run[0].lambda_0 is None]
     std1 = [run for run in usual if run[0].scale == "std 1" and not run[0].two]
