@@ -37,6 +37,9 @@ def prompts(
     num_dual: Annotated[int, typer.Option(help="how many fit prompts are dual prompts")] = 600,
     max_fit: Annotated[int | None, typer.Option(help="keep at most so many fit prompts")] = None,
     max_test: Annotated[int | None, typer.Option(help="keep at most so many test prompts")] = None,
+    categories: Annotated[
+        list[str], typer.Option(help="column of categories to keep, once per column")
+    ] = [],
     as_json: AsJson = False,
 ) -> None:
     """Read prompts, drop duplicates, split them by hash into fit, dual and test."""
@@ -52,7 +55,7 @@ def prompts(
         max_fit=max_fit,
         max_test=max_test,
     )
-    table, left_out = split_prompts(settings, num_dual)
+    table, left_out = split_prompts(settings, num_dual, categories)
     write_parquet(table, output)
     splits = {split: int(n) for split, n in table["split"].value_counts().items()}
     if as_json:

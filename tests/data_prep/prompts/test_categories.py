@@ -11,6 +11,8 @@ from data_prep.errors import UserError
 from data_prep.prompts.categories import categories_of, category_counts, category_name, pooled
 from data_prep.prompts.settings import PromptSettings
 from data_prep.prompts.split import read_prompt_table, split_prompts
+from data_prep.readers.tables import read_parquet
+from tests.helpers.cli import cdpo
 
 
 @pytest.mark.parametrize(
@@ -87,3 +89,14 @@ def test_categories_that_cannot_be_constrained_are_refused(table, words):
 def test_a_categorys_name_fits_a_column():
     assert category_name("Violence, Aiding & Abetting") == "Violence_Aiding_Abetting"
     assert category_name("…") == "_"
+
+
+def test_a_prompts_table_keeps_the_columns_that_are_named(tmp_path):
+    rows = [{"prompt": f"p{i}", "kind": "even" if i % 2 == 0 else "odd"} for i in range(40)]
+    path, output = tmp_path / "p.jsonl", tmp_path / "p.parquet"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cdpo("data", "prompts", path, "-o", output, "--categories", "kind", check=0)
+    table = read_parquet(output)
+    assert {p: list(k) for p, k in zip(table["prompt"], table["kind"], strict=True)}["p3"] == [
+        "odd"
+    ]
