@@ -15,7 +15,7 @@ from constrained_dpo.draft.specs import MANY_PARAMETERS, NamedScorer
 from constrained_dpo.draft.trial import ScoreFacts, Trial
 from constrained_dpo.progress import duration
 from constrained_dpo.recipe.fit import FitSettings
-from constrained_dpo.recipe.schema import STD
+from constrained_dpo.recipe.objective import STD
 from data_prep.errors import UserError
 from data_prep.sampling.law import SamplingSettings
 

@@ -113,7 +113,7 @@ def test_a_recipe_says_what_was_seen_and_why(here):
     # 64 positions hold the prompt's three tokens, <s> and the answer
     assert recipe.sampling.max_new_tokens <= 64 - 4
     assert [c.name for c in recipe.objective.constraints] == ["brief"]
-    assert recipe.problem.reward == "many" and recipe.objective.constraints[0].margin_in_std
+    assert recipe.problem.reward == "many" and recipe.objective.constraints[0].margins_in_std
     assert repeated(Recipe, parse_yaml(text)) == []
     assert unexplained(text, {"name", "type", "target"}) == []
     assert max(map(len, text.splitlines())) <= 130

@@ -24,7 +24,10 @@ def make_learner(tmp_path):
         tokenizer = AutoTokenizer.from_pretrained(tmp_path)
         tokenizer.chat_template = f"<s>{day} {{{{ messages[0]['content'] }}}}"
         made = LoraLearner(
-            SimpleNamespace(scorers={}, prompts=PromptSettings(source="x", format="chat")), prompts
+            SimpleNamespace(
+                scorers={}, prompts=PromptSettings(source="x", format="chat"), category_columns=[]
+            ),
+            prompts,
         )
         made.__dict__["policy"] = SimpleNamespace(tokenizer=tokenizer)
         return made
