@@ -144,7 +144,7 @@ class Mortal(TabularLearner):
         return super().sample(*arguments, **options)
 
 
-@pytest.mark.parametrize("calls", [1, 6])
+@pytest.mark.parametrize("calls", [1, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_killed_front_goes_on_to_the_same_numbers(played, tmp_path, calls):
     (run, recipe, learner), fronts = played, []
     for name in ("whole", "killed"):
@@ -207,6 +207,7 @@ def test_a_verdict_at_the_lower_bound_is_aimed_at(tmp_path):
     assert all(point.u["g0"] > 0 for point in front.rows)
 
 
+@pytest.mark.slow
 def test_two_constraints_are_held_together(tmp_path):
     run, recipe, learner = played_run(tmp_path / "run", 2, ["dual.responses_per_prompt=256"])
     settings = settings_of(run, recipe, margins={"g1": [0.2, 0.5]})

@@ -141,6 +141,7 @@ class KilledAtFit(logging.Handler):
             raise Killed
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_and_started_again_equals_one_never_killed(tmp_path, caplog):
     """Killed while the pool is prepared, then in the fit of the first run, then in that of the
     second one's second round."""

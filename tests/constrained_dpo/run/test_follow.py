@@ -65,7 +65,7 @@ def test_what_a_kill_left_is_not_under_way(run):
     run.progress_file.unlink()
 
 
-@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("terminal", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_is_followed_until_its_process_lets_go(run, held, monkeypatch, terminal):
     monkeypatch.setattr(follow, "POLL", 0.05)
     threading.Timer(0.4, held.set).start()

@@ -47,7 +47,8 @@ class Mute(TabularLearner):
 MANY = ("dual.responses_per_prompt=128", "dual.init={g0: 0.7}", "fit.refresh=2")
 
 
-@pytest.mark.parametrize("deaf", [1, pytest.param(MORE_FITS + 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("deaf", [1, MORE_FITS + 1])
 def test_a_family_that_does_not_answer_is_fitted_further(tmp_path, caplog, deaf):
     world = random_world(3, prompts=60, responses=40)
     run, recipe, tabular = make_run(tmp_path / "run", world, [*SOLVE, *MANY])

@@ -72,6 +72,7 @@ def test_two_constraints_are_held_together(tmp_path):
     assert replay(run) == run.state().lambda_
 
 
+@pytest.mark.slow
 def test_a_constraint_that_is_met_without_a_multiplier_gets_none(tmp_path):
     """Beside one that binds: complementary slackness."""
     world = random_world(3, 2, prompts=60, responses=50)
@@ -85,7 +86,8 @@ def test_a_constraint_that_is_met_without_a_multiplier_gets_none(tmp_path):
     assert exact.u["g0"] > 1 and abs(exact.u["g1"]) <= 0.1 * 0.4
 
 
-@pytest.mark.parametrize("budget", [0.6, pytest.param(9.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [0.6, 9.0])
 def test_kappa_meets_a_budget_of_kl(tmp_path, budget):
     """Or stands at the end of its range where that is not enough."""
     world = random_world(3, prompts=60, responses=50)
@@ -146,6 +148,7 @@ def uncut(tmp_path_factory):
     return run, before, 10**6 - mortal.left[0]
 
 
+@pytest.mark.slow
 def test_a_round_killed_at_any_sampling_equals_one_that_was_not(uncut, tmp_path):
     """Inside the refresh, between and within trials, inside the re-scoring; twice in one round."""
     run, before, samplings = uncut
