@@ -57,7 +57,7 @@ def test_rounds_with_the_exact_maximizer_meet_every_category(tmp_path, caplog):
         "reward": {"name": "r", "scorer": SCORER},
         "constraints": [{"name": "g", "by": "kind", "margin": MARGINS, "scorer": SCORER}],
     }
-    raw["dual"] = {"method": "subgradient", "rounds": 3, "responses_per_prompt": 128}
+    raw["dual"] = {"method": "subgradient", "rounds": 4, "responses_per_prompt": 128}
     raw["dual"] |= {"init": "one_shot", "step_size": 0.3, "prompts_per_round": 40}
     raw["fit"]["pairs_per_prompt"] = 4
     raw["sampling"]["batch_size"] = 65536
@@ -67,13 +67,13 @@ def test_rounds_with_the_exact_maximizer_meet_every_category(tmp_path, caplog):
     recipe = categorized(run.recipe(), prompts)
     assert "20 of 80 prompts have no category; g is not constrained on them" in caplog.text
     run.write_recipe(recipe)
-    records = play(run, recipe, learner, 3)
+    records = play(run, recipe, learner, 4)
     assert run.recipe().problem.names == ["g.a", "g.b"]  # read back from recipe.yaml
     assert replay(run) == run.state().lambda_
     last = records[-1].exact_on("test")
     right = world.exact_optimum.lambda_
     met = records[-1].exact_on("dual")
-    assert all(abs(u) < 0.1 for u in met.u.values()), met.u
+    assert all(abs(u) < 0.12 for u in met.u.values()), met.u
     assert last.objective == pytest.approx(world.exact_optimum.objective, abs=0.1)
     for name, value in records[-1].lambda_.items():
         assert value == pytest.approx(right[name], rel=0.35)
