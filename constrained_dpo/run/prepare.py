@@ -26,6 +26,7 @@ from data_prep.errors import UserError
 from data_prep.files import hash_file, write_json
 from data_prep.prompts.preference_rows import given_pairs
 from data_prep.readers.tables import read_parquet, write_parquet
+from data_prep.tables import PROMPTS
 
 
 def prepare(
@@ -77,11 +78,15 @@ def _keep_prompts(run: RunDirectory, learner: Learner) -> None:
     if run.prompts_file.exists():
         kept = read_parquet(run.prompts_file)
         columns = learner.recipe.category_columns if isinstance(learner, LoraLearner) else []
-        if not _comparable(kept, columns).equals(_comparable(prompts, columns)):
+        missing = [column for column in columns if column not in kept]
+        shared = [column for column in columns if column in kept]
+        if not _comparable(kept, shared).equals(_comparable(prompts, shared)):
             raise UserError(
                 f"{run.prompts_file}: the prompt source changed while the run was being prepared; "
                 "restore it or start another run"
             )
+        if missing:  # taken over from a run without these categories
+            write_parquet(kept.assign(**prompts[missing]), run.prompts_file)
         if TOKEN_IDS in kept:
             return
     if isinstance(learner, LoraLearner):
@@ -91,8 +96,8 @@ def _keep_prompts(run: RunDirectory, learner: Learner) -> None:
 
 
 def _comparable(prompts: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """The prompts without their token ids, categories as tuples."""
-    table = prompts.drop(columns=TOKEN_IDS, errors="ignore")
+    """The prompts with their categories as tuples, without anything else."""
+    table = prompts[[*PROMPTS, *columns]]
     return table.assign(**{column: table[column].map(tuple) for column in columns})
 
 

@@ -20,12 +20,14 @@ def make_learner(tmp_path):
     """A learner whose template writes the day before every prompt, and no model."""
     save_word_tokenizer(tmp_path, "monday tuesday a b c")
 
-    def learner(day, prompts):
+    def learner(day, prompts, categories=()):
         tokenizer = AutoTokenizer.from_pretrained(tmp_path)
         tokenizer.chat_template = f"<s>{day} {{{{ messages[0]['content'] }}}}"
         made = LoraLearner(
             SimpleNamespace(
-                scorers={}, prompts=PromptSettings(source="x", format="chat"), category_columns=[]
+                scorers={},
+                prompts=PromptSettings(source="x", format="chat"),
+                category_columns=categories,
             ),
             prompts,
         )
@@ -75,3 +77,17 @@ def test_a_run_that_kept_prompts_alone_is_read_as_before(make_learner, tmp_path)
     assert older.prompt_tokens["0"] == [1, 4, 6]
     _keep_prompts(run, older)  # taken over from another run, before it is prepared
     assert TOKEN_IDS in read_parquet(run.prompts_file)
+
+
+def test_a_run_takes_over_prompts_with_other_categories(make_learner, tmp_path):
+    run = SimpleNamespace(prompts_file=tmp_path / "prompts.parquet")
+    _keep_prompts(run, make_learner("monday", table()))
+    with_kind = table().assign(kind=[["x"], [], ["x", "y"]])
+    again = make_learner("tuesday", with_kind, ["kind"])
+    _keep_prompts(run, again)
+    _take_kept_tokens(run, again)
+    assert [list(kinds) for kinds in again.prompts["kind"]] == [["x"], [], ["x", "y"]]
+    assert again.prompt_tokens == make_learner("monday", table()).prompt_tokens
+    _keep_prompts(run, make_learner("monday", table()))  # and back
+    with pytest.raises(UserError, match="the prompt source changed"):
+        _keep_prompts(run, make_learner("monday", with_kind.assign(kind=[["z"]] * 3), ["kind"]))
