@@ -36,7 +36,6 @@ smollm2: setup
 	@test -d runs/smollm2-135m-instruct || $(BIN)/data-prep smollm2 runs/smollm2-135m-instruct
 	@test -f runs/smollm2/state.json || $(BIN)/cdpo init recipes/smollm2.yaml runs/smollm2
 	$(BIN)/cdpo run runs/smollm2
-	$(BIN)/cdpo front runs/smollm2 --margins brief=0,0.25,0.5,0.75
 	$(BIN)/cdpo report runs/smollm2
 
 # Files in their own order: by default those with few tests come last, and the longest have few.
