@@ -70,6 +70,7 @@ TEST_KEYS = (
     "num_prompts",
     "num_samples",
 )
+FRONT_KEYS = {"levels", "lambda_", "gains", "u", "u_ci_low", "u_ci_high", "reward", "kl", "at_edge"}
 
 
 def recipe_of(setting: str, seed: int, parts: argparse.Namespace) -> dict:
@@ -171,12 +172,8 @@ def play_runs(parts: argparse.Namespace) -> None:
 
 def front_of(run: Path) -> list[dict]:
     """Play five margins of a conditional run: λ, u, reward and KL on the test prompts."""
-    front = Run(run).front(margins={"harmless": MARGINS})
-    return [
-        {"margin": point.levels["harmless"], "lambda": point.lambda_["harmless"]}
-        | {key: getattr(point.test, key) for key in TEST_KEYS}
-        for point in front.rows
-    ]
+    rows = Run(run).front(margins={"harmless": MARGINS}).rows
+    return [row.model_dump(include=FRONT_KEYS) for row in rows]
 
 
 def print_table(results: list[dict]) -> None:
