@@ -29,7 +29,7 @@ class Constraint:
     policy, or an absolute `threshold` (score units).
 
     margin_in_std: a margin in standard deviations of the reference policy's scores, until they are
-    known (`resolved`). utility: the column that is scored, where the constraint is on the prompts
+    known. utility: the column that is scored, where the constraint is on the prompts
     of some categories only, those in column `by` that are in `categories`; all means are then over
     these prompts. Source of constraints by category: Cat-DPO, arXiv:2604.17299.
     """
@@ -124,10 +124,11 @@ class ConstrainedProblem:
         """Add the columns of constraints by category: the utility's score, null for responses to
         prompts that the constraint does not concern.
 
-        scored: a responses table with the scorers' columns; prompts: the prompts table.
+        scored: a responses table with the scorers' columns (a utility that is not among them gives
+        none); prompts: the prompts table.
         """
         for c in self.constraints:
-            if c.utility is not None:
+            if c.utility is not None and c.utility in scored:
                 concerned = set(prompts["prompt_id"][c.concerns(prompts)])
                 scores = scored[c.utility].where(scored["prompt_id"].isin(concerned))
                 scored = scored.assign(**{c.name: scores})
@@ -142,15 +143,6 @@ class ConstrainedProblem:
     def unresolved(self) -> dict[str, float]:
         """Margins that are in standard deviations still, by constraint."""
         return {c.name: c.margin_in_std for c in self.constraints if c.margin_in_std is not None}
-
-    def resolved(self, stds: dict[str, float]) -> "ConstrainedProblem":
-        """With every margin in score units; stds: the reference scores' standard deviations, at
-        least of those in `unresolved`."""
-        constraints = (
-            c if c.margin_in_std is None else c.at(c.margin_in_std * stds[c.name])
-            for c in self.constraints
-        )
-        return replace(self, constraints=tuple(constraints))
 
     @property
     def bounds(self) -> pd.Series:

@@ -97,9 +97,8 @@ class ScoreTable:
         table = cls.from_columns(codes, values[0], utilities, values[-1] if log_weight else None)
         if not any(CATEGORY_MARK in name for name in problem.names):
             return table
-        some = frame[problem.names].notna().groupby(codes).first().to_numpy().T
-        order = np.unique(codes) if (codes[1:] >= codes[:-1]).all() else np.sort(np.unique(codes))
-        return replace(table, concerned=some[:, order])
+        concerned = frame[problem.names].notna().groupby(codes).first()  # by code, as the table
+        return replace(table, concerned=concerned.to_numpy().T)
 
     @classmethod
     def from_columns(

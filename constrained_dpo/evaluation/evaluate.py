@@ -87,8 +87,9 @@ def evaluate(run: RunDirectory, options: EvaluationOptions) -> Evaluated:
     recipe = run.recipe()
     number = round_or_adapter(run, options.round, options.adapter)
     _check_judge(options)
-    check_names(list(options.scorers), recipe.problem)
-    prompts, duplicates = evaluation_prompts(run, recipe, options.prompts)
+    check_names(list(options.scorers), recipe)
+    columns = recipe.category_columns
+    prompts, duplicates = evaluation_prompts(run, recipe, options.prompts, columns)
     learner = LoraLearner(recipe, prompts, run.score_cache, options.scorers)
     with run.locked():
         require_same_inputs(run, learner)
@@ -133,7 +134,7 @@ def _judged(
     folder, texts = run.evaluation_folder(record.key), learner.prompt_texts
     judged = {"prompts": judge_evaluation(folder, judge.settings, texts, other, confidence)}
     if judge.unsafe is not None:
-        prompts, duplicates = evaluation_prompts(run, recipe, judge.unsafe)
+        prompts, duplicates = evaluation_prompts(run, recipe, judge.unsafe, recipe.category_columns)
         more = LoraLearner(recipe, prompts, run.score_cache, options.scorers)
         more.policy, more.scorers = learner.policy, learner.scorers
         left_out = {"duplicates": duplicates} | more.restrict(recipe.fit.max_length)

@@ -52,7 +52,7 @@ def export_merged(run: RunDirectory, recipe: Recipe, number: int, output: Path) 
     measurement, which also lies in the output as measurement.json.
     """
     require_free(output)
-    prompts, _ = evaluation_prompts(run, recipe, None)
+    prompts, _ = evaluation_prompts(run, recipe, None, [])
     # A server that sampled the run does not serve the merged model.
     sampling = recipe.sampling.model_copy(update={"backend": "hf", "server": None})
     recipe = recipe.model_copy(update={"sampling": sampling})

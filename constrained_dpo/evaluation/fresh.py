@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from constrained_dpo.estimates.slack import bounded_constraints, changes, prompt
 from constrained_dpo.evaluation.record import Evaluation
 from constrained_dpo.learners.collect import Collection, collect
 from constrained_dpo.learners.lora import LoraLearner
-from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.multipliers import seen_slack
@@ -42,23 +42,23 @@ ADAPTER_OPTION = "--adapter"
 
 
 def evaluation_prompts(
-    run: RunDirectory, recipe: Recipe, source: Path | None
+    run: RunDirectory, recipe: Recipe, source: Path | None, columns: Sequence[str]
 ) -> tuple[pd.DataFrame, int]:
     """The run's test prompts, or those of another file (same layouts and format as in the recipe),
-    all with split test; and how many duplicates of the file were left out."""
+    all with split test; and how many duplicates of the file were left out. columns: of categories
+    that the file must have."""
     if source is None:
         prompts = run.prompts()
         return prompts[prompts["split"] == "test"].reset_index(drop=True), 0
-    columns = recipe.category_columns
     table, duplicates = read_prompt_table(str(source), recipe.prompts.format, columns)
     table = table.rename_axis("prompt_id").reset_index().assign(split="test")
     return validate_prompts(table, str(source), columns), duplicates
 
 
-def check_names(extra: list[str], problem: ConstrainedProblem) -> None:
+def check_names(extra: list[str], recipe: Recipe) -> None:
     """Raises UserError for an extra scorer's name that is reserved or an objective's already."""
     for name in extra:
-        if name in RESERVED_NAMES or name in problem.objectives:
+        if name in RESERVED_NAMES or name in recipe.scorers:
             raise UserError(
                 f"--scorer {name}: is a reserved or already used column name; choose another"
             )

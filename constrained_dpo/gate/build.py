@@ -80,7 +80,7 @@ def _reward(recipe: Recipe, drop: float) -> Claim:
 def _second_opinions(recipe: Recipe, checks: ChecksSettings) -> list[Claim]:
     claims = []
     for check in checks.second_opinion:
-        taken = {*RESERVED_NAMES, *recipe.problem.objectives, TEST, "refusal"}
+        taken = {*RESERVED_NAMES, *recipe.scorers, TEST, "refusal"}
         taken |= {REFUSAL, LENGTH, CUT_OFF}
         if check.name in taken:
             raise UserError(

@@ -46,7 +46,8 @@ def prompt_sets(run: RunDirectory, recipe: Recipe, settings: GateSettings) -> di
         file = None if source is None else Path(source)
         if file is not None and not file.exists():
             raise UserError(f"{source}: no such file; the gate's set {name} has no prompts")
-        table, duplicates = evaluation_prompts(run, recipe, file)
+        columns = recipe.category_columns if name == TEST else []
+        table, duplicates = evaluation_prompts(run, recipe, file, columns)
         _require_unseen(table, trained, recipe, name if source is None else source)
         table = table.sort_values("prompt_id", ignore_index=True)
         sets[name] = PromptSet(table, source, duplicates)

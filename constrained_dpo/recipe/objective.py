@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from constrained_dpo.problem import Constraint
 from data_prep.scorers.settings import ScorerSettings
 from data_prep.settings import Settings
-from data_prep.tables import CATEGORY_MARK
+from data_prep.tables import CATEGORY_MARK, PROMPTS
 
 STD = "std"
 
@@ -88,11 +88,19 @@ class ConstraintSettings(Settings):
     @model_validator(mode="after")
     def _by_category(self) -> "ConstraintSettings":
         if self.by is None:
-            alone = {"min_prompts": self.min_prompts != 8, "categories": bool(self.categories)}
+            default = type(self).model_fields["min_prompts"].default
+            alone = {
+                "min_prompts": self.min_prompts != default,
+                "categories": bool(self.categories),
+            }
             alone["margin: by category"] = isinstance(self.margin, dict)
             if wrong := [key for key, given in alone.items() if given]:
                 raise ValueError(f"{', '.join(wrong)}: of constraints by category; give `by` too")
             return self
+        if self.by in (*PROMPTS, "token_ids"):
+            raise ValueError(f"by: {self.by} is a column of the prompts table; name another")
+        if self.margin == {}:
+            raise ValueError("margin: it is empty; give a number, or one for each category")
         if not isinstance(self.margin, dict) or self.categories is None:
             return self
         unknown = [n for n in self.margin if n not in (*self.categories, DEFAULT)]

@@ -24,7 +24,7 @@ from data_prep.labels.prompt_rows import PromptRows, require_responses
 from data_prep.labels.row_groups import arrow_texts, encoded, pieces, taken
 from data_prep.readers.tables import read_columns
 from data_prep.settings import derive_seed
-from data_prep.tables import require_columns
+from data_prep.tables import require_columns, require_scores
 
 IDS = ("prompt_id", "response_id")
 
@@ -160,6 +160,7 @@ def _read(
         frame, ended, left_out = _ended_alone(frame, ended)
     hashes = require_responses(frame)
     columns, chat = ({}, False) if texts is None else texts.of(frame)
+    require_scores(frame, map(str, utilities), "responses")
     scores = LabelScores.of(frame, reward, lambda_)
     return _Responses(frame, hashes, columns, chat, ended, left_out, scores)
 

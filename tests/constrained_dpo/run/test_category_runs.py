@@ -115,7 +115,11 @@ def test_a_family_of_eight_constraints_is_played_shown_and_exported(tmp_path):
     assert all(name in shown for name in names)
     cdpo("export", run, tmp_path / "out", "--margin", "harmless.safe=0.1", check=0)
     gate = tmp_path / "gate.yaml"
-    gate.write_text('{"checks": {"length": {"ratio": 3.0}}}')
+    (tmp_path / "benign.jsonl").write_text(
+        '{"prompt": "kid win safe"}\n{"prompt": "boss win dog"}\n'
+    )
+    refusal = {"prompts": str(tmp_path / "benign.jsonl"), "increase": 1.0, "phrases": ["sorry"]}
+    gate.write_text(json.dumps({"checks": {"length": {"ratio": 3.0}, "refusal": refusal}}))
     gated = json.loads(cdpo("gate", run, gate, "--json").stdout)
     counts = {check["name"]: check["num_prompts"] for check in gated["checks"]}
     prompts = read_parquet(run / "prompts.parquet")
@@ -144,6 +148,8 @@ def settings_of(**changes: object) -> ConstraintSettings:
             "there is no category c",
         ),
         ({"by": "kind", "margin": {"a": "high"}}, "write a finite number"),
+        ({"by": "kind", "margin": {}}, "margin: it is empty"),
+        ({"by": "split", "margin": 1.0}, "by: split is a column of the prompts table"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, words):
