@@ -4,6 +4,7 @@
         [--setting conditional|plain] [--two] [--lam0 4] [--kappa] [--front]
         [--categories eight|mean] [-s KEY=VALUE ...]
     python -m benchmarks.bench_family unseen FILE.jsonl [--world pairs|syllables] [--settings ...]
+        [-s KEY=VALUE ...]
     python -m benchmarks.bench_family peers FILE.jsonl [--worlds ...] [--seeds ...]
     python -m benchmarks.bench_family verdicts FILE.jsonl [--seeds ...]
     python -m benchmarks.bench_family table FILE.jsonl
@@ -24,7 +25,7 @@ from benchmarks.family_peers import play_peers
 from benchmarks.family_runs import play_tasks
 from benchmarks.family_tables import print_tables
 from benchmarks.family_tasks import SCALES, SETTINGS, WORLDS, Task
-from benchmarks.family_unseen import play_unseen
+from benchmarks.family_unseen import UnseenTask, play_unseen
 from benchmarks.family_verdicts import play_verdicts
 from benchmarks.unseen_world import WORLDS as UNSEEN
 
@@ -77,6 +78,7 @@ def main() -> None:
         runs.add_argument(f"--{option}", action="store_true")
     for command in (runs, unseen):
         command.add_argument("--rounds", type=int, default=4)
+    unseen.add_argument("-s", dest="changes", action="append", default=[], metavar="KEY=VALUE")
     unseen.add_argument("--world", choices=UNSEEN, default="syllables")
     unseen.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     peers.add_argument("--worlds", nargs="+", choices=WORLDS, default=["embedded", "random 3"])
@@ -88,8 +90,8 @@ def main() -> None:
     elif arguments.command == "runs":
         play_tasks(output, arguments.work, tasks_of(arguments))
     elif arguments.command == "unseen":
-        settings, rounds = arguments.settings, arguments.rounds
-        play_unseen(output, arguments.work, arguments.world, settings, arguments.seeds, rounds)
+        world = UnseenTask(arguments.world, arguments.rounds, tuple(arguments.changes))
+        play_unseen(output, arguments.work, world, arguments.settings, arguments.seeds)
     elif arguments.command == "verdicts":
         play_verdicts(output, arguments.work, arguments.seeds)
     else:

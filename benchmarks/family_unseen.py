@@ -6,6 +6,7 @@ Exact values are computed here, from each round's adapter.
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -37,20 +38,31 @@ def recipe_of_world(name: str, folder: Path, seed: int, setting: str) -> dict:
     return recipe
 
 
+@dataclass(frozen=True)
+class UnseenTask:
+    """A world by name, how many rounds of it, and KEY=VALUE of its recipe."""
+
+    world: str
+    rounds: int
+    changes: tuple[str, ...]
+
+
 def play_unseen(
-    output: Path, work: Path, name: str, settings: list[str], seeds: list[int], rounds: int
+    output: Path, work: Path, task: UnseenTask, settings: list[str], seeds: list[int]
 ) -> None:
     """Play the settings on an unseen world; one JSON line a run, none twice."""
     lines = output.read_text().splitlines() if output.exists() else []
     done = [record.get("unseen") for line in lines if (record := json.loads(line))]
     for seed in seeds:
         for setting in settings:
+            name, rounds = task.world, task.rounds
             key = {"world": name, "setting": setting, "seed": seed, "rounds": rounds}
+            key |= {"changes": list(task.changes)} if task.changes else {}
             if key in done:
                 continue
-            folder = work / f"unseen-{name}-{setting}-{seed}-{rounds}"
+            folder = work / "-".join(map(str, ["unseen", *key.values()])).replace("/", "_")
             recipe = recipe_of_world(name, work / f"unseen-world-{name}", seed, setting)
-            result = _play(Run.create(recipe, folder), rounds)
+            result = _play(Run.create(recipe, folder, overrides=list(task.changes)), rounds)
             with output.open("a") as handle:
                 handle.write(json.dumps({"unseen": key} | result) + "\n")
             shutil.rmtree(folder)

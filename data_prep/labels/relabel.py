@@ -160,8 +160,8 @@ def _read(
         frame, ended, left_out = _ended_alone(frame, ended)
     hashes = require_responses(frame)
     columns, chat = ({}, False) if texts is None else texts.of(frame)
-    require_scores(frame, map(str, utilities), "responses")
     scores = LabelScores.of(frame, reward, lambda_)
+    require_scores(frame, map(str, utilities), "responses")
     return _Responses(frame, hashes, columns, chat, ended, left_out, scores)
 
 

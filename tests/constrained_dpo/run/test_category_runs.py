@@ -115,10 +115,9 @@ def test_a_family_of_eight_constraints_is_played_shown_and_exported(tmp_path):
     assert all(name in shown for name in names)
     cdpo("export", run, tmp_path / "out", "--margin", "harmless.safe=0.1", check=0)
     gate = tmp_path / "gate.yaml"
-    (tmp_path / "benign.jsonl").write_text(
-        '{"prompt": "kid win safe"}\n{"prompt": "boss win dog"}\n'
-    )
-    refusal = {"prompts": str(tmp_path / "benign.jsonl"), "increase": 1.0, "phrases": ["sorry"]}
+    benign = tmp_path / "benign.txt"  # without categories
+    benign.write_text("".join(f"{prompt}\n" for prompt in PROMPTS["test"]))
+    refusal = {"prompts": str(benign), "increase": 1.0, "phrases": ["sorry"]}
     gate.write_text(json.dumps({"checks": {"length": {"ratio": 3.0}, "refusal": refusal}}))
     gated = json.loads(cdpo("gate", run, gate, "--json").stdout)
     counts = {check["name"]: check["num_prompts"] for check in gated["checks"]}
