@@ -117,7 +117,7 @@ def test_a_family_of_eight_constraints_is_played_shown_and_exported(tmp_path):
     gate = tmp_path / "gate.yaml"
     benign = tmp_path / "benign.txt"  # without categories
     benign.write_text("".join(f"{prompt}\n" for prompt in PROMPTS["test"]))
-    refusal = {"prompts": str(benign), "increase": 1.0, "phrases": ["sorry"]}
+    refusal = {"prompts": str(benign), "increase": 0.9, "phrases": ["sorry"]}
     gate.write_text(json.dumps({"checks": {"length": {"ratio": 3.0}, "refusal": refusal}}))
     gated = json.loads(cdpo("gate", run, gate, "--json").stdout)
     counts = {check["name"]: check["num_prompts"] for check in gated["checks"]}
