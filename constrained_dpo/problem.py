@@ -9,13 +9,15 @@ Source: the constrained alignment problem of CAID, arXiv:2505.19387. Utilities a
 higher-is-better; a cost enters negated, once, at its scorer.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
+from constrained_dpo.kinds import MEAN, Measure, prompt_weights
 from data_prep.errors import UserError
-from data_prep.tables import RESERVED_NAMES
+from data_prep.tables import CATEGORY_MARK, RESERVED_NAMES
 
 
 def by_name(values: pd.Series) -> dict[str, float]:
@@ -32,6 +34,7 @@ class Constraint:
     known. utility: the column that is scored, where the constraint is on the prompts
     of some categories only, those in column `by` that are in `categories`; all means are then over
     these prompts. Source of constraints by category: Cat-DPO, arXiv:2604.17299.
+    measure: the mean, or a tail or rate, whose names are COLUMN.tail and COLUMN.rate.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Constraint:
     utility: str | None = None
     by: str | None = None
     categories: frozenset[str] = frozenset()
+    measure: Measure = MEAN
 
     def __post_init__(self) -> None:
         levels = [v for v in (self.margin, self.threshold, self.margin_in_std) if v is not None]
@@ -57,7 +61,30 @@ class Constraint:
     @property
     def scored(self) -> str:
         """The scorer's column that it is about."""
-        return self.utility or self.name
+        return self.utility or self.column
+
+    @property
+    def column(self) -> str:
+        """The column of a responses table with its scores; by category null for other prompts."""
+        if self.measure.kind == "mean":
+            return self.name
+        return self.name.removesuffix(f"{CATEGORY_MARK}{self.measure.kind}")
+
+    def values(self, responses: pd.DataFrame) -> np.ndarray:
+        """Compute the values whose mean is constrained, (num_responses,)."""
+        return self.measure.values(responses[self.column].to_numpy(np.float64))
+
+    def at_tail_of(
+        self, responses: pd.DataFrame, weights: np.ndarray | None = None
+    ) -> "Constraint":
+        """Give the constraint on a tail at the quantile of these responses, weights: (num_responses,)
+        (None: every prompt counts alike); others as they are."""
+        if not self.measure.moves:
+            return self
+        scores = responses[self.column].to_numpy(np.float64)
+        if weights is None:
+            weights = prompt_weights(responses["prompt_id"], scores)
+        return replace(self, measure=self.measure.at_tail_of(scores, weights))
 
     def at(self, level: float) -> "Constraint":
         """Give the same constraint with another margin, or threshold where it has one (score
@@ -72,6 +99,16 @@ class Constraint:
         if self.by is None:
             return pd.Series(True, index=prompts.index)
         return prompts[self.by].map(lambda names: not self.categories.isdisjoint(names))
+
+
+def _measured(constraint: Constraint) -> str:
+    """What of a score is constrained, as a formula with its words."""
+    column, measure = constraint.column, constraint.measure
+    if measure.kind == "tail":
+        return f"E[{column}] over its lowest {100 * measure.share:g} %"
+    if measure.kind == "rate":
+        return f"P({column} ≥ {measure.at:g})"
+    return f"E[{column}]"
 
 
 def _listed(categories: frozenset[str]) -> str:
@@ -120,6 +157,74 @@ class ConstrainedProblem:
         table = pd.DataFrame(counts, index=splits, dtype=float).T
         return table.fillna(0).astype(int)
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns of a responses table that the problem rests on: the reward's, then those of
+        the utilities' scores."""
+        return list(dict.fromkeys([self.reward, *(c.column for c in self.constraints)]))
+
+    def scores(self, responses: pd.DataFrame) -> pd.DataFrame:
+        """Give the responses with the columns of all objectives: those of tails and rates are
+        computed from their scores, tails at the problem's points.
+
+        Raises ValueError for a tail whose point is not set.
+        """
+        derived = {c.name: c.values(responses) for c in self._transformed}
+        return responses.assign(**derived) if derived else responses
+
+    def reference_scores(self, reference: pd.DataFrame) -> pd.DataFrame:
+        """Give π_ref's responses as `scores` does, tails at π_ref's own quantile: their means are
+        what a margin is above.
+
+        The quantile maximizes the mean on these responses, so that π_ref's tail is not taken for
+        lower than it is.
+        """
+        return self.at_tails_of(reference).scores(reference)
+
+    @property
+    def has_tails(self) -> bool:
+        """Whether a constraint is on a tail."""
+        return any(c.measure.moves for c in self.constraints)
+
+    def at_tails_of(
+        self, responses: pd.DataFrame, weights: np.ndarray | None = None
+    ) -> "ConstrainedProblem":
+        """Give the problem with its tails at the quantiles of these responses, weights:
+        (num_responses,); None: every prompt counts alike."""
+        if not self.has_tails:
+            return self
+        moved = (c.at_tail_of(responses, weights) for c in self.constraints)
+        return replace(self, constraints=tuple(moved))
+
+    def with_tail_shares(self, factor: float) -> "ConstrainedProblem":
+        """Give the problem with tails of `factor` times their shares, at most a half."""
+        moved = (
+            replace(c, measure=replace(c.measure, share=min(0.5, factor * c.measure.share)))
+            if c.measure.moves
+            else c
+            for c in self.constraints
+        )
+        return replace(self, constraints=tuple(moved))
+
+    @property
+    def tail_points(self) -> dict[str, float]:
+        """The points of the tails that are set, by constraint (score units)."""
+        tails = (c for c in self.constraints if c.measure.moves)
+        return {c.name: c.measure.at for c in tails if c.measure.at is not None}
+
+    def with_tail_points(self, points: Mapping[str, float]) -> "ConstrainedProblem":
+        """Give the problem with tails at these points, by constraint; those that are not named stay
+        where they are."""
+        moved = (
+            replace(c, measure=replace(c.measure, at=points[c.name])) if c.name in points else c
+            for c in self.constraints
+        )
+        return replace(self, constraints=tuple(moved))
+
+    @property
+    def _transformed(self) -> list[Constraint]:
+        return [c for c in self.constraints if c.measure.kind != "mean"]
+
     def with_categories(self, scored: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
         """Add the columns of constraints by category: the utility's score, null for responses to
         prompts that the constraint does not concern.
@@ -131,7 +236,7 @@ class ConstrainedProblem:
             if c.utility is not None and c.utility in scored:
                 concerned = set(prompts["prompt_id"][c.concerns(prompts)])
                 scores = scored[c.utility].where(scored["prompt_id"].isin(concerned))
-                scored = scored.assign(**{c.name: scores})
+                scored = scored.assign(**{c.column: scores})
         return scored
 
     @property
@@ -196,7 +301,7 @@ class ConstrainedProblem:
                 )
             where = "" if c.by is None else f" over prompts whose {c.by} is {_listed(c.categories)}"
             lines.append(
-                f"subject to E[{c.name}]{where} {level} (higher is better; u > 0 is satisfied with "
-                "room)"
+                f"subject to {_measured(c)}{where} {level} (higher is better; u > 0 is satisfied "
+                "with room)"
             )
         return "\n".join(lines)

@@ -58,8 +58,9 @@ def reachable_verdicts(
 
     lines = []
     names = problem.names
-    levels = problem.levels(pool[names].groupby(pool["prompt_id"]).mean().mean())
-    best = pool.groupby("prompt_id")[names].max().mean()
+    reference = problem.reference_scores(pool).groupby("prompt_id")[names].mean()
+    levels = problem.levels(reference.mean())
+    best = problem.scores(pool).groupby("prompt_id")[names].max().mean()
     quantile = float(stats.norm.ppf(_verdict_confidence(recipe)))
     for name in names:
         needed, reach = quantile * precision[name].se["test"], best[name] - levels[name]

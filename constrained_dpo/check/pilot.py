@@ -28,6 +28,7 @@ from constrained_dpo.check.pilot_size import (
 from constrained_dpo.check.precision import Precision, expected_precision
 from constrained_dpo.dual.one_shot import solve_one_shot
 from constrained_dpo.dual.scores import ScoreTable
+from constrained_dpo.dual.tails import first_tail_points
 from constrained_dpo.estimates.draws import draw_rule, require_policy_draws
 from constrained_dpo.estimates.score_scale import ScoreScale, initial_multipliers, score_scale
 from constrained_dpo.fit.family import Family
@@ -80,6 +81,8 @@ def run_pilot(
     in_std = {c.name: c.margins_in_std for c in recipe.objective.constraints if c.margins_in_std}
     stds = reference_stds(pool, list(in_std))
     problem, warnings = _seen(recipe.with_reference_stds(stds).problem, pool)
+    points = first_tail_points(pool, problem, recipe.dual.max_lambda)
+    problem = problem.with_tail_points(points)
     concerned = problem.prompt_counts(learner.prompts)
     splits = learner.prompts["split"]
     counts = {split: int((splits == split).sum()) for split in ("fit", "dual", "test")}
@@ -123,7 +126,7 @@ def _mixed(prompts: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
 def _seen(problem: ConstrainedProblem, pool: pd.DataFrame) -> tuple[ConstrainedProblem, list[str]]:
     """The problem without the constraints that concern none of the pilot's prompts, and a line
     about them."""
-    seen = tuple(c for c in problem.constraints if pool[c.name].notna().any())
+    seen = tuple(c for c in problem.constraints if pool[c.column].notna().any())
     left = [c.name for c in problem.constraints if c not in seen]
     line = f"pilot: it had no prompt of {', '.join(left)}; nothing is said of them"
     return replace(problem, constraints=seen), [line] * bool(left)

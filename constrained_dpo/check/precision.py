@@ -88,7 +88,7 @@ def expected_precision(
     prompts: numbers by constraint and split (dual, test); target_se: margin/10 where it names no
     other (None for a threshold or a margin of 0). Score units throughout.
     """
-    components = variance_components(scored, problem.names)
+    components = variance_components(problem.scores(scored), problem.names)
     variance = prompt_variance(components, problem, responses_per_prompt)
     precision = {}
     for c in problem.constraints:

@@ -6,7 +6,7 @@ policies, CAID, arXiv:2505.19387), E[r], E[g] and KL of a policy follow from its
 log-probabilities. Arrays are (num_prompts, num_responses), one row per prompt.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,7 @@ from pydantic import Field
 
 from constrained_dpo.dual.one_shot import OneShotSolution, solve_one_shot
 from constrained_dpo.dual.scores import ScoreTable
+from constrained_dpo.dual.tails import best_tails, starts_at
 from constrained_dpo.problem import ConstrainedProblem, by_name
 from data_prep.records import Record
 
@@ -36,12 +37,14 @@ class ExactPolicy(Record):
 
 
 class ExactOptimum(Record):
-    """λ*, P* (`objective`), and the exact values of the optimal policy and of π_ref."""
+    """λ*, P* (`objective`), and the exact values of the optimal policy and of π_ref; tail_points:
+    of the optimal policy, by constraint (score units)."""
 
     lambda_: dict[str, float] = Field(alias="lambda")
     objective: float
     optimal: ExactPolicy
     reference: ExactPolicy
+    tail_points: dict[str, float] = Field(default_factory=dict)
 
     def has_beta_of(self, policy: ExactPolicy) -> bool:
         """Tell whether a policy's objective and P* have one β."""
@@ -74,8 +77,9 @@ class ExactValues(Protocol):
 
 @dataclass(frozen=True)
 class TabularWorld:
-    """problem; ref_logp (num_prompts, num_responses) in nats; reward, same shape; utilities by
-    constraint, same shape (score units), null on prompts that the constraint does not concern."""
+    """problem; ref_logp (num_prompts, num_responses) in nats; reward, same shape; utilities by the
+    column that a constraint is on (`Constraint.column`), same shape (score units), null on prompts
+    that the constraint does not concern."""
 
     problem: ConstrainedProblem
     ref_logp: np.ndarray
@@ -87,7 +91,7 @@ class TabularWorld:
         """Every response once: log-weight log π_ref + log num_responses makes the mean over rows an
         exact expectation."""
         prompts, responses = self.ref_logp.shape
-        stacked = [self.utilities[n].ravel() for n in self.problem.names]
+        stacked = [values.ravel() for values in self._values.values()]
         return ScoreTable(
             reward=self.reward.ravel(),
             utilities=np.nan_to_num(np.stack(stacked, axis=1))
@@ -101,17 +105,37 @@ class TabularWorld:
 
     @property
     def _concerned(self) -> np.ndarray | None:
-        rows = [~np.isnan(self.utilities[n][:, 0]) for n in self.problem.names]
+        rows = [~np.isnan(values[:, 0]) for values in self._values.values()]
         return None if all(row.all() for row in rows) else np.stack(rows)
+
+    @cached_property
+    def _values(self) -> dict[str, np.ndarray]:
+        """The values whose means are constrained, (num_prompts, num_responses), by constraint."""
+        return {c.name: c.measure.values(self.utilities[c.column]) for c in self.problem.constraints}
+
+    def at_tails(self, weight: np.ndarray) -> "TabularWorld":
+        """The world with its tails at the quantiles of a policy, weight: (num_prompts,
+        num_responses), the probabilities of its answers."""
+        return replace(self, problem=self._at_tails(weight, self.problem))
+
+    def _at_tails(self, weight: np.ndarray, problem: ConstrainedProblem) -> ConstrainedProblem:
+        moved = (
+            replace(
+                c, measure=c.measure.at_tail_of(self.utilities[c.column].ravel(), weight.ravel())
+            )
+            for c in problem.constraints
+        )
+        return replace(problem, constraints=tuple(moved))
+
+    def _means(self, weight: np.ndarray) -> dict[str, float]:
+        """What is constrained of a policy: means, tails and rates, by constraint (score units)."""
+        values = self.at_tails(weight)._values
+        return {n: float(np.nanmean((weight * v).sum(1))) for n, v in values.items()}
 
     @cached_property
     def levels(self) -> pd.Series:
         """a_i, by constraint."""
-        means = {
-            n: float(np.nanmean((np.exp(self.ref_logp) * self.utilities[n]).sum(1)))
-            for n in self.problem.names
-        }
-        return self.problem.levels(pd.Series(means, dtype=float))
+        return self.problem.levels(pd.Series(self._means(np.exp(self.ref_logp)), dtype=float))
 
     @cached_property
     def optimum(self) -> OneShotSolution:
@@ -122,7 +146,7 @@ class TabularWorld:
         """log π*_λ = log π_ref + (r + λ·g)/β − log Z, (num_prompts, num_responses): the exact
         maximizer of L(·, λ)."""
         score = self.reward + sum(
-            (lambda_[n] * np.nan_to_num(self.utilities[n]) for n in self.problem.names),
+            (lambda_[n] * np.nan_to_num(values) for n, values in self._values.items()),
             np.zeros_like(self.reward),
         )
         logp = self.ref_logp + score / self.problem.beta
@@ -140,9 +164,7 @@ class TabularWorld:
         lambda_: also its Lagrangian gap at these multipliers.
         """
         weight = np.exp(logp)
-        utilities = {
-            n: float(np.nanmean((weight * self.utilities[n]).sum(1))) for n in self.problem.names
-        }
+        utilities = self._means(weight)
         reward = float((weight * self.reward).sum(1).mean())
         kl = float((weight * np.where(weight > 0, logp - self.ref_logp, 0.0)).sum(1).mean())
         return ExactPolicy(
@@ -157,11 +179,29 @@ class TabularWorld:
 
     @cached_property
     def exact_optimum(self) -> ExactOptimum:
-        """λ*, P* and the exact values of π_ref and of the optimal policy."""
-        solution = self.optimum
+        """λ*, P* and the exact values of π_ref and of the optimal policy; of tails at their best
+        points (`tails`)."""
+        best = self.at_best_tails
+        solution = best.optimum
         return ExactOptimum(
             lambda_=by_name(solution.lambda_),
             objective=solution.dual_value,
-            optimal=self.evaluate(self.maximizer(solution.lambda_)),
+            optimal=best.evaluate(best.maximizer(solution.lambda_)),
             reference=self.evaluate(self.ref_logp),
+            tail_points=best.problem.tail_points,
         )
+
+    @cached_property
+    def at_best_tails(self) -> "TabularWorld":
+        """The world with its tails at the points of the best policy."""
+        if not self.problem.has_tails:
+            return self
+
+        def step(problem: ConstrainedProblem) -> tuple[float, ConstrainedProblem]:
+            world = replace(self, problem=problem)
+            weight = np.exp(world.maximizer(world.optimum.lambda_))
+            return world.optimum.dual_value, world._at_tails(weight, problem)
+
+        reference = np.exp(self.ref_logp)
+        starts = starts_at(self.problem, lambda problem: self._at_tails(reference, problem))
+        return replace(self, problem=best_tails(starts, step))

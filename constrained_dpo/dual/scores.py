@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from constrained_dpo.problem import ConstrainedProblem
+from data_prep.errors import UserError
 from data_prep.tables import (
     CATEGORY_MARK,
     require_columns,
@@ -69,7 +70,9 @@ class ScoreTable:
     reward: (num_responses,); utilities: (num_responses, m), both in score units, fastest with
     contiguous columns; log_weight: (num_responses,) log π_ref − log q in nats (0 for samples of
     π_ref); starts: (num_prompts,) first row of each prompt; counts: (num_prompts,); concerned: (m,
-    num_prompts) bool, which prompts a utility concerns (elsewhere it is 0); None: all.
+    num_prompts) bool, which prompts a utility concerns (elsewhere it is 0); None: all. tail_gain:
+    (m, num_prompts), by how much π_ref's mean at its own quantile is above that of `utilities`,
+    whose tails are at the problem's points; None: no tail above π_ref's.
     """
 
     reward: np.ndarray
@@ -78,27 +81,39 @@ class ScoreTable:
     starts: np.ndarray
     counts: np.ndarray
     concerned: np.ndarray | None = None
+    tail_gain: np.ndarray | None = None
 
     @classmethod
     def from_frame(
         cls, frame: pd.DataFrame, problem: ConstrainedProblem, log_weight: str | None = None
     ) -> "ScoreTable":
         """From a responses table; `log_weight` names a column of log π_ref − log q, None means q =
-        π_ref."""
-        columns = problem.objectives + ([log_weight] if log_weight else [])
-        require_columns(frame, ["prompt_id", *columns], "scores")
+        π_ref. Raises UserError for a tail above π_ref's in weighted samples."""
+        weights = [log_weight] if log_weight else []
+        columns = problem.objectives + weights
+        require_columns(frame, ["prompt_id", *problem.columns, *weights], "scores")
         require_ids(frame, ["prompt_id"], "scores")
-        require_scores(frame, columns, "scores")
+        require_scores(frame, problem.columns + weights, "scores")
+        given, frame = frame, problem.scores(frame)
         codes, _ = pd.factorize(frame["prompt_id"])
         values = [score_values(frame, c) for c in columns]
         utilities = np.array(values[1 : 1 + len(problem.names)]).reshape(
             len(problem.names), len(frame)
         )
         table = cls.from_columns(codes, values[0], utilities, values[-1] if log_weight else None)
+        if any(c.measure.moves and c.threshold is None for c in problem.constraints):
+            if log_weight:
+                raise UserError(
+                    "a tail above the reference policy's needs that policy's own samples; give a "
+                    "threshold instead of a margin"
+                )
+            rise = problem.reference_scores(given)[problem.names] - frame[problem.names]
+            gain = rise.groupby(codes).mean().fillna(0.0)  # by code, as the table
+            table = replace(table, tail_gain=gain.to_numpy(np.float64).T)
         if not any(CATEGORY_MARK in name for name in problem.names):
             return table
-        concerned = frame[problem.names].notna().groupby(codes).first()  # by code, as the table
-        return replace(table, concerned=concerned.to_numpy().T)
+        concerned = frame[problem.names].notna().groupby(codes).first().to_numpy().T
+        return table if concerned.all() else replace(table, concerned=concerned)
 
     @classmethod
     def from_columns(
@@ -175,9 +190,11 @@ class ScoreTable:
         table = ScoreTable.from_columns(
             codes, self.reward[rows], self.utilities.T[:, rows], self.log_weight[rows]
         )
-        if self.concerned is None:
-            return table
-        return replace(table, concerned=self.concerned[:, prompts])
+        concerned, gain = (
+            None if column is None else column[:, prompts]
+            for column in (self.concerned, self.tail_gain)
+        )
+        return replace(table, concerned=concerned, tail_gain=gain)
 
     @property
     def shares(self) -> np.ndarray:
@@ -219,7 +236,8 @@ class ScoreTable:
 
     def prompt_reference_means(self) -> np.ndarray:
         """Mean utilities of π_ref by prompt, (m, num_prompts): plain means of samples of π_ref,
-        self-normalised importance-weighted means Σ w g / Σ w, w = π_ref/q, of weighted ones."""
+        self-normalised importance-weighted means Σ w g / Σ w, w = π_ref/q, of weighted ones; of
+        tails at π_ref's own quantile."""
         means = np.empty((self.utilities.shape[1], len(self.counts)))
         for block in self.blocks():
             weight = block.of(self.log_weight)
@@ -227,7 +245,7 @@ class ScoreTable:
             total = block.sum(weight)
             for mean, column in zip(means, self.utilities.T, strict=True):
                 mean[block.prompts] = block.dot(weight, block.of(column)) / total
-        return means
+        return means if self.tail_gain is None else means + self.tail_gain
 
     def reference_means(self) -> np.ndarray:
         """ḡ_ref, shape (m,): the mean of `prompt_reference_means` over the prompts that a utility

@@ -72,9 +72,10 @@ class Certificate(Record):
 
 
 def _score(table: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series) -> pd.Series:
-    return pd.Series(
-        lagrangian_score(table, problem.reward, lambda_.reindex(problem.names)), index=table.index
+    scores = lagrangian_score(
+        problem.scores(table), problem.reward, lambda_.reindex(problem.names)
     )
+    return pd.Series(scores, index=table.index)
 
 
 def _centred(values: pd.Series, prompts: pd.Series) -> pd.Series:
@@ -199,7 +200,7 @@ def certify(
     """
     estimates = dual_estimates(samples, others, off_policy, problem, lambda_)
     lam = lambda_.reindex(problem.names)
-    base = reference.groupby("prompt_id")[problem.names].mean()
+    base = problem.reference_scores(reference).groupby("prompt_id")[problem.names].mean()
     levels = (base * problem.relative.astype(float) + problem.bounds).mul(lam).sum(axis=1)
     penalty, noise = problem.beta * kl_values(samples), path_noise(samples)
     prompts = samples["prompt_id"]

@@ -87,7 +87,7 @@ def measure(
     u = estimate_subgradient(
         samples, reference, problem, rule.confidence, bounds, rule.verdict_confidence, off_policy
     )
-    means = samples.groupby("prompt_id", sort=True)[problem.objectives].mean()
+    means = problem.scores(samples).groupby("prompt_id", sort=True)[problem.objectives].mean()
     reward, kl, objective = means[problem.reward], None, None
     if not_the_policy is None:
         prompts, noise, kls = samples["prompt_id"], path_noise(samples), kl_values(samples)

@@ -37,7 +37,7 @@ def required_room(
     the room itself, within the bounds.
     """
     slack = prompt_slack(samples, reference, problem)
-    per_prompt = samples.groupby("prompt_id", sort=True)[problem.names]
+    per_prompt = problem.scores(samples).groupby("prompt_id", sort=True)[problem.names]
     noise = per_prompt.var(ddof=1).mean().fillna(0.0)
     count = per_prompt.size().mean()
     rooms = {}

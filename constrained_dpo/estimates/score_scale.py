@@ -44,7 +44,7 @@ def score_scale(
     responses: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series, lambda_is: str
 ) -> ScoreScale:
     """Measure the scale of s_λ over responses of at least two to a prompt."""
-    score = lagrangian_score(responses, problem.reward, lambda_)
+    score = lagrangian_score(problem.scores(responses), problem.reward, lambda_)
     by_prompt = pd.Series(np.asarray(score)).groupby(responses["prompt_id"].to_numpy())
     variances, pairs, saturated, tied = [], 0, 0, 0
     for _, values in by_prompt:

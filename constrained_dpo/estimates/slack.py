@@ -1,6 +1,7 @@
 """u, the slack of every constraint, from samples of a policy and of π_ref."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -29,16 +30,19 @@ def prompt_slack(
     samples, reference: responses of π_θ and π_ref to the same prompts, under one sampling law;
     off_policy: some of π_ref's with π_θ's log-probabilities, which then sharpen the policy's mean
     (`mixed_means`). (num_prompts, m) by prompt_id, score units; null where a constraint does not
-    concern the prompt. Raises UserError when the prompts differ.
+    concern the prompt. A tail's is at the problem's point, and π_ref's at its own quantile
+    (`ConstrainedProblem.reference_scores`): the slack is not above the tail's own. Raises UserError
+    when the prompts differ.
     """
-    names = problem.names
+    names, columns = problem.names, [c.column for c in problem.constraints]
     for frame, where in ((samples, "samples"), (reference, "reference")):
-        require_columns(frame, ["prompt_id", *names], where)
-        require_scores(frame, names, where)
+        require_columns(frame, ["prompt_id", *columns], where)
+        require_scores(frame, columns, where)
+    samples, reference = problem.scores(samples), problem.reference_scores(reference)
     if off_policy is None:
         policy_means = samples.groupby("prompt_id", sort=True)[names].mean()
     else:
-        policy_means = mixed_means(samples, off_policy, names)
+        policy_means = mixed_means(samples, problem.scores(off_policy), names)
     reference_means = reference.groupby("prompt_id", sort=True)[names].mean()
     if not policy_means.index.equals(reference_means.index):
         odd = policy_means.index.symmetric_difference(reference_means.index)
@@ -74,9 +78,11 @@ def known_bounds(problem: ConstrainedProblem, ranges: Bounds) -> dict[str, Inter
     """
     bounds = {}
     for constraint, level in zip(problem.constraints, problem.bounds, strict=True):
-        low, high = ranges.get(constraint.name, (-np.inf, np.inf))
-        if constraint.threshold is None:
-            low, high = low - high, high - low
+        scores, measure = ranges.get(constraint.name, (-np.inf, np.inf)), constraint.measure
+        low, high = measure.bounds(*scores)
+        if constraint.threshold is None:  # π_ref's tail is at a point of its own
+            least, most = replace(measure, at=None).bounds(*scores) if measure.moves else (low, high)
+            low, high = low - most, high - least
         bounds[constraint.name] = (float(low - level), float(high - level))
     return bounds
 
@@ -119,21 +125,37 @@ def estimate_subgradient(
     `confidence`; one_low: the one-sided lower bound at `verdict_confidence` (default: confidence);
     each_low, each_high: one-sided bounds that hold for all constraints together at that level
     (Bonferroni). bounds: of a prompt's slack, by constraint (`slack_bounds`); None: the smallest
-    and largest seen in these two tables. off_policy: as for `prompt_slack`. Source: CAID,
-    arXiv:2505.19387, Algorithm 1, the dual's subgradient; `intervals.mean_interval`. Raises
-    UserError when the prompts differ.
+    and largest seen in these two tables. off_policy: as for `prompt_slack`. A tail's u and lower
+    bounds are at the problem's point, which is never above the tail's own, and its upper ones at
+    the samples' quantile, which maximizes the mean. Source: CAID, arXiv:2505.19387, Algorithm 1,
+    the dual's subgradient; `intervals.mean_interval`. Raises UserError when the prompts differ.
     """
     slack = prompt_slack(samples, reference, problem, off_policy)
+    moved = problem.at_tails_of(samples)
+    above = slack if moved is problem else prompt_slack(samples, reference, moved, off_policy)
     if bounds is None:
         bounds = slack_bounds(problem, {}, [slack, reference_slack(reference, problem)])
     error = 1 - (confidence if verdict_confidence is None else verdict_confidence)
     rows = {}
     for name in problem.names:
         values, ends = slack[name].dropna().to_numpy(np.float64), bounds[name]
-        if off_policy is not None:  # a weighted mean may pass the score's range
-            ends = (min(ends[0], values.min()), max(ends[1], values.max()))
-        low, high = mean_interval(values, confidence, ends)
-        each = mean_interval(values, 1 - 2 * error / len(problem.names), ends)
+        upper = above[name].dropna().to_numpy(np.float64)
+        if off_policy is not None or above is not slack:
+            # a weighted mean may pass the score's range, a tail at another point its bounds
+            both = np.concatenate([values, upper])
+            ends = (min(ends[0], both.min()), max(ends[1], both.max()))
+
+        def interval(
+            level: float,
+            lower: np.ndarray = values,
+            upper: np.ndarray = upper,
+            ends: Interval = ends,
+        ) -> Interval:
+            low, high = mean_interval(lower, level, ends)
+            return low, high if above is slack else mean_interval(upper, level, ends)[1]
+
+        low, high = interval(confidence)
+        each = interval(1 - 2 * error / len(problem.names))
         rows[name] = {
             "u": float(values.mean()),
             "se": standard_error(values),
@@ -165,25 +187,32 @@ class Change(Record):
 def changes(
     samples: pd.DataFrame,
     reference: pd.DataFrame,
-    objectives: list[str],
+    problem: ConstrainedProblem,
     confidence: float,
     ranges: Bounds | None = None,
+    extra: Sequence[str] = (),
 ) -> dict[str, Change]:
     """Compare every objective under two policies.
 
-    samples, reference: responses to the same prompts; ranges: of the scores, where they are known.
+    samples, reference: responses to the same prompts; ranges: of the scores, where they are known;
+    extra: columns of further scores.
     """
     # A margin of 0 over the reference makes u the paired difference itself.
-    constraints = tuple(Constraint(name, margin=0.0) for name in objectives)
-    differences = ConstrainedProblem("none", 1.0, constraints)
+    means = dict.fromkeys([problem.reward, *extra])
+    utilities = [replace(c, threshold=None, margin=0.0) for c in problem.constraints]
+    constraints = [*(Constraint(name, margin=0.0) for name in means), *utilities]
+    differences = ConstrainedProblem("none", 1.0, tuple(constraints))
+    objectives = differences.names
     seen = [prompt_slack(samples, reference, differences), reference_slack(reference, differences)]
     bounds = slack_bounds(differences, ranges or {}, seen)
     table = estimate_subgradient(samples, reference, differences, confidence, bounds)
     rows = table.to_dict("index")
+    policy_scores = differences.scores(samples)
+    reference_scores = differences.reference_scores(reference)
     return {
         name: Change(
-            reference=float(reference.groupby("prompt_id")[name].mean().mean()),
-            policy=float(samples.groupby("prompt_id")[name].mean().mean()),
+            reference=float(reference_scores.groupby("prompt_id")[name].mean().mean()),
+            policy=float(policy_scores.groupby("prompt_id")[name].mean().mean()),
             difference=rows[name]["u"],
             se=rows[name]["se"],
             ci_low=rows[name]["low"],

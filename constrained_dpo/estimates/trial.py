@@ -33,6 +33,7 @@ def trial(
     """
     names, beta = problem.names, problem.beta
     slack = prompt_slack(samples, reference, problem)
+    samples = problem.scores(samples)
     lam = lambda_.reindex(names).to_numpy(np.float64)
     columns = [score_values(samples, name) for name in names]
     utilities = np.array(columns).reshape(len(names), len(samples)).T

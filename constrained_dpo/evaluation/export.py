@@ -96,7 +96,7 @@ def _measured_again(
         source=phase,
         responses_per_prompt=recipe.dual.responses_per_prompt,
         shard_size=recipe.sampling.shard_size,
-        objectives=recipe.problem.objectives,
+        objectives=recipe.problem.columns,
         seed=recipe.seed,
         rule=None,
         round_number=number,

@@ -236,7 +236,6 @@ def write_evaluation(
     splits = run.prompts().set_index("prompt_id")["split"]
     trained = splits.reindex(samples["prompt_id"].unique()).isin(["fit", "dual"])
     ranges = recipe.score_ranges | {name: s.score_range for name, s in scorers.items()}
-    objectives = list(dict.fromkeys([*scorers, *problem.names]))
     seen = [*seen_slack(run, problem), prompt_slack(samples, reference, problem)]
     rule = Rule(
         confidence,
@@ -252,7 +251,7 @@ def write_evaluation(
         looks=look,
         trained_prompts=int(trained.sum()),
         verdict=measured.overall,
-        change=changes(samples, reference, objectives, confidence, ranges),
+        change=changes(samples, reference, problem, confidence, ranges, list(scorers)),
     )
     write_parquet(samples, folder / "samples.parquet")
     write_parquet(reference, folder / "reference.parquet")

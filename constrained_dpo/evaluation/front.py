@@ -112,7 +112,7 @@ def _default_margins(run: RunDirectory, recipe: Recipe) -> list[dict[str, float]
         raise UserError("the recipe has no constraint; give --kappa, such as --kappa 0.5,1,1.5")
     reference = read_parquet(run.reference_file)
     dual = reference[reference["split"] == "dual"]
-    means = dual.groupby("prompt_id")[problem.names].mean().mean()
+    means = problem.reference_scores(dual).groupby("prompt_id")[problem.names].mean().mean()
     needed, rise = demanded(run, recipe)[0], problem.levels(means) - means
     full, zero = needed.where(rise >= 0, -needed), means.where(~problem.relative, 0.0)
     return [

@@ -64,7 +64,7 @@ class _Point:
     def seen(self) -> list[pd.DataFrame]:
         """Slacks by prompt at the setting's levels, in every table of the run."""
         source, problem = self.source, self.source.problem(self.setting)
-        columns = ["prompt_id", *problem.names]
+        columns = ["prompt_id", *problem.columns]
         tables = [
             read_parquet(source.run.front_folder(point.key) / "samples.parquet", columns)
             for point in self.earlier
@@ -201,7 +201,7 @@ def _samples(point: _Point, lambda_: pd.Series, kappa: float) -> pd.DataFrame:
             source=f"front:{point.key}:{split}",
             responses_per_prompt=source.responses,
             shard_size=source.recipe.sampling.shard_size,
-            objectives=source.recipe.problem.objectives,
+            objectives=source.recipe.problem.columns,
             seed=source.recipe.seed + source.options.seed,
             rule=draw_rule(source.recipe),
             round_number=source.number,
@@ -260,15 +260,19 @@ def _measured(point: _Point, samples: pd.DataFrame) -> tuple[Measurement, Measur
     seen = [*point.seen(), prompt_slack(samples, source.reference, problem)]
     bounds, bounded = slack_bounds(problem, ranges, seen), bounded_constraints(problem, ranges)
     reason = why_not_the_policy(source.recipe.sampling, samples, source.reference)
+    moved = problem.at_tails_of(of_split(samples, "dual"))
     dual, test = (
         measure(
             of_split(samples, split),
             of_split(source.reference, split),
-            problem,
+            at_points,
             rule=Rule(confidence, level, bounds, bounded),
             not_the_policy=reason,
         )
-        for split, level in (("dual", confidence), ("test", point.confidence))
+        for split, at_points, level in (
+            ("dual", problem, confidence),
+            ("test", moved, point.confidence),
+        )
     )
     return dual, test
 

@@ -104,8 +104,9 @@ class FrontSource:
 
     def means(self) -> dict[str, float]:
         """π_ref's means on the test prompts, by objective."""
-        table = of_split(self.reference, "test")
-        return by_name(table.groupby("prompt_id")[self.recipe.problem.objectives].mean().mean())
+        problem = self.recipe.problem
+        table = problem.reference_scores(of_split(self.reference, "test"))
+        return by_name(table.groupby("prompt_id")[problem.objectives].mean().mean())
 
 
 def of_split(table: pd.DataFrame, split: str) -> pd.DataFrame:

@@ -210,7 +210,7 @@ def side_by_side(group: Group, count: int) -> list[dict[str, Any]]:
 
 def _first_draws(row: Row, file: Path, prompt_ids: pd.Series) -> dict[str, dict[str, Any]]:
     """The first response to each prompt, by prompt_id."""
-    names = row.recipe.problem.objectives
+    names = row.recipe.problem.columns
     table = read_parquet(file, ["prompt_id", "response", "token_ids", "ended", *names])
     table = table[table["prompt_id"].isin(prompt_ids)].drop_duplicates("prompt_id")
     return {

@@ -119,14 +119,14 @@ def read_row(path: Path, choice: str, name: str) -> Row:
     problem, confidence = recipe.problem, recipe.dual.confidence
     records = read_records(run, number + 1)
     record = records[-1]
-    columns = ["prompt_id", "split", *problem.objectives]
+    columns = ["prompt_id", "split", *problem.columns]
     samples, reference = (
         read_parquet(file, columns) for file in (run.samples_file(number), run.reference_file)
     )
     moved = changes(
         samples[samples["split"] == "test"],
         reference[reference["split"] == "test"],
-        problem.objectives,
+        problem,
         confidence,
         recipe.score_ranges,
     )

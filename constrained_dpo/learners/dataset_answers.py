@@ -115,7 +115,7 @@ def collect_answers(
         source="dataset",
         responses_per_prompt=int(table.groupby("prompt_id").size().max()),
         shard_size=learner.recipe.sampling.batch_size,
-        objectives=learner.recipe.problem.objectives if scored else [],
+        objectives=learner.recipe.problem.columns if scored else [],
         seed=learner.recipe.seed,
         rule=None,
         given=given,

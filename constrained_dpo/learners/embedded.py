@@ -82,7 +82,7 @@ class EmbeddedValues:
         scores = self.scores[split]
         prompts = self.learner.prompts[self.learner.prompts["split"] == split]
         utilities = {
-            c.name: np.where(c.concerns(prompts).to_numpy()[:, None], scores[c.scored], np.nan)
+            c.column: np.where(c.concerns(prompts).to_numpy()[:, None], scores[c.scored], np.nan)
             for c in problem.constraints
         }
         return TabularWorld(problem, self.reference_logps[split], scores[problem.reward], utilities)

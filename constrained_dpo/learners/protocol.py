@@ -1,5 +1,6 @@
 """What a round asks of a learner, and what it is told."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,7 +17,8 @@ from constrained_dpo.fit.stretch import Stretch
 class FitJob:
     """One round's fit: what is trained on, where it starts from, where its adapter goes.
 
-    labels: rows of the pairs or the groups table, under `lambda_`; pool: the responses they name.
+    labels: rows of the pairs or the groups table, under `lambda_` and tails at `tail_points`; pool:
+    the responses they name.
     previous: the adapter or family to start from; output: the folder that appears when the fit is
     done; logs, checkpoints: folders for trackers and for a fit that may be killed. family: of a
     conditional fit, whose output is a family and no adapter. stretch: the part of the fit's
@@ -32,6 +34,7 @@ class FitJob:
     output: Path
     logs: Path
     checkpoints: Path
+    tail_points: Mapping[str, float] = field(default_factory=dict)
     family: Family | None = None
     stretch: Stretch = field(default_factory=Stretch)
     loss: Literal["logistic", "listwise"] = "logistic"

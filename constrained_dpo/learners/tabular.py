@@ -1,5 +1,6 @@
 """The exact Lagrangian maximizer over an enumerated world, as a learner. No network."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ import pandas as pd
 from constrained_dpo.dual.exact import ExactOptimum, ExactPolicy, TabularWorld
 from constrained_dpo.learners.protocol import FitJob
 from constrained_dpo.problem import ConstrainedProblem
+from data_prep.files import read_json, write_json
+
+POINTS_FILE = "tail_points.json"
+"""Where a family's folder keeps the points of its tails."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +31,20 @@ class TabularLearner:
 
     def fit(self, job: FitJob) -> None:
         if job.family is None:
-            self._write(self.world.maximizer(job.lambda_), job.output)
+            self._write(self._world(job.tail_points).maximizer(job.lambda_), job.output)
         else:  # the family of all maximizers needs no fit
             job.output.mkdir(parents=True)
+            write_json(job.output / POINTS_FILE, dict(job.tail_points))
         if job.stretch.keep is not None:
             job.stretch.keep.mkdir()
 
     def write_member(self, family: Path, lambda_: pd.Series, kappa: float, output: Path) -> None:
-        problem = replace(self.world.problem, beta=self.world.problem.beta / kappa)
-        self._write(replace(self.world, problem=problem).maximizer(lambda_), output)
+        world = self._world(read_json(family / POINTS_FILE))
+        problem = replace(world.problem, beta=world.problem.beta / kappa)
+        self._write(replace(world, problem=problem).maximizer(lambda_), output)
+
+    def _world(self, tail_points: Mapping[str, float]) -> TabularWorld:
+        return replace(self.world, problem=self.world.problem.with_tail_points(tail_points))
 
     def _write(self, logp: np.ndarray, output: Path) -> None:
         temporary = output.with_name(f".{output.name}.tmp")

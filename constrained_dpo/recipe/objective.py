@@ -2,16 +2,21 @@
 
 import math
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from constrained_dpo.kinds import MEAN, Measure
 from constrained_dpo.problem import Constraint
 from data_prep.scorers.settings import ScorerSettings
 from data_prep.settings import Settings
 from data_prep.tables import CATEGORY_MARK, PROMPTS
 
 STD = "std"
+
+
+DEFAULT_TAIL = 0.05
+"""The share of the scores that is their tail."""
 
 
 DEFAULT = "default"
@@ -33,6 +38,18 @@ class ConstraintSettings(Settings):
 
     name: Name = Field(
         description="column name of the utility, and the constraint's name everywhere"
+    )
+    kind: Literal["mean", "tail", "rate"] = Field(
+        "mean",
+        description="what is constrained: the mean of the scores; `tail`, the mean of the lowest "
+        "`level` of them (NAME.tail); `rate`, the share of answers that score at least `at` "
+        "(NAME.rate)",
+    )
+    level: float | None = Field(
+        None, gt=0, lt=1, description="with kind tail: the share that is the tail; null: 0.05"
+    )
+    at: float | None = Field(
+        None, description="with kind rate: the lowest score that counts, in score units"
     )
     by: str | None = Field(
         None,
@@ -86,6 +103,21 @@ class ConstraintSettings(Settings):
         return f"{number:.12g}{STD}" if in_std else number
 
     @model_validator(mode="after")
+    def _kind_has_its_keys(self) -> "ConstraintSettings":
+        if self.level is not None and self.kind != "tail":
+            raise ValueError(f"level: is of a tail, and kind is {self.kind}; drop one of them")
+        if (self.at is None) == (self.kind == "rate"):
+            raise ValueError(
+                "at: kind rate needs the lowest score that counts"
+                if self.kind == "rate"
+                else f"at: is of a rate, and kind is {self.kind}; drop one of them"
+            )
+        levels = self.margin.values() if isinstance(self.margin, dict) else [self.margin]
+        if self.kind == "rate" and any(isinstance(level, str) for level in levels):
+            raise ValueError("margin: a rate's is a share, such as 0.02, not a number in std")
+        return self
+
+    @model_validator(mode="after")
     def _by_category(self) -> "ConstraintSettings":
         if self.by is None:
             default = type(self).model_fields["min_prompts"].default
@@ -126,7 +158,7 @@ class ConstraintSettings(Settings):
         names = self.categories or [""]
         margins = {f"{CATEGORY_MARK}{n}" if n else "": self.margin_of(n) for n in names}
         return {
-            f"{self.name}{end}": float(margin.removesuffix(STD))
+            f"{self.name}{end}{self._suffix}": float(margin.removesuffix(STD))
             for end, margin in margins.items()
             if isinstance(margin, str)
         }
@@ -136,10 +168,13 @@ class ConstraintSettings(Settings):
         """One, or with `by` one for each category once they are known; with margins in std in score
         units, where their number is known."""
         if self.by is None or self.categories is None:
-            return [replace(self._constraint(self.name, self.margin_of("")), by=self.by)]
+            name = f"{self.name}{self._suffix}"
+            return [replace(self._constraint(name, self.margin_of("")), by=self.by)]
         return [
             replace(
-                self._constraint(f"{self.name}{CATEGORY_MARK}{name}", self.margin_of(name)),
+                self._constraint(
+                    f"{self.name}{CATEGORY_MARK}{name}{self._suffix}", self.margin_of(name)
+                ),
                 utility=self.name,
                 by=self.by,
                 categories=frozenset(members),
@@ -149,11 +184,23 @@ class ConstraintSettings(Settings):
 
     def _constraint(self, name: str, margin: float | str | None) -> Constraint:
         if not isinstance(margin, str):
-            return Constraint(name, margin, self.threshold)
+            return Constraint(name, margin, self.threshold, measure=self._measure)
         in_std = float(margin.removesuffix(STD))
         if self.reference_std is None or self.threshold is not None:
-            return Constraint(name, threshold=self.threshold, margin_in_std=in_std)
-        return Constraint(name, margin=in_std * self.reference_std)
+            return Constraint(
+                name, threshold=self.threshold, margin_in_std=in_std, measure=self._measure
+            )
+        return Constraint(name, margin=in_std * self.reference_std, measure=self._measure)
+
+    @property
+    def _measure(self) -> Measure:
+        if self.kind == "mean":
+            return MEAN
+        return Measure(self.kind, DEFAULT_TAIL if self.level is None else self.level, self.at)
+
+    @property
+    def _suffix(self) -> str:
+        return "" if self.kind == "mean" else f"{CATEGORY_MARK}{self.kind}"
 
 
 class ObjectiveSettings(Settings):

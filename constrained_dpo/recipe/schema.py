@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.recipe.dual import DualSettings
@@ -43,6 +43,8 @@ class Recipe(Settings):
     )
     dual: DualSettings = Field(default_factory=DualSettings, description="the multipliers")
     fit: FitSettings = Field(default_factory=FitSettings, description="the DPO fit")
+
+    _tail_points: dict[str, float] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -197,12 +199,20 @@ class Recipe(Settings):
     @property
     def problem(self) -> ConstrainedProblem:
         """The constrained problem; a margin in std is a number once `prepare` has measured its
-        unit."""
-        return ConstrainedProblem(
+        unit, and a tail has a point once `prepare` has set it (`at_tail_points`)."""
+        problem = ConstrainedProblem(
             self.objective.reward.name,
             self.objective.beta,
             tuple(c for settings in self.objective.constraints for c in settings.constraints),
         )
+        return problem.with_tail_points(self._tail_points)
+
+    def at_tail_points(self, points: Mapping[str, float]) -> "Recipe":
+        """Give the recipe with its tails at these points, by constraint (score units): the run's
+        state, which every round moves, and no key of the recipe."""
+        recipe = self.model_copy()
+        recipe._tail_points = dict(points)
+        return recipe
 
     @property
     def scorers(self) -> dict[str, ScorerSettings]:
@@ -213,8 +223,8 @@ class Recipe(Settings):
 
     @property
     def score_ranges(self) -> dict[str, tuple[float, float]]:
-        """Ranges of the scores by objective, and of utilities that are constrained by category,
-        infinite where nothing bounds them."""
+        """Ranges of the scores by objective, and of those that constraints are on by the
+        constraint's name, infinite where nothing bounds them."""
         ranges = {name: scorer.score_range for name, scorer in self.scorers.items()}
         return ranges | {c.name: ranges[c.scored] for c in self.problem.constraints}
 

@@ -45,8 +45,9 @@ class Contents:
     @property
     def reference_means(self) -> pd.Series:
         """π_ref's mean scores on the test prompts, by objective; a prompt counts as one."""
-        objectives = self.recipe.problem.objectives
-        return self.reference.groupby("prompt_id")[objectives].mean().mean()
+        problem = self.recipe.problem
+        reference = problem.reference_scores(self.reference.reset_index())
+        return reference.groupby("prompt_id")[problem.objectives].mean().mean()
 
     def name_of(self, path: Path) -> str:
         """A file's name relative to the run, as captions give it."""
@@ -79,7 +80,7 @@ def read_contents(run: RunDirectory, number: int | None = None) -> Contents:
         raise UserError(f"--round {number}: {run.path} has rounds 0 to {done - 1}")
     optimum = read_optimum(run)
     rank = {prompt_id: i for i, prompt_id in enumerate(run.prompts()["prompt_id"])}
-    columns = ["prompt_id", "response", "token_ids", "ended", "split", *recipe.problem.objectives]
+    columns = ["prompt_id", "response", "token_ids", "ended", "split", *recipe.problem.columns]
     reference, after = (
         _test_responses(read_parquet(path, columns), rank)
         for path in (run.reference_file, run.samples_file(shown))

@@ -81,7 +81,7 @@ def _render(
         "notes": [f"{line[0].upper()}{line[1:]}." for line in front_notes(front)],
         "figures": figures,
         "marks": marks,
-        "cards": _cards(run, rows, recipe.prompts.format, recipe.problem.objectives),
+        "cards": _cards(run, rows, recipe.prompts.format, recipe.problem.columns),
         "script": script,
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
@@ -133,14 +133,14 @@ def _setting(front: Front, row: FrontRow) -> dict[str, Any]:
 
 
 def _cards(
-    run: RunDirectory, rows: Iterable[FrontRow], format: str, objectives: list[str]
+    run: RunDirectory, rows: Iterable[FrontRow], format: str, columns: list[str]
 ) -> list[dict[str, Any]]:
     """The first test prompts with π_ref's first answer and that of every setting."""
     prompts = run.prompts()
     prompts = prompts[prompts["split"] == "test"].head(SHOWN_PROMPTS)
-    reference = _first_answers(run.reference_file, prompts, objectives)
+    reference = _first_answers(run.reference_file, prompts, columns)
     answers = [
-        _first_answers(run.front_folder(row.key) / "samples.parquet", prompts, objectives)
+        _first_answers(run.front_folder(row.key) / "samples.parquet", prompts, columns)
         for row in rows
     ]
     return [
@@ -155,15 +155,15 @@ def _cards(
 
 
 def _first_answers(
-    file: Path, prompts: pd.DataFrame, objectives: list[str]
+    file: Path, prompts: pd.DataFrame, columns: list[str]
 ) -> dict[str, dict[str, Any]]:
-    table = read_parquet(file, ["prompt_id", "response", "ended", "split", *objectives])
+    table = read_parquet(file, ["prompt_id", "response", "ended", "split", *columns])
     table = table[(table["split"] == "test") & table["prompt_id"].isin(prompts["prompt_id"])]
     first = table.drop_duplicates("prompt_id").set_index("prompt_id").to_dict("index")
     return {
         str(pid): {
             "text": shortened(answer["response"]),
-            "scores": [(n, signed(answer[n], 2)) for n in objectives if pd.notna(answer[n])],
+            "scores": [(n, signed(answer[n], 2)) for n in columns if pd.notna(answer[n])],
             "cut": not answer["ended"],
         }
         for pid, answer in first.items()

@@ -172,7 +172,7 @@ def _histograms(contents: Contents) -> Iterator[Picture]:
         contents.name_of(run.samples_file(contents.shown)),
     ]
     count = f"{len(contents.before):,} responses each."
-    for index, name in enumerate(contents.recipe.problem.objectives):
+    for index, name in enumerate(contents.recipe.problem.columns):
         scores = [side[name].dropna().to_numpy() for side in (contents.before, contents.after)]
         yield Picture(
             f"scores-{index}-{name}",

@@ -79,7 +79,7 @@ def _render(contents: Contents, figures: list[DrawnPicture]) -> str:
         "notes": notes(contents),
         "next_step": next_step(run, recipe),
         "problem": recipe.problem.describe().splitlines(),
-        "objective_names": recipe.problem.objectives,
+        "objective_names": recipe.problem.columns,
         "constraints": constraint_rows(contents),
         "rounds": round_rows(contents),
         "reward": recipe.problem.reward,

@@ -41,9 +41,9 @@ def choose_samples(changes: pd.DataFrame, names: list[str]) -> dict[Draw, list[s
 
 def sample_cards(contents: Contents) -> list[dict[str, Any]]:
     """Give the chosen pairs of responses with their prompts, scores and changes, ready to show."""
-    problem, names = contents.recipe.problem, contents.recipe.problem.objectives
+    problem, names = contents.recipe.problem, contents.recipe.problem.columns
     changes = contents.after[names] - contents.before[names]
-    chosen = choose_samples(changes, problem.names or [problem.reward])
+    chosen = choose_samples(changes, names[1:] or [problem.reward])
     prompts = contents.run.prompts().set_index("prompt_id")["prompt"].to_dict()
     format = contents.recipe.prompts.format
     tables = {"π_ref": contents.before, f"round {contents.shown}": contents.after}

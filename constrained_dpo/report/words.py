@@ -229,7 +229,7 @@ def _value_table(
 def print_samples(console: Console, run: RunDirectory, number: int, count: int = 5) -> None:
     """Print the first response to a few test prompts under π_ref and under a round's policy."""
     recipe = run.recipe()
-    chat, objectives = recipe.prompts.format, recipe.problem.objectives
+    chat, columns = recipe.prompts.format, recipe.problem.columns
     prompts = run.prompts()
     prompts = prompts[prompts["split"] == "test"].head(count)
     before, after = (
@@ -246,7 +246,7 @@ def print_samples(console: Console, run: RunDirectory, number: int, count: int =
     for pid, prompt in zip(prompts["prompt_id"], prompts["prompt"], strict=True):
         cells = []
         for row in (before.loc[pid], after.loc[pid]):
-            scores = ", ".join(f"{n} {row[n]:+.2f}" for n in objectives if pd.notna(row[n]))
+            scores = ", ".join(f"{n} {row[n]:+.2f}" for n in columns if pd.notna(row[n]))
             cells.append(f"{row['response'] or '(nothing)'}\n({scores})")
         table.add_row(last_user_text(prompt, chat), *cells)
     console.print(table)

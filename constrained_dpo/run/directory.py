@@ -31,7 +31,8 @@ MORE_FITS = 2
 class RunState(Record):
     """state.json: how far a run is, and what its numbers depend on.
 
-    lambda_: the multipliers of every round begun, one dict per round; asked_step_scale:
+    lambda_: the multipliers of every round begun, one dict per round; tail_points: the points of
+    its tails, likewise; asked_step_scale:
     dual.step_scale before `prepare` made numbers of it; hashes: of policy, scorers, sampling law
     and prompts; left_out: prompts by reason; inherited: the run whose samples were taken over.
     """
@@ -40,6 +41,7 @@ class RunState(Record):
     recipe_hash: str
     asked_step_scale: str | dict[str, float]
     lambda_: list[dict[str, float]] = Field(alias="lambda")
+    tail_points: list[dict[str, float]] = Field(default_factory=list)
     hashes: dict[str, Any]
     left_out: dict[str, int]
     inherited: dict[str, str] | None = None
@@ -214,15 +216,19 @@ class RunDirectory:
         return self.path / ".progress.json"
 
     def recipe(self) -> Recipe:
-        """The frozen recipe; raises UserError when it was edited after init."""
+        """The frozen recipe, its tails at the run's last points; raises UserError when it was
+        edited after init."""
         self._require()
         file = self.recipe_file
         recipe = _parsed(file, file.read_bytes() if file.is_file() else b"")
-        if recipe.hash() != self.state().recipe_hash:
+        state = self.state()
+        if recipe.hash() != state.recipe_hash:
             raise UserError(
                 f"{self.recipe_file}: was changed after init; restore it, or start another run "
                 "with `cdpo init`"
             )
+        if state.tail_points:
+            recipe = recipe.at_tail_points(state.tail_points[-1])
         if not self.prompts_file.exists():
             return recipe
         return sized(recipe, split_counts(read_parquet(self.prompts_file, ["split"])))

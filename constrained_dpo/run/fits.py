@@ -58,6 +58,7 @@ def _fit(this: Round, output: Path, stretch: int, first: int) -> None:
         labels=read_parquet(run.labels_file(number, recipe.fit.grouped, stretch)),
         pool=run.pool(recipe, number, stretch),
         lambda_=this.lambda_,
+        tail_points=recipe.problem.tail_points,
         round_number=number,
         seed=derive_seed(recipe.seed, number, "fit", first),
         previous=_previous(run, recipe, number, first // count),

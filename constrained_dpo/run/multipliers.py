@@ -6,6 +6,7 @@ import pandas as pd
 
 from constrained_dpo.dual.one_shot import first_multipliers
 from constrained_dpo.dual.scores import ScoreTable
+from constrained_dpo.dual.tails import first_tail_points
 from constrained_dpo.dual.steps import auto_step_scale, dual_step, step_size_at
 from constrained_dpo.estimates.measure import Measurement
 from constrained_dpo.estimates.score_scale import loss_by_scale, score_scale
@@ -28,6 +29,14 @@ def reference_table(run: RunDirectory, recipe: Recipe) -> ScoreTable:
     ):  # the fit prompts have been sampled too; a dataset's responses are not π_ref's
         samples.insert(0, read_parquet(run.pool_file(None)))
     return ScoreTable.from_frame(pd.concat(samples, ignore_index=True), recipe.problem)
+
+
+def initial_tail_points(run: RunDirectory, recipe: Recipe) -> dict[str, float]:
+    """Find the points of the recipe's tails in round 0, from π_ref's samples on the dual prompts, by
+    constraint (score units)."""
+    reference = read_parquet(run.reference_file)
+    dual = reference[reference["split"] == "dual"].reset_index(drop=True)
+    return first_tail_points(dual, recipe.problem, recipe.dual.max_lambda)
 
 
 def resolve_step_scale(run: RunDirectory, recipe: Recipe) -> Recipe:
@@ -128,7 +137,7 @@ def chosen_loss(run: RunDirectory, recipe: Recipe) -> Literal["logistic", "listw
     if recipe.fit.loss != "auto":
         return recipe.fit.loss
     first = recipe.problem.multipliers(run.state().lambda_[0])
-    reference = read_parquet(run.reference_file, ["prompt_id", *recipe.problem.objectives])
+    reference = read_parquet(run.reference_file, ["prompt_id", *recipe.problem.columns])
     return loss_by_scale(recipe.fit.grouped, score_scale(reference, recipe.problem, first, ""))
 
 

@@ -81,7 +81,7 @@ class Round:
             source=source,
             responses_per_prompt=responses,
             shard_size=self.recipe.sampling.shard_size,
-            objectives=self.recipe.problem.objectives,
+            objectives=self.recipe.problem.columns,
             seed=self.recipe.seed,
             rule=draw_rule(self.recipe),
             round_number=self.number,

@@ -20,7 +20,12 @@ from constrained_dpo.progress import timed
 from constrained_dpo.recipe.defaults import sized, split_counts
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.multipliers import initial_multipliers, resolve_margins, resolve_step_scale
+from constrained_dpo.run.multipliers import (
+    initial_multipliers,
+    initial_tail_points,
+    resolve_margins,
+    resolve_step_scale,
+)
 from constrained_dpo.run.scorer_facts import scorer_facts
 from data_prep.errors import UserError
 from data_prep.files import hash_file, write_json
@@ -131,7 +136,7 @@ def _reference_samples(
         source=f"reference-{phase}",
         responses_per_prompt=count,
         shard_size=recipe.sampling.shard_size,
-        objectives=recipe.problem.objectives,
+        objectives=recipe.problem.columns,
         seed=recipe.seed,
         rule=draw_rule(recipe),
         given=read_parquet(run.inherited_file(phase)) if run.state().inherited else None,
@@ -142,7 +147,7 @@ def _reference_samples(
 def _sample_pool(run: RunDirectory, recipe: Recipe, learner: Learner) -> None:
     count = recipe.sampling.responses_per_prompt
     pool = _reference_samples(run, recipe, learner, "pool", count)
-    _require_varying(pool, recipe.problem.objectives)
+    _require_varying(pool, recipe.problem.columns)
     if is_main():
         write_parquet(pool, run.pool_file(None))
 
@@ -151,7 +156,7 @@ def _sample_reference(run: RunDirectory, recipe: Recipe, learner: Learner) -> No
     count = recipe.dual.reference_responses
     reference = _reference_samples(run, recipe, learner, "reference", count)
     if recipe.pool.source == "dataset":
-        _require_varying(reference, recipe.problem.objectives)
+        _require_varying(reference, recipe.problem.columns)
     if is_main():
         write_parquet(with_split(reference, learner.prompts), run.reference_file)
 
@@ -195,7 +200,8 @@ def _begin(
     if learner.exact is not None and not run.exact_file.exists():
         optimum = learner.exact.optimum(recipe.problem)
         write_json(run.exact_file, {split: best.to_json() for split, best in optimum.items()})
-    recipe = resolve_step_scale(run, recipe)
+    points = initial_tail_points(run, recipe)
+    recipe = resolve_step_scale(run, recipe.at_tail_points(points))
     state = run.state()
     if not state.prepared:
         drop_shards(run, "pool", "reference", "dataset")
@@ -203,6 +209,7 @@ def _begin(
             "hashes": {**identity, "prompts": hash_file(run.prompts_file)[:16]},
             "left_out": left_out,
             "lambda_": [by_name(initial_multipliers(run, recipe))],
+            "tail_points": [points],
         }
         run.write_state(state.model_copy(update=measured))
     return recipe

@@ -24,7 +24,12 @@ from constrained_dpo.problem import by_name
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import MORE_FITS, RunDirectory
 from constrained_dpo.run.family import target_of
-from constrained_dpo.run.multipliers import initial_multipliers, next_multipliers, steered_on
+from constrained_dpo.run.multipliers import (
+    initial_multipliers,
+    initial_tail_points,
+    next_multipliers,
+    steered_on,
+)
 from constrained_dpo.run.trials import Target
 from data_prep.files import read_json
 from data_prep.readers.tables import read_parquet
@@ -44,7 +49,9 @@ class RoundRecord(Measurement, Certificate):
     under `test` on the test prompts, and so is the verdict.
 
     lambda_, lambda_next: the multipliers before and after the dual step; step: its kind;
-    steered_on: the slack that moved λ. trials: of a conditional round, whose policy is the family's
+    tail_points, tail_points_next: the points of its tails, likewise; what is said of test prompts is
+    at the latter, which the policy's samples on the dual prompts gave. steered_on: the slack that
+    moved λ. trials: of a conditional round, whose policy is the family's
     member at lambda_next and κ `kappa`; at_edge: constraints whose root lies beyond an end of the
     range that the family was trained on. seconds: by phase, None where a phase was resumed; hashes:
     of the run's inputs. sampling_cost: of a round whose responses servers drew, seconds until they
@@ -58,6 +65,8 @@ class RoundRecord(Measurement, Certificate):
     round: int
     lambda_: dict[str, float] = Field(alias="lambda")
     lambda_next: dict[str, float]
+    tail_points: dict[str, float] = Field(default_factory=dict)
+    tail_points_next: dict[str, float] = Field(default_factory=dict)
     step: str
     steered_on: dict[str, float]
     trials: list[Trial] | None = None
@@ -200,20 +209,21 @@ def round_record(
         split: (_of_split(tables.samples, split), _of_split(tables.reference, split))
         for split in ("dual", "test")
     }
+    moved = problem.at_tails_of(splits["dual"][0])
     looks = look_confidence(confidence, tables.number + 1, recipe.dual.rounds)
     bounds, bounded = _bounds(tables, recipe)
     # λ moves by the dual prompts; only what is said of the test prompts pays for other looks.
     dual, test = (
         measure(
             *splits[split],
-            problem,
+            at_points,
             rule=Rule(confidence, verdict_confidence, bounds, bounded),
             not_the_policy=reason,
             off_policy=off_policy,
         )
-        for split, verdict_confidence, off_policy in (
-            ("dual", confidence, tables.off_policy if reason is None else None),
-            ("test", looks, None),
+        for split, at_points, verdict_confidence, off_policy in (
+            ("dual", problem, confidence, tables.off_policy if reason is None else None),
+            ("test", moved, looks, None),
         )
     )
     if reason is None:
@@ -237,6 +247,8 @@ def round_record(
         round=tables.number,
         lambda_=by_name(lambda_),
         lambda_next=by_name(following),
+        tail_points=problem.tail_points,
+        tail_points_next=moved.tail_points,
         step=step,
         steered_on=slack,
         **_trial_fields(solved),
@@ -277,6 +289,7 @@ def replay(run: RunDirectory) -> list[dict[str, float]]:
     It equals state.json's.
     """
     recipe, rounds = run.recipe(), run.state().rounds_done
+    recipe = recipe.at_tail_points(initial_tail_points(run, recipe))
     history = [initial_multipliers(run, recipe)]
     tables: RoundTables | None = None
     for _ in range(rounds):
@@ -285,4 +298,5 @@ def replay(run: RunDirectory) -> list[dict[str, float]]:
             tables, recipe, history[-1], target_of(run, recipe, history[-1], tables.number)
         )
         history.append(recipe.problem.multipliers(record.lambda_next))
+        recipe = recipe.at_tail_points(record.tail_points_next)
     return [by_name(lambda_) for lambda_ in history]

@@ -36,7 +36,7 @@ def write_labels(
     where = f"labels of round {number}"
     output = run.labels_file(number, fit.grouped, stretch)
     if fit.labels == "given":
-        pool = run.pool(recipe, 0)
+        pool = recipe.problem.scores(run.pool(recipe, 0))
         score = pd.Series(lagrangian_score(pool, reward, lambda_), index=pool["response_id"])
         pairs = labelled(read_parquet(run.given_pairs_file), score)
         write_parquet(validate_pairs(pairs, where), output)
@@ -44,7 +44,7 @@ def write_labels(
     # the first stretch has the round's own seed
     seed = derive_seed(recipe.seed, number, "stretch", stretch) if stretch else recipe.seed
     pool = choose_responses(
-        run.pool(recipe, number, stretch),
+        recipe.problem.scores(run.pool(recipe, number, stretch)),
         None if recipe.pool.shares is None else recipe.pool.shares.model_dump(),
         recipe.pool.max_per_prompt,
         reward=reward,

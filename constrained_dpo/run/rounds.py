@@ -45,6 +45,7 @@ def play_round(run: RunDirectory, recipe: Recipe, learner: Learner) -> RoundReco
     """Play one dual iteration; return its record (round.json). Resume what a kill left undone."""
     state = run.state()
     number = state.rounds_done
+    recipe = recipe.at_tail_points(state.tail_points[-1] if state.tail_points else {})
     lambda_ = recipe.problem.multipliers(state.lambda_[-1])
     seconds: dict[str, float | None] = dict.fromkeys(phases(recipe))
     this = Round(run, recipe, learner, number, lambda_, seconds)
@@ -138,7 +139,9 @@ def _close_round(this: Round, facts: dict[str, object]) -> None:
     drop_shards(run, _rescore_phase(number))
     for stretch in range((MORE_FITS + 1) * recipe.stretches):
         run.refresh_file(number, stretch).unlink(missing_ok=True)
-    run.write_state(state.model_copy(update={"lambda_": [*state.lambda_, record.lambda_next]}))
+    points = [*state.tail_points, record.tail_points_next]
+    update = {"lambda_": [*state.lambda_, record.lambda_next], "tail_points": points}
+    run.write_state(state.model_copy(update=update))
 
 
 def _grown(this: Round) -> pd.DataFrame:

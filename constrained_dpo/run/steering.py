@@ -114,13 +114,15 @@ def diagnose_run(run: RunDirectory, recipe: Recipe) -> Feasibility:
     policy that repeats itself is no evidence that nothing better exists.
     """
     problem = recipe.problem
-    columns = ["prompt_id", "split", "response", *problem.objectives]
+    columns = ["prompt_id", "split", "response", *problem.columns]
     files = [run.reference_file, *map(run.samples_file, range(run.rounds_done()))]
     tables = [read_parquet(path, columns) for path in files]
     dual = [table[table["split"] == "dual"] for table in tables]
-    levels = problem.levels(dual[0].groupby("prompt_id")[problem.names].mean().mean())
+    means = problem.reference_scores(dual[0]).groupby("prompt_id")[problem.names].mean().mean()
+    levels = problem.levels(means)
     seen = pd.concat(dual, ignore_index=True).drop_duplicates(["prompt_id", "response"])
-    ceilings = {name: high for name, (_, high) in recipe.score_ranges.items()}
+    ranges = recipe.score_ranges
+    ceilings = {c.name: c.measure.bounds(*ranges[c.name])[1] for c in problem.constraints}
     return diagnose_feasibility(ScoreTable.from_frame(seen, problem), problem, levels, ceilings)
 
 

@@ -166,7 +166,7 @@ def _played(
         source=f"{search_.source}.{number}",
         responses_per_prompt=search_.responses_per_prompt,
         shard_size=recipe.sampling.shard_size,
-        objectives=recipe.problem.objectives,
+        objectives=recipe.problem.columns,
         seed=recipe.seed,
         rule=draw_rule(recipe),
         round_number=search_.round_number,
