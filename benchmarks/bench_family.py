@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_family runs FILE.jsonl [--worlds ...] [--seeds ...] [--scale ...]
         [--setting conditional|plain] [--two] [--lam0 4] [--kappa] [--front]
-        [--categories eight|mean] [-s KEY=VALUE ...]
+        [--categories eight|mean] [--tail] [-s KEY=VALUE ...]
     python -m benchmarks.bench_family unseen FILE.jsonl [--world pairs|syllables] [--settings ...]
         [-s KEY=VALUE ...]
     python -m benchmarks.bench_family peers FILE.jsonl [--worlds ...] [--seeds ...]
@@ -46,6 +46,7 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
             changes=tuple(arguments.changes),
             quantization=arguments.quantization,
             categories=arguments.categories,
+            tail=arguments.tail,
         )
         for seed, world, lambda_0 in itertools.product(
             arguments.seeds, arguments.worlds, arguments.lam0
@@ -74,7 +75,7 @@ def main() -> None:
     runs.add_argument("-s", dest="changes", action="append", default=[], metavar="KEY=VALUE")
     runs.add_argument("--categories", choices=("", "eight", "mean"), default="")
     runs.add_argument("--quantization", choices=("nf4", "none"), default="nf4")
-    for option in ("two", "kappa", "front"):
+    for option in ("two", "kappa", "front", "tail"):
         runs.add_argument(f"--{option}", action="store_true")
     for command in (runs, unseen):
         command.add_argument("--rounds", type=int, default=4)

@@ -9,6 +9,7 @@ from benchmarks.family_tasks import WORLDS, Task
 from benchmarks.family_verdicts import print_verdicts
 
 NEAR = 0.05  # of b
+NEAR_OF_TAIL = 0.08  # of b
 INACTIVE = 1e-6  # a multiplier below this is 0
 Run = tuple[Task, dict]
 
@@ -63,7 +64,7 @@ def _aims(runs: list[Run]) -> Iterable[tuple[str, str, str, str]]:
         run
         for run in runs
         if run[0].setting == "conditional"
-        and not (run[0].changes or run[0].kappa or run[0].categories)
+        and not (run[0].changes or run[0].kappa or run[0].categories or run[0].tail)
     ]
     usual = [run for run in as_set if run[0].lambda_0 is None]
     std1 = [run for run in usual if run[0].scale == "std 1" and not run[0].two]
@@ -90,6 +91,12 @@ def _aims(runs: list[Run]) -> Iterable[tuple[str, str, str, str]]:
     what = "std 10, β 0.1: \\|u\\|, median / worst"
     measured = f"{_percent(float(np.median(sizes)))} / {_percent(max(sizes))}" if sizes else ""
     yield what, "≤ 6 / ≤ 20 %", measured or "not run", str(len(sizes))
+    tails = [r["rounds"][3] for task, r in runs if task.tail and len(r["rounds"]) > 3]
+    sizes = [max(map(abs, row["u_over_b"].values())) for row in tails]
+    closed = [row["closed"] for row in tails]
+    what = "tail of 5 %, after 4 rounds: \\|u\\| ≤ 8 % of b; gap closed, median / worst"
+    measured = f"{_share(size <= NEAR_OF_TAIL for size in sizes)}; {_median_worst(closed)}"
+    yield what, "always; ≥ 90 %", measured, str(len(tails))
     wrong = [r for task, r in as_set if task.lambda_0 is not None]
     later = [row for r in wrong for row in r["rounds"][1:]]
     what = "λ_0 at 4 and 0.2 times λ\\*: \\|u\\| ≤ 5 % of b from round 1 on"

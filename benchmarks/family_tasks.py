@@ -40,7 +40,8 @@ STD10: dict[str, Changes] = {  # listwise, where pairs saturate
 @dataclass(frozen=True)
 class Task:
     """One run. two: a second constraint; categories: `eight` constraints, one for each kind of
-    prompts (`category_files`), or their `mean` as one; lambda_0: λ_0 in shares of the exact λ*,
+    prompts (`category_files`), or their `mean` as one; tail: the constraint is on the utility's lowest
+    5 %; lambda_0: λ_0 in shares of the exact λ*,
     None: from samples; kappa: rows vary κ too; front: what the family is worth at eleven margins;
     changes: KEY=VALUE of the recipe; quantization: of the base."""
 
@@ -56,6 +57,7 @@ class Task:
     changes: tuple[str, ...] = ()
     quantization: str = "nf4"
     categories: str = ""
+    tail: bool = False
 
     @classmethod
     def from_json(cls, content: dict) -> "Task":
@@ -74,6 +76,7 @@ class Task:
         parts = [self.setting, self.scale]
         parts += ["two constraints"] * self.two
         parts += [f"categories: {self.categories}"] * bool(self.categories)
+        parts += ["tail of 5 %"] * self.tail
         parts += [] if self.lambda_0 is None else [f"λ_0 at {self.lambda_0:g} times λ\\*"]
         parts += ["κ"] * self.kappa + list(self.changes)
         return ", ".join(parts)
@@ -120,6 +123,8 @@ def _objective(task: Task) -> dict:
     ]
     if task.categories == "eight":
         constraints[0] |= {"by": "kind", "min_prompts": 2}
+    if task.tail:
+        constraints[0] |= {"kind": "tail", "level": 0.05}
     return {
         "beta": beta,
         "reward": {"name": "r", "scorer": scorers[0]},
