@@ -40,10 +40,10 @@ STD10: dict[str, Changes] = {  # listwise, where pairs saturate
 @dataclass(frozen=True)
 class Task:
     """One run. two: a second constraint; categories: `eight` constraints, one for each kind of
-    prompts (`category_files`), or their `mean` as one; tail: the constraint is on the utility's lowest
-    5 %; lambda_0: λ_0 in shares of the exact λ*,
-    None: from samples; kappa: rows vary κ too; front: what the family is worth at eleven margins;
-    changes: KEY=VALUE of the recipe; quantization: of the base."""
+    prompts (`category_files`), or their `mean` as one; tail: the constraint is on the lowest 5 % of
+    the utility; lambda_0: λ_0 in shares of the exact λ*, None: from samples; kappa: rows vary κ
+    too; front: what the family is worth at eleven margins; changes: KEY=VALUE of the recipe;
+    quantization: of the base."""
 
     world: str
     seed: int = 0

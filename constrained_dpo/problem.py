@@ -77,8 +77,10 @@ class Constraint:
     def at_tail_of(
         self, responses: pd.DataFrame, weights: np.ndarray | None = None
     ) -> "Constraint":
-        """Give the constraint on a tail at the quantile of these responses, weights: (num_responses,)
-        (None: every prompt counts alike); others as they are."""
+        """Give the constraint on a tail at the quantile of these responses; others as they are.
+
+        weights: (num_responses,); None: every prompt counts alike.
+        """
         if not self.measure.moves:
             return self
         scores = responses[self.column].to_numpy(np.float64)

@@ -3,24 +3,25 @@ mistake exits 2."""
 
 import math
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from constrained_dpo.cli.options import AsJson, parse_grids, print_json, results_console
+from constrained_dpo.cli.dual_tables import (
+    feasibility_values,
+    finite,
+    print_solution,
+    print_sweep,
+    solution_values,
+)
+from constrained_dpo.cli.options import AsJson, parse_grids, print_json
 from data_prep.console import parse_assignments
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from rich.table import Table
-
-    from constrained_dpo.dual.feasibility import Feasibility
-    from constrained_dpo.dual.one_shot import FirstMultipliers
     from constrained_dpo.dual.scores import ScoreTable
-    from constrained_dpo.dual.sensitivity import SweepPoint
+    from constrained_dpo.kinds import Measure
     from constrained_dpo.problem import ConstrainedProblem
 
 
@@ -49,6 +50,15 @@ Beta = Annotated[float, typer.Option(help="β, reward units per nat")]
 MaxLambda = Annotated[float, typer.Option(help="upper bound of every multiplier")]
 
 
+Rate = Annotated[
+    list[str],
+    typer.Option(
+        help="COLUMN=SCORE: the share of answers that score at least so much is the constraint "
+        "COLUMN.rate, whose level --constraint or --threshold names"
+    ),
+]
+
+
 AssumeReference = Annotated[
     bool, typer.Option("--assume-reference", help="take every row as the reference policy's sample")
 ]
@@ -72,6 +82,14 @@ def solve(
             "infeasible, whatever was sampled"
         ),
     ] = [],
+    tail: Annotated[
+        list[str],
+        typer.Option(
+            help="COLUMN=SHARE: the mean of the lowest share of the scores, such as 0.05, is the "
+            "constraint COLUMN.tail, whose level --constraint or --threshold names"
+        ),
+    ] = [],
+    rate: Rate = [],
     max_lambda: MaxLambda = 1000.0,
     bootstrap: Annotated[
         int, typer.Option(help="resample the prompts so many times for a 95 % interval of λ*")
@@ -100,21 +118,27 @@ def solve(
         k: {n: [v] for n, v in parse_assignments(o, f"--{k}").items()}
         for k, o in _named(constraint, threshold)
     }
-    problem = _problem(reward, beta, levels, max_lambda)
-    table = _table(scores, problem, assume_reference)
+    problem = _problem(reward, beta, levels, max_lambda, _measures(tail, rate))
+    if problem.has_tails and (bootstrap or stability):
+        raise UserError(
+            "--tail: λ* moves with the tail's point, so that --bootstrap and --stability would "
+            "say too little; drop them"
+        )
+    table, problem = _table(scores, problem, assume_reference, max_lambda)
     first = first_multipliers(table, problem, max_lambda)
     solution = first.plain
     ceilings = _ceilings(ceiling, problem)
     feasibility = (
         diagnose_feasibility(table, problem, None, ceilings) if solution.at_bound else None
     )
-    values = _solution_values(first) | {
+    values = solution_values(first) | {
         "kkt_residual": solution.kkt_residual,
         "passes": solution.passes,
         "num_prompts": first.prompts,
         "responses_per_prompt": first.responses,
         "num_responses": len(table.reward),
-        "feasibility": _feasibility_values(feasibility),
+        "feasibility": feasibility_values(feasibility),
+        "tail_points": problem.tail_points,
     }
     interval = parts = None
     if bootstrap:
@@ -130,11 +154,11 @@ def solve(
         }
     if stability:
         parts = sensitivity.stability(table, problem, np.random.default_rng(seed), max_lambda)
-        values["stability"] = [_finite(row) for row in parts.to_dict("records")]
+        values["stability"] = [finite(row) for row in parts.to_dict("records")]
     if as_json:
         print_json(values)
     else:
-        _print_solution(first, problem, interval, parts)
+        print_solution(first, problem, interval, parts)
     if feasibility is not None:
         at = " and ".join(solution.at_bound)
         print(
@@ -153,6 +177,7 @@ def sweep(
         list[str], typer.Option(help="COLUMN=LOW:HIGH:NUMBER or COLUMN=A,B,… margins")
     ] = [],
     threshold: Annotated[list[str], typer.Option(help="the same for absolute levels")] = [],
+    rate: Rate = [],
     max_lambda: MaxLambda = 1000.0,
     plot: Annotated[
         Path | None, typer.Option(help="PNG file for the predicted trade-off curve")
@@ -166,7 +191,7 @@ def sweep(
     levels = {
         kind: parse_grids(options, f"--{kind}") for kind, options in _named(constraint, threshold)
     }
-    problem = _problem(reward, beta, levels, max_lambda)
+    problem = _problem(reward, beta, levels, max_lambda, _measures([], rate))
     grid = levels["constraint"] | levels["threshold"]
     if not grid:
         raise UserError(
@@ -174,7 +199,7 @@ def sweep(
         )
     if (settings := math.prod(len(values) for values in grid.values())) > MAX_SETTINGS:
         raise UserError(f"the grids have {settings} combinations; give at most {MAX_SETTINGS}")
-    table = _table(scores, problem, assume_reference)
+    table, problem = _table(scores, problem, assume_reference, max_lambda)
     points = list(sensitivity.sweep(table, problem, grid, max_lambda))
     if plot is not None:
         from constrained_dpo.report.drawing import LIGHT, render, sweep_figure
@@ -182,9 +207,9 @@ def sweep(
 
         write_atomically(plot, render(lambda style: sweep_figure(points, problem, style), LIGHT))
     if as_json:
-        print_json([{"levels": p.bounds.to_dict()} | _solution_values(p.first) for p in points])
+        print_json([{"levels": p.bounds.to_dict()} | solution_values(p.first) for p in points])
     else:
-        _print_sweep(points, problem)
+        print_sweep(points, problem)
     if unmet := sum(bool(p.first.plain.at_bound) for p in points):
         print(
             f"warning: in {unmet} of {len(points)} settings a multiplier is at its bound "
@@ -199,20 +224,47 @@ def _named(constraint: list[str], threshold: list[str]) -> list[tuple[str, list[
 
 
 def _problem(
-    reward: str, beta: float, levels: dict[str, dict[str, list[float]]], max_lambda: float
+    reward: str,
+    beta: float,
+    levels: dict[str, dict[str, list[float]]],
+    max_lambda: float,
+    measures: dict[str, "Measure"],
 ) -> "ConstrainedProblem":
     """The problem at the first value of every grid; every value is checked."""
+    from constrained_dpo.kinds import MEAN
     from constrained_dpo.problem import ConstrainedProblem, Constraint
+
+    for name in measures:
+        if name not in levels["constraint"] and name not in levels["threshold"]:
+            column, kind = name.rsplit(".", 1)
+            raise UserError(
+                f"--{kind} {column}: its level is missing; give --constraint {name}=MARGIN or "
+                f"--threshold {name}=LEVEL"
+            )
 
     if not 0 < max_lambda < float("inf"):
         raise UserError(f"--max-lambda {max_lambda}: must be a finite number > 0")
     margins = [
-        [Constraint(n, margin=v) for v in values] for n, values in levels["constraint"].items()
+        [Constraint(n, margin=v, measure=measures.get(n, MEAN)) for v in values]
+        for n, values in levels["constraint"].items()
     ]
     thresholds = [
-        [Constraint(n, threshold=v) for v in values] for n, values in levels["threshold"].items()
+        [Constraint(n, threshold=v, measure=measures.get(n, MEAN)) for v in values]
+        for n, values in levels["threshold"].items()
     ]
     return ConstrainedProblem(reward, beta, tuple(values[0] for values in margins + thresholds))
+
+
+def _measures(tail: list[str], rate: list[str]) -> dict[str, "Measure"]:
+    """What is constrained of a column, by the constraint's name."""
+    from constrained_dpo.kinds import Measure
+
+    shares, least = parse_assignments(tail, "--tail"), parse_assignments(rate, "--rate")
+    for name, share in shares.items():
+        if not 0 < share < 1:
+            raise UserError(f"--tail {name}: the share is {share:g}; give one between 0 and 1")
+    measures = {f"{name}.tail": Measure("tail", share) for name, share in shares.items()}
+    return measures | {f"{name}.rate": Measure("rate", at=at) for name, at in least.items()}
 
 
 def _ceilings(options: list[str], problem: "ConstrainedProblem") -> dict[str, float]:
@@ -223,115 +275,13 @@ def _ceilings(options: list[str], problem: "ConstrainedProblem") -> dict[str, fl
     return ceilings
 
 
-def _table(scores: Path, problem: "ConstrainedProblem", assume_reference: bool) -> "ScoreTable":
+def _table(
+    scores: Path, problem: "ConstrainedProblem", assume_reference: bool, max_lambda: float
+) -> tuple["ScoreTable", "ConstrainedProblem"]:
+    """The table, and the problem with the points of its tails."""
     from constrained_dpo.dual.score_files import read_scores
 
-    read = read_scores(scores, problem, assume_reference)
+    read = read_scores(scores, problem, assume_reference, max_lambda)
     if read.taken_as:
         print(f"{scores}: {read.taken_as}", file=sys.stderr)
-    return read.table
-
-
-def _solution_values(first: "FirstMultipliers") -> dict[str, object]:
-    solution = first.plain
-    return {
-        "lambda": first.lambda_.to_dict(),
-        "lambda_sampled": solution.lambda_.to_dict(),
-        "dual_value": solution.dual_value,
-        "ess": solution.ess,
-        "min_ess": solution.min_ess,
-        "reward": solution.reward,
-        "utilities": solution.utilities.to_dict(),
-        "kl": solution.kl,
-        "at_bound": list(solution.at_bound),
-    }
-
-
-def _feasibility_values(feasibility: "Feasibility | None") -> dict[str, object] | None:
-    if feasibility is None:
-        return None
-    numbers = {
-        "slack": feasibility.slack,
-        "se": feasibility.se,
-        "num_prompts": feasibility.num_prompts,
-    }
-    return {
-        "verdict": feasibility.verdict,
-        "constraints": list(feasibility.constraints),
-        "together": feasibility.together,
-        "largest": feasibility.largest.to_dict(),
-        "shortfall": feasibility.shortfall.to_dict(),
-        **_finite(numbers),
-        "sentence": feasibility.sentence(),
-    }
-
-
-def _finite(row: Mapping[Any, Any]) -> dict[str, object]:
-    """JSON has no nan and no infinity: null instead."""
-    return {
-        str(k): None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-    }
-
-
-def _print_solution(
-    first: "FirstMultipliers",
-    problem: "ConstrainedProblem",
-    interval: "pd.DataFrame | None",
-    parts: "pd.DataFrame | None",
-) -> None:
-    solution = first.plain
-    for name in problem.names:
-        error = ""
-        if interval is not None:
-            error = f" [{interval['low'][name]:.4g}, {interval['high'][name]:.4g}]"
-        print(
-            f"λ*({name}) = {first.lambda_[name]:.6g}{error}, {solution.lambda_[name]:.6g} before "
-            f"the correction for {first.responses} responses per prompt; predicted E[{name}] = "
-            f"{solution.utilities[name]:.6g}"
-        )
-    print(
-        f"D(λ*) = {solution.dual_value:.6g}; predicted E[{problem.reward}] = "
-        f"{solution.reward:.6g}, KL {solution.kl:.4g} nats; "
-        f"ESS per prompt: mean {solution.ess:.1f}, min {solution.min_ess:.1f}"
-    )
-    if parts is not None:
-        for name in problem.names:
-            results_console().print(_stability_table(name, parts[parts["constraint"] == name]))
-
-
-def _stability_table(name: str, parts: "pd.DataFrame") -> "Table":
-    from rich.table import Table
-
-    title = f"λ*({name}) on random parts of the table, mean ± sd"
-    table = Table("prompts", title=title, title_justify="left")
-    rows: dict[int, dict[int, str]] = {}
-    for row in parts.to_dict("records"):
-        spread = f" ± {row['sd']:.2g}" if row["repeats"] > 1 else ""
-        cells = rows.setdefault(row["num_prompts"], {})
-        cells[row["num_responses"]] = f"{row['mean']:.4g}{spread}"
-    sizes = sorted({size for cells in rows.values() for size in cells})
-    for size in sizes:
-        table.add_column(f"{size} responses", justify="right")
-    for count, cells in sorted(rows.items()):
-        table.add_row(str(count), *(cells[size] for size in sizes))
-    return table
-
-
-def _print_sweep(points: list["SweepPoint"], problem: "ConstrainedProblem") -> None:
-    from rich.table import Table
-
-    names, table = problem.names, Table()
-    head = [
-        f"{'margin' if c.threshold is None else 'threshold'} {c.name}" for c in problem.constraints
-    ]
-    head += [f"λ*({n})" for n in names]
-    for column in (*head, *(f"E[{n}]" for n in problem.objectives), "KL", "ESS"):
-        table.add_column(column, justify="right")
-    for point in points:
-        solution, lambda_ = point.first.plain, point.first.lambda_
-        multipliers = (f"{lambda_[n]:.5g}{'!' if n in solution.at_bound else ''}" for n in names)
-        levels = (f"{point.bounds[n]:.4g}" for n in names)
-        means = (solution.reward, *solution.utilities, solution.kl)
-        numbers = (f"{value:.4g}" for value in means)
-        table.add_row(*levels, *multipliers, *numbers, f"{solution.ess:.1f}")
-    results_console().print(table)
+    return read.table, read.problem

@@ -111,7 +111,9 @@ class TabularWorld:
     @cached_property
     def _values(self) -> dict[str, np.ndarray]:
         """The values whose means are constrained, (num_prompts, num_responses), by constraint."""
-        return {c.name: c.measure.values(self.utilities[c.column]) for c in self.problem.constraints}
+        return {
+            c.name: c.measure.values(self.utilities[c.column]) for c in self.problem.constraints
+        }
 
     def at_tails(self, weight: np.ndarray) -> "TabularWorld":
         """The world with its tails at the quantiles of a policy, weight: (num_prompts,

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from constrained_dpo.dual.scores import ScoreTable
+from constrained_dpo.dual.tails import first_tail_points
 from constrained_dpo.problem import ConstrainedProblem
 from data_prep.errors import UserError
 from data_prep.readers.tables import read_columns
@@ -19,35 +20,41 @@ SAME_LAW = 1e-3
 
 @dataclass(frozen=True)
 class ScoreFile:
-    """table, and `taken_as`: one line about the policy its rows are taken to be samples of, None
-    where its column source says so."""
+    """table; problem: with its tails at their best points in it; `taken_as`: one line about the
+    policy its rows are taken to be samples of, None where its column source says so."""
 
     table: ScoreTable
+    problem: ConstrainedProblem
     taken_as: str | None
 
 
 def read_scores(
-    path: Path, problem: ConstrainedProblem, assume_reference: bool = False
+    path: Path,
+    problem: ConstrainedProblem,
+    assume_reference: bool = False,
+    max_lambda: float = 1000.0,
 ) -> ScoreFile:
     """Read `prompt_id` and the problem's columns; weight rows of another policy by their
     log-probabilities, or refuse them.
 
-    Rows with a finite `sample_logp` and `ref_logp` (nats) that differ get the importance weight
-    π_ref/q, also where `source` says reference: another temperature is another law. Without
-    these columns, rows are samples of π_ref where `source` starts with "reference", where there is
-    no such column, or with `assume_reference`. Raises UserError for other rows, and for a law that
-    does not cover π_ref.
+    max_lambda: of the search for the tails' points. Rows with a finite `sample_logp` and `ref_logp`
+    (nats) that differ get the importance weight π_ref/q, also where `source` says reference:
+    another temperature is another law. Without these columns, rows are samples of π_ref where
+    `source` starts with "reference", where there is no such column, or with `assume_reference`.
+    Raises UserError for other rows, and for a law that does not cover π_ref.
     """
     path = Path(path)
     frame = read_columns(
-        path, ["prompt_id", *problem.objectives, "source", "response_id", *LOG_PROBABILITIES]
+        path, ["prompt_id", *problem.columns, "source", "response_id", *LOG_PROBABILITIES]
     )
     weight, taken_as = _log_weight(frame, path, assume_reference)
     if weight is None:
-        return ScoreFile(ScoreTable.from_frame(frame, problem), taken_as)
-    return ScoreFile(
-        ScoreTable.from_frame(frame.assign(log_weight=weight), problem, "log_weight"), taken_as
-    )
+        problem = problem.with_tail_points(first_tail_points(frame, problem, max_lambda))
+        return ScoreFile(ScoreTable.from_frame(frame, problem), problem, taken_as)
+    if problem.has_tails:
+        raise UserError(f"{path}: a tail's point needs samples of the reference policy itself")
+    table = ScoreTable.from_frame(frame.assign(log_weight=weight), problem, "log_weight")
+    return ScoreFile(table, problem, taken_as)
 
 
 def _log_weight(

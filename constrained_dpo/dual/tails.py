@@ -48,9 +48,7 @@ def starts_at(
 ) -> list[ConstrainedProblem]:
     """List the starts of a search; at_tails: puts a problem's tails at the reference policy's
     quantiles."""
-    points = [
-        at_tails(problem.with_tail_shares(factor)).tail_points for factor in START_SHARES
-    ]
+    points = [at_tails(problem.with_tail_shares(factor)).tail_points for factor in START_SHARES]
     return [problem.with_tail_points(p) for p in points]
 
 
@@ -81,5 +79,8 @@ def tilted_weights(
     scores = lagrangian_score(problem.scores(reference), problem.reward, lambda_)
     prompts = reference["prompt_id"]
     logs = pd.Series(scores / problem.beta, index=reference.index)
-    weight = np.exp(logs - logs.groupby(prompts).transform("max"))
+    weight = pd.Series(
+        np.exp((logs - logs.groupby(prompts).transform("max")).to_numpy(np.float64)),
+        index=logs.index,
+    )
     return (weight / weight.groupby(prompts).transform("sum")).to_numpy(np.float64)

@@ -72,9 +72,7 @@ class Certificate(Record):
 
 
 def _score(table: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series) -> pd.Series:
-    scores = lagrangian_score(
-        problem.scores(table), problem.reward, lambda_.reindex(problem.names)
-    )
+    scores = lagrangian_score(problem.scores(table), problem.reward, lambda_.reindex(problem.names))
     return pd.Series(scores, index=table.index)
 
 

@@ -81,7 +81,9 @@ def known_bounds(problem: ConstrainedProblem, ranges: Bounds) -> dict[str, Inter
         scores, measure = ranges.get(constraint.name, (-np.inf, np.inf)), constraint.measure
         low, high = measure.bounds(*scores)
         if constraint.threshold is None:  # π_ref's tail is at a point of its own
-            least, most = replace(measure, at=None).bounds(*scores) if measure.moves else (low, high)
+            least, most = (
+                replace(measure, at=None).bounds(*scores) if measure.moves else (low, high)
+            )
             low, high = low - most, high - least
         bounds[constraint.name] = (float(low - level), float(high - level))
     return bounds

@@ -1,5 +1,7 @@
 """From gate.yaml and the run to the claims, by name."""
 
+from dataclasses import replace
+
 from constrained_dpo.gate.claims import CUT_OFF, LENGTH, TEST, Claim
 from constrained_dpo.gate.settings import ChecksSettings, GateSettings
 from constrained_dpo.problem import Constraint
@@ -55,13 +57,16 @@ def _constraints(recipe: Recipe, checks: ChecksSettings) -> list[Constraint]:
 
 
 def _constraint(recipe: Recipe, constraint: Constraint) -> Claim:
-    name, range_ = constraint.name, recipe.score_ranges[constraint.name]
+    name, column = constraint.name, constraint.column
+    range_ = recipe.score_ranges[name]
     if constraint.threshold is not None:
         words = f"{name} at least {constraint.threshold:g}"
-        return Claim("constraint", name, words, name, 1, 0, -constraint.threshold, range_)
-    margin = float(constraint.margin or 0.0)
-    words = f"{name} at least {margin:g} above π_ref"
-    return Claim("constraint", name, words, name, 1, -1, -margin, range_)
+        claim = Claim("constraint", name, words, column, 1, 0, -constraint.threshold, range_)
+    else:
+        margin = float(constraint.margin or 0.0)
+        words = f"{name} at least {margin:g} above π_ref"
+        claim = Claim("constraint", name, words, column, 1, -1, -margin, range_)
+    return replace(claim, measure=constraint.measure)
 
 
 def _change(demanded: float) -> str:

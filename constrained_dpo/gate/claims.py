@@ -3,11 +3,12 @@
 The number of a prompt x is its room, a·ḡ_θ(x) + b·ḡ_ref(x) + c: ḡ are means over the responses of
 the policy and of π_ref. A margin is (1, −1, −b), a threshold (1, 0, −c), a share that rises by at
 most m (−1, 1, m), a length at most ρ times as long (−1, ρ, 0). The claim holds where the mean over
-prompts is above 0. Pure; numpy and pandas only.
+prompts is above 0. Of a tail or a rate ḡ are means of transformed scores (`kinds`). Pure; numpy and
+pandas only.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ import pandas as pd
 from constrained_dpo.estimates.intervals import Interval
 from constrained_dpo.estimates.slack import halves
 from constrained_dpo.gate.record import check_title
+from constrained_dpo.kinds import MEAN, Measure, prompt_weights
 from data_prep.errors import UserError
 
 TEST = "test"
@@ -29,7 +31,7 @@ class Claim:
 
     kind, name: of the check; words: the claim for a reader; prompts: the set that it is about;
     column: of the responses, or LENGTH, CUT_OFF; range: between which its values lie, infinite
-    where nothing bounds them.
+    where nothing bounds them; measure: what of the column is claimed.
     """
 
     kind: str
@@ -41,6 +43,7 @@ class Claim:
     offset: float
     range: Interval = (-np.inf, np.inf)
     prompts: str = TEST
+    measure: Measure = MEAN
 
     @property
     def title(self) -> str:
@@ -49,15 +52,31 @@ class Claim:
 
     def means(self, responses: pd.DataFrame) -> pd.Series:
         """Compute ḡ of every prompt: (num_prompts,) by prompt_id."""
-        return column_of(responses, self.column).groupby(responses["prompt_id"], sort=True).mean()
+        scores = column_of(responses, self.column)
+        values = pd.Series(self.measure.values(scores.to_numpy()), index=responses.index)
+        return values.groupby(responses["prompt_id"], sort=True).mean()
+
+    def at_tail_of(self, responses: pd.DataFrame) -> "Claim":
+        """Give a claim on a tail at the quantile of these responses, which maximizes their mean;
+        others as they are."""
+        if not self.measure.moves:
+            return self
+        scores = column_of(responses, self.column).to_numpy(np.float64)
+        weights = prompt_weights(responses["prompt_id"], scores)
+        return replace(self, measure=self.measure.at_tail_of(scores, weights))
+
+    def reference_means(self, reference: pd.DataFrame) -> pd.Series:
+        """Compute π_ref's ḡ of every prompt, a tail's at its own quantile: (num_prompts,) by
+        prompt_id."""
+        return self.at_tail_of(reference).means(reference)
 
     def room(self, samples: pd.DataFrame, reference: pd.DataFrame) -> pd.Series:
         """Compute the room of every prompt that the claim concerns: (num_prompts,) by prompt_id.
 
-        samples, reference: responses of π_θ and π_ref to the same prompts. Raises UserError when
-        the prompts differ.
+        samples, reference: responses of π_θ and π_ref to the same prompts. A tail's room is not
+        above the tail's own. Raises UserError when the prompts differ.
         """
-        after, before = self.means(samples), self.means(reference)
+        after, before = self.means(samples), self.reference_means(reference)
         if not after.index.equals(before.index):
             odd = after.index.symmetric_difference(before.index)
             raise UserError(
@@ -77,8 +96,10 @@ class Claim:
         seen: (num_prompts,) rooms of tables at hand.
         """
         low = high = self.offset
-        for factor in (self.policy, self.reference):
-            ends = sorted(factor * end for end in self.range) if factor else [0.0, 0.0]
+        anywhere = replace(self.measure, at=None) if self.measure.moves else self.measure
+        for factor, measure in ((self.policy, self.measure), (self.reference, anywhere)):
+            range_ = measure.bounds(*self.range)
+            ends = sorted(factor * end for end in range_) if factor else [0.0, 0.0]
             low, high = low + ends[0], high + ends[1]
         values = np.concatenate([np.asarray(rooms, np.float64) for rooms in seen])
         return (
@@ -89,7 +110,7 @@ class Claim:
     @property
     def bounded(self) -> bool:
         """Whether the range bounds the room at both ends."""
-        return bool(np.isfinite(self.range).all())
+        return bool(np.isfinite(self.measure.bounds(*self.range)).all())
 
 
 def column_of(responses: pd.DataFrame, column: str) -> pd.Series:

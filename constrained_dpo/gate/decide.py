@@ -59,6 +59,11 @@ def judge_claim(
     rooms = claim.room(samples, reference)
     bounds = claim.bounds([rooms, claim.reference_room(reference), *seen])
     low, high = ends(rooms.to_numpy(np.float64), error, checks, bounds)
+    if claim.measure.moves:  # at the samples' quantile the room is not below the tail's own
+        moved = claim.at_tail_of(samples)
+        upper = moved.room(samples, reference)
+        around = moved.bounds([rooms, upper, claim.reference_room(reference), *seen])
+        high = ends(upper.to_numpy(np.float64), error, checks, around)[1]
     low, high = _sharper(low, high, earlier)
     return CheckResult(
         kind=claim.kind,
@@ -70,7 +75,7 @@ def judge_claim(
         low=_finite(low),
         high=_finite(high),
         policy=float(claim.means(samples).mean()),
-        reference=float(claim.means(reference).mean()),
+        reference=float(claim.reference_means(reference).mean()),
         prompts=claim.prompts,
         num_prompts=len(rooms),
         decided_at=None if word(low, high) == UNDECIDED else len(rooms),

@@ -6,8 +6,8 @@ import pandas as pd
 
 from constrained_dpo.dual.one_shot import first_multipliers
 from constrained_dpo.dual.scores import ScoreTable
-from constrained_dpo.dual.tails import first_tail_points
 from constrained_dpo.dual.steps import auto_step_scale, dual_step, step_size_at
+from constrained_dpo.dual.tails import first_tail_points
 from constrained_dpo.estimates.measure import Measurement
 from constrained_dpo.estimates.score_scale import loss_by_scale, score_scale
 from constrained_dpo.estimates.slack import prompt_slack, reference_slack
@@ -32,7 +32,7 @@ def reference_table(run: RunDirectory, recipe: Recipe) -> ScoreTable:
 
 
 def initial_tail_points(run: RunDirectory, recipe: Recipe) -> dict[str, float]:
-    """Find the points of the recipe's tails in round 0, from π_ref's samples on the dual prompts, by
+    """Find the points of the recipe's tails in round 0 from π_ref's samples on the dual prompts, by
     constraint (score units)."""
     reference = read_parquet(run.reference_file)
     dual = reference[reference["split"] == "dual"].reset_index(drop=True)

@@ -49,17 +49,16 @@ class RoundRecord(Measurement, Certificate):
     under `test` on the test prompts, and so is the verdict.
 
     lambda_, lambda_next: the multipliers before and after the dual step; step: its kind;
-    tail_points, tail_points_next: the points of its tails, likewise; what is said of test prompts is
-    at the latter, which the policy's samples on the dual prompts gave. steered_on: the slack that
-    moved λ. trials: of a conditional round, whose policy is the family's
-    member at lambda_next and κ `kappa`; at_edge: constraints whose root lies beyond an end of the
-    range that the family was trained on. seconds: by phase, None where a phase was resumed; hashes:
-    of the run's inputs. sampling_cost: of a round whose responses servers drew, seconds until they
-    answered and in our own forward beside them (the main process's); sampler: their
-    log-probabilities and draws beside ours. sampling_law: how responses were drawn; exact: by
-    split, where every response of the world is listed. truncated_scores: by objective, texts that
-    were cut to a scorer's window; unlabelled_prompts: fit and dual prompts without a label;
-    processes: of the launch.
+    tail_points, tail_points_next: those of its tails; what is said of test prompts is at the
+    latter, the quantiles of the policy's samples on the dual prompts. steered_on: the slack that
+    moved λ. trials: of a conditional round, whose policy is the family's member at lambda_next and
+    κ `kappa`; at_edge: constraints whose root lies beyond an end of the range that the family was
+    trained on. seconds: by phase, None where a phase was resumed; hashes: of the run's inputs.
+    sampling_cost: of a round whose responses servers drew, seconds until they answered and in our
+    own forward beside them (the main process's); sampler: their log-probabilities and draws beside
+    ours. sampling_law: how responses were drawn; exact: by split, where every response of the world
+    is listed. truncated_scores: by objective, texts that were cut to a scorer's window;
+    unlabelled_prompts: fit and dual prompts without a label; processes: of the launch.
     """
 
     round: int
