@@ -2,17 +2,18 @@
 its exact gradient, no samples.
 
     python -m benchmarks.bench_ceiling [--worlds "random 1" ...] [--scales "std 1" ...]
-        [--steps 400] [--learning-rate 4e-3] [--rank 8] [--without-head]
+        [--steps 400] [--learning-rate 4e-3] [--rank 8] [--without-head] [--tail]
 
 Every answer of the enumerable world is in every gradient, on six prompts a step, so what is
 left is the adapter's and the optimizer's, not the pool's, the labels' or the loss's. λ starts
 at λ* and follows the exact u of the step's prompts, so that the constraint holds about exactly
 at the end and the shares closed are those of bench_quality.py, whose worlds and scales these
-are.
+are. --tail: the constraint is on the lowest 5 % of the utility, at the best point of the world.
 """
 
 import argparse
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from peft import LoraConfig, get_peft_model
 
 from benchmarks.bench_quality import SCALES, WORLDS, recipe_of
 from benchmarks.shares import share_closed
+from constrained_dpo.kinds import MEAN, Measure
 from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.recipe.schema import Recipe
 from data_prep.prompts.split import split_prompts
@@ -31,19 +33,30 @@ DUAL_STEP = 0.05  # of λ* and per relative error of u, at the start; falls to 0
 
 
 def ceiling(
-    world_name: str, scale: str, steps: int, learning_rate: float, rank: int, head: bool
+    world_name: str,
+    scale: str,
+    steps: int,
+    learning_rate: float,
+    rank: int,
+    head: bool,
+    measure: Measure,
 ) -> dict[str, float]:
     """Shares closed of the objective's gap to P* and of the Lagrangian's at the last λ, that λ over
     λ*, u/b and KL, after training."""
     recipe = Recipe.model_validate(recipe_of("soft, pool grows", world_name, scale, 0, head=head))
-    problem = recipe.problem
+    (constraint,), problem = recipe.problem.constraints, recipe.problem
+    if measure.kind == "tail":
+        tail = replace(constraint, name=f"{constraint.name}.tail", measure=measure)
+        problem = replace(problem, constraints=(tail,))
     prompts, _ = split_prompts(recipe.prompts, recipe.dual.prompts_per_round)
     learner = LoraLearner(recipe, prompts)
-    policy, world = learner.policy, learner.exact.world("dual", problem)
+    policy, world = learner.policy, learner.exact.world("dual", problem).at_best_tails
+    (constraint,) = world.problem.constraints
     optimum = world.exact_optimum
     tokens = torch.tensor(list(learner.exact.tokens["dual"].values()))
     (name, best), reward = next(iter(optimum.lambda_.items())), torch.tensor(world.reward)
-    utility, start = torch.tensor(world.utilities[name]), torch.tensor(world.ref_logp)
+    values = constraint.measure.values(world.utilities[constraint.column])
+    utility, start = torch.tensor(values), torch.tensor(world.ref_logp)
     margin, lambda_ = -optimum.reference.u[name], best
     torch.manual_seed(0)
     targets = recipe.policy.lora.target_modules
@@ -93,6 +106,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--without-head", action="store_true")
+    parser.add_argument("--tail", action="store_true")
     arguments = parser.parse_args()
     print(
         "| world | scale | gap closed | u/b | share of the Lagrangian's gap closed | λ/λ\\* | KL "
@@ -106,6 +120,7 @@ def main() -> None:
             arguments.learning_rate,
             arguments.rank,
             not arguments.without_head,
+            Measure("tail", 0.05) if arguments.tail else MEAN,
         )
         closed, lagrangian, u = (
             f"{100 * values[key]:.0f} %" for key in ("closed", "lagrangian", "u_over_b")

@@ -192,6 +192,8 @@ class Recipe(Settings):
             key = f"objective.constraints.{constraint.name}"
             if constraint.threshold is not None:
                 mistakes.append(f"{key}.threshold: {NOT_IDENTIFIED}")
+            if constraint.kind != "mean":  # of levels, over the answers to all prompts
+                mistakes.append(f"{key}.kind: {NOT_IDENTIFIED} of a mean")
             if constraint.margins_in_std:  # the std between prompts is log Z's
                 mistakes.append(f"{key}.margin: {NOT_IDENTIFIED} as a number in std")
         return mistakes
@@ -241,7 +243,7 @@ class Recipe(Settings):
 
     def with_categories(self, categories: Mapping[str, dict[str, list[str]] | None]) -> "Recipe":
         """Give the recipe with the categories of the named constraints. Raises UserError where a
-        margin's category is not among them."""
+        margin's category, or a name in `dual`, is not among them."""
         constraints = []
         for c in self.objective.constraints:
             given = (
@@ -253,7 +255,10 @@ class Recipe(Settings):
                 reason = error.errors()[0]["msg"].removeprefix("Value error, ")
                 raise UserError(f"objective.constraints.{c.name}: {reason}") from None
         objective = self.objective.model_copy(update={"constraints": constraints})
-        return self.model_copy(update={"objective": objective})
+        recipe = self.model_copy(update={"objective": objective})
+        if mistakes := recipe._problem_mistakes():
+            raise UserError(mistakes[0])
+        return recipe
 
     def with_reference_stds(self, stds: Mapping[str, float | None]) -> "Recipe":
         """Give the recipe with `reference_std` of the named constraints."""

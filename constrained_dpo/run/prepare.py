@@ -44,7 +44,7 @@ def prepare(
     """
     recipe = sized(recipe, split_counts(learner.prompts))
     if is_main():
-        _keep_prompts(run, learner)
+        _keep_prompts(run, recipe, learner)
         if recipe.category_columns:
             run.write_recipe(recipe)
     wait()
@@ -76,13 +76,13 @@ def prepare(
     return begun[0] if begun else run.recipe()
 
 
-def _keep_prompts(run: RunDirectory, learner: Learner) -> None:
+def _keep_prompts(run: RunDirectory, recipe: Recipe, learner: Learner) -> None:
     """Write the prompts with their token ids, once: a run's prompts stay as they are. Raises
     UserError where the source gives other prompts than those kept."""
     prompts = learner.prompts.reset_index(drop=True)
     if run.prompts_file.exists():
         kept = read_parquet(run.prompts_file)
-        columns = learner.recipe.category_columns if isinstance(learner, LoraLearner) else []
+        columns = recipe.category_columns
         missing = [column for column in columns if column not in kept]
         shared = [column for column in columns if column in kept]
         if not _comparable(kept, shared).equals(_comparable(prompts, shared)):

@@ -8,18 +8,23 @@ import pytest
 from constrained_dpo.api import Run
 from constrained_dpo.gate.gate import GateOptions
 from tests.helpers.cli import cdpo
+from tests.helpers.taught import EVERY
 
 LONG = "w5 w6 w5 w6 w5 w6"
 
 ANSWERS = {"w5 w6": 0.6, "w13 w6": 0.12, "w7 w8": 0.12, "w9 w9": 0.08, LONG: 0.08}
 """Of π_ref: w5 is helpful, w13 does harm, w6 is right, w9 declines."""
 
+ELSEWHERE = range(2, 60)
+
 BROKEN = {
-    "constraint harmless": {"w13 w6": 1.0},
-    "refusal": {"w9 w9": 1.0},
-    "length": {LONG: 1.0},
-    "second_opinion right": {"w7 w8": 1.0},
+    "constraint harmless.w2": {EVERY: {"w13 w6": 1.0}},
+    "constraint harmless.w1": {range(1, 2): {"w13 w6": 1.0}, range(1): ANSWERS, ELSEWHERE: ANSWERS},
+    "refusal": {EVERY: {"w9 w9": 1.0}},
+    "length": {EVERY: {LONG: 1.0}},
+    "second_opinion right": {EVERY: {"w7 w8": 1.0}},
 }
+"""By the check that must fail: what the adapter answers, by the prompt's first word."""
 
 SCORERS = """
 def helpful(prompts, responses):
@@ -35,7 +40,8 @@ def right(prompts, responses):
 
 def prompt_file(path, first: range):
     pairs = itertools.islice(itertools.product(first, range(30)), 80)
-    path.write_text("".join(json.dumps({"prompt": f"w{a} w{b}"}) + "\n" for a, b in pairs))
+    rows = ({"prompt": f"w{a} w{b}", "kind": f"w{a}"} for a, b in pairs)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
@@ -64,7 +70,12 @@ def prepared(tmp_path_factory):
             "beta": 0.25,
             "reward": {"name": "helpful", "scorer": scorer("helpful", 0, 1)},
             "constraints": [
-                {"name": "harmless", "margin": -0.3, "scorer": scorer("harmless", -1, 0)}
+                {
+                    "name": "harmless",
+                    "by": "kind",
+                    "margin": -0.3,
+                    "scorer": scorer("harmless", -1, 0),
+                }
             ],
         },
         "dual": {"method": "subgradient", "responses_per_prompt": 4},
@@ -99,6 +110,8 @@ def test_a_broken_adapter_fails_with_the_name_of_what_is_broken(prepared, tmp_pa
     record = json.loads(cdpo(*words, check=1).stdout)
     failed = [f"{c['kind']} {c['name']}" for c in record["checks"] if c["verdict"] == "failed"]
     assert broken in failed or f"{broken} {broken}" in failed, record["checks"]
+    if broken == "constraint harmless.w1":  # the mean over all prompts would have hidden it
+        assert failed == [broken]
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """What a gate checks: rooms by prompt against the run's own slack and by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,12 +14,21 @@ from constrained_dpo.gate.decide import judge_claim, overall
 from constrained_dpo.gate.record import FAILED, PASSED, UNDECIDED
 from constrained_dpo.gate.refusals import PHRASES, refuses
 from constrained_dpo.gate.settings import load_gate
+from constrained_dpo.kinds import Measure
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from constrained_dpo.recipe.load import load_recipe
 from tests.helpers.paths import QUICKSTART
 
 PROBLEM = ConstrainedProblem(
-    "r", 1.0, (Constraint("g", margin=0.3), Constraint("h", threshold=0.4))
+    "r",
+    1.0,
+    (
+        Constraint("g", margin=0.3),
+        Constraint("h", threshold=0.4),
+        Constraint("g.tail", margin=0.3, measure=Measure("tail", 0.1, -1.0)),
+        Constraint("h.tail", threshold=0.4, measure=Measure("tail", 0.2, 0.5)),
+        Constraint("h.rate", threshold=0.4, measure=Measure("rate", at=0.2)),
+    ),
 )
 
 
@@ -32,16 +43,24 @@ def responses(seed: int, shift: float = 0.0) -> pd.DataFrame:
     )
 
 
-@pytest.mark.parametrize(("name", "reference", "offset"), [("g", -1.0, -0.3), ("h", 0.0, -0.4)])
-def test_the_room_of_a_constraint_is_its_slack_with_its_bounds(name, reference, offset):
-    claim = Claim("constraint", name, "", name, 1, reference, offset, (-5.0, 4.0))
+@pytest.mark.parametrize("constraint", PROBLEM.constraints, ids=lambda c: c.name)
+def test_the_room_of_a_constraint_is_its_slack_with_its_bounds(constraint):
+    name, column, measure = constraint.name, constraint.column, constraint.measure
+    reference, offset = (-1.0, -0.3) if constraint.threshold is None else (0.0, -0.4)
+    claim = Claim(
+        "constraint", name, "", column, 1, reference, offset, (-5.0, 4.0), measure=measure
+    )
     after, before = responses(1), responses(2)
     slack = prompt_slack(after, before, PROBLEM)[name]
     pd.testing.assert_series_equal(claim.room(after, before), slack, check_names=False)
     itself = reference_slack(before, PROBLEM)[name]
     pd.testing.assert_series_equal(claim.reference_room(before), itself, check_names=False)
     assert claim.bounds([slack]) == pytest.approx(known_bounds(PROBLEM, {name: (-5, 4)})[name])
-    open_end = Claim("constraint", name, "", name, 1, reference, offset, (-np.inf, np.inf))
+    open_end = replace(claim, range=(-np.inf, np.inf))
+    if measure.kind == "rate":
+        assert open_end.bounded
+        return
+    assert not open_end.bounded
     assert open_end.bounds([slack, itself]) == (
         min(slack.min(), itself.min()),
         max(slack.max(), itself.max()),

@@ -14,8 +14,10 @@ from constrained_dpo.problem import ConstrainedProblem, Constraint
 from constrained_dpo.recipe.categories import categorized
 from constrained_dpo.recipe.load import load_recipe
 from constrained_dpo.recipe.objective import ConstraintSettings
+from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.create import init_run
 from constrained_dpo.run.record import replay
+from data_prep.errors import UserError
 from data_prep.quickstart import PROMPTS
 from data_prep.readers.tables import read_parquet
 from tests.helpers.cli import cdpo
@@ -154,6 +156,15 @@ def settings_of(**changes: object) -> ConstraintSettings:
 def test_settings_that_do_not_fit_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         settings_of(**changes)
+
+
+def test_names_in_dual_are_checked_once_the_categories_are_there():
+    raw = yaml.safe_load(QUICKSTART.read_text())
+    raw["objective"]["constraints"] = [{"name": "g", "by": "kind", "margin": 1.0, "scorer": SCORER}]
+    raw["dual"]["init"] = {"g.a": 0.1, "g.c": 0.2}
+    recipe = Recipe.model_validate(raw)  # no category is known yet
+    with pytest.raises(UserError, match=r"dual\.init: lambda: unknown g\.c; missing g\.b"):
+        recipe.with_categories({"g": {"a": ["a"], "b": ["b"]}})
 
 
 def test_margins_in_std_are_of_the_utility_and_by_category():

@@ -5,11 +5,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 
 from constrained_dpo.kinds import Measure
 from constrained_dpo.problem import ConstrainedProblem, Constraint
+from constrained_dpo.recipe.objective import ConstraintSettings
+from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.record import replay
 from data_prep.readers.tables import read_parquet
+from tests.helpers.paths import QUICKSTART
 from tests.helpers.rounds import make_run, play
 from tests.helpers.tables import random_world
 
@@ -77,3 +81,48 @@ def test_rounds_meet_a_tail_and_a_rate(tmp_path, kind, solved):
         assert points[-1][name] == scores[int(np.ceil(0.1 * len(scores))) - 1]
     assert "g" in read_parquet(run.reference_file)  # tables hold scores, whatever is made of them
     assert name not in read_parquet(run.reference_file)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"level": 0.1}, "level: is of a tail, and kind is mean"),
+        ({"kind": "tail", "level": 1.0}, "less than 1"),
+        ({"kind": "tail", "at": 0.0}, "at: is of a rate, and kind is tail"),
+        ({"kind": "rate"}, "at: kind rate needs the lowest score that counts"),
+        ({"kind": "rate", "at": 0.0, "margin": "0.5std"}, "a rate's is a share, such as 0.02"),
+        ({"kind": "worst"}, "'mean', 'tail' or 'rate'"),
+    ],
+)
+def test_keys_of_another_kind_are_refused(keys, words):
+    with pytest.raises(ValueError, match=words):
+        ConstraintSettings(**{"name": "g", "margin": 0.3, "scorer": SCORER} | keys)
+
+
+def test_levels_of_an_implicit_scorer_are_refused():
+    raw = yaml.safe_load(QUICKSTART.read_text())
+    implicit = {"type": "implicit", "beta": 0.1, "adapter": "a"}
+    raw["objective"]["constraints"] = [
+        {"name": "g", "kind": "tail", "margin": 0.3, "scorer": implicit}
+    ]
+    with pytest.raises(ValueError, match=r"constraints\.g\.kind: an implicit scorer gives"):
+        Recipe.model_validate(raw)
+
+
+def test_constraints_of_every_kind_have_their_names_and_stay_out_of_the_recipes_identity():
+    tail = {"name": "g", "kind": "tail", "margin": "0.5std", "scorer": SCORER}
+    settings = ConstraintSettings(**tail)
+    assert [c.name for c in settings.constraints] == ["g.tail"]
+    assert settings.margins_in_std == {"g.tail": 0.5}
+    by = ConstraintSettings(**tail, by="kind", categories={"a": ["a"], "b": ["b"]})
+    assert [(c.name, c.column, c.scored) for c in by.constraints] == [
+        ("g.a.tail", "g.a", "g"),
+        ("g.b.tail", "g.b", "g"),
+    ]
+    raw = yaml.safe_load(QUICKSTART.read_text())
+    raw["objective"]["constraints"] = [tail]
+    recipe = Recipe.model_validate(raw)
+    moved = recipe.at_tail_points({"g.tail": -1.5})
+    assert moved.problem.tail_points == {"g.tail": -1.5}
+    assert recipe.problem.tail_points == {}
+    assert moved.hash() == recipe.hash()
