@@ -68,8 +68,9 @@ def play_fit(size: str, case: str, device: str, seconds: float) -> dict[str, obj
                 subprocess.run(words, stdout=lines, stderr=lines, timeout=seconds, check=True)
             except subprocess.TimeoutExpired:
                 return {"not_run": "stopped, the time was up"}
-            except subprocess.CalledProcessError:
-                return {"not_run": f"failed: {log.read_text().strip().splitlines()[-1][:200]}"}
+            except subprocess.CalledProcessError as error:
+                last = [f"exit code {error.returncode}", *log.read_text().split("\n")]
+                return {"not_run": f"failed: {[line for line in last if line.strip()][-1][:200]}"}
         return json.loads(output.read_text())
 
 
@@ -111,10 +112,10 @@ def play_sampling(size: Size, device: str, python: str | None, seconds: float) -
     of each, which loads the adapter, does not count."""
     if python is None:
         return {"not_run": "no --vllm PYTHON"}
-    version = subprocess.run(
-        [python, "-c", "import vllm; print(vllm.__version__)"], capture_output=True, text=True
-    )
-    if version.returncode:
+    words = [python, "-c", "import vllm; print(vllm.__version__)"]
+    try:
+        version = subprocess.run(words, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
         return {"not_run": f"{python} cannot import vllm"}
     rng, end = np.random.default_rng(0), time.monotonic() + seconds
     result: dict[str, object] = {"vllm": version.stdout.split()[-1], "adapter_rank": LORA.r}
@@ -184,7 +185,7 @@ def fit_lines(done: list[dict]) -> list[str]:
     """The fits as a Markdown table."""
     lines = [
         "| model | fit | response tokens/s | × TRL | step, s | reference, s | MFU of the step "
-        "| peak memory, GB |",
+        "| peak memory, step / reference, GB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     fits = [row for row in done if row["kind"] == "fit"]
@@ -196,8 +197,8 @@ def fit_lines(done: list[dict]) -> list[str]:
         rate, peak = row["tokens_per_second"], peak_flops(row.get("device"))
         ratio = f"{rate / trl[row['size']]:.2f}" if row["size"] in trl else "–"
         used = f"{100 * row['flops_per_second'] / peak:.0f} %" if peak else "–"
-        held = [b for b in (row["step_peak_bytes"], row["reference_peak_bytes"]) if b is not None]
-        memory = f"{max(held) / 1e9:.1f}" if held else "–"
+        held = [row["step_peak_bytes"], row["reference_peak_bytes"]]
+        memory = " / ".join("–" if b is None else f"{b / 1e9:.1f}" for b in held)
         step, reference = np.median(row["step_seconds"]), np.median(row["reference_seconds"])
         lines.append(
             f"| {row['size']} | {row['case']} | {rate:.0f} | {ratio} | {step:.3f} | "
