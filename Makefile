@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup init round run smollm2 status report test test-all lint docs bench bench-quality bench-family bench-methods bench-fit bench-coverage bench-one-shot bench-theory bench-kills bench-relabel bench-prepare clean
+.PHONY: setup init round run smollm2 status report test test-all lint docs bench bench-quality bench-family bench-methods bench-fit bench-gpu bench-coverage bench-one-shot bench-theory bench-kills bench-relabel bench-prepare clean
 .DEFAULT_GOAL := round
 
 setup: $(VENV)/.installed
@@ -95,6 +95,10 @@ bench-fit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_fit
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_fit --checkpointing
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_sampling
+
+# A fit's steps beside TRL's and sampling with vLLM on one GPU (at most 8 minutes; VLLM=PYTHON of a venv that has it).
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.bench_gpu runs/bench-gpu.json $(if $(VLLM),--vllm $(VLLM))
 
 # Intervals (24 minutes on one core), what decides verdicts (a minute), and whole runs (about half an hour); all simulated.
 bench-coverage: setup

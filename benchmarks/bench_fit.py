@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import transformers
 from peft import LoraConfig
+from transformers.integrations.liger import apply_liger_kernel
 from trl import DPOTrainer
 
 from constrained_dpo.fit.build import build_trainer, training_config
@@ -52,17 +53,26 @@ def fifteen_million() -> Policy:
     config = transformers.LlamaConfig(
         **shape, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2
     )
-    model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    settings = PolicySettings(model="random", quantization="none", dtype="float32", device="cpu")
+    return policy_of(transformers.LlamaForCausalLM(config), settings)
+
+
+def word_tokenizer(words: int) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of so many words, <pad>, <s> and </s> the first of them."""
     from tokenizers import Tokenizer, models
 
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    names = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, words))]
+    level = models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(level), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
-    settings = PolicySettings(model="random", quantization="none", dtype="float32", device="cpu")
+
+
+def policy_of(model: transformers.PreTrainedModel, settings: PolicySettings) -> Policy:
+    """A model in memory as the policy that `load_policy` makes of a checkpoint."""
     return Policy(
-        model=model,
-        tokenizer=tokenizer,
+        model=model.eval().requires_grad_(False),
+        tokenizer=word_tokenizer(3),
         settings=settings,
         eos_ids=(2,),
         overridden={},
@@ -85,9 +95,9 @@ def rows_of(policy: Policy, count: int, responses: int) -> datasets.Dataset:
         "ref_logps": logps.astype(np.float32).reshape(count, responses),
     }
     scores = rng.normal(size=(count, responses)).astype(np.float32)
-    return datasets.Dataset.from_dict(
-        table | ({"target": np.ones(count, np.float32)} if responses == 2 else {"scores": scores})
-    )
+    ones = np.ones(count, np.float32)
+    labels = {"target": ones, "weight": ones} if responses == 2 else {"scores": scores}
+    return datasets.Dataset.from_dict(table | labels)
 
 
 def settings_of(checkpointing: bool, **changes) -> FitSettings:
@@ -123,6 +133,13 @@ def trl_trainer(
     )
 
 
+def settled() -> float:
+    """The time when the GPU, where there is one, has done what it was given; seconds."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Runner:
     """Some optimizer steps of a trainer at a time, through its own training_step and optimizer,
     seconds per response."""
@@ -139,11 +156,16 @@ class Runner:
         trainer.current_gradient_accumulation_steps = (
             1  # what Trainer.train() sets before it calls training_step
         )
+        arguments = trainer.args  # Trainer.train() switches these two on, which nobody calls here
+        if arguments.gradient_checkpointing:
+            trainer.model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
+        if arguments.use_liger_kernel:
+            apply_liger_kernel(trainer.model, arguments.liger_kernel_config)
         trainer.model.train()
         self.batches = iter(trainer.get_train_dataloader())
 
     def seconds_per_response(self, steps: int) -> float:
-        begin = time.perf_counter()
+        begin = settled()
         for _ in range(steps):
             try:
                 batch = next(self.batches)
@@ -153,7 +175,7 @@ class Runner:
             self.trainer.training_step(self.trainer.model, batch)
             self.trainer.optimizer.step()
             self.trainer.optimizer.zero_grad()
-        return (time.perf_counter() - begin) / (steps * self.responses_per_step) + self.extra
+        return (settled() - begin) / (steps * self.responses_per_step) + self.extra
 
 
 def variants(policy: Policy, pairs: int, checkpointing: bool, folder: Path) -> dict[str, Runner]:
