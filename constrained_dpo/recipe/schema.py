@@ -87,11 +87,18 @@ class Recipe(Settings):
 
     @property
     def trained_range(self) -> float:
-        """By what factor around λ a family is trained."""
+        """By what factor around λ a family is trained.
+
+        Narrower where rows say little of each multiplier: with many of them, and with a tail, which
+        weighs a few answers 1/α times as much.
+        """
         if self.fit.conditional is None:
             raise ValueError("fit.conditional is null: the recipe fits no family")
-        many = len(self.problem.names) > 2
-        return self.fit.conditional.range or (2.0 if many else 3.0)
+        if self.fit.conditional.range is not None:
+            return self.fit.conditional.range
+        if self.problem.has_tails:
+            return 1.5
+        return 2.0 if len(self.problem.names) > 2 else 3.0
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":

@@ -38,7 +38,7 @@ def taught_adapter(base: Path, folder: Path, lessons: Lessons) -> Path:
         LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     if lessons:
-        _teach(model, AutoTokenizer.from_pretrained(base), lessons, 150, 1e-2)
+        _teach(model, AutoTokenizer.from_pretrained(base), lessons, 150 * len(lessons), 1e-2)
     model.save_pretrained(folder)
     return folder
 

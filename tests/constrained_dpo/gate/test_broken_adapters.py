@@ -15,16 +15,17 @@ LONG = "w5 w6 w5 w6 w5 w6"
 ANSWERS = {"w5 w6": 0.6, "w13 w6": 0.12, "w7 w8": 0.12, "w9 w9": 0.08, LONG: 0.08}
 """Of π_ref: w5 is helpful, w13 does harm, w6 is right, w9 declines."""
 
-ELSEWHERE = range(2, 60)
-
 BROKEN = {
-    "constraint harmless.w2": {EVERY: {"w13 w6": 1.0}},
-    "constraint harmless.w1": {range(1, 2): {"w13 w6": 1.0}, range(1): ANSWERS, ELSEWHERE: ANSWERS},
-    "refusal": {EVERY: {"w9 w9": 1.0}},
-    "length": {EVERY: {LONG: 1.0}},
-    "second_opinion right": {EVERY: {"w7 w8": 1.0}},
+    "harm everywhere": ("constraint harmless.w1", {EVERY: {"w13 w6": 1.0}}),
+    "harm in one category": (
+        "constraint harmless.w1",
+        {range(1, 2): {"w13 w6": 1.0}, range(1): ANSWERS, range(2, 60): ANSWERS},
+    ),
+    "refusal": ("refusal", {EVERY: {"w9 w9": 1.0}}),
+    "length": ("length", {EVERY: {LONG: 1.0}}),
+    "capability": ("second_opinion right", {EVERY: {"w7 w8": 1.0}}),
 }
-"""By the check that must fail: what the adapter answers, by the prompt's first word."""
+"""The check that must fail, and what the adapter answers, by the prompt's first word."""
 
 SCORERS = """
 def helpful(prompts, responses):
@@ -39,7 +40,7 @@ def right(prompts, responses):
 
 
 def prompt_file(path, first: range):
-    pairs = itertools.islice(itertools.product(first, range(30)), 80)
+    pairs = itertools.islice(itertools.product(first, range(40)), 80)
     rows = ({"prompt": f"w{a} w{b}", "kind": f"w{a}"} for a, b in pairs)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -64,7 +65,7 @@ def prepared(tmp_path_factory):
             "quantization": "none",
             "dtype": "float32",
         },
-        "prompts": {"source": prompt_file(folder / "prompts.jsonl", range(4)), "test": 0.6},
+        "prompts": {"source": prompt_file(folder / "prompts.jsonl", range(2)), "test": 0.6},
         "sampling": {"responses_per_prompt": 4, "max_new_tokens": 8},
         "objective": {
             "beta": 0.25,
@@ -105,13 +106,14 @@ def test_a_broken_adapter_fails_with_the_name_of_what_is_broken(prepared, tmp_pa
     from tests.helpers.taught import taught_adapter
 
     run, folder = prepared
-    adapter = taught_adapter(folder / "base", tmp_path / "adapter", BROKEN[broken])
+    check, lessons = BROKEN[broken]
+    adapter = taught_adapter(folder / "base", tmp_path / "adapter", lessons)
     words = ("gate", run.path, folder / "gate.yaml", "--adapter", adapter, "--json")
     record = json.loads(cdpo(*words, check=1).stdout)
     failed = [f"{c['kind']} {c['name']}" for c in record["checks"] if c["verdict"] == "failed"]
-    assert broken in failed or f"{broken} {broken}" in failed, record["checks"]
-    if broken == "constraint harmless.w1":  # the mean over all prompts would have hidden it
-        assert failed == [broken]
+    assert check in failed or f"{check} {check}" in failed, record["checks"]
+    if broken == "harm in one category":  # the mean over all prompts would have hidden it
+        assert "constraint harmless.w0" not in failed
 
 
 @pytest.mark.slow
