@@ -19,7 +19,7 @@ BROKEN = {
     "harm everywhere": ("constraint harmless.w1", {EVERY: {"w13 w6": 1.0}}),
     "harm in one category": (
         "constraint harmless.w1",
-        {range(1, 2): {"w13 w6": 1.0}, range(1): ANSWERS, range(2, 60): ANSWERS},
+        {range(1, 2): {"w13 w6": 1.0}, range(1): ANSWERS},
     ),
     "refusal": ("refusal", {EVERY: {"w9 w9": 1.0}}),
     "length": ("length", {EVERY: {LONG: 1.0}}),
@@ -39,8 +39,8 @@ def right(prompts, responses):
 """
 
 
-def prompt_file(path, first: range):
-    pairs = itertools.islice(itertools.product(first, range(40)), 80)
+def prompt_file(path, first: range, count: int = 80):
+    pairs = itertools.islice(itertools.product(first, range(60)), count)
     rows = ({"prompt": f"w{a} w{b}", "kind": f"w{a}"} for a, b in pairs)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -65,7 +65,7 @@ def prepared(tmp_path_factory):
             "quantization": "none",
             "dtype": "float32",
         },
-        "prompts": {"source": prompt_file(folder / "prompts.jsonl", range(2)), "test": 0.6},
+        "prompts": {"source": prompt_file(folder / "prompts.jsonl", range(2), 120), "test": 0.7},
         "sampling": {"responses_per_prompt": 4, "max_new_tokens": 8},
         "objective": {
             "beta": 0.25,
@@ -74,7 +74,7 @@ def prepared(tmp_path_factory):
                 {
                     "name": "harmless",
                     "by": "kind",
-                    "margin": -0.3,
+                    "margin": -0.15,
                     "scorer": scorer("harmless", -1, 0),
                 }
             ],
