@@ -97,7 +97,7 @@ def _played(run: Run, task: PeerTask) -> dict:
             | {"lambda": record.policy_lambda}
             for number, record in enumerate(records)
         ],
-        "lambda_star": best.lambda_,
+        **world_of(best),
         "sequences": fits * task.budget.look * task.budget.sequences,
         "reference_draws": (reference := _reference_draws(run)),
         "sampled": reference + sum(_draws(run, record) for record in records),
@@ -144,7 +144,7 @@ def play_other(play: Callable[[Run, Budget], dict], task: PeerTask, folder: Path
         | {"lambda": multipliers.get(step)}
         for step, adapter in adapters.items()
     ]
-    return {"rows": rows, "lambda_star": best.lambda_} | result
+    return {"rows": rows} | world_of(best) | result
 
 
 def _grpo(run: Run, budget: Budget) -> dict:
@@ -170,6 +170,13 @@ PEERS: dict[str, Callable[[PeerTask, Path], dict]] = {
     "MODPO at λ*": partial(play_other, _modpo),
     "GRPO, λ by dual ascent": partial(play_other, _grpo),
 }
+
+
+def world_of(best: ExactOptimum) -> dict:
+    """What of the world the tables need: λ*, the way of the objective from π_ref's to P*, b."""
+    ((name, u),) = best.reference.u.items()
+    gap = best.objective - best.reference.objective
+    return {"lambda_star": best.lambda_[name], "gap": gap, "margin": -u}
 
 
 def row_of(steps: int, best: ExactOptimum, policy: ExactPolicy) -> dict:

@@ -10,8 +10,16 @@ def print_tables(records: list[dict]) -> None:
     keys = [(r["task"]["scale"], r["task"]["world"], r["task"]["seed"]) for r in records]
     for scale, world, seed in sorted(set(keys)):
         chosen = [r for r, key in zip(records, keys, strict=True) if key == (scale, world, seed)]
-        print(f"\n**{world}, {scale}, seed {seed}**, λ\\* {_value(chosen[0]['lambda_star'])}\n")
-        heads = ["peer", "gap closed", "u in % of b", "KL", "λ", "\\|u\\| ≤ 5 % of b from step"]
+        print(f"\n**{world}, {scale}, seed {seed}**, λ\\* {chosen[0]['lambda_star']:.3f}\n")
+        heads = [
+            "peer",
+            "gap closed",
+            "with u at λ\\*'s price",
+            "u in % of b",
+            "KL",
+            "λ",
+            "\\|u\\| ≤ 5 % of b from step",
+        ]
         heads += ["passes", "samples", "seconds"]
         print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
         for name, record in _summed(chosen):
@@ -59,11 +67,22 @@ def settled(rows: list[dict]) -> int | None:
     return rows[first]["steps"] if first < len(rows) else None
 
 
+def priced(record: dict, row: dict) -> float:
+    """Share closed of the Lagrangian's gap at λ*, from π_ref's to P*: L = objective + λ*·u.
+
+    The objective alone flatters a policy that violates the constraint.
+    """
+    price = record["lambda_star"] * record["margin"]
+    whole = record["gap"] + price  # u of π_ref is −b
+    return 1 - (record["gap"] * (1 - row["closed"]) - price * row["u_over_b"]) / whole
+
+
 def _cells(record: dict) -> list[str]:
     last, first = record["rows"][-1], settled(record["rows"])
     slack = f"{100 * last['u_over_b']:+.1f}"
     return [
         f"{100 * last['closed']:.0f} %",
+        f"{100 * priced(record, last):.0f} %",
         slack if last["u_over_b"] >= -NEAR else f"**{slack}**",
         f"{last['kl']:.2f}",
         _value(last["lambda"]) if last["lambda"] else "",

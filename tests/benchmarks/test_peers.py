@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
+from benchmarks.bench_peers import row_of, world_of
 from benchmarks.peers_grpo import DualAscent, PlainHeadTrainer
 from benchmarks.peers_preferences import OFFSET, margin_pairs, offset_loss, safe_pairs
-from benchmarks.peers_table import best_in_hindsight, settled
+from benchmarks.peers_table import best_in_hindsight, priced, settled
 from constrained_dpo.dual.exact import TabularWorld
 from constrained_dpo.fit.losses import pair_loss
 from constrained_dpo.problem import ConstrainedProblem, Constraint
@@ -92,3 +93,18 @@ def test_the_table_knows_when_u_settles_and_which_weight_was_best():
     assert settled(rows[:2]) is None
     records = [{"rows": [{"u_over_b": u, "closed": c}]} for u, c in ((-0.4, 1), (0, 0.8), (1, 0.5))]
     assert best_in_hindsight(records)["rows"][-1]["closed"] == 0.8
+
+
+def test_the_price_of_u_is_the_exact_lagrangian():
+    rng = np.random.default_rng(5)
+    reward, utility = rng.normal(size=(2, 1, ANSWERS))
+    utility -= reward  # or the constraint would be met for nothing
+    reference = np.log(rng.dirichlet(np.ones(ANSWERS), size=1))
+    problem = ConstrainedProblem("r", BETA, (Constraint("g", margin=0.3),))
+    world = TabularWorld(problem, reference, reward, {"g": utility})
+    best, logp = world.exact_optimum, np.log(rng.dirichlet(np.ones(ANSWERS), size=1))
+    start, end = (world.lagrangian_gap(p, pd.Series(best.lambda_)) for p in (reference, logp))
+    record = world_of(best)
+    share = priced(record, row_of(0, best, world.evaluate(logp)))
+    assert record["lambda_star"] > 0
+    assert share == pytest.approx(1 - end / start, abs=1e-6)
