@@ -6,21 +6,15 @@ WEIGHTED = "weighted sum"
 
 
 def print_tables(records: list[dict]) -> None:
-    """Print one table a world, scale and seed."""
-    keys = [(r["task"]["scale"], r["task"]["world"], r["task"]["seed"]) for r in records]
-    for scale, world, seed in sorted(set(keys)):
-        chosen = [r for r, key in zip(records, keys, strict=True) if key == (scale, world, seed)]
-        print(f"\n**{world}, {scale}, seed {seed}**, λ\\* {chosen[0]['lambda_star']:.3f}\n")
-        heads = [
-            "peer",
-            "gap closed",
-            "with u at λ\\*'s price",
-            "u in % of b",
-            "KL",
-            "λ",
-            "\\|u\\| ≤ 5 % of b from step",
-        ]
-        heads += ["passes", "samples", "seconds"]
+    """Print one table for each world, scale, seed and number of steps."""
+    keys = [tuple(r["task"][k] for k in ("scale", "world", "seed", "steps")) for r in records]
+    for key in dict.fromkeys(keys):
+        chosen = [r for r, other in zip(records, keys, strict=True) if other == key]
+        scale, world, seed, steps = key
+        best = chosen[0]["lambda_star"]
+        print(f"\n**{world}, {scale}, seed {seed}, {steps} steps**, λ\\* {best:.3f}\n")
+        heads = ["peer", "gap closed", "with u at λ\\*'s price", "u in % of b", "KL", "λ"]
+        heads += ["\\|u\\| ≤ 5 % of b from step", "passes", "samples", "CPU s"]
         print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
         for name, record in _summed(chosen):
             print(f"| {name} | " + " | ".join(_cells(record)) + " |")
