@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import TrainerCallback
 
+from benchmarks.family_tasks import Task, recipe_of
 from constrained_dpo import Run
 from constrained_dpo.fit.build import build_trainer
 from constrained_dpo.fit.rows import pair_dataset
@@ -35,6 +36,28 @@ class Budget:
     steps: int = 800
     sequences: int = 128
     look: int = 200
+
+
+@dataclass(frozen=True)
+class PeerTask:
+    """One run of a peer."""
+
+    peer: str
+    world: str
+    seed: int
+    scale: str
+    steps: int
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(steps=self.steps, look=self.steps // 4)
+
+    def recipe(self, setting: str = "plain") -> dict:
+        """The recipe of bench_family's setting, four rounds of the budget's steps."""
+        task = Task(self.world, seed=self.seed, setting=setting, scale=self.scale)
+        recipe = recipe_of(task)
+        recipe["fit"] |= {"steps": self.budget.look}
+        return recipe
 
 
 class Looks(TrainerCallback):

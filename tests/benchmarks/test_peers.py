@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from benchmarks.bench_peers import row_of, world_of
+from benchmarks.bench_peers import best_in_hindsight, priced, row_of, settled, world_of
 from benchmarks.peers_grpo import DualAscent, PlainHeadTrainer
 from benchmarks.peers_preferences import OFFSET, margin_pairs, offset_loss, safe_pairs
-from benchmarks.peers_table import best_in_hindsight, priced, settled
 from constrained_dpo.dual.exact import TabularWorld
 from constrained_dpo.fit.losses import pair_loss
 from constrained_dpo.problem import ConstrainedProblem, Constraint
