@@ -6,8 +6,9 @@ passes, with exact values.
     python -m benchmarks.bench_peers table FILE.jsonl
 
 Every peer trains on 800 steps of 128 sequences and is set to draw no more samples than the
-conditional run does. A weighted sum plays four weights, each with as many passes; the table counts all of them,
-and shows beside it the four at a quarter each. What FILE holds already is not played again.
+conditional run does. A weighted sum plays four weights, each with as many passes; the table counts
+all of them, and shows beside it the four at a quarter each. What FILE holds already is not played
+again.
 """
 
 import argparse
