@@ -5,7 +5,7 @@ RUN ?= runs/quickstart
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup init round run smollm2 status report test test-all lint docs bench bench-quality bench-family bench-methods bench-fit bench-gpu bench-coverage bench-one-shot bench-theory bench-kills bench-relabel bench-prepare clean
+.PHONY: setup init round run smollm2 status report test test-all lint docs bench bench-quality bench-family bench-peers bench-methods bench-fit bench-gpu bench-coverage bench-one-shot bench-theory bench-kills bench-relabel bench-prepare clean
 .DEFAULT_GOAL := round
 
 setup: $(VENV)/.installed
@@ -84,6 +84,11 @@ bench-family: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family unseen runs/bench-family.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family verdicts runs/bench-family.jsonl
 	$(BIN)/python -m benchmarks.bench_family table runs/bench-family.jsonl
+
+# One constraint, by the conditional policy and by its peers at equal passes (about an hour of one core a world; goes on where it stopped).
+bench-peers: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_peers runs runs/bench-peers.jsonl
+	$(BIN)/python -m benchmarks.bench_peers table runs/bench-peers.jsonl
 
 # The papers' methods beside ours, five seeds (100 runs, about two hours of one core; goes on where it stopped).
 bench-methods: setup
