@@ -57,7 +57,9 @@ def ceiling(
     (name, best), reward = next(iter(optimum.lambda_.items())), torch.tensor(world.reward)
     values = constraint.measure.values(world.utilities[constraint.column])
     utility, start = torch.tensor(values), torch.tensor(world.ref_logp)
-    margin, lambda_ = -optimum.reference.u[name], best
+    # of a tail, π_ref's mean at the best point is below its tail
+    start_mean = float((np.exp(world.ref_logp) * values).sum(axis=1).mean())
+    margin, lambda_ = float(world.levels[name]) - start_mean, best
     torch.manual_seed(0)
     targets = recipe.policy.lora.target_modules
     model = get_peft_model(
@@ -91,7 +93,7 @@ def ceiling(
         "lagrangian": 1
         - world.lagrangian_gap(logp, last) / world.lagrangian_gap(world.ref_logp, last),
         "lambda": lambda_ / best,
-        "u_over_b": reached.u[name] / margin,
+        "u_over_b": reached.u[name] / -optimum.reference.u[name],
         "kl": reached.kl,
     }
 

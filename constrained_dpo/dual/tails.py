@@ -9,6 +9,7 @@ and t this does in turns.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,8 @@ from constrained_dpo.dual.one_shot import solve_one_shot
 from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.problem import ConstrainedProblem
 from data_prep.labels.lagrangian import lagrangian_score
+
+LOG_PROBABILITIES = ["sample_logp", "ref_logp"]
 
 MAX_STEPS = 20
 
@@ -71,14 +74,56 @@ def first_tail_points(
     return best_tails(starts, step).tail_points
 
 
+def next_tail_points(
+    samples: pd.DataFrame, reference: pd.DataFrame, problem: ConstrainedProblem, max_lambda: float
+) -> dict[str, float]:
+    """Find the points that a run goes on with, by constraint (score units).
+
+    samples: of the round's policy, reference: of π_ref, on the same prompts, both scored. Where the
+    samples have log-probabilities, they are weighted into what the maximizer that meets the levels
+    would answer: its quantile, not that of a policy which is short of its levels, is where the tail
+    is to be lifted. Without, it is the samples' own quantile.
+    """
+    if not problem.has_tails:
+        return {}
+    own = problem.at_tails_of(samples)
+    if samples[LOG_PROBABILITIES].isna().any(axis=None):
+        return own.tail_points
+    log_weight = samples["ref_logp"] - samples["sample_logp"]
+    weighted = samples.assign(log_weight=log_weight)
+    means = problem.reference_scores(reference).groupby("prompt_id")[problem.names].mean().mean()
+    levels = problem.levels(means)
+    fixed = replace(
+        problem,
+        constraints=tuple(
+            replace(c, margin=None, threshold=float(levels[c.name])) for c in problem.constraints
+        ),
+    )
+
+    def step(at: ConstrainedProblem) -> tuple[float, ConstrainedProblem]:
+        table = ScoreTable.from_frame(weighted, at, "log_weight")
+        solution = solve_one_shot(table, at, max_lambda=max_lambda)
+        weights = tilted_weights(weighted, at, solution.lambda_, log_weight)
+        return solution.dual_value, at.at_tails_of(weighted, weights)
+
+    starts = [fixed, fixed.with_tail_points(own.tail_points)]
+    return best_tails(starts, step).tail_points
+
+
 def tilted_weights(
-    reference: pd.DataFrame, problem: ConstrainedProblem, lambda_: pd.Series
+    responses: pd.DataFrame,
+    problem: ConstrainedProblem,
+    lambda_: pd.Series,
+    log_weight: pd.Series | float = 0.0,
 ) -> np.ndarray:
-    """Weigh π_ref's responses as the maximizer at λ does, (num_responses,): exp((r + λ·g)/β), its
-    sum 1 for every prompt."""
-    scores = lagrangian_score(problem.scores(reference), problem.reward, lambda_)
-    prompts = reference["prompt_id"]
-    logs = pd.Series(scores / problem.beta, index=reference.index)
+    """Weigh responses as the maximizer at λ does, (num_responses,): exp((r + λ·g)/β) π_ref/q, its
+    sum 1 for every prompt.
+
+    log_weight: (num_responses,) log π_ref/q of the policy q that drew them, 0 for π_ref's.
+    """
+    scores = lagrangian_score(problem.scores(responses), problem.reward, lambda_)
+    prompts = responses["prompt_id"]
+    logs = pd.Series(scores / problem.beta, index=responses.index) + log_weight
     weight = pd.Series(
         np.exp((logs - logs.groupby(prompts).transform("max")).to_numpy(np.float64)),
         index=logs.index,

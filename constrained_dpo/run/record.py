@@ -8,6 +8,7 @@ from pydantic import Field
 
 from constrained_dpo.dual.exact import ExactOptimum, ExactPolicy
 from constrained_dpo.dual.solve import Solution
+from constrained_dpo.dual.tails import next_tail_points
 from constrained_dpo.dual.trial import Trial
 from constrained_dpo.estimates.certificate import Certificate, certify
 from constrained_dpo.estimates.draws import describe_draws
@@ -50,9 +51,9 @@ class RoundRecord(Measurement, Certificate):
 
     lambda_, lambda_next: the multipliers before and after the dual step; step: its kind;
     tail_points, tail_points_next: those of its tails; what is said of test prompts is at the
-    latter, the quantiles of the policy's samples on the dual prompts. steered_on: the slack that
-    moved λ. trials: of a conditional round, whose policy is the family's member at lambda_next and
-    κ `kappa`; at_edge: constraints whose root lies beyond an end of the range that the family was
+    quantiles of the policy's samples on the dual prompts. steered_on: the slack that moved λ.
+    trials: of a conditional round, whose policy is the family's member at lambda_next and κ
+    `kappa`; at_edge: constraints whose root lies beyond an end of the range that the family was
     trained on. seconds: by phase, None where a phase was resumed; hashes: of the run's inputs.
     sampling_cost: of a round whose responses servers drew, seconds until they answered and in our
     own forward beside them (the main process's); sampler: their log-probabilities and draws beside
@@ -247,7 +248,7 @@ def round_record(
         lambda_=by_name(lambda_),
         lambda_next=by_name(following),
         tail_points=problem.tail_points,
-        tail_points_next=moved.tail_points,
+        tail_points_next=next_tail_points(*splits["dual"], problem, recipe.dual.max_lambda),
         step=step,
         steered_on=slack,
         **_trial_fields(solved),

@@ -9,7 +9,7 @@ from scipy.optimize import minimize_scalar
 
 from constrained_dpo.dual.one_shot import solve_one_shot
 from constrained_dpo.dual.scores import ScoreTable
-from constrained_dpo.dual.tails import first_tail_points, tilted_weights
+from constrained_dpo.dual.tails import first_tail_points, next_tail_points, tilted_weights
 from constrained_dpo.kinds import Measure, tail_mean, tail_point, tail_scores
 from constrained_dpo.problem import ConstrainedProblem, Constraint
 from data_prep.errors import UserError
@@ -96,12 +96,14 @@ def drawn(world, logp: np.ndarray, count: int, seed: int) -> pd.DataFrame:
     cells = np.stack(
         [rng.choice(logp.shape[1], count, p=np.exp(row) / np.exp(row).sum()) for row in logp]
     )
-    index = np.repeat(np.arange(rows), count)
+    index, chosen = np.repeat(np.arange(rows), count), cells.ravel()
     return pd.DataFrame(
         {
             "prompt_id": [f"p{i}" for i in index],
-            "r": world.reward[index, cells.ravel()],
-            "g": world.utilities["g"][index, cells.ravel()],
+            "r": world.reward[index, chosen],
+            "g": world.utilities["g"][index, chosen],
+            "sample_logp": logp[index, chosen],
+            "ref_logp": world.ref_logp[index, chosen],
         }
     )
 
@@ -134,3 +136,18 @@ def test_a_table_takes_the_reference_at_its_own_quantile():
     assert table.take(np.arange(10)).levels(problem)["g.tail"] == pytest.approx(own + 0.3)
     with pytest.raises(UserError, match="needs that policy's own samples"):
         ScoreTable.from_frame(frame.assign(w=0.1), problem, "w")
+
+
+def test_a_policy_that_is_short_of_its_tail_does_not_draw_the_point_down():
+    world = world_of(Measure("tail", 0.1), 3, 0.4, prompts=30)
+    best = world.at_best_tails
+    point, lambda_ = best.problem.tail_points["g.tail"], pd.Series(best.exact_optimum.lambda_)
+    policy = drawn(world, best.maximizer(0.2 * lambda_), 300, seed=2)
+    reference = drawn(world, world.ref_logp, 300, seed=3)
+    own = world.problem.at_tails_of(policy).tail_points["g.tail"]
+    start = world.problem.with_tail_points({"g.tail": own})
+    found = next_tail_points(policy, reference, start, max_lambda=50.0)["g.tail"]
+    assert own < point - 0.2
+    assert abs(found - point) < (point - own) / 3
+    unknown = next_tail_points(policy.assign(sample_logp=np.nan), reference, start, 50.0)
+    assert unknown == {"g.tail": own}  # no weights without log-probabilities

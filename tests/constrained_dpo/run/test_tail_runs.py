@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import yaml
 
@@ -76,9 +75,6 @@ def test_rounds_meet_a_tail_and_a_rate(tmp_path, kind, solved):
     assert run.state().tail_points == points
     if kind == "tail":
         assert points[-1][name] == pytest.approx(best.tail_points[name], abs=0.1)
-        samples = read_parquet(run.samples_file(last.round))
-        scores = np.sort(samples.loc[samples["split"] == "dual", "g"])
-        assert points[-1][name] == scores[int(np.ceil(0.1 * len(scores))) - 1]
     assert "g" in read_parquet(run.reference_file)  # tables hold scores, whatever is made of them
     assert name not in read_parquet(run.reference_file)
 
