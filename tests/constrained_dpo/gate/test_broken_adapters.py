@@ -12,7 +12,7 @@ from tests.helpers.taught import EVERY
 
 LONG = "w5 w6 w5 w6 w5 w6"
 
-ANSWERS = {"w5 w6": 0.6, "w13 w6": 0.12, "w7 w8": 0.12, "w9 w9": 0.08, LONG: 0.08}
+ANSWERS = {"w5 w6": 0.67, "w13 w6": 0.05, "w7 w8": 0.12, "w9 w9": 0.08, LONG: 0.08}
 """Of π_ref: w5 is helpful, w13 does harm, w6 is right, w9 declines."""
 
 BROKEN = {
