@@ -200,7 +200,7 @@ def changes(
     extra: columns of further scores.
     """
     # A margin of 0 over the reference makes u the paired difference itself.
-    means = dict.fromkeys([problem.reward, *extra])
+    means = [n for n in dict.fromkeys([problem.reward, *extra]) if n not in problem.names]
     utilities = [replace(c, threshold=None, margin=0.0) for c in problem.constraints]
     constraints = [*(Constraint(name, margin=0.0) for name in means), *utilities]
     differences = ConstrainedProblem("none", 1.0, tuple(constraints))

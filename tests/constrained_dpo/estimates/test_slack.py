@@ -132,12 +132,13 @@ def test_indicators_at_their_level_are_called_satisfied_in_5_percent(share, coun
 
 def test_changes_are_paired_differences_within_their_ranges():
     samples, reference = scored_frame(1, 12, 4), scored_frame(2, 12, 4)
-    change = changes(samples, reference, ["r"], 0.9, {"r": (-9.0, 9.0)})["r"]
+    problem = ConstrainedProblem("r", 1.0, ())
+    change = changes(samples, reference, problem, 0.9, {"r": (-9.0, 9.0)})["r"]
     differences = (
         samples.groupby("prompt_id")["r"].mean() - reference.groupby("prompt_id")["r"].mean()
     )
     assert change.difference == pytest.approx(differences.mean())
     assert change.se == pytest.approx(differences.sem())
     assert change.ci_low < change.difference < change.ci_high
-    wider = changes(samples, reference, ["r"], 0.9, {"r": (-20.0, 20.0)})["r"]
+    wider = changes(samples, reference, problem, 0.9, {"r": (-20.0, 20.0)})["r"]
     assert wider.ci_low < change.ci_low and wider.ci_high > change.ci_high

@@ -15,6 +15,10 @@ from data_prep.readers.tables import read_parquet, write_parquet
 from tests.helpers.models import save_word_tokenizer
 
 
+def keep(run, learner) -> None:
+    _keep_prompts(run, learner.recipe, learner)
+
+
 @pytest.fixture
 def make_learner(tmp_path):
     """A learner whose template writes the day before every prompt, and no model."""
@@ -48,15 +52,15 @@ def test_a_template_with_a_date_changes_no_prompt_of_a_run(make_learner, tmp_pat
     monday, tuesday = (make_learner(day, table()) for day in ("monday", "tuesday"))
     expected = monday.prompt_tokens
     assert expected != tuesday.prompt_tokens
-    _keep_prompts(run, monday)
+    keep(run, monday)
     kept = read_parquet(run.prompts_file)
     # another command, and a preparation that was killed and goes on the day after
     assert make_learner("tuesday", kept).prompt_tokens == expected
-    _keep_prompts(run, tuesday)
+    keep(run, tuesday)
     _take_kept_tokens(run, tuesday)
     assert tuesday.prompt_tokens == expected and TOKEN_IDS in tuesday.prompts
     with pytest.raises(UserError, match="the prompt source changed"):
-        _keep_prompts(run, make_learner("monday", table("a b b")))
+        keep(run, make_learner("monday", table("a b b")))
 
 
 def test_prompts_that_no_run_keeps_are_those_of_every_day_too(make_learner):
@@ -75,19 +79,19 @@ def test_a_run_that_kept_prompts_alone_is_read_as_before(make_learner, tmp_path)
     write_parquet(table(), run.prompts_file)
     older = make_learner("monday", read_parquet(run.prompts_file))
     assert older.prompt_tokens["0"] == [1, 4, 6]
-    _keep_prompts(run, older)  # taken over from another run, before it is prepared
+    keep(run, older)  # taken over from another run, before it is prepared
     assert TOKEN_IDS in read_parquet(run.prompts_file)
 
 
 def test_a_run_takes_over_prompts_with_other_categories(make_learner, tmp_path):
     run = SimpleNamespace(prompts_file=tmp_path / "prompts.parquet")
-    _keep_prompts(run, make_learner("monday", table()))
+    keep(run, make_learner("monday", table()))
     with_kind = table().assign(kind=[["x"], [], ["x", "y"]])
     again = make_learner("tuesday", with_kind, ["kind"])
-    _keep_prompts(run, again)
+    keep(run, again)
     _take_kept_tokens(run, again)
     assert [list(kinds) for kinds in again.prompts["kind"]] == [["x"], [], ["x", "y"]]
     assert again.prompt_tokens == make_learner("monday", table()).prompt_tokens
-    _keep_prompts(run, make_learner("monday", table()))  # and back
+    keep(run, make_learner("monday", table()))  # and back
     with pytest.raises(UserError, match="the prompt source changed"):
-        _keep_prompts(run, make_learner("monday", with_kind.assign(kind=[["z"]] * 3), ["kind"]))
+        keep(run, make_learner("monday", with_kind.assign(kind=[["z"]] * 3), ["kind"]))
