@@ -32,7 +32,7 @@ Step = Callable[[ConstrainedProblem], tuple[float, ConstrainedProblem]]
 
 def best_tails(starts: Iterable[ConstrainedProblem], step: Step) -> ConstrainedProblem:
     """Give the problem at the points with the largest P*(t), from several starts."""
-    found = []
+    tops = []
     for problem in starts:
         value, best = -np.inf, problem
         for _ in range(MAX_STEPS):
@@ -42,8 +42,8 @@ def best_tails(starts: Iterable[ConstrainedProblem], step: Step) -> ConstrainedP
             if moved.tail_points == problem.tail_points:
                 break
             problem = moved
-        found.append((value, best))
-    return max(found, key=lambda pair: pair[0])[1]
+        tops.append((value, best))
+    return max(tops, key=lambda pair: pair[0])[1]
 
 
 def starts_at(
@@ -86,9 +86,9 @@ def next_tail_points(
     """
     if not problem.has_tails:
         return {}
-    own = problem.at_tails_of(samples)
+    at_samples = problem.at_tails_of(samples)
     if samples[LOG_PROBABILITIES].isna().any(axis=None):
-        return own.tail_points
+        return at_samples.tail_points
     log_weight = samples["ref_logp"] - samples["sample_logp"]
     weighted = samples.assign(log_weight=log_weight)
     means = problem.reference_scores(reference).groupby("prompt_id")[problem.names].mean().mean()
@@ -106,7 +106,7 @@ def next_tail_points(
         weights = tilted_weights(weighted, at, solution.lambda_, log_weight)
         return solution.dual_value, at.at_tails_of(weighted, weights)
 
-    starts = [fixed, fixed.with_tail_points(own.tail_points)]
+    starts = [fixed, fixed.with_tail_points(at_samples.tail_points)]
     return best_tails(starts, step).tail_points
 
 

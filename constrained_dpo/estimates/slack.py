@@ -141,23 +141,14 @@ def estimate_subgradient(
     rows = {}
     for name in problem.names:
         values, ends = slack[name].dropna().to_numpy(np.float64), bounds[name]
-        upper = above[name].dropna().to_numpy(np.float64)
+        upper = values if above is slack else above[name].dropna().to_numpy(np.float64)
         if off_policy is not None or above is not slack:
             # a weighted mean may pass the score's range, a tail at another point its bounds
             both = np.concatenate([values, upper])
             ends = (min(ends[0], both.min()), max(ends[1], both.max()))
 
-        def interval(
-            level: float,
-            lower: np.ndarray = values,
-            upper: np.ndarray = upper,
-            ends: Interval = ends,
-        ) -> Interval:
-            low, high = mean_interval(lower, level, ends)
-            return low, high if above is slack else mean_interval(upper, level, ends)[1]
-
-        low, high = interval(confidence)
-        each = interval(1 - 2 * error / len(problem.names))
+        low, high = _interval(values, upper, confidence, ends)
+        each = _interval(values, upper, 1 - 2 * error / len(problem.names), ends)
         rows[name] = {
             "u": float(values.mean()),
             "se": standard_error(values),
@@ -169,6 +160,12 @@ def estimate_subgradient(
             "each_high": each[1],
         }
     return pd.DataFrame.from_dict(rows, orient="index", columns=SLACK_COLUMNS)
+
+
+def _interval(lower: np.ndarray, upper: np.ndarray, confidence: float, ends: Interval) -> Interval:
+    """The lower end by one column of slacks, the upper one by another."""
+    low, high = mean_interval(lower, confidence, ends)
+    return low, high if upper is lower else mean_interval(upper, confidence, ends)[1]
 
 
 SLACK_COLUMNS = ["u", "se", "num_prompts", "low", "high", "one_low", "each_low", "each_high"]

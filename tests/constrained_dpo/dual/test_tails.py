@@ -60,8 +60,8 @@ def brute_force(world, level: float) -> float:
             exponent = (world.reward + multiplier * values) / beta + world.ref_logp
             return float(beta * np.logaddexp.reduce(exponent, axis=1).mean() - multiplier * level)
 
-        found = minimize_scalar(dual, bounds=(0.0, 50.0), method="bounded")
-        best = max(best, found.fun)
+        solved = minimize_scalar(dual, bounds=(0.0, 50.0), method="bounded")
+        best = max(best, solved.fun)
     return best
 
 
@@ -130,10 +130,12 @@ def test_a_table_takes_the_reference_at_its_own_quantile():
     problem = ConstrainedProblem("r", 0.5, (constraint,))
     table = ScoreTable.from_frame(frame, problem)
     values = frame["g"].to_numpy()
-    own = tail_mean(values, np.ones(400), 0.1)
+    reference_tail = tail_mean(values, np.ones(400), 0.1)
     assert table.utilities.mean() == pytest.approx(tail_scores(values, -0.5, 0.1).mean())
-    assert table.levels(problem)["g.tail"] == pytest.approx(own + 0.3)
-    assert table.take(np.arange(10)).levels(problem)["g.tail"] == pytest.approx(own + 0.3)
+    assert table.levels(problem)["g.tail"] == pytest.approx(reference_tail + 0.3)
+    assert table.take(np.arange(10)).levels(problem)["g.tail"] == pytest.approx(
+        reference_tail + 0.3
+    )
     with pytest.raises(UserError, match="needs that policy's own samples"):
         ScoreTable.from_frame(frame.assign(w=0.1), problem, "w")
 
@@ -144,10 +146,10 @@ def test_a_policy_that_is_short_of_its_tail_does_not_draw_the_point_down():
     point, lambda_ = best.problem.tail_points["g.tail"], pd.Series(best.exact_optimum.lambda_)
     policy = drawn(world, best.maximizer(0.2 * lambda_), 300, seed=2)
     reference = drawn(world, world.ref_logp, 300, seed=3)
-    own = world.problem.at_tails_of(policy).tail_points["g.tail"]
-    start = world.problem.with_tail_points({"g.tail": own})
-    found = next_tail_points(policy, reference, start, max_lambda=50.0)["g.tail"]
-    assert own < point - 0.2
-    assert abs(found - point) < (point - own) / 3
+    quantile = world.problem.at_tails_of(policy).tail_points["g.tail"]
+    start = world.problem.with_tail_points({"g.tail": quantile})
+    solved = next_tail_points(policy, reference, start, max_lambda=50.0)["g.tail"]
+    assert quantile < point - 0.2
+    assert abs(solved - point) < (point - quantile) / 3
     unknown = next_tail_points(policy.assign(sample_logp=np.nan), reference, start, 50.0)
-    assert unknown == {"g.tail": own}  # no weights without log-probabilities
+    assert unknown == {"g.tail": quantile}  # no weights without log-probabilities

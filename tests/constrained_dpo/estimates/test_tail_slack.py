@@ -33,11 +33,11 @@ def test_a_slack_is_the_policys_tail_less_the_references_own():
     table = estimate_subgradient(samples, reference, problem).loc["g.tail"]
     assert table["u"] == pytest.approx(u)
     # at the samples' quantile the mean is the tail itself, and no point gives a higher one
-    own = prompt_slack(samples, reference, problem.at_tails_of(samples))["g.tail"].mean()
-    assert own == pytest.approx(
+    tail_slack = prompt_slack(samples, reference, problem.at_tails_of(samples))["g.tail"].mean()
+    assert tail_slack == pytest.approx(
         tail_mean(samples["g"].to_numpy(), np.ones(600), SHARE) - base - 0.3
     )
-    assert own > u
+    assert tail_slack > u
     ends = {"g.tail": (-30.0, 10.0)}
     table, moved = (
         estimate_subgradient(samples, reference, p, bounds=ends).loc["g.tail"]
@@ -46,7 +46,7 @@ def test_a_slack_is_the_policys_tail_less_the_references_own():
     assert table["high"] == pytest.approx(moved["high"])
     assert table["low"] < moved["low"]
     change = changes(samples, reference, problem.at_tails_of(samples), 0.95)["g.tail"]
-    assert change.difference == pytest.approx(own + 0.3)
+    assert change.difference == pytest.approx(tail_slack + 0.3)
     assert change.reference == pytest.approx(base)
 
 
