@@ -78,6 +78,8 @@ bench-family: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --lam0 4 0.2 --rounds 2 --worlds embedded 'random 1' 'random 3'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --kappa --worlds embedded 'random 3'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --scale 'std 10'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --setting minimal
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --tail
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --categories eight --rounds 2 -s dual.responses_per_prompt=1024
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --categories mean --rounds 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family peers runs/bench-family.jsonl
@@ -88,6 +90,7 @@ bench-family: setup
 # One constraint, by the conditional policy and by its peers at equal passes (about an hour of one core a world; goes on where it stopped).
 bench-peers: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_peers runs runs/bench-peers.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_peers runs runs/bench-peers.jsonl --worlds embedded --scale 'std 10'
 	$(BIN)/python -m benchmarks.bench_peers table runs/bench-peers.jsonl
 
 # The papers' methods beside ours, five seeds (100 runs, about two hours of one core; goes on where it stopped).

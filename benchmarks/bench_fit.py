@@ -68,6 +68,13 @@ def word_tokenizer(words: int) -> transformers.PreTrainedTokenizerFast:
     )
 
 
+def peft_lora() -> LoraConfig:
+    """The benchmarks' adapter as PEFT has it."""
+    return LoraConfig(
+        r=LORA.r, lora_alpha=LORA.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
 def policy_of(model: transformers.PreTrainedModel, settings: PolicySettings) -> Policy:
     """A model in memory as the policy that `load_policy` makes of a checkpoint."""
     return Policy(
@@ -127,9 +134,7 @@ def trl_trainer(
         args=arguments,
         train_dataset=datasets.Dataset.from_dict(columns),
         processing_class=policy.tokenizer,
-        peft_config=LoraConfig(
-            r=LORA.r, lora_alpha=LORA.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
+        peft_config=peft_lora(),
     )
 
 

@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from benchmarks.bench_fit import LORA, policy_of, word_tokenizer
+from benchmarks.bench_fit import LORA, peft_lora, policy_of, word_tokenizer
 from benchmarks.gpu_cases import FITS, RESPONSES, SIZES, TRL, TRL_LIGER, Size
 from data_prep.errors import UserError
 from data_prep.models.settings import PolicySettings
@@ -35,10 +35,9 @@ from data_prep.sampling.law import SamplingServer, SamplingSettings
 from tests.helpers.servers import ServerProcess, free_port
 
 PEAK_FLOPS = {
+    "NVL": None,  # of the cards named so no listing was at hand
     "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
     "H100": 989e12,
-    "H200 NVL": 835e12,
     "H200": 989e12,
     "A100": 312e12,
     "RTX 4090": 165e12,
@@ -81,10 +80,7 @@ def save_served(size: Size, folder: Path) -> None:
     size.config.save_pretrained(folder / "model")
     word_tokenizer(size.config.vocab_size).save_pretrained(folder / "model")
     with torch.device("meta"):
-        lora = LoraConfig(
-            r=LORA.r, lora_alpha=LORA.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        model = get_peft_model(transformers.LlamaForCausalLM(size.config), lora)
+        model = get_peft_model(transformers.LlamaForCausalLM(size.config), peft_lora())
     model.peft_config["default"].save_pretrained(folder / "adapter")
     shapes = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
     tensors = {name: 0.01 * torch.randn(shape) for name, shape in shapes.items()}

@@ -21,9 +21,17 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from peft import LoraConfig
 
-from benchmarks.bench_fit import BETA, LORA, PlainTRL, Runner, policy_of, settings_of, settled
+from benchmarks.bench_fit import (
+    BETA,
+    LORA,
+    PlainTRL,
+    Runner,
+    peft_lora,
+    policy_of,
+    settings_of,
+    settled,
+)
 from constrained_dpo.fit.build import build_trainer, training_config
 from constrained_dpo.fit.rows import UNSCORED
 from constrained_dpo.fit.trainer import FitPlan
@@ -176,9 +184,7 @@ def trl_trainer(
         args=arguments,
         train_dataset=datasets.Dataset.from_list(pairs),
         processing_class=policy.tokenizer,
-        peft_config=LoraConfig(
-            r=LORA.r, lora_alpha=LORA.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
+        peft_config=peft_lora(),
     )
 
 

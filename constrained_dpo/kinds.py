@@ -97,12 +97,23 @@ class Measure:
             return -np.inf, high
         return point - max(point - low, 0.0) / self.share, high
 
+    def reference_bounds(self, low: float, high: float) -> tuple[float, float]:
+        """Bound π_ref's values likewise, whose tail is at a point of its own."""
+        return (replace(self, at=None) if self.moves else self).bounds(low, high)
+
     def at_tail_of(self, scores: np.ndarray, weights: np.ndarray) -> "Measure":
         """Give a tail at the quantile of weighted scores, (num_responses,) each; others as they
         are."""
         if not self.moves:
             return self
         return replace(self, at=tail_point(scores, weights, self.share))
+
+    def at_tail_by_prompt(self, scores: np.ndarray, prompts: pd.Series) -> "Measure":
+        """Give a tail at the quantile of the prompts' scores, (num_responses,) each, every prompt
+        counting alike; others as they are."""
+        if not self.moves:
+            return self
+        return self.at_tail_of(scores, prompt_weights(prompts, scores))
 
 
 MEAN = Measure()

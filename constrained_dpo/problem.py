@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.kinds import MEAN, Measure, prompt_weights
+from constrained_dpo.kinds import MEAN, Measure
 from data_prep.errors import UserError
 from data_prep.tables import CATEGORY_MARK, RESERVED_NAMES
 
@@ -81,12 +81,12 @@ class Constraint:
 
         weights: (num_responses,); None: every prompt counts alike.
         """
-        if not self.measure.moves:
-            return self
         scores = responses[self.column].to_numpy(np.float64)
         if weights is None:
-            weights = prompt_weights(responses["prompt_id"], scores)
-        return replace(self, measure=self.measure.at_tail_of(scores, weights))
+            measure = self.measure.at_tail_by_prompt(scores, responses["prompt_id"])
+        else:
+            measure = self.measure.at_tail_of(scores, weights)
+        return replace(self, measure=measure)
 
     def at(self, level: float) -> "Constraint":
         """Give the same constraint with another margin, or threshold where it has one (score

@@ -41,7 +41,6 @@ def check_history(run: RunDirectory) -> History:
     drawn = run.reference_file if recipe.pool.source == "dataset" else run.pool_file(None)
     pool = read_parquet(drawn, ["prompt_id", *recipe.problem.columns])
     first = pd.Series(recomputed[0], dtype=float)
-    points = state.tail_points[0] if state.tail_points else {}
-    problem = recipe.at_tail_points(points).problem
+    problem = recipe.at_tail_points(state.tail_points_of(0)).problem
     scale = score_scale(pool, problem, first, "λ_0 of the run")
     return History(run=str(run.path), lambda_=recomputed, scale=scale)

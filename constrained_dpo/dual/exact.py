@@ -115,12 +115,9 @@ class TabularWorld:
             c.name: c.measure.values(self.utilities[c.column]) for c in self.problem.constraints
         }
 
-    def at_tails(self, weight: np.ndarray) -> "TabularWorld":
-        """The world with its tails at the quantiles of a policy, weight: (num_prompts,
-        num_responses), the probabilities of its answers."""
-        return replace(self, problem=self._at_tails(weight, self.problem))
-
     def _at_tails(self, weight: np.ndarray, problem: ConstrainedProblem) -> ConstrainedProblem:
+        """The problem with its tails at the quantiles of a policy, weight: (num_prompts,
+        num_responses), the probabilities of its answers."""
         moved = (
             replace(
                 c, measure=c.measure.at_tail_of(self.utilities[c.column].ravel(), weight.ravel())
@@ -131,7 +128,7 @@ class TabularWorld:
 
     def _means(self, weight: np.ndarray) -> dict[str, float]:
         """What is constrained of a policy: means, tails and rates, by constraint (score units)."""
-        values = self.at_tails(weight)._values
+        values = replace(self, problem=self._at_tails(weight, self.problem))._values
         return {n: float(np.nanmean((weight * v).sum(1))) for n, v in values.items()}
 
     @cached_property

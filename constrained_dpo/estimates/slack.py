@@ -80,10 +80,8 @@ def known_bounds(problem: ConstrainedProblem, ranges: Bounds) -> dict[str, Inter
     for constraint, level in zip(problem.constraints, problem.bounds, strict=True):
         scores, measure = ranges.get(constraint.name, (-np.inf, np.inf)), constraint.measure
         low, high = measure.bounds(*scores)
-        if constraint.threshold is None:  # π_ref's tail is at a point of its own
-            least, most = (
-                replace(measure, at=None).bounds(*scores) if measure.moves else (low, high)
-            )
+        if constraint.threshold is None:
+            least, most = measure.reference_bounds(*scores)
             low, high = low - most, high - least
         bounds[constraint.name] = (float(low - level), float(high - level))
     return bounds
@@ -146,7 +144,6 @@ def estimate_subgradient(
             # a weighted mean may pass the score's range, a tail at another point its bounds
             both = np.concatenate([values, upper])
             ends = (min(ends[0], both.min()), max(ends[1], both.max()))
-
         low, high = _interval(values, upper, confidence, ends)
         each = _interval(values, upper, 1 - 2 * error / len(problem.names), ends)
         rows[name] = {

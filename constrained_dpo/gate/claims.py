@@ -16,7 +16,7 @@ import pandas as pd
 from constrained_dpo.estimates.intervals import Interval
 from constrained_dpo.estimates.slack import halves
 from constrained_dpo.gate.record import check_title
-from constrained_dpo.kinds import MEAN, Measure, prompt_weights
+from constrained_dpo.kinds import MEAN, Measure
 from data_prep.errors import UserError
 
 TEST = "test"
@@ -59,11 +59,9 @@ class Claim:
     def at_tail_of(self, responses: pd.DataFrame) -> "Claim":
         """Give a claim on a tail at the quantile of these responses, which maximizes their mean;
         others as they are."""
-        if not self.measure.moves:
-            return self
         scores = column_of(responses, self.column).to_numpy(np.float64)
-        weights = prompt_weights(responses["prompt_id"], scores)
-        return replace(self, measure=self.measure.at_tail_of(scores, weights))
+        measure = self.measure.at_tail_by_prompt(scores, responses["prompt_id"])
+        return replace(self, measure=measure)
 
     def reference_means(self, reference: pd.DataFrame) -> pd.Series:
         """Compute π_ref's ḡ of every prompt, a tail's at its own quantile: (num_prompts,) by
@@ -96,9 +94,8 @@ class Claim:
         seen: (num_prompts,) rooms of tables at hand.
         """
         low = high = self.offset
-        anywhere = replace(self.measure, at=None) if self.measure.moves else self.measure
-        for factor, measure in ((self.policy, self.measure), (self.reference, anywhere)):
-            range_ = measure.bounds(*self.range)
+        ranges = self.measure.bounds(*self.range), self.measure.reference_bounds(*self.range)
+        for factor, range_ in zip((self.policy, self.reference), ranges, strict=True):
             ends = sorted(factor * end for end in range_) if factor else [0.0, 0.0]
             low, high = low + ends[0], high + ends[1]
         values = np.concatenate([np.asarray(rooms, np.float64) for rooms in seen])

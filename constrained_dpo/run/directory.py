@@ -46,6 +46,10 @@ class RunState(Record):
     left_out: dict[str, int]
     inherited: dict[str, str] | None = None
 
+    def tail_points_of(self, number: int) -> dict[str, float]:
+        """Give the points of a round's tails (-1: of the next one); none where a run has none."""
+        return self.tail_points[number] if self.tail_points else {}
+
     @property
     def prepared(self) -> bool:
         return bool(self.lambda_)
@@ -227,8 +231,7 @@ class RunDirectory:
                 f"{self.recipe_file}: was changed after init; restore it, or start another run "
                 "with `cdpo init`"
             )
-        if state.tail_points:
-            recipe = recipe.at_tail_points(state.tail_points[-1])
+        recipe = recipe.at_tail_points(state.tail_points_of(-1))
         if not self.prompts_file.exists():
             return recipe
         return sized(recipe, split_counts(read_parquet(self.prompts_file, ["split"])))

@@ -45,7 +45,7 @@ def play_round(run: RunDirectory, recipe: Recipe, learner: Learner) -> RoundReco
     """Play one dual iteration; return its record (round.json). Resume what a kill left undone."""
     state = run.state()
     number = state.rounds_done
-    recipe = recipe.at_tail_points(state.tail_points[-1] if state.tail_points else {})
+    recipe = recipe.at_tail_points(state.tail_points_of(-1))
     lambda_ = recipe.problem.multipliers(state.lambda_[-1])
     seconds: dict[str, float | None] = dict.fromkeys(phases(recipe))
     this = Round(run, recipe, learner, number, lambda_, seconds)
