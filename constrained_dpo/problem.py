@@ -70,6 +70,12 @@ class Constraint:
             return self.name
         return self.name.removesuffix(f"{CATEGORY_MARK}{self.measure.kind}")
 
+    @property
+    def block(self) -> str:
+        """The block of a family that serves it: its own, or by category the one of its utility and
+        measure for all categories."""
+        return self.name if self.utility is None else self.utility + self.name[len(self.column) :]
+
     def values(self, responses: pd.DataFrame) -> np.ndarray:
         """Compute the values whose mean is constrained, (num_responses,)."""
         return self.measure.values(responses[self.column].to_numpy(np.float64))

@@ -72,8 +72,9 @@ GROUPS = {
 
 
 # Pairs and groups that draw their multipliers hold them in columns more: λ of each utility in
-# lambda/NAME (≥ 0, reward per utility; s_λ is of the row's own λ), and where it is drawn kappa =
-# β_recipe/β (> 0; no part of the score). All rows of a group have the same.
+# lambda/NAME (≥ 0, reward per utility; s_λ is of the row's own λ; null where the utility does not
+# concern the prompt), and where it is drawn kappa = β_recipe/β (> 0; no part of the score). All
+# rows of a group have the same.
 MULTIPLIER_PREFIX = "lambda/"
 
 
@@ -250,7 +251,7 @@ def without_scores(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _require_multipliers(frame: pd.DataFrame, where: str, id_column: str) -> list[str]:
     """The columns of rows' own multipliers, none where they have none; raises UserError where λ is
-    not finite and ≥ 0, or κ not finite and > 0."""
+    not finite and ≥ 0 (by category it may be null), or κ not finite and > 0."""
     columns = [
         c for c in map(str, frame.columns) if c.startswith(MULTIPLIER_PREFIX) or c == "kappa"
     ]
@@ -259,6 +260,8 @@ def _require_multipliers(frame: pd.DataFrame, where: str, id_column: str) -> lis
             dtype=np.float64, na_value=np.nan
         )
         bad = ~np.isfinite(values) | ((values <= 0) if column == "kappa" else (values < 0))
+        if CATEGORY_MARK in column:
+            bad &= frame[column].notna().to_numpy()
         if bad.any():
             raise UserError(
                 f"{where}: column {column} is not a finite number "
@@ -294,7 +297,7 @@ def validate_groups(frame: pd.DataFrame, where: str) -> pd.DataFrame:
         )
     for column in multipliers:
         first = frame.groupby("group_id")[column].transform("first")
-        differs = (frame[column] != first).to_numpy()
+        differs = ((frame[column] != first) & (frame[column].notna() | first.notna())).to_numpy()
         if differs.any():
             raise UserError(
                 f"{where}: column {column} differs within the group of "

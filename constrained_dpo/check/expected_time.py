@@ -38,6 +38,8 @@ def expected_seconds(
     prepare = (to_fit * responses + remeasured) * timing.reference_response
     rescore = (remeasured + counts["dual"] * _further_responses(recipe)) * timing.response
     shares = [_share(recipe, number) for number in range(recipe.dual.rounds)]
+    distilled = _distillations(recipe) * timing.step
+    rescore += distilled
     fits = sum(share * fit_steps + timing.around_fit for share in shares)
     return {
         "prepare": prepare,
@@ -54,6 +56,15 @@ def _further_responses(recipe: Recipe) -> int:
     within = (recipe.stretches - 1) * max(1, measured // recipe.stretches)
     trials = 0 if fit.conditional is None else recipe.dual.trials * trial_responses(recipe)
     return within + trials
+
+
+def _distillations(recipe: Recipe) -> float:
+    """Steps of a round that make adapters of members whose λ differs by category: for each trial
+    and each sample within the fit. A step of a fit lacks the teacher's forward, a third."""
+    conditional = recipe.fit.conditional
+    if conditional is None or all(c.by is None for c in recipe.objective.constraints):
+        return 0.0
+    return 4 / 3 * conditional.distill_steps * (recipe.dual.trials + recipe.stretches)
 
 
 def _steps(recipe: Recipe, num_prompts: int, responses: float) -> int:

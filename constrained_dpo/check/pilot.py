@@ -31,9 +31,9 @@ from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.dual.tails import first_tail_points
 from constrained_dpo.estimates.draws import draw_rule, require_policy_draws
 from constrained_dpo.estimates.score_scale import ScoreScale, initial_multipliers, score_scale
-from constrained_dpo.fit.family import Family
+from constrained_dpo.fit.family import Family, family_for
 from constrained_dpo.learners.lora import LoraLearner
-from constrained_dpo.problem import ConstrainedProblem, by_name
+from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.progress import timed
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.scorer_facts import reference_stds, score_statistics
@@ -216,7 +216,6 @@ def _time_fit(
     """(seconds per optimizer step, seconds around them) of a fit in the recipe's batches; its
     adapter is in `folder`. in_step: rows of a step that is timed; more cost in proportion."""
     from constrained_dpo.fit.adapter import fit_adapter
-    from constrained_dpo.fit.family import write_member
     from constrained_dpo.fit.trainer import FitPlan
 
     recipe = learner.recipe
@@ -256,8 +255,8 @@ def _time_fit(
     if family is None:
         (folder / "fitted").rename(folder / "adapter")
     else:
-        ones = pd.Series(family.units, dtype=float)
-        write_member(folder / "fitted", ones, 1.0, folder / "adapter")
+        ones = pd.Series(1.0, index=family.names)
+        learner.write_member(folder / "fitted", ones, 1.0, folder / "adapter")
     trained = next(row["train_runtime"] for row in log if "train_runtime" in row)
     forwards = recipe.fit.gradient_accumulation * recipe.fit.batch_size / in_step
     return trained / TIMED_STEPS * forwards, total - trained
@@ -271,7 +270,4 @@ def _family(recipe: Recipe) -> tuple[pd.Series | MultiplierRange, Family | None]
         return pd.Series(0.0, index=names), None
     ones = pd.Series(1.0, index=names)
     law = MultiplierRange(ones, 0.1 * ones, recipe.trained_range, conditional.kappa)
-    ends = by_name(law.low), by_name(law.high)
-    return law, Family(
-        units=by_name(ones), rank=recipe.policy.lora.r, low=ends[0], high=ends[1], kappa=law.kappa
-    )
+    return law, family_for(recipe.problem.constraints, ones, law, recipe.policy.lora.r)

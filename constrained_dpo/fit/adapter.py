@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from constrained_dpo.environment import require_undecided
 from constrained_dpo.fit.build import build_trainer
 from constrained_dpo.fit.checkpoints import SealedCheckpoints, fit_identity, start_from
+from constrained_dpo.fit.contexts import label_contexts, write_contexts
 from constrained_dpo.fit.family import seal_family
 from constrained_dpo.fit.holdout import HeldOut, split_held_out
 from constrained_dpo.fit.rows import group_dataset, pair_dataset
@@ -81,7 +82,7 @@ def fit_adapter(
         callbacks = [*callbacks, StretchEnd(end)]
         checkpoint = unfinished(checkpoint, end) or plan.stretch.begin
     logs, report_to = plan.logs if is_main() else None, plan.settings.report_to
-    with _restored_base(policy), fit_logs(logs, report_to, resumed=checkpoint is not None):
+    with restored_base(policy), fit_logs(logs, report_to, resumed=checkpoint is not None):
         saved = plan.checkpoints if plan.settings.save_steps or end else None
         there = replace(plan, output=saved or _temporary(plan))
         trainer = build_trainer(policy, fitted, there, held_out, checkpoint is not None)
@@ -103,7 +104,10 @@ def fit_adapter(
             }
             if held_out is not None:
                 content["held_out"] = measured.record(held_out)
-            _save(trainer, content, plan)
+            contexts = None
+            if plan.family is not None and plan.family.shared:
+                contexts = label_contexts(labels, pool, prompt_tokens, plan.family)
+            _save(trainer, content, plan, contexts)
             if is_main():
                 keep_checkpoint(plan, end)
         finally:
@@ -148,7 +152,12 @@ def _resumed(
     return plan, start_from(plan.checkpoints, identity), [SealedCheckpoints(identity)]
 
 
-def _save(trainer: PseudoPreferenceTrainer, content: dict[str, Any], plan: FitPlan) -> None:
+def _save(
+    trainer: PseudoPreferenceTrainer,
+    content: dict[str, Any],
+    plan: FitPlan,
+    contexts: pd.DataFrame | None,
+) -> None:
     """The adapter and its training log, by the main process; where the base is sharded all gather
     the weights."""
     steps = [
@@ -158,7 +167,7 @@ def _save(trainer: PseudoPreferenceTrainer, content: dict[str, Any], plan: FitPl
     gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) if shards_base() else None
     if is_main():
         text = training_log_text(content | {"log": steps})
-        save_adapter(trainer.model, gathered, text, _temporary(plan), plan)
+        save_adapter(trainer.model, gathered, text, _temporary(plan), plan, contexts)
 
 
 def save_adapter(
@@ -167,6 +176,7 @@ def save_adapter(
     text: str,
     temporary: Path,
     plan: FitPlan,
+    contexts: pd.DataFrame | None = None,
 ) -> None:
     """Writes adapter, or family, and log beside the plan's output, then moves them there; raises
     OSError naming the output where that fails.
@@ -184,6 +194,8 @@ def save_adapter(
         )  # PEFT's model card describes another run than this one
         if plan.family is not None:
             seal_family(temporary, plan.family)
+            if contexts is not None:
+                write_contexts(temporary, contexts)
         for path in temporary.iterdir():
             with open(path, "rb") as handle:
                 os.fsync(handle.fileno())
@@ -200,7 +212,7 @@ NUM_ANCHOR_ROWS = 16
 
 
 @contextmanager
-def _restored_base(policy: Policy) -> Iterator[None]:
+def restored_base(policy: Policy) -> Iterator[None]:
     """TRL patches the base's forward and, for checkpointing, its embeddings; the base leaves the
     fit as it came."""
     forward = policy.model.__dict__.get("forward")

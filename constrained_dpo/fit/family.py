@@ -7,22 +7,26 @@ two matrices (docs/method.md, The conditional policy):
     ΔW(c) x = scale · B · diag(c, each repeated over its block) · A x ,   c = κ (1, λ_1/ν_1, …)
 
 with ν the multipliers of the first round, so that every block learns at the same pace whatever the
-scores' scale. Files only: neither torch nor PEFT.
+scores' scale. Constraints by category share the block of their utility: a prompt's gate is the sum
+of the λ of its categories, over ν. Such a member is another adapter for each category, and one for
+all is distilled from it (`distill.py`). Files only: neither torch nor PEFT.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from pydantic import Field
 
+from constrained_dpo.problem import Constraint
 from data_prep.errors import UserError
 from data_prep.files import sync_folder
-from data_prep.labels.multipliers import multiplier_columns
+from data_prep.labels.multipliers import MultiplierRange, multiplier_columns
 from data_prep.models.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from data_prep.records import Record
 
@@ -31,15 +35,22 @@ FAMILY_FILE, FAMILY_WEIGHTS = "family.json", "family.safetensors"
 
 
 class Family(Record):
-    """What a gated adapter is. units: ν by constraint, in the order of the blocks; rank: of one
-    block; low, high: the multipliers that it was trained on, by constraint; kappa: the range of κ =
-    β_recipe/β that it was trained on, None for κ = 1 alone."""
+    """What a gated adapter is. units: ν by block, in their order; rank: of one block; low, high:
+    the multipliers that it was trained on, by constraint; kappa: the range of κ = β_recipe/β that
+    it was trained on, None for κ = 1 alone; shared: the block that serves a constraint, where it is
+    not one of its own name."""
 
     units: dict[str, float]
     rank: int
     low: dict[str, float]
     high: dict[str, float]
     kappa: tuple[float, float] | None = None
+    shared: dict[str, str] = Field({})
+
+    @property
+    def names(self) -> list[str]:
+        """The constraints."""
+        return list(self.low)
 
     @property
     def num_blocks(self) -> int:
@@ -47,10 +58,35 @@ class Family(Record):
         return 1 + len(self.units)
 
     def gates(self, lambda_: pd.DataFrame, kappa: np.ndarray | float = 1.0) -> np.ndarray:
-        """Compute c for rows of multipliers (columns by constraint): (num_rows, 1 + m)."""
-        ratios = [lambda_[name].to_numpy(np.float64) / unit for name, unit in self.units.items()]
+        """Compute c for rows of multipliers (columns by constraint, null where it does not concern
+        the row's prompt): (num_rows, 1 + blocks)."""
+        by_block = lambda_[self.names].rename(columns=self.shared).T.groupby(level=0).sum().T
+        ratios = [by_block[block].to_numpy(np.float64) / nu for block, nu in self.units.items()]
         gates = np.stack([np.ones(len(lambda_)), *ratios], axis=1)
         return np.asarray(gates * np.broadcast_to(kappa, (len(lambda_),))[:, None])
+
+
+def family_for(
+    constraints: Sequence[Constraint], units: pd.Series, law: MultiplierRange, rank: int
+) -> Family:
+    """Describe the family that rows under `law` fit, with blocks of `rank`.
+
+    units: by constraint, > 0; a block of several has their mean.
+    """
+    blocks = pd.Series({c.name: c.block for c in constraints}, dtype=object)
+    ends = ({str(n): float(v) for n, v in end.items()} for end in (law.low, law.high))
+    low, high = ends
+    return Family(
+        units={
+            str(block): float(units[blocks.index[blocks == block]].mean())
+            for block in blocks.unique()
+        },
+        rank=rank,
+        low=low,
+        high=high,
+        kappa=law.kappa,
+        shared={str(name): block for name, block in blocks.items() if name != block},
+    )
 
 
 class SealedFamily(Record):
@@ -92,18 +128,32 @@ def write_member(folder: Path, lambda_: pd.Series, kappa: float, output: Path) -
     """Write the family's member at λ and κ: an ordinary LoRA folder that appears whole.
 
     The gate goes into A: its rows are scaled by the gates of their blocks. lambda_: by constraint.
-    Raises UserError where the folder holds no family.
+    Raises UserError where the folder holds no family, ValueError where constraints share a block:
+    the gates are then other ones for each prompt.
     """
-    from safetensors.numpy import load_file, save_file
-
-    sealed = _sealed(folder)
-    family = sealed.family
+    if (family := read_family(folder)).shared:
+        raise ValueError(f"{folder}: constraints by category share a block; distill the member")
     gates = family.gates(lambda_.to_frame().T, kappa)[0]
-    scale = np.repeat(gates, family.rank).astype(np.float32)[:, None]
-    weights = {
+    write_adapter(folder, scaled_weights(folder, gates), output)
+
+
+def scaled_weights(folder: Path, gates: np.ndarray) -> dict[str, np.ndarray]:
+    """Read a family's weights with fixed gates, (blocks,), in its A matrices: by PEFT's names."""
+    from safetensors.numpy import load_file
+
+    scale = np.repeat(gates, read_family(folder).rank).astype(np.float32)[:, None]
+    return {
         name: value * scale if ".lora_A." in name else value
         for name, value in load_file(folder / FAMILY_WEIGHTS).items()
     }
+
+
+def write_adapter(folder: Path, weights: dict[str, np.ndarray], output: Path) -> None:
+    """Write weights by PEFT's names, with the config of a family's, as an adapter folder that
+    appears whole."""
+    from safetensors.numpy import save_file
+
+    sealed = _sealed(folder)
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -23,8 +23,8 @@ class Gates:
         self.rank = rank
         self.values: torch.Tensor | None = None
 
-    def attach(self, model: PeftModel) -> None:
-        """Hook every A matrix of the model's one adapter.
+    def attach(self, model: PeftModel, adapter: str = "default") -> None:
+        """Hook every A matrix of one of the model's adapters.
 
         Raises UserError for layers that cannot be gated: DoRA's, and embeddings.
         """
@@ -36,8 +36,7 @@ class Gates:
                     f"fit.conditional: {name} cannot be gated (an embedding, or a variant such as "
                     "DoRA); leave it out of policy.lora.target_modules"
                 )
-            for matrix in layer.lora_A.values():
-                matrix.register_forward_hook(self._hook(name))
+            layer.lora_A[adapter].register_forward_hook(self._hook(name))
 
     def _hook(self, name: str):  # type: ignore[no-untyped-def]
         def gated(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:

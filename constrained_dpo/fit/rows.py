@@ -187,7 +187,7 @@ def _gates(labels: pd.DataFrame, family: Family | None) -> dict[str, np.ndarray]
     if family is None:
         return {}
     kappa = labels[KAPPA].to_numpy(np.float64) if KAPPA in labels else np.ones(len(labels))
-    gates = family.gates(family_columns(labels, family.units), kappa)
+    gates = family.gates(family_columns(labels, family.names), kappa)
     return {"gates": gates.astype(np.float32), "kappa": kappa.astype(np.float32)}
 
 

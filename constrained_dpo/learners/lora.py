@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from constrained_dpo.fit.family import write_member
+from constrained_dpo.fit.family import read_family, write_member
 from constrained_dpo.launch import shards_base
 from constrained_dpo.learners.embedded import EmbeddedValues
 from constrained_dpo.learners.protocol import FitJob
@@ -185,8 +185,15 @@ class LoraLearner:
             self.unload()
 
     def write_member(self, family: Path, lambda_: pd.Series, kappa: float, output: Path) -> None:
-        """Write a family's member at λ and κ as an ordinary adapter."""
-        write_member(family, lambda_, kappa, output)
+        """Write a family's member at λ and κ as an ordinary adapter; where constraints by category
+        share a block it is fitted (`distill`)."""
+        if not read_family(family).shared:
+            write_member(family, lambda_, kappa, output)
+            return
+        from constrained_dpo.fit.distill import distill_member
+
+        seed = derive_seed(self.recipe.seed, 0, "distill")
+        distill_member(self.policy, family, lambda_, kappa, self.recipe.fit, seed, output)
 
     @property
     def sampler(self) -> Sampler | ServedSampler:

@@ -20,13 +20,16 @@ class ConditionalSettings(Settings):
         None,
         gt=1,
         description="rows are labelled under multipliers from λ/range to λ·range; null: 3; 2 with "
-        "more than two constraints, whose draws are noise to each other; 1.5 with a tail, which "
+        "more than two utilities, whose draws are noise to each other; 1.5 with a tail, which "
         "few answers decide",
     )
     kappa: tuple[float, float] | None = Field(
         None,
         description="[low, high]: rows also vary κ = β/β_row in this range, so that the KL can be "
         "set afterwards; null: β alone",
+    )
+    distill_steps: int = Field(
+        50, ge=1, description="steps that make one adapter of a member whose λ differs by category"
     )
 
     @model_validator(mode="after")

@@ -98,7 +98,7 @@ class Recipe(Settings):
             return self.fit.conditional.range
         if self.problem.has_tails:
             return 1.5
-        return 2.0 if len(self.problem.names) > 2 else 3.0
+        return 2.0 if len({c.block for c in self.problem.constraints}) > 2 else 3.0
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":

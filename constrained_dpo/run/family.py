@@ -8,8 +8,7 @@ import pandas as pd
 from constrained_dpo.dual.solve import SolveRule
 from constrained_dpo.estimates.slack import slack_bounds
 from constrained_dpo.estimates.verdict import look_confidence
-from constrained_dpo.fit.family import Family
-from constrained_dpo.problem import by_name
+from constrained_dpo.fit.family import Family, family_for
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.multipliers import demanded, seen_slack
@@ -37,15 +36,10 @@ def multiplier_range(run: RunDirectory, recipe: Recipe, center: pd.Series) -> Mu
 
 def family_of(run: RunDirectory, recipe: Recipe, law: MultiplierRange) -> Family:
     """Describe the family of a round whose rows draw their multipliers from `law`; its gates are in
-    units of the first multipliers."""
+    units of the first multipliers, of those by category of their mean."""
     first = recipe.problem.multipliers(run.state().lambda_[0])
-    return Family(
-        units=by_name(first.where(first > law.floor, law.floor)),
-        rank=recipe.policy.lora.r,
-        low=by_name(law.low),
-        high=by_name(law.high),
-        kappa=law.kappa,
-    )
+    units = first.where(first > law.floor, law.floor)
+    return family_for(recipe.problem.constraints, units, law, recipe.policy.lora.r)
 
 
 def target_of(run: RunDirectory, recipe: Recipe, center: pd.Series, number: int) -> Target | None:

@@ -101,7 +101,7 @@ def group_scores(
     rows, group_size = grouped.reshape(-1), grouped.shape[-1]
     multipliers = pd.DataFrame(index=pd.RangeIndex(len(rows)))
     if scores.law is not None:
-        drawn = scores.draw(seed, hash_ids(pd.Series(names)))
+        drawn = scores.draw(rows[::group_size], seed, hash_ids(pd.Series(names)))
         multipliers = pd.DataFrame({c: np.repeat(drawn[c].to_numpy(), group_size) for c in drawn})
     return scores.at(rows, multipliers), multipliers
 

@@ -7,7 +7,7 @@ import pandas as pd
 
 from data_prep.errors import UserError
 from data_prep.labels.multipliers import MultiplierRange, multiplier_columns
-from data_prep.tables import require_columns, require_scores, score_values
+from data_prep.tables import CATEGORY_MARK, require_columns, require_scores, score_values
 
 
 def lagrangian_score(responses: pd.DataFrame, reward: str, lambda_: pd.Series) -> np.ndarray:
@@ -33,8 +33,9 @@ class LabelScores:
     """What the scores of label rows are made of, by response.
 
     base: (num_responses,) s_λ where λ is fixed, r where each label row draws its λ; utilities: by
-    their column of multipliers, (num_responses,) g_i of each λ_i that is drawn; law: of the drawn
-    multipliers, None where λ is fixed. Scores are in score units.
+    their column of multipliers, (num_responses,) g_i of each λ_i that is drawn, null where it does
+    not concern the prompt; law: of the drawn multipliers, None where λ is fixed. Scores are in
+    score units.
     """
 
     base: np.ndarray
@@ -53,24 +54,34 @@ class LabelScores:
         require_columns(responses, names, "responses")
         require_scores(responses, names, "responses", shard=True)
         columns = zip(multiplier_columns(names), names, strict=True)
-        return cls(base, {c: score_values(responses, n) for c, n in columns}, lambda_)
+        values = {c: responses[n].to_numpy(np.float64, na_value=np.nan) for c, n in columns}
+        return cls(base, values, lambda_)
 
     def take(self, rows: np.ndarray) -> "LabelScores":
         """Take the scores of some responses, in their order."""
         utilities = {column: values[rows] for column, values in self.utilities.items()}
         return LabelScores(self.base[rows], utilities, self.law)
 
-    def draw(self, seed: int, *keys: np.ndarray) -> pd.DataFrame:
-        """Draw the multipliers of label rows as `MultiplierRange.draw`; no column where λ is
-        fixed."""
+    def draw(self, places: np.ndarray, seed: int, *keys: np.ndarray) -> pd.DataFrame:
+        """Draw the multipliers of label rows as `MultiplierRange.draw`; null where a utility does
+        not concern the row's prompt; no column where λ is fixed.
+
+        places: (num_rows,) a response of each row.
+        """
         if self.law is None:
-            return pd.DataFrame(index=pd.RangeIndex(len(keys[0])))
-        return self.law.draw(seed, *keys)
+            return pd.DataFrame(index=pd.RangeIndex(len(places)))
+        drawn = self.law.draw(seed, *keys)
+        for column, utility in self.utilities.items():
+            absent = np.isnan(utility[places])
+            if absent.any():
+                drawn[column] = drawn[column].mask(absent)
+        return drawn
 
     def at(self, places: np.ndarray, multipliers: pd.DataFrame) -> np.ndarray:
         """Give s = r + λ·g of the responses at `places`, each under its label row's multipliers,
         shape (len(places),)."""
         score: np.ndarray = self.base[places]
         for column, utility in self.utilities.items():
-            score += multipliers[column].to_numpy() * utility[places]
+            term = multipliers[column].to_numpy() * utility[places]
+            score += np.nan_to_num(term) if CATEGORY_MARK in column else term
         return score

@@ -137,7 +137,7 @@ def _label(
     """Label the pairs (first, second), places in `rows`; scores, hashes: of the responses in
     `rows`."""
     seed, meeting = seeds.labels, (hashes[first], hashes[second])
-    multipliers = scores.draw(seeds.multipliers, *meeting)
+    multipliers = scores.draw(first, seeds.multipliers, *meeting)
     difference = scores.at(first, multipliers) - scores.at(second, multipliers)
     if labels == "bernoulli":
         first_wins = hashed_uniforms(seed, *meeting) < expit(difference)

@@ -199,8 +199,7 @@ def _pair_table(responses: _Responses, pairs: Pairs) -> pa.Table:
     if "prompt" in columns:
         texts = (columns["prompt"], columns["response"])
         table |= pair_columns(*texts, pairs.chosen, pairs.rejected, responses.chat)
-    drawn = pairs.multipliers
-    return pa.table(table | {str(name): drawn[name].to_numpy() for name in drawn})
+    return pa.table(table | _multiplier_columns(pairs.multipliers))
 
 
 def _group_table(responses: _Responses, grouped: np.ndarray, seed: int) -> pa.Table:
@@ -220,6 +219,11 @@ def _group_table(responses: _Responses, grouped: np.ndarray, seed: int) -> pa.Ta
             "group_id": taken(groups, at),
             "response_id": ids.dictionary_encode(),
             "score": score,
-            **{name: drawn.to_numpy() for name, drawn in multipliers.items()},
+            **_multiplier_columns(multipliers),
         }
     )
+
+
+def _multiplier_columns(drawn: pd.DataFrame) -> dict[str, pa.Array]:
+    """Columns of multipliers, null where a utility does not concern the prompt."""
+    return {str(name): pa.array(drawn[name].to_numpy(), from_pandas=True) for name in drawn}

@@ -140,6 +140,44 @@ def test_groups_stand_under_their_own_multipliers():
     pd.testing.assert_series_equal(groups["score"], score, check_names=False, check_exact=True)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_multiplier_is_null_where_its_utility_does_not_concern_the_prompt(grouped, tmp_path):
+    law = range_of(g=(0.4, 0.05), **{"h.a": (0.3, 0.05), "h.b": (0.3, 0.05)})
+    frame = frame_of().drop(columns="h")
+    number, score = frame["prompt_id"].str[1:].astype(int), np.arange(len(frame)) / 100
+    frame["h.a"] = np.where(number % 3 == 0, score, np.nan)  # of the others none, or h.b
+    frame["h.b"] = np.where(number % 3 == 1, -score, np.nan)
+    labels = groups_of(frame, law) if grouped else pairs_of(frame, law)
+    path, output = tmp_path / "frame.parquet", tmp_path / "labels.parquet"
+    frame.to_parquet(path)
+    if grouped:
+        relabel_groups(path, output, "r", law, group_size=3, groups_per_prompt=4, seed=0)
+    else:
+        relabel_pairs(path, output, "r", law, labels="soft", pairs_per_prompt=None, seed=0)
+    written = pd.read_parquet(output)[list(labels)]
+    pd.testing.assert_frame_equal(written, labels, check_exact=True)
+    validate = validate_groups if grouped else validate_pairs
+    validate(labels, "labels")
+    kind = labels["prompt_id"].str[1:].astype(int) % 3
+    assert labels["lambda/g"].notna().all()
+    assert (labels["lambda/h.a"].notna() == (kind == 0)).all()
+    assert (labels["lambda/h.b"].notna() == (kind == 1)).all()
+    by_id = frame.set_index("response_id")
+
+    def total(column: str) -> np.ndarray:
+        of_row = by_id.loc[labels[column]]
+        terms = (labels[f"lambda/{n}"].to_numpy() * of_row[n].to_numpy() for n in law.center.index)
+        return of_row["r"].to_numpy() + sum(np.nan_to_num(term) for term in terms)
+
+    if grouped:
+        np.testing.assert_allclose(labels["score"], total("response_id"), rtol=1e-12)
+    else:
+        margin = total("chosen_id") - total("rejected_id")
+        np.testing.assert_allclose(labels["margin"], margin, rtol=1e-9)
+    with pytest.raises(UserError, match=r"lambda/h\.a is not a finite number"):
+        validate(labels.assign(**{"lambda/h.a": np.where(kind == 0, -1.0, np.nan)}), "labels")
+
+
 @pytest.mark.parametrize("label", [pairs_of, groups_of])
 def test_draws_depend_on_seed_round_and_ids_but_not_on_the_table(label):
     frame = frame_of()

@@ -1,0 +1,188 @@
+"""One adapter for all categories: gates that differ by prompt, and the ordinary adapter that is
+distilled from them, against every answer's exact law."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.numpy import load_file
+
+from constrained_dpo.fit.adapter import save_adapter
+from constrained_dpo.fit.contexts import context_gates, label_contexts, read_contexts
+from constrained_dpo.fit.distill import distill_member
+from constrained_dpo.fit.family import (
+    Family,
+    read_family,
+    scaled_weights,
+    write_adapter,
+    write_member,
+)
+from constrained_dpo.fit.trainer import FitPlan
+from constrained_dpo.recipe.fit import ConditionalSettings
+from data_prep.errors import UserError
+from data_prep.labels.groups import label_groups
+from data_prep.labels.multipliers import MultiplierRange
+from data_prep.sampling.enumeration import exact_logps
+from tests.helpers.fits import (
+    LORA,
+    PROMPT_TABLE,
+    built_trainer,
+    fit_log,
+    fit_settings,
+    gated_rows,
+    make_family,
+    make_pool,
+    prompt_tokens,
+    ragged_rows,
+    randomize,
+)
+
+NAMES = ["harmless.a", "harmless.b"]
+FAMILY = Family(
+    units={"harmless": 0.5},
+    rank=LORA.r,
+    low=dict.fromkeys(NAMES, 0.2),
+    high=dict.fromkeys(NAMES, 1.5),
+    shared=dict.fromkeys(NAMES, "harmless"),
+)
+LAMBDA = pd.Series({"harmless.a": 0.2, "harmless.b": 0.9})
+IDS = list(PROMPT_TABLE["prompt_id"])
+KINDS = dict(zip(IDS, ["a", "a", "a", "b", "b", "b", "ab", ""], strict=True))
+
+
+def by_category(pool: pd.DataFrame) -> pd.DataFrame:
+    """The pool with the utility's columns by category."""
+    kinds = pool["prompt_id"].map(KINDS)
+    columns = {f"harmless.{k}": pool["harmless"].where(kinds.str.contains(k)) for k in "ab"}
+    return pool.assign(**columns)
+
+
+def label(pool: pd.DataFrame) -> pd.DataFrame:
+    law = MultiplierRange(pd.Series(0.5, index=NAMES), pd.Series(0.01, index=NAMES), 3.0)
+    sizes = {"group_size": 4, "groups_per_prompt": 6}
+    return label_groups(by_category(pool), "helpful", law, **sizes, seed=0)
+
+
+@pytest.fixture(scope="module")
+def pool(plain_policy):
+    return make_pool(plain_policy)
+
+
+@pytest.fixture(scope="module")
+def family(plain_policy, pool, tmp_path_factory):
+    """A family that is far from π_ref, as a fit saves it."""
+    folder = tmp_path_factory.mktemp("family")
+    plan = FitPlan(fit_settings(), LORA, 0.25, 0, output=folder / "family", family=FAMILY)
+    rows = gated_rows(ragged_rows(plain_policy, 4, 0), make_family("harmless"))
+    tokens = prompt_tokens(plain_policy)
+    with built_trainer(plain_policy, rows, folder / "trainer", family=FAMILY) as trainer:
+        randomize(trainer, 0.15)
+        contexts = label_contexts(label(pool), pool, tokens, FAMILY)
+        save_adapter(trainer.model, None, "{}", folder / ".family.tmp", plan, contexts)
+    return plan.output
+
+
+def settings(**changes):
+    steps = changes.pop("steps", 120)
+    changes = {"learning_rate": 1e-3, "group_size": 4, "batch_size": 8} | changes
+    return fit_settings(conditional=ConditionalSettings(distill_steps=steps), **changes)
+
+
+def laws(policy, adapter: Path) -> np.ndarray:
+    return exact_logps(policy, adapter, prompt_tokens(policy), 3)
+
+
+def weights_of(adapter: Path) -> dict[str, np.ndarray]:
+    return load_file(adapter / "adapter_model.safetensors")
+
+
+def test_a_prompt_s_gate_is_the_sum_of_its_categories(family):
+    table = pd.DataFrame({"harmless.a": [0.2, np.nan, 0.3, np.nan], "harmless.b": 0.5})
+    table.loc[[0, 3], "harmless.b"] = np.nan
+    expected = [[2.0, 0.8], [1.0, 1.0], [1.0, 1.6], [1.0, 0.0]]
+    np.testing.assert_allclose(FAMILY.gates(table, np.array([2.0, 1, 1, 1])), expected)
+    assert FAMILY.num_blocks == 2 and read_family(family) == FAMILY
+    contexts = read_contexts(family)
+    assert contexts.groupby("prompt_id")["response_ids"].size().between(8, 12).all()
+    gates = context_gates(contexts, FAMILY, LAMBDA, 1.0)
+    by_kind = {"a": 0.4, "b": 1.8, "ab": 2.2, "": 0.0}
+    np.testing.assert_allclose(gates[:, 1], contexts["prompt_id"].map(KINDS).map(by_kind))
+
+
+def test_one_adapter_has_every_category_s_law(plain_policy, family, tmp_path):
+    """The teacher's law of a prompt is that of the ordinary adapter with its gates."""
+    distill_member(plain_policy, family, LAMBDA, 1.0, settings(), 3, tmp_path / "member")
+    gates = {"a": 0.4, "b": 1.8, "ab": 2.2, "": 0.0}
+    teacher = np.empty_like(laws(plain_policy, tmp_path / "member"))
+    for kind, gate in gates.items():
+        one = tmp_path / f"gate-{gate}"
+        write_adapter(family, scaled_weights(family, np.array([1.0, gate])), one)
+        rows = [KINDS[pid] == kind for pid in IDS]
+        teacher[rows] = laws(plain_policy, one)[rows]
+    mean = np.array([1.0, np.mean([gates[kind] for kind in KINDS.values()])])
+    write_adapter(family, scaled_weights(family, mean), tmp_path / "start")
+
+    def divergence(adapter: str) -> np.ndarray:
+        student = laws(plain_policy, tmp_path / adapter)
+        return (np.exp(teacher) * (teacher - student)).sum(axis=1)
+
+    start, end = divergence("start"), divergence("member")
+    assert start.mean() > 0.2 and end.mean() < 0.2 * start.mean(), (start, end)
+    assert end.max() < 0.2 * start.max()
+
+
+def test_equal_gates_need_no_fit(plain_policy, family, tmp_path):
+    contexts = read_contexts(family)
+    kept = contexts[contexts["prompt_id"].map(KINDS).isin(["a", "b"])]
+    other = tmp_path / "family"
+    other.mkdir()
+    for file in family.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    kept.reset_index(drop=True).to_parquet(other / "contexts.parquet")
+    same = pd.Series(0.6, index=NAMES)
+    distill_member(plain_policy, other, same, 0.5, settings(), 3, tmp_path / "member")
+    expected = scaled_weights(family, 0.5 * np.array([1.0, 1.2]))
+    for name, value in weights_of(tmp_path / "member").items():
+        np.testing.assert_array_equal(value, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ({}, 0.0),
+        ({"gradient_checkpointing": True}, 1e-5),
+        ({"batch_size": 2, "gradient_accumulation": 4}, 1e-4),
+    ],
+)
+def test_the_same_family_and_seed_give_the_same_adapter(
+    plain_policy, family, tmp_path, changes, tolerance
+):
+    before = {n: p.clone() for n, p in plain_policy.model.state_dict().items()}
+    for name, more in (("first", {}), ("again", changes)):
+        few = settings(steps=6, **more)
+        distill_member(plain_policy, family, LAMBDA, 1.0, few, 3, tmp_path / name)
+    first, again = weights_of(tmp_path / "first"), weights_of(tmp_path / "again")
+    for name, value in first.items():
+        np.testing.assert_allclose(again[name], value, rtol=0, atol=tolerance)
+    distill_member(plain_policy, family, LAMBDA, 1.0, settings(steps=6), 4, tmp_path / "other")
+    other = weights_of(tmp_path / "other")
+    assert any((other[name] != value).any() for name, value in first.items())
+    after = plain_policy.model.state_dict()
+    assert after.keys() == before.keys() and all((after[n] == p).all() for n, p in before.items())
+    assert not any(p.requires_grad for p in plain_policy.model.parameters())
+
+
+def test_a_fit_by_category_has_one_block_and_keeps_its_contexts(plain_policy, pool, tmp_path):
+    labels = label(pool)
+    fit_log(plain_policy, pool, tmp_path, labels=labels, plan={"family": FAMILY}, group_size=4)
+    folder = tmp_path / "adapter"
+    kept = read_contexts(folder)
+    assert set(kept["prompt_id"]) == set(IDS) and len(kept) == labels["response_id"].nunique()
+    by_id = kept.drop_duplicates("prompt_id").set_index("prompt_id")["concerns"]
+    assert {p: "".join(n[-1] for n in names) for p, names in by_id.items()} == KINDS
+    with pytest.raises(ValueError, match="share a block"):
+        write_member(folder, LAMBDA, 1.0, tmp_path / "member")
+    (folder / "contexts.parquet").unlink()
+    with pytest.raises(UserError, match=r"contexts\.parquet"):
+        distill_member(plain_policy, folder, LAMBDA, 1.0, settings(), 3, tmp_path / "member")
