@@ -31,7 +31,7 @@ from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.dual.tails import first_tail_points
 from constrained_dpo.estimates.draws import draw_rule, require_policy_draws
 from constrained_dpo.estimates.score_scale import ScoreScale, initial_multipliers, score_scale
-from constrained_dpo.fit.family import Family, family_for
+from constrained_dpo.fit.family import Family, family_for, scaled_weights, write_adapter
 from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.progress import timed
@@ -255,8 +255,10 @@ def _time_fit(
     if family is None:
         (folder / "fitted").rename(folder / "adapter")
     else:
-        ones = pd.Series(1.0, index=family.names)
-        learner.write_member(folder / "fitted", ones, 1.0, folder / "adapter")
+        ones = np.ones(family.num_blocks)
+        write_adapter(
+            folder / "fitted", scaled_weights(folder / "fitted", ones), folder / "adapter"
+        )
     trained = next(row["train_runtime"] for row in log if "train_runtime" in row)
     forwards = recipe.fit.gradient_accumulation * recipe.fit.batch_size / in_step
     return trained / TIMED_STEPS * forwards, total - trained

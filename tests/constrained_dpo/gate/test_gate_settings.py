@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from constrained_dpo.gate.settings import GateSettings, load_gate
-from constrained_dpo.recipe.load import schema_blocks
+from constrained_dpo.recipe.load import load_recipe, schema_blocks
 from data_prep.errors import UserError
 from tests.helpers import recipe_keys
 from tests.helpers.paths import REPO
@@ -73,3 +73,11 @@ def test_the_guides_gate_is_one():
 
     checks = load_gate(parse_yaml(block)).checks
     assert checks.capability[0].name == "gsm8k/exact_match,strict-match"
+
+
+@pytest.mark.parametrize("path", (REPO / "recipes" / "gates").glob("*.yaml"), ids=lambda p: p.stem)
+def test_the_gates_that_ship_are_gates(path):
+    checks = load_gate(path).checks
+    trained = load_recipe(REPO / "recipes" / path.name).scorers.values()
+    targets = {getattr(settings, "target", None) for settings in trained}
+    assert targets.isdisjoint(check.scorer.target for check in checks.second_opinion)
