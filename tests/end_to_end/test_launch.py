@@ -13,6 +13,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from constrained_dpo.fit.family import read_family
 from constrained_dpo.launch import check_launch, num_processes, rank, shards_base
 from constrained_dpo.run.create import init_run
 from constrained_dpo.run.directory import RunDirectory
@@ -20,7 +21,7 @@ from constrained_dpo.run.record import RoundRecord, replay
 from data_prep.errors import UserError
 from data_prep.models.checkpoints import resolve_device
 from data_prep.models.settings import PolicySettings
-from data_prep.quickstart import build_policy
+from data_prep.quickstart import PROMPTS, build_policy
 from data_prep.readers.tables import read_parquet
 from tests.helpers.cli import cdpo
 from tests.helpers.launched_fits import FITS, play
@@ -35,7 +36,7 @@ from tests.helpers.launches import (
     new_run,
     weights_differ,
 )
-from tests.helpers.paths import QUICKSTART, REPO
+from tests.helpers.paths import CONDITIONAL, QUICKSTART, REPO
 
 
 def assert_same_round(run: RunDirectory, expected: RunDirectory) -> None:
@@ -162,6 +163,28 @@ def score(prompts, responses):
         raise ValueError("no model here")
     return harmless(prompts, responses)
 """
+
+
+@pytest.mark.slow
+def test_a_family_by_category_is_distilled_by_one_of_two_processes(tmp_path):
+    for split in ("train", "test"):
+        rows = [{"prompt": p, "kind": p.split()[1]} for p in PROMPTS[split]]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = [
+        f"prompts.source={tmp_path}/train.jsonl",
+        f"prompts.test={tmp_path}/test.jsonl",
+        "objective.constraints.harmless.by=kind",
+        "objective.constraints.harmless.min_prompts=2",
+        *CONDITIONAL,
+        "fit.conditional={distill_steps: 5}",
+    ]
+    run = init_run(QUICKSTART, tmp_path / "run", changes)
+    _, err = ended(launch(*CDPO, "run", run.path, "--rounds", "1"), 0)
+    record = RoundRecord.read(run.round_file(0))
+    assert record.processes == 2 and record.trials and err.count("round 0: trials ...") == 1
+    assert read_family(run.family_folder(0)).num_blocks == 2 < len(run.recipe().problem.names)
+    assert replay(run) == run.state().lambda_
+    assert not list(run.path.rglob(".*.tmp")) and not list(run.path.rglob(".adapter*"))
 
 
 @pytest.mark.slow
