@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 
 from constrained_dpo.dual.function import PromptTerms, prompt_terms
+from constrained_dpo.dual.newton import minimize_dual
 from constrained_dpo.dual.one_shot import (
     MIN_HALVED,
     FirstMultipliers,
     extrapolated,
     first_multipliers,
     halves,
-    minimize_dual,
     richest,
     solve_one_shot,
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from constrained_dpo.dual.exact import ExactPolicy
-from constrained_dpo.dual.solve import Solution, SolveRule
+from constrained_dpo.dual.solution import Solution, SolveRule
 from constrained_dpo.dual.trial import Trial
 from constrained_dpo.estimates.draws import draw_rule
 from constrained_dpo.estimates.measure import Measurement, Rule, measure

@@ -5,7 +5,7 @@ All from π_ref's samples, the recipe and the multipliers so far, so that replay
 
 import pandas as pd
 
-from constrained_dpo.dual.solve import SolveRule
+from constrained_dpo.dual.solution import SolveRule
 from constrained_dpo.estimates.slack import slack_bounds
 from constrained_dpo.estimates.verdict import look_confidence
 from constrained_dpo.fit.family import Family, family_for

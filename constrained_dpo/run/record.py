@@ -7,7 +7,7 @@ import pandas as pd
 from pydantic import Field
 
 from constrained_dpo.dual.exact import ExactOptimum, ExactPolicy
-from constrained_dpo.dual.solve import Solution
+from constrained_dpo.dual.solution import Solution
 from constrained_dpo.dual.tails import next_tail_points
 from constrained_dpo.dual.trial import Trial
 from constrained_dpo.estimates.certificate import Certificate, certify

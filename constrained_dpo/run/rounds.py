@@ -16,7 +16,7 @@ from functools import partial
 
 import pandas as pd
 
-from constrained_dpo.dual.solve import Solution
+from constrained_dpo.dual.solution import Solution
 from constrained_dpo.launch import is_main, num_processes, summed, wait
 from constrained_dpo.learners.collect import collect
 from constrained_dpo.learners.protocol import Learner

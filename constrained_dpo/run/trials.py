@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from constrained_dpo.dual.solve import Solution, SolveRule, next_point
+from constrained_dpo.dual.solution import Solution, SolveRule
+from constrained_dpo.dual.solve import next_point
 from constrained_dpo.dual.trial import Trial
 from constrained_dpo.estimates.draws import draw_rule
 from constrained_dpo.estimates.room import required_room

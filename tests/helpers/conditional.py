@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 
 from constrained_dpo.dual.exact import TabularWorld
-from constrained_dpo.dual.solve import Solution, SolveRule, next_point
+from constrained_dpo.dual.solution import Solution, SolveRule
+from constrained_dpo.dual.solve import next_point
 from constrained_dpo.dual.trial import Trial
 from constrained_dpo.estimates.trial import trial
 from constrained_dpo.problem import Constraint

@@ -13,7 +13,7 @@ from constrained_dpo.dual.feasibility import diagnose_feasibility
 from constrained_dpo.dual.one_shot import solve_one_shot
 from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.dual.sensitivity import bootstrap_multipliers
-from constrained_dpo.dual.solve import SolveRule
+from constrained_dpo.dual.solution import SolveRule
 from constrained_dpo.dual.steps import auto_step_scale
 from constrained_dpo.estimates.slack import estimate_subgradient, prompt_slack
 from constrained_dpo.estimates.trial import trial

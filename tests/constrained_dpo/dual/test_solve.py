@@ -21,7 +21,8 @@ import pandas as pd
 import pytest
 from scipy import optimize
 
-from constrained_dpo.dual.solve import SolveRule, next_point
+from constrained_dpo.dual.solution import SolveRule
+from constrained_dpo.dual.solve import next_point
 from constrained_dpo.dual.trial import Trial
 from constrained_dpo.estimates.trial import trial
 from constrained_dpo.problem import ConstrainedProblem, Constraint
