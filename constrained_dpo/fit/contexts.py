@@ -10,21 +10,22 @@ from data_prep.readers.tables import read_parquet, write_parquet
 
 CONTEXTS_FILE = "contexts.parquet"
 
-RESPONSES = 64
-"""Of a prompt, at most."""
+OF_A_PROMPT, IN_ALL = 64, 8192
+"""Responses that are kept, at most; of many prompts one each. A distillation reads a few thousand."""
 
 
 def label_contexts(
     labels: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[str, list[int]], family: Family
 ) -> pd.DataFrame:
-    """Take the responses of a fit's labels, the first RESPONSES of each prompt.
+    """Take responses of a fit's labels, the first OF_A_PROMPT of each prompt or fewer of many.
 
     Returns rows of prompt_id, prompt_ids and response_ids (token ids), and `concerns`, the names of
     the constraints that concern the prompt.
     """
     named = [c for c in ("response_id", "chosen_id", "rejected_id") if c in labels]
     rows = labels.melt("prompt_id", named, value_name="id")
-    rows = rows.drop_duplicates("id").groupby("prompt_id", sort=False).head(RESPONSES)
+    most = max(1, min(OF_A_PROMPT, IN_ALL // labels["prompt_id"].nunique()))
+    rows = rows.drop_duplicates("id").groupby("prompt_id", sort=False).head(most)
     given = family_columns(labels, family.names).notna().groupby(labels["prompt_id"]).first()
     concerns = given.apply(lambda row: [str(name) for name in row.index[row]], axis=1)
     tokens = pool.set_index("response_id")["token_ids"]

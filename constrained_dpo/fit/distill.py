@@ -59,7 +59,11 @@ def distill_member(
     weights = scaled_weights(folder, by_prompt.mean(axis=0))
     if np.ptp(by_prompt, axis=0).any():
         rows = [
-            {"prompt_ids": list(prompt), "responses_ids": [list(response)], "gates": list(row)}
+            {
+                "prompt_ids": prompt.tolist(),
+                "responses_ids": [response.tolist()],
+                "gates": row.tolist(),
+            }
             for prompt, response, row in zip(
                 contexts["prompt_ids"],
                 contexts["response_ids"],
