@@ -11,7 +11,7 @@ from data_prep.readers.tables import read_parquet, write_parquet
 CONTEXTS_FILE = "contexts.parquet"
 
 OF_A_PROMPT, IN_ALL = 64, 8192
-"""Responses that are kept, at most; of many prompts one each. A distillation reads a few thousand."""
+"""Responses that are kept, at most, and one of each prompt. A distillation reads few thousands."""
 
 
 def label_contexts(

@@ -173,6 +173,17 @@ def test_the_same_family_and_seed_give_the_same_adapter(
     assert not any(p.requires_grad for p in plain_policy.model.parameters())
 
 
+def test_of_many_prompts_few_responses_are_kept():
+    prompts = np.repeat([f"p{i}" for i in range(5000)], 4)
+    ids = [f"r{i}" for i in range(len(prompts))]
+    labels = pd.DataFrame({"prompt_id": prompts, "response_id": ids})
+    labels = labels.assign(**{f"lambda/{name}": 0.5 for name in NAMES})
+    tokens = pd.Series([np.array([1, 2], np.int32)] * len(ids), dtype=object)
+    pool = pd.DataFrame({"response_id": ids, "token_ids": tokens})
+    kept = label_contexts(labels, pool, {p: [3] for p in prompts}, FAMILY)
+    assert len(kept) == kept["prompt_id"].nunique() == 5000
+
+
 def test_a_fit_by_category_has_one_block_and_keeps_its_contexts(plain_policy, pool, tmp_path):
     labels = label(pool)
     fit_log(plain_policy, pool, tmp_path, labels=labels, plan={"family": FAMILY}, group_size=4)
