@@ -18,7 +18,6 @@ from constrained_dpo.evaluation.front import (
 from constrained_dpo.evaluation.front_record import Front, FrontPoint, Setting
 from constrained_dpo.evaluation.front_source import FrontOptions
 from constrained_dpo.evaluation.record import Evaluation
-from constrained_dpo.fit.family import read_family, write_member
 from constrained_dpo.gate.gate import GateOptions, gate
 from constrained_dpo.gate.record import GateRecord
 from constrained_dpo.gate.settings import GateSource, load_gate
@@ -29,7 +28,6 @@ from constrained_dpo.report.front_page import write_front
 from constrained_dpo.report.run_page import write_report
 from constrained_dpo.run.create import init_run
 from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.fits import last_family
 from constrained_dpo.run.play import Played, held, open_prepared, play
 from constrained_dpo.run.record import RoundRecord
 from constrained_dpo.run.status import RunStatus, read_status
@@ -204,11 +202,7 @@ class Run:
         require_free(output)  # before the sampling, not after
         recipe, points = self.recipe, self._points(settings, FrontOptions())
         varied = varied_constraints(recipe, settings)
-        if not read_family(last_family(self.directory, points[0].round)).shared:
-            return export_members(self.directory, recipe, points, varied, write_member, output)
-        with held(self.directory):
-            write = self._open(self.directory)[1].write_member
-            return export_members(self.directory, recipe, points, varied, write, output)
+        return export_members(self.directory, recipe, points, varied, output)
 
     def front(
         self,

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from constrained_dpo.fit.contexts import SEQUENCES
 from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.family import trial_responses
@@ -64,7 +65,9 @@ def _distillations(recipe: Recipe) -> float:
     conditional = recipe.fit.conditional
     if conditional is None or all(c.by is None for c in recipe.objective.constraints):
         return 0.0
-    return 4 / 3 * conditional.distill_steps * (recipe.dual.trials + recipe.stretches)
+    fit, members = recipe.fit, recipe.dual.trials + recipe.stretches
+    in_step = fit.batch_size * fit.gradient_accumulation * (fit.group_size if fit.grouped else 2)
+    return 4 / 3 * SEQUENCES / in_step * conditional.distill_steps * members
 
 
 def _steps(recipe: Recipe, num_prompts: int, responses: float) -> int:

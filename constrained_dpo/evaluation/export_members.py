@@ -3,11 +3,10 @@ sampled afresh and judged, and one model card for all of them."""
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
 
 from constrained_dpo.evaluation.export import (
     GENERATION_CONFIG,
@@ -17,8 +16,9 @@ from constrained_dpo.evaluation.export import (
     write_generation_config,
 )
 from constrained_dpo.evaluation.front_record import FrontPoint, Setting
-from constrained_dpo.evaluation.front_source import FrontOptions, FrontSource
+from constrained_dpo.evaluation.front_source import KEPT_ADAPTER, FrontOptions, FrontSource
 from constrained_dpo.evaluation.model_card import members_card
+from constrained_dpo.fit.family import write_member
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from data_prep.errors import UserError
@@ -64,14 +64,12 @@ def export_members(
     recipe: Recipe,
     points: Sequence[FrontPoint],
     varied: Sequence[str],
-    write: Callable[[Path, pd.Series, float, Path], None],
     output: Path,
 ) -> list[Member]:
     """Write the adapters of points of the run's front: one into `output`, several into folders of
     it, with their measurements and a model card.
 
-    varied: the constraints that the adapters are named after; write: `write_member`, or a learner's
-    where members are distilled. Raises UserError when `output` holds
+    varied: the constraints that the adapters are named after. Raises UserError when `output` holds
     something already, or where two adapters would have one name.
     """
     require_free(output)
@@ -85,7 +83,12 @@ def export_members(
     for member in members:
         folder = temporary / member.folder.relative_to(output)
         lambda_ = recipe.problem.multipliers(member.point.lambda_)
-        write(source.family, lambda_, member.point.kappa, folder)
+        if not source.distilled:
+            write_member(source.family, lambda_, member.point.kappa, folder)
+        elif (kept := run.front_folder(member.point.key) / KEPT_ADAPTER).exists():
+            shutil.copytree(kept, folder)  # the very one that was measured
+        else:
+            raise UserError(f"{kept}: is gone; remove its folder, and the point is played again")
         write_json(folder / "measurement.json", member.point.to_json())
         write_generation_config(folder, recipe)
     line = serve_line(members, output, temporary)

@@ -22,7 +22,7 @@ from constrained_dpo.estimates.sampling_law import why_not_the_policy
 from constrained_dpo.estimates.slack import bounded_constraints, prompt_slack, slack_bounds
 from constrained_dpo.estimates.verdict import front_confidence
 from constrained_dpo.evaluation.front_record import FrontPoint, Setting
-from constrained_dpo.evaluation.front_source import FrontSource, of_split
+from constrained_dpo.evaluation.front_source import KEPT_ADAPTER, FrontSource, of_split
 from constrained_dpo.learners.collect import Collection, collect
 from constrained_dpo.learners.protocol import Learner
 from constrained_dpo.monte_carlo import standard_error
@@ -54,6 +54,11 @@ class _Point:
     @property
     def folder(self) -> Path:
         return self.source.run.front_folder(self.key)
+
+    @property
+    def adapter(self) -> Path:
+        """The point's member; one that was distilled is kept for an export."""
+        return self.folder / (KEPT_ADAPTER if self.source.distilled else ".adapter")
 
     @property
     def confidence(self) -> float:
@@ -189,7 +194,7 @@ def _samples(point: _Point, lambda_: pd.Series, kappa: float) -> pd.DataFrame:
     source, file = point.source, point.folder / "samples.parquet"
     if file.exists():
         return read_parquet(file)
-    adapter, prompts = point.folder / ".adapter", source.run.prompts()
+    adapter, prompts = point.adapter, source.run.prompts()
     shutil.rmtree(adapter, ignore_errors=True)
     point.folder.mkdir(parents=True, exist_ok=True)
     point.learner.write_member(source.family, lambda_, kappa, adapter)
@@ -228,7 +233,8 @@ def _record(
     outside, kappa_outside = source.outside(lambda_, kappa)
     exact = _exact(point, lambda_, kappa)
     change = _reward_change(source, samples)
-    shutil.rmtree(point.folder / ".adapter", ignore_errors=True)
+    if point.adapter.name != KEPT_ADAPTER:
+        shutil.rmtree(point.adapter, ignore_errors=True)
     return FrontPoint(
         key=point.key,
         setting=point.setting,
@@ -292,7 +298,7 @@ def _reward_change(source: FrontSource, samples: pd.DataFrame) -> pd.Series:
 def _exact(point: _Point, lambda_: pd.Series, kappa: float) -> dict[str, ExactPolicy] | None:
     """Exact values of the member by split, where the world can be enumerated; the Lagrangian gap is
     at β/κ, whose maximizer the member is to be, and the objective at the recipe's β."""
-    exact, adapter, source = point.learner.exact, point.folder / ".adapter", point.source
+    exact, adapter, source = point.learner.exact, point.adapter, point.source
     if exact is None:
         return None
     if not adapter.exists():  # killed between the samples and the record

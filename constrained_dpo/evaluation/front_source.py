@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from constrained_dpo.evaluation.front_record import Setting
+from constrained_dpo.fit.family import is_family, read_family
 from constrained_dpo.problem import ConstrainedProblem, by_name
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
@@ -19,6 +20,9 @@ from constrained_dpo.run.record import RoundRecord
 from data_prep.files import hash_file
 from data_prep.labels.multipliers import MultiplierRange
 from data_prep.readers.tables import read_parquet
+
+KEPT_ADAPTER = "adapter"
+"""In a point's folder, where its member was distilled: an export is the very one."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class FrontSource:
     @cached_property
     def family(self) -> Path:
         return last_family(self.run, self.number)
+
+    @cached_property
+    def distilled(self) -> bool:
+        """Whether members of the family are fitted, by category."""
+        return is_family(self.family) and bool(read_family(self.family).shared)
 
     @cached_property
     def fingerprint(self) -> str:

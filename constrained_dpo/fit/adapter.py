@@ -82,7 +82,10 @@ def fit_adapter(
         callbacks = [*callbacks, StretchEnd(end)]
         checkpoint = unfinished(checkpoint, end) or plan.stretch.begin
     logs, report_to = plan.logs if is_main() else None, plan.settings.report_to
-    with restored_base(policy), fit_logs(logs, report_to, resumed=checkpoint is not None):
+    with (
+        restored_base(policy, shards_base()),
+        fit_logs(logs, report_to, resumed=checkpoint is not None),
+    ):
         saved = plan.checkpoints if plan.settings.save_steps or end else None
         there = replace(plan, output=saved or _temporary(plan))
         trainer = build_trainer(policy, fitted, there, held_out, checkpoint is not None)
@@ -212,12 +215,12 @@ NUM_ANCHOR_ROWS = 16
 
 
 @contextmanager
-def restored_base(policy: Policy) -> Iterator[None]:
+def restored_base(policy: Policy, sharded: bool) -> Iterator[None]:
     """TRL patches the base's forward and, for checkpointing, its embeddings; the base leaves the
-    fit as it came."""
+    fit as it came, unless the launch shards it."""
     forward = policy.model.__dict__.get("forward")
     # Sharded modules are others for good; the policy is then loaded again.
-    whole = nullcontext() if shards_base() else intact_base(policy.model)
+    whole = nullcontext() if sharded else intact_base(policy.model)
     try:
         with whole, warnings.catch_warnings():
             # transformers renames gradient checkpointing and warns of its own calls

@@ -16,7 +16,7 @@ from trl import DPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from constrained_dpo.fit.checkpoints import KEPT
-from constrained_dpo.fit.family import FAMILY_WEIGHTS, is_family
+from constrained_dpo.fit.family import FAMILY_WEIGHTS, is_family, read_family
 from constrained_dpo.fit.gates import Gates
 from constrained_dpo.fit.holdout import residual
 from constrained_dpo.fit.rows import PaddedCollator
@@ -144,6 +144,7 @@ def build_trainer(
         transformers.ProgressCallback,
     ):  # stdout is for results; progress is ours, on stderr
         trainer.remove_callback(callback)
+    _check_blocks(plan)
     _float_adapter(trainer, plan.previous_adapter, str(policy.device))
     if list(trainer.model.peft_config) != ["default"] or trainer.ref_model is not None:
         raise RuntimeError(
@@ -159,6 +160,18 @@ def build_trainer(
         else "fit.shared_prompts is false"
     )
     return trainer
+
+
+def _check_blocks(plan: FitPlan) -> None:
+    """A family goes on with its blocks."""
+    if plan.family is None or plan.previous_adapter is None or not is_family(plan.previous_adapter):
+        return
+    before, now = list(read_family(plan.previous_adapter).units), list(plan.family.units)
+    if before != now:
+        raise UserError(
+            f"{plan.previous_adapter}: has blocks of {', '.join(before)}, and this fit of "
+            f"{', '.join(now)}; go on with the version that began the run, or start it anew"
+        )
 
 
 def _float_adapter(trainer: PseudoPreferenceTrainer, previous: Path | None, device: str) -> None:

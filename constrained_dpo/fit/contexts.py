@@ -10,6 +10,9 @@ from data_prep.readers.tables import read_parquet, write_parquet
 
 CONTEXTS_FILE = "contexts.parquet"
 
+SEQUENCES = 32
+"""In a step of a distillation."""
+
 OF_A_PROMPT, IN_ALL = 64, 8192
 """Responses that are kept, at most, and one of each prompt. A distillation reads few thousands."""
 
@@ -17,7 +20,7 @@ OF_A_PROMPT, IN_ALL = 64, 8192
 def label_contexts(
     labels: pd.DataFrame, pool: pd.DataFrame, prompt_tokens: dict[str, list[int]], family: Family
 ) -> pd.DataFrame:
-    """Take responses of a fit's labels, the first OF_A_PROMPT of each prompt or fewer of many.
+    """Take responses of a fit's labels: at random OF_A_PROMPT of each prompt, fewer of many.
 
     Returns rows of prompt_id, prompt_ids and response_ids (token ids), and `concerns`, the names of
     the constraints that concern the prompt.
@@ -25,6 +28,7 @@ def label_contexts(
     named = [c for c in ("response_id", "chosen_id", "rejected_id") if c in labels]
     rows = labels.melt("prompt_id", named, value_name="id")
     most = max(1, min(OF_A_PROMPT, IN_ALL // labels["prompt_id"].nunique()))
+    rows = rows.sample(frac=1, random_state=0)  # of pairs, chosen and rejected ones alike
     rows = rows.drop_duplicates("id").groupby("prompt_id", sort=False).head(most)
     given = family_columns(labels, family.names).notna().groupby(labels["prompt_id"]).first()
     concerns = given.apply(lambda row: [str(name) for name in row.index[row]], axis=1)

@@ -59,7 +59,11 @@ class Family(Record):
 
     def gates(self, lambda_: pd.DataFrame, kappa: np.ndarray | float = 1.0) -> np.ndarray:
         """Compute c for rows of multipliers (columns by constraint, null where it does not concern
-        the row's prompt): (num_rows, 1 + blocks)."""
+        the row's prompt): (num_rows, 1 + blocks). Raises ValueError for a null λ of a constraint
+        that has a block alone."""
+        alone = [name for name in self.names if name not in self.shared]
+        if lambda_[alone].isna().any(axis=None):
+            raise ValueError(f"a multiplier of {', '.join(alone)} is null")
         by_block = lambda_[self.names].rename(columns=self.shared).T.groupby(level=0).sum().T
         ratios = [by_block[block].to_numpy(np.float64) / nu for block, nu in self.units.items()]
         gates = np.stack([np.ones(len(lambda_)), *ratios], axis=1)
