@@ -163,7 +163,7 @@ def test_with_an_adapted_head_at_a_temperature_and_on_a_quantized_base(quantizat
     lora = LORA.model_copy(update={"target_modules": ["q_proj", "down_proj", "lm_head"]})
     family = save_gated(policy, make_pool(policy), tmp_path, lora)
     start, end = divergences(policy, family, tmp_path)
-    assert start.mean() > 0.2 and end.mean() < 0.3 * start.mean(), (start, end)
+    assert start.mean() > 0.1 and end.mean() < 0.5 * start.mean(), (start, end)
 
 
 def test_equal_gates_need_no_fit(plain_policy, family, tmp_path):
