@@ -28,7 +28,7 @@ class Solution:
 
     predicted, predicted_se: v at λ by all trials, score units; kl, kl_se: likewise under a budget,
     nats. responds: whether u_i answers λ at all, or is where it should be without; where it does
-    not, λ_i stays at its start, or moves halfway where every trial surely missed on one side.
+    not, λ_i stays at its start.
     at_edge: "low" or "high" where no λ of the box up to that end meets v = 0, else "";
     kappa_at_edge: the same for the budget.
     """

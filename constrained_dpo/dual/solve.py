@@ -201,7 +201,8 @@ class _Search:
         if not (sign * v > SURE * response.se[:, 0]).all():
             return point
         end, seen = (self.high[0], at.max()) if sign < 0 else (self.low[0], at.min())
-        goal = float(_halfway(seen, end)) if trials < 3 else end
+        half = np.sqrt(end * seen) if end > 0 and seen > 0 else (end + seen) / 2
+        goal = half if trials < 3 else end
         return np.array([max(goal, point[0]) if sign < 0 else min(goal, point[0]), point[1]])
 
     def solution(self, response: Response, point: np.ndarray, left: bool) -> Solution:
@@ -229,12 +230,8 @@ class _Search:
         matters = ((lam > 0) | (local.value[:m] < 0)) & ~met
         answers, done = response.answers(local)[:m] | ~matters, settled or not left
         if done and not answers.all():
-            # What does not answer λ says nothing of where its root is. A sign that all trials share
-            # is a subgradient still, and a step of it is halfway, lest λ run away.
-            signs = np.sign(response.values) * (abs(response.values) > SURE * response.se)
-            agreed = (signs[:, :m] == np.sign(self.start - lam)).all(axis=0)
-            step = np.where(agreed, _halfway(self.start, lam), self.start)
-            lam = np.where(answers, lam, step)
+            # what does not answer λ says nothing of where its root is
+            lam = np.where(answers, lam, self.start)
             local = response.at(np.append(lam, point[-1]))
         return Solution(
             lambda_=pd.Series(lam, index=self.names),
@@ -252,12 +249,6 @@ class _Search:
 
     def named(self, values: np.ndarray) -> dict[str, float]:
         return by_name(pd.Series(values[: len(self.names)], index=self.names))
-
-
-def _halfway(first: np.ndarray | float, second: np.ndarray | float) -> np.ndarray:
-    """Between two λ: by factors, or by difference where one of them is 0."""
-    product = np.multiply(first, second)
-    return np.where(product > 0, np.sqrt(product), np.add(first, second) / 2)
 
 
 def _reason(settled: bool, left: bool, edge: bool) -> str:

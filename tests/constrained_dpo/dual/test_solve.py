@@ -170,25 +170,10 @@ def test_a_family_that_does_not_answer_is_told():
     start = world.optimum.lambda_
     point, trials = solve(world, around(start, 3.0), start, 0, lambda *_: fixed)
     assert point.done and point.responds == {"g0": False}
-    # nothing is known of the root but its side: λ goes there, and does not run away with the end
-    assert point.lambda_["g0"] == pytest.approx(np.sqrt(3) * start["g0"])
-    assert point.at_edge == {"g0": "high"}
+    # nothing is known of the root, so λ does not run away with the end of the box
+    assert point.lambda_["g0"] == start["g0"] and point.at_edge == {"g0": "high"}
     # within four trials it has been at the end of the box
     assert max(t.lambda_["g0"] for t in trials[:4]) == pytest.approx(3 * start["g0"])
-
-
-def test_a_mute_family_that_no_trial_surely_misses_keeps_its_multiplier():
-    world = world_of(5)
-    start = world.optimum.lambda_
-
-    def u(factor: float) -> float:
-        return world.evaluate(member(world, factor * start)).u["g0"]
-
-    near = optimize.brentq(lambda factor: u(factor) + 0.025, 0.3, 1.0)  # two errors of one trial
-    fixed = member(world, near * start)
-    point, _ = solve(world, around(start, 3.0), start, 0, lambda *_: fixed)
-    assert point.done and point.responds == {"g0": False}
-    assert point.lambda_["g0"] == start["g0"]
 
 
 def test_a_shift_aims_at_the_bound():
