@@ -86,7 +86,7 @@ def export_members(
         if not source.distilled:
             write_member(source.family, lambda_, member.point.kappa, folder)
         elif (kept := run.front_folder(member.point.key) / KEPT_ADAPTER).exists():
-            shutil.copytree(kept, folder)  # the very one that was measured
+            shutil.copytree(kept, folder, dirs_exist_ok=True)  # the very one that was measured
         else:
             raise UserError(f"{kept}: is gone; remove its folder, and the point is played again")
         write_json(folder / "measurement.json", member.point.to_json())

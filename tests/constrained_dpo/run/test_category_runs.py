@@ -1,6 +1,7 @@
 """Runs whose constraint is by category: rounds with the exact maximizer, and a real one."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -116,6 +117,11 @@ def test_a_family_of_eight_constraints_is_played_shown_and_exported(tmp_path):
     shown = cdpo("evaluate", run, "--responses", 4, check=0).stdout
     assert all(name in shown for name in names)
     cdpo("export", run, tmp_path / "out", "--margin", "harmless.safe=0.1", check=0)
+    (measured,) = (run / "front").glob("*/adapter/adapter_model.safetensors")
+    assert (tmp_path / "out" / measured.name).read_bytes() == measured.read_bytes()
+    again = ("export", run, tmp_path / "again", "--margin", "harmless.safe=0.1")
+    shutil.rmtree(measured.parent)
+    assert "adapter: is gone; remove its folder" in cdpo(*again, check=2).stderr
     gate = tmp_path / "gate.yaml"
     benign = tmp_path / "benign.txt"  # without categories
     benign.write_text("".join(f"{prompt}\n" for prompt in PROMPTS["test"]))
