@@ -32,6 +32,12 @@ def print_categories(runs: list[tuple[Task, dict]]) -> None:
         print(f"| {task.categories} | {task.world} | {task.seed} | " + " | ".join(cells) + " |")
 
 
+def all_met(result: dict) -> bool:
+    """Tell whether every category is within 8 % after the last round, or left alone and above."""
+    u = _slacks(result, len(result["rounds"]) - 1)
+    return all(_met(name, value, result) for name, value in u.items())
+
+
 def _order(run: tuple[Task, dict]) -> tuple[str, int, int]:
     task, _ = run
     return task.categories, WORLDS.index(task.world), task.seed
