@@ -138,7 +138,7 @@ def test_a_family_of_other_blocks_is_no_start(plain_policy, pool, tmp_path):
     rows = gated_rows(ragged_rows(plain_policy, 8, seed=0), other)
     settings = {"previous": tmp_path / "adapter", "family": other}
     with (
-        pytest.raises(UserError, match="warm start"),
+        pytest.raises(UserError, match="has blocks of harmless, and this fit of harmless, short"),
         built_trainer(copy.deepcopy(plain_policy), rows, tmp_path / "next", **settings),
     ):
         pass
