@@ -127,10 +127,10 @@ def test_a_prompt_s_gate_is_the_sum_of_its_categories(family):
     np.testing.assert_allclose(gates[:, 1], contexts["prompt_id"].map(KINDS).map(by_kind))
 
 
-def divergences(policy, family: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def divergences(policy, family: Path, folder: Path, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """KL(teacher ‖ student) of each prompt, all answers listed, before and after the distillation;
     the teacher's law of a prompt is that of the ordinary adapter with its gates."""
-    distill_member(policy, family, LAMBDA, 1.0, settings(), 3, folder / "member")
+    distill_member(policy, family, LAMBDA, 1.0, settings(steps=steps), 3, folder / "member")
     gates = {"a": 0.4, "b": 1.8, "ab": 2.2, "": 0.0}
     teacher = np.empty_like(laws(policy, folder / "member"))
     for kind, gate in gates.items():
@@ -149,7 +149,7 @@ def divergences(policy, family: Path, folder: Path) -> tuple[np.ndarray, np.ndar
 
 
 def test_one_adapter_has_every_category_s_law(plain_policy, family, tmp_path):
-    start, end = divergences(plain_policy, family, tmp_path)
+    start, end = divergences(plain_policy, family, tmp_path, 60)
     assert start.mean() > 0.2 and end.mean() < 0.2 * start.mean(), (start, end)
     assert end.max() < 0.2 * start.max()
 
@@ -162,7 +162,7 @@ def test_with_an_adapted_head_at_a_temperature_and_on_a_quantized_base(quantizat
     )
     lora = LORA.model_copy(update={"target_modules": ["q_proj", "down_proj", "lm_head"]})
     family = save_gated(policy, make_pool(policy), tmp_path, lora)
-    start, end = divergences(policy, family, tmp_path)
+    start, end = divergences(policy, family, tmp_path, 120)
     assert start.mean() > 0.1 and end.mean() < 0.5 * start.mean(), (start, end)
 
 
