@@ -80,7 +80,7 @@ bench-family: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --scale 'std 10'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --setting minimal
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --tail
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --categories eight --rounds 2 -s dual.responses_per_prompt=1024
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --categories eight --rounds 4 --seeds 0 1 -s dual.responses_per_prompt=1024
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family runs runs/bench-family.jsonl --categories mean --rounds 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family peers runs/bench-family.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family unseen runs/bench-family.jsonl

@@ -23,8 +23,8 @@ class Timing:
 def expected_seconds(
     learner: LoraLearner, counts: dict[str, int], timing: Timing, given_responses: int
 ) -> dict[str, float]:
-    """Seconds of prepare, fit and rescore (one round, refresh and all trials in the latter), and of
-    the whole run.
+    """Seconds of prepare, fit and rescore (one round; refresh, distillations and all trials in the
+    latter), and of the whole run.
 
     A response of the dataset counts as one that is drawn, so what it costs is over-stated. The pool
     of round 0 sets the number of steps where the recipe gives epochs; a growing pool with
@@ -39,8 +39,7 @@ def expected_seconds(
     prepare = (to_fit * responses + remeasured) * timing.reference_response
     rescore = (remeasured + counts["dual"] * _further_responses(recipe)) * timing.response
     shares = [_share(recipe, number) for number in range(recipe.dual.rounds)]
-    distilled = _distillations(recipe) * timing.step
-    rescore += distilled
+    rescore += _distillations(recipe) * timing.step
     fits = sum(share * fit_steps + timing.around_fit for share in shares)
     return {
         "prepare": prepare,

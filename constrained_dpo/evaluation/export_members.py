@@ -88,7 +88,7 @@ def export_members(
         elif (kept := run.front_folder(member.point.key) / KEPT_ADAPTER).exists():
             shutil.copytree(kept, folder, dirs_exist_ok=True)  # the very one that was measured
         else:
-            raise UserError(f"{kept}: is gone; remove its folder, and the point is played again")
+            raise UserError(f"{kept}: is gone; remove {kept.parent}, and the point is played again")
         write_json(folder / "measurement.json", member.point.to_json())
         write_generation_config(folder, recipe)
     line = serve_line(members, output, temporary)

@@ -185,7 +185,7 @@ def save_adapter(
     OSError naming the output where that fails.
 
     gathered: the model's whole tensors by name, where `model` holds only this process's part of
-    them.
+    them; contexts: of a family whose members are distilled.
     """
     output = plan.output
     try:

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from constrained_dpo.problem import Constraint
+from constrained_dpo.problem import Constraint, by_name
 from data_prep.errors import UserError
 from data_prep.files import sync_folder
 from data_prep.labels.multipliers import MultiplierRange, multiplier_columns
@@ -78,16 +78,14 @@ def family_for(
     units: by constraint, > 0; a block of several has their mean.
     """
     blocks = pd.Series({c.name: c.block for c in constraints}, dtype=object)
-    ends = ({str(n): float(v) for n, v in end.items()} for end in (law.low, law.high))
-    low, high = ends
     return Family(
         units={
             str(block): float(units[blocks.index[blocks == block]].mean())
             for block in blocks.unique()
         },
         rank=rank,
-        low=low,
-        high=high,
+        low=by_name(law.low),
+        high=by_name(law.high),
         kappa=law.kappa,
         shared={str(name): block for name, block in blocks.items() if name != block},
     )

@@ -41,8 +41,8 @@ def _text_blob() -> Callable[[str], Any]:
 
 
 def warm(prompts: Sequence[object], responses: list[str]) -> list[float]:
-    """Give TextBlob's polarity, in [−1, 1]: the mean of its own lexicon's adjectives, which shares
-    nothing with VADER's."""
+    """Give TextBlob's polarity, in [−1, 1]: the mean over the words of its own lexicon, which is
+    another than VADER's."""
     return [float(_text_blob()(response).sentiment.polarity) for response in responses]
 
 
