@@ -74,7 +74,7 @@ def prepared(tmp_path_factory):
                 {
                     "name": "harmless",
                     "by": "kind",
-                    "margin": -0.15,
+                    "margin": -0.25,  # decided at 27 of 40 prompts or before, at 35 seeds
                     "scorer": scorer("harmless", -1, 0),
                 }
             ],
