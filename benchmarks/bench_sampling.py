@@ -7,6 +7,8 @@ The 15M-parameter Llama of bench_fit.py, prompts of 100–130 tokens, 32 new tok
 transformers' `generate` on rows that repeat the prompt, *continuous* its continuous batching
 (`generate_batch`) of all of them. CPU seconds of one process, taking turns. Repeated responses:
 log-probabilities of a batch in which every response occurs twice, beside one in which all differ.
+By length: prompts of 8 to 160 tokens, half of them below 36, sampled and read in batches of like
+length, as a run does, beside batches in the prompts' order.
 """
 
 import argparse
@@ -89,6 +91,23 @@ def main() -> None:
     ]
     ours, plain = zip(*times, strict=True)
     told("log-probabilities, every response twice beside all different", ours, plain)
+    lengths = np.geomspace(8, 160, 4 * PROMPTS).astype(int)
+    mixed = [rng.integers(3, VOCABULARY, n).tolist() for n in rng.permutation(lengths)]
+
+    def both(prompts: list[list[int]]) -> None:
+        rows = [prompt for prompt in prompts for _ in range(arguments.responses)]
+        for i in range(0, len(rows), arguments.batch):
+            batch = rows[i : i + arguments.batch]
+            drawn = generate(policy, policy.model, batch, settings, i)
+            response_logps(policy.model, batch, drawn, pad_id=0, batch_size=arguments.batch)
+
+    by_length = sorted(mixed, key=len, reverse=True)
+    times = [
+        (seconds(lambda: both(by_length)), seconds(lambda: both(mixed)))
+        for _ in range(arguments.repeats)
+    ]
+    ours, plain = zip(*times, strict=True)
+    told("sampling and log-probabilities, by length beside in order", ours, plain)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,10 @@ SPLITS = (
 PROMPTS = {"prompt_id": "string", "prompt": "string", "split": "string"}
 
 
+# Of a prepared run's prompts, one column more: how the policy reads them.
+TOKEN_IDS = "token_ids"
+
+
 RESPONSES = {
     "prompt_id": "string",
     "response_id": "string",

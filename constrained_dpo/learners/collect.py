@@ -9,9 +9,10 @@ from constrained_dpo.estimates.draws import DrawRule, require_policy_draws
 from constrained_dpo.launch import num_processes, rank, wait
 from constrained_dpo.learners.protocol import Source
 from constrained_dpo.progress import Bar
+from data_prep.errors import UserError
 from data_prep.readers.tables import read_parquet, write_parquet
 from data_prep.settings import derive_seed
-from data_prep.tables import validate_responses
+from data_prep.tables import TOKEN_IDS, validate_responses
 
 REFERENCE = "sample and score, π_ref"
 
@@ -44,17 +45,20 @@ class Collection:
 
 
 def collect(learner: Source, prompts: pd.DataFrame, job: Collection) -> pd.DataFrame:
-    """Collect scored responses to prompts: (num_prompts × K) rows of the responses table.
+    """Collect scored responses to prompts: (num_prompts × K) rows of the responses table, in the
+    prompts' order.
 
     Each shard is a file before the next is drawn. A shard's prompts and seed are pure functions of
     the arguments, so a killed run that resumes draws the same responses. Raises UserError for
-    draws of a server that are not the policy's, of a shard or of all together. The processes of a
-    launch divide the shards by number, wait for each other, and all return the whole table.
+    draws of a server that are not the policy's, of a shard or of all together, and for shards of
+    other prompts. The processes of a launch divide the shards by number, wait for each other, and
+    all return the whole table.
     """
+    planned = _longest_first(prompts)
     per_shard = max(1, job.shard_size // job.responses_per_prompt)
     count = -(-len(prompts) // per_shard)
     paths = [job.folder / f"{number:05d}.parquet" for number in range(count)]
-    shards = {n: prompts.iloc[n * per_shard : (n + 1) * per_shard] for n in range(count)}
+    shards = {n: planned.iloc[n * per_shard : (n + 1) * per_shard] for n in range(count)}
     sizes = {n: len(chosen) * job.responses_per_prompt for n, chosen in shards.items()}
     numbers = range(rank(), count, num_processes())
     todo = [number for number in numbers if not paths[number].exists()]
@@ -78,9 +82,26 @@ def collect(learner: Source, prompts: pd.DataFrame, job: Collection) -> pd.DataF
             bar.step(sizes[number])
     wait()
     table = pd.concat([read_parquet(path) for path in paths], ignore_index=True)
+    place = pd.Series(range(len(prompts)), index=prompts["prompt_id"])
+    if set(table["prompt_id"]) != set(place.index):
+        raise UserError(
+            f"{job.folder}: holds shards of other prompts, or of an older version; delete it to "
+            "draw them again"
+        )
+    table = table.sort_values(
+        "prompt_id", key=lambda ids: ids.map(place), kind="stable", ignore_index=True
+    )
     again = f"{job.phase} (all shards; delete {job.folder} to draw them again)"
     require_policy_draws(table, job.rule, again)
     return table
+
+
+def _longest_first(prompts: pd.DataFrame) -> pd.DataFrame:
+    """Prompts of like length share a shard, so that little of it is padding; where memory does not
+    suffice, the first shard says so. In their own order where their tokens are not kept."""
+    if TOKEN_IDS not in prompts:
+        return prompts
+    return prompts.sort_values(TOKEN_IDS, key=lambda ids: -ids.map(len), kind="stable")
 
 
 def _drawn(learner: Source, prompts: pd.DataFrame, job: Collection, number: int) -> pd.DataFrame:

@@ -29,8 +29,8 @@ from data_prep.scorers.protocol import Scorer, TokenScorer
 from data_prep.scorers.scoring import make_scorer, score_texts, score_tokens
 from data_prep.scorers.settings import ScorerSettings
 from data_prep.settings import EMBEDDED, derive_seed
+from data_prep.tables import TOKEN_IDS
 
-TOKEN_IDS = "token_ids"
 """The column of the prompts table with what the policy reads."""
 
 

@@ -13,7 +13,7 @@ from constrained_dpo.learners.dataset_answers import (
     collect_answers,
     tokenized_answers,
 )
-from constrained_dpo.learners.lora import TOKEN_IDS, LoraLearner
+from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.learners.protocol import Learner
 from constrained_dpo.problem import by_name
 from constrained_dpo.progress import timed
@@ -31,7 +31,7 @@ from data_prep.errors import UserError
 from data_prep.files import hash_file, write_json
 from data_prep.prompts.preference_rows import given_pairs
 from data_prep.readers.tables import read_parquet, write_parquet
-from data_prep.tables import PROMPTS
+from data_prep.tables import PROMPTS, TOKEN_IDS
 
 
 def prepare(

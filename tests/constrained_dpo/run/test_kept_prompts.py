@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 from transformers import AutoTokenizer
 
-from constrained_dpo.learners.lora import TOKEN_IDS, LoraLearner
+from constrained_dpo.learners.lora import LoraLearner
 from constrained_dpo.run.prepare import _keep_prompts, _take_kept_tokens
 from data_prep.errors import UserError
 from data_prep.prompts.settings import PromptSettings
 from data_prep.readers.tables import read_parquet, write_parquet
+from data_prep.tables import TOKEN_IDS
 from tests.helpers.models import save_word_tokenizer
 
 
