@@ -18,6 +18,9 @@ from data_prep.tables import MULTIPLIER_PREFIX, require_columns, require_ids, re
 KAPPA = "kappa"
 """The column of a labels table that holds each row's κ = β_recipe/β."""
 
+PEAK = 3
+"""How strongly rows gather at the center: log λ is off by x^PEAK of its range, x uniform."""
+
 FLOOR_SHARE = 0.1
 """The floor of λ in units of std(reward)/std(utility) within prompts, where none is given."""
 
@@ -29,8 +32,8 @@ def multiplier_columns(names: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class MultiplierRange:
-    """The law that a label row's multipliers are drawn from: around `center`, log-uniform within a
-    factor.
+    """The law that a label row's multipliers are drawn from: around `center`, within a factor w,
+    half of them within w^(1/8) of it.
 
     center: by utility, ≥ 0; the floor stands in for a smaller value. floor: by utility, > 0: below
     it λ counts as none. factor: w > 1. kappa: range of κ = β_recipe/β, or None. λ is in units of
@@ -83,13 +86,17 @@ class MultiplierRange:
 
         keys: (num_rows,) uint64 each; a row's draws depend on (seed, column name, its keys) alone.
         Returns `multiplier_columns` of the utilities, and `KAPPA` where κ has a range, (num_rows,)
-        float64 each. λ = center·factor^±1, log-uniform; where the lower end is 0, what falls below
-        the floor is stretched linearly so that it reaches 0. κ is log-uniform on its range.
+        float64 each. λ = center·factor^(x³), x uniform on [−1, 1]: the member that is needed lies
+        near the center, and the ends are there for when it does not. Around a center below the
+        floor λ is log-uniform. Where the lower end is 0, what falls below the floor is stretched
+        linearly so that it reaches 0. κ is log-uniform on its range.
         """
         columns = {}
         names = [str(name) for name in self.center.index]
         for name, column in zip(names, multiplier_columns(names), strict=True):
             uniform = hashed_uniforms(derive_seed(seed, 0, column), *keys)
+            if self.center[name] >= self._floor[name]:
+                uniform = (1 + (2 * uniform - 1) ** PEAK) / 2
             columns[column] = _around(
                 uniform, float(self._middle[name]), self.factor, float(self._floor[name])
             )

@@ -63,7 +63,9 @@ DRAWN = [*multiplier_columns(["g", "h"]), KAPPA]
     ("center", "floor", "factor"),
     [(0.4, 0.05, 3.0), (0.0, 0.05, 3.0), (0.1, 0.05, 5.0), (2.0, 1e-6, 1.5), (0.01, 0.05, 3.0)],
 )
-def test_multipliers_are_log_uniform_and_stretched_to_0_below_the_floor(center, floor, factor):
+def test_multipliers_gather_at_their_center_and_are_stretched_to_0_below_the_floor(
+    center, floor, factor
+):
     law = range_of(g=(center, floor), factor=factor)
     drawn = law.draw(7, *KEYS)["lambda/g"]
     middle = max(center, floor)
@@ -75,11 +77,15 @@ def test_multipliers_are_log_uniform_and_stretched_to_0_below_the_floor(center, 
     def distribution(value):
         stretched = bottom + value / floor * (floor - bottom)
         log_uniform = np.where((low == 0) & (value <= floor), stretched, value)
-        return np.log(log_uniform / bottom) / (2 * np.log(factor))
+        share = np.log(log_uniform / middle) / np.log(factor)
+        return (1 + (share if center < floor else np.cbrt(share))) / 2
 
     assert kstest(drawn, distribution).pvalue > 1e-3
     if low == 0:
         assert drawn.min() < 0.01 * floor
+    if center >= floor:
+        near = drawn.between(center / factor**0.125, center * factor**0.125)
+        assert near.mean() == pytest.approx(0.5, abs=0.03)
 
 
 def test_kappa_is_log_uniform_and_draws_of_columns_are_independent():
