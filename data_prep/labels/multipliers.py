@@ -1,7 +1,7 @@
 """The law of label rows' multipliers: each row of a labels table may have a λ (and a κ) of its own.
 
-Floors keep a multiplier of 0 moving: below its floor λ counts as none, and a range that goes below
-it reaches 0.
+Floors keep a multiplier of 0 moving: below its floor λ has no scale of its own, and a range that
+goes below it reaches 0.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ KAPPA = "kappa"
 """The column of a labels table that holds each row's κ = β_recipe/β."""
 
 PEAK = 3
-"""How strongly rows gather at the center: log λ is off by x^PEAK of its range, x uniform."""
+"""How strongly rows gather at the center: they are off by x^PEAK of the range, x uniform."""
 
 FLOOR_SHARE = 0.1
 """The floor of λ in units of std(reward)/std(utility) within prompts, where none is given."""
@@ -35,8 +35,8 @@ class MultiplierRange:
     """The law that a label row's multipliers are drawn from: around `center`, within a factor w,
     half of them within w^(1/8) of it.
 
-    center: by utility, ≥ 0; the floor stands in for a smaller value. floor: by utility, > 0: below
-    it λ counts as none. factor: w > 1. kappa: range of κ = β_recipe/β, or None. λ is in units of
+    center: by utility, ≥ 0. floor: by utility, > 0: around a smaller center λ goes from 0 to
+    floor·w. factor: w > 1. kappa: range of κ = β_recipe/β, or None. λ is in units of
     reward per utility. Raises UserError on other values.
     """
 
@@ -87,18 +87,20 @@ class MultiplierRange:
         keys: (num_rows,) uint64 each; a row's draws depend on (seed, column name, its keys) alone.
         Returns `multiplier_columns` of the utilities, and `KAPPA` where κ has a range, (num_rows,)
         float64 each. λ = center·factor^(x³), x uniform on [−1, 1]: the member that is needed lies
-        near the center, and the ends are there for when it does not. Around a center below the
-        floor λ is log-uniform. Where the lower end is 0, what falls below the floor is stretched
-        linearly so that it reaches 0. κ is log-uniform on its range.
+        near the center, and the ends are there for when it does not. Where the lower end is 0,
+        what falls below the floor is stretched linearly so that it reaches 0. A center below the
+        floor has no scale of its own: λ = center − center·|x|³ or center + (high − center)·x³. κ is
+        log-uniform on its range.
         """
         columns = {}
         names = [str(name) for name in self.center.index]
         for name, column in zip(names, multiplier_columns(names), strict=True):
             uniform = hashed_uniforms(derive_seed(seed, 0, column), *keys)
-            if self.center[name] >= self._floor[name]:
-                uniform = (1 + (2 * uniform - 1) ** PEAK) / 2
             columns[column] = _around(
-                uniform, float(self._middle[name]), self.factor, float(self._floor[name])
+                (2 * uniform - 1) ** PEAK,
+                float(self.center[name]),
+                self.factor,
+                float(self._floor[name]),
             )
         if self.kappa is not None:
             uniform = hashed_uniforms(derive_seed(seed, 0, KAPPA), *keys)
@@ -153,10 +155,12 @@ def _within_prompts(responses: pd.DataFrame, name: str) -> float:
     return std if std > 1e-12 * float(score.abs().max()) else 0.0
 
 
-def _around(uniform: np.ndarray, middle: float, factor: float, floor: float) -> np.ndarray:
-    """λ of one utility, shape of `uniform`: the law of `MultiplierRange.draw`."""
-    bottom = middle / factor
-    value = _log_uniform(uniform, bottom, middle * factor)
+def _around(share: np.ndarray, center: float, factor: float, floor: float) -> np.ndarray:
+    """λ of one utility at a share of the way, −1 to 1, to either end: `MultiplierRange.draw`."""
+    if center < floor:
+        return center + share * np.where(share < 0, center, floor * factor - center)
+    bottom = center / factor
+    value = np.clip(center * factor**share, bottom, center * factor)
     if bottom >= floor:
         return value
     return np.where(value <= floor, (value - bottom) / (floor - bottom) * floor, value)
