@@ -222,17 +222,21 @@ def print_table(results: list[dict]) -> None:
     for result in results:
         if "front" in result:
             print(
-                "\n| margin | λ | gain of harmless [95 %] | E[helpful] ± SE | KL |\n"
-                + "|---" * 5
+                "\n| margin | λ | gain of harmless | u [95 %] | E[helpful] | KL |\n"
+                + "|---" * 6
                 + "|"
             )
         for point in result.get("front", []):
-            margin = point["margin"]
-            ends = (margin + point[k]["harmless"] for k in ("u", "u_ci_low", "u_ci_high"))
-            gain, low, high = (f"{value:+.2f}" for value in ends)
-            helpful = f"{point['reward']:+.2f} ± {point['reward_se']:.2f}"
-            cells = [f"{margin:.1f}", f"{point['lambda']:.2f}", f"{gain} [{low}, {high}]", helpful]
-            print("| " + " | ".join([*cells, f"{point['kl']:.2f}"]) + " |")
+            of = {key: point[key]["harmless"] for key in FRONT_KEYS - {"reward", "kl", "at_edge"}}
+            cells = [
+                f"{of['levels']:.1f}",
+                f"{of['lambda_']:.2f}",
+                f"{of['gains']:+.2f}",
+                f"{of['u']:+.2f} [{of['u_ci_low']:+.2f}, {of['u_ci_high']:+.2f}]",
+                f"{point['reward']:+.2f}",
+                f"{point['kl']:.2f}",
+            ]
+            print("| " + " | ".join(cells) + " |")
     for result in results:
         if result["reasons"]:
             print(f"{result['task']}: {result['reasons']}")
