@@ -1,12 +1,12 @@
 """Sampling a published chat model and its log-probabilities, beside how they were done at first.
 
-    python -m benchmarks.bench_chat FOLDER [--prompts 8] [--responses 8] [--repeats 2]
+    python -m benchmarks.bench_chat FOLDER [--prompts 8] [--responses 8] [--repeats 2] [--profile]
 
 FOLDER: SmolLM2-135M-Instruct as `data-prep smollm2` writes it. The first everyday questions, 48 new
 tokens, temperature 0.7, bfloat16, π_ref. *Before*: transformers' `generate` behind the prompts'
 keys and values, every row until the last one has ended; then every row's prompt and response in one
 forward, its head on states that do not lie side by side. CPU seconds of one process, taking turns;
-tokens that were drawn per CPU second.
+tokens that were drawn per CPU second. --profile: the operations that take sampling's time instead.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import GenerationConfig
 
 from data_prep.everyday import question_rows
@@ -110,11 +111,17 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--responses", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     settings = PolicySettings(model=arguments.folder, quantization="none", temperature=0.7)
     policy = load_policy(settings)
     distinct = prompts_of(policy, arguments.prompts)
     prompts = [prompt for prompt in distinct for _ in range(arguments.responses)]
+    if arguments.profile:
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            generate(policy, policy.model, prompts, SETTINGS, 0)
+        print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
+        return
     turns = [
         {name: play(policy, prompts, name, seed) for name in ("now", "before")}
         for seed in range(arguments.repeats)

@@ -227,12 +227,12 @@ def print_table(results: list[dict]) -> None:
                 + "|"
             )
         for point in result.get("front", []):
-            of = {key: point[key]["harmless"] for key in FRONT_KEYS - {"reward", "kl", "at_edge"}}
+            low, high = point["u_ci_low"]["harmless"], point["u_ci_high"]["harmless"]
             cells = [
-                f"{of['levels']:.1f}",
-                f"{of['lambda_']:.2f}",
-                f"{of['gains']:+.2f}",
-                f"{of['u']:+.2f} [{of['u_ci_low']:+.2f}, {of['u_ci_high']:+.2f}]",
+                f"{point['levels']['harmless']:.1f}",
+                f"{point['lambda_']['harmless']:.2f}",
+                f"{point['gains']['harmless']:+.2f}",
+                f"{point['u']['harmless']:+.2f} [{low:+.2f}, {high:+.2f}]",
                 f"{point['reward']:+.2f}",
                 f"{point['kl']:.2f}",
             ]

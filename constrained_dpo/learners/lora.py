@@ -31,8 +31,6 @@ from data_prep.scorers.settings import ScorerSettings
 from data_prep.settings import EMBEDDED, derive_seed
 from data_prep.tables import TOKEN_IDS
 
-"""The column of the prompts table with what the policy reads."""
-
 
 class LoraLearner:
     """Fit LoRA adapters with TRL, sample and score with the recipe's policy and scorers.

@@ -19,9 +19,9 @@ class ConditionalSettings(Settings):
     range: float | None = Field(
         None,
         gt=1,
-        description="rows are labelled under multipliers from λ/range to λ·range; null: 3; 2 with "
-        "more than two utilities, whose draws are noise to each other; 1.5 with a tail, which "
-        "few answers decide",
+        description="rows are labelled under λ/range to λ·range, half of them near "
+        "λ itself; null: 3; 2 with more than two utilities, whose draws are noise to each other; "
+        "1.5 with a tail, which few answers decide",
     )
     kappa: tuple[float, float] | None = Field(
         None,
