@@ -2,7 +2,7 @@
 passes, with exact values.
 
     python -m benchmarks.bench_peers runs FILE.jsonl [--peers ...] [--worlds ...] [--seeds ...]
-        [--scale "std 1"|"std 10"] [--steps 800] [--work FOLDER]
+        [--scale "std 1"|"std 10"] [--steps 800] [--rate RATE] [--work FOLDER]
     python -m benchmarks.bench_peers table FILE.jsonl
 
 Every peer trains on 800 steps of 128 sequences and is set to draw no more samples than the
@@ -26,10 +26,10 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.family_front import values_of
-from benchmarks.family_tables import NEAR
 from benchmarks.family_tasks import SCALES, WORLDS
 from benchmarks.peers_grpo import play_grpo
-from benchmarks.peers_preferences import Budget, PeerTask, play_modpo, play_safedpo
+from benchmarks.peers_preferences import PeerTask, play_modpo, play_safedpo
+from benchmarks.peers_tables import WEIGHTED, print_tables
 from benchmarks.shares import share_closed
 from constrained_dpo import Run
 from constrained_dpo.dual.exact import ExactOptimum, ExactPolicy
@@ -44,7 +44,6 @@ DELTAS = (0.0, 10.0)  # of SafeDPO
 OFFLINE = "sampling.responses_per_prompt=1024"  # a fixed pool is as large as the samples allow
 PAPERS = ("fit.learning_rate=2e-4", OFFLINE)
 LEVEL = "sampling.responses_per_prompt=512"  # π_ref's level as sure as the conditional run's
-WEIGHTED = "weighted sum"
 PREFERENCE_RATE, GRPO_RATE, DUAL_RATE = 2e-4, 1e-3, 0.02
 
 
@@ -53,6 +52,7 @@ def play_run(setting: str, method: str | None, task: PeerTask, folder: Path) -> 
     recipe, overrides = task.recipe(setting), []
     if method is not None:
         overrides = [*PAPERS, *method_overrides(method, Recipe.model_validate(recipe))]
+    overrides += [] if task.rate is None else [f"fit.learning_rate={task.rate}"]
     return _played(Run.create(recipe, folder, overrides), task)
 
 
@@ -61,6 +61,7 @@ def play_weighted(weight: float, task: PeerTask, folder: Path) -> dict:
     recipe = task.recipe()
     names = [constraint["name"] for constraint in recipe["objective"]["constraints"]]
     recipe["dual"] |= {"method": "fixed", "init": dict.fromkeys(names, weight)}
+    recipe["fit"] |= {} if task.rate is None else {"learning_rate": task.rate}
     return _played(Run.create(recipe, folder), task)
 
 
@@ -109,11 +110,11 @@ def _draws(run: Run, record: RoundRecord) -> int:
     return len(read_parquet(grown)) + int((samples["split"] == "test").sum())
 
 
-def play_other(play: Callable[[Run, Budget], dict], task: PeerTask, folder: Path) -> dict:
+def play_other(play: Callable[[Run, PeerTask], dict], task: PeerTask, folder: Path) -> dict:
     """Play a peer that is no `Run`, on a prepared one's samples of π_ref, and value its looks."""
     run = Run.create(task.recipe(), folder, [LEVEL if play is _grpo else OFFLINE])
     run.prepare()
-    best, result = _best(run), play(run, task.budget)
+    best, result = _best(run), play(run, task)
     adapters = result.pop("adapters")
     multipliers = result.pop("lambda", {})
     values, problem = values_of(run), run.recipe.problem
@@ -127,17 +128,17 @@ def play_other(play: Callable[[Run, Budget], dict], task: PeerTask, folder: Path
     return {"rows": rows} | world_of(best) | result
 
 
-def _grpo(run: Run, budget: Budget) -> dict:
-    return play_grpo(run, budget, GRPO_RATE, DUAL_RATE)
+def _grpo(run: Run, task: PeerTask) -> dict:
+    return play_grpo(run, task.budget, task.rate or GRPO_RATE, DUAL_RATE)
 
 
-def _modpo(run: Run, budget: Budget) -> dict:
+def _modpo(run: Run, task: PeerTask) -> dict:
     ((_, lambda_),) = _best(run).lambda_.items()
-    return play_modpo(run, lambda_, budget, PREFERENCE_RATE)
+    return play_modpo(run, lambda_, task.budget, task.rate or PREFERENCE_RATE)
 
 
-def _safedpo(delta: float, run: Run, budget: Budget) -> dict:
-    return play_safedpo(run, delta, budget, PREFERENCE_RATE)
+def _safedpo(delta: float, run: Run, task: PeerTask) -> dict:
+    return play_safedpo(run, delta, task.budget, task.rate or PREFERENCE_RATE)
 
 
 PEERS: dict[str, Callable[[PeerTask, Path], dict]] = {
@@ -170,9 +171,9 @@ def play_peers(output: Path, work: Path, tasks: list[PeerTask]) -> None:
     """Play what is not in the records yet; one JSON line a run."""
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = output.read_text().splitlines() if output.exists() else []
-    done = [json.loads(line)["task"] for line in lines]
+    done = [PeerTask(**json.loads(line)["task"]) for line in lines]
     for task in tasks:
-        if asdict(task) in done:
+        if task in done:
             continue
         folder = work / "-".join(map(str, asdict(task).values())).replace(" ", "_")
         shutil.rmtree(folder, ignore_errors=True)
@@ -183,90 +184,6 @@ def play_peers(output: Path, work: Path, tasks: list[PeerTask]) -> None:
         last = result["rows"][-1]
         figures = f"closed {100 * last['closed']:.1f} %, u {100 * last['u_over_b']:+.1f} % of b"
         print(f"{task.peer}, {task.world}: {figures}, {result['seconds']:.0f} s", flush=True)
-
-
-def print_tables(records: list[dict]) -> None:
-    """Print one table for each world, scale, seed and number of steps."""
-    keys = [tuple(r["task"][k] for k in ("scale", "world", "seed", "steps")) for r in records]
-    for key in dict.fromkeys(keys):
-        chosen = [r for r, other in zip(records, keys, strict=True) if other == key]
-        scale, world, seed, steps = key
-        best = chosen[0]["lambda_star"]
-        print(f"\n**{world}, {scale}, seed {seed}, {steps} steps**, λ\\* {best:.3f}\n")
-        heads = ["peer", "gap closed", "with u at λ\\*'s price", "u in % of b", "KL", "λ"]
-        heads += ["\\|u\\| ≤ 5 % of b from step", "passes", "samples", "CPU s"]
-        print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-        for name, record in _summed(chosen):
-            print(f"| {name} | " + " | ".join(_cells(record)) + " |")
-
-
-def _summed(records: list[dict]) -> list[tuple[str, dict]]:
-    """The peers' records by name, in the order of the records; those of the weighted sums become
-    two: the best in hindsight after all their passes, and after a quarter of them."""
-    rows = [(r["task"]["peer"], r) for r in records if not r["task"]["peer"].startswith(WEIGHTED)]
-    weighted = [r for r in records if r["task"]["peer"].startswith(WEIGHTED)]
-    if weighted:
-        count = len(weighted)
-        shorter = [r | {"rows": r["rows"][:1]} for r in weighted]
-        quarter = {key: sum(r[key] for r in weighted) / 4 for key in ("sequences", "seconds")}
-        for words, group in ((f"{count} weights", weighted), (f"{count} weights, ¼ each", shorter)):
-            total = {k: sum(r[k] for r in group) for k in ("sequences", "sampled", "seconds")}
-            if group is shorter:
-                total |= quarter | {"sampled": sum(_first_quarter(r) for r in weighted)}
-            rows.append((f"{WEIGHTED}, best of {words}", best_in_hindsight(group) | total))
-    return rows
-
-
-def _first_quarter(record: dict) -> int:
-    """Samples until the first look: those of π_ref and a quarter of the policy's."""
-    drawn = record["reference_draws"]
-    return drawn + (record["sampled"] - drawn) // 4
-
-
-def best_in_hindsight(records: list[dict]) -> dict:
-    """The record that a judge who knows the exact values would choose: of those within 5 % of b
-    below the margin, or above it, the one that closes most; where there is none, the one that
-    comes nearest to the margin."""
-    last = lambda record: record["rows"][-1]
-    feasible = [r for r in records if last(r)["u_over_b"] >= -NEAR]
-    if feasible:
-        return max(feasible, key=lambda r: last(r)["closed"])
-    return max(records, key=lambda r: last(r)["u_over_b"])
-
-
-def settled(rows: list[dict]) -> int | None:
-    """The first step from which on |u| stays within 5 % of b at every look; None: at no look."""
-    away = [k for k, row in enumerate(rows) if abs(row["u_over_b"]) > NEAR]
-    first = max(away, default=-1) + 1
-    return rows[first]["steps"] if first < len(rows) else None
-
-
-def priced(record: dict, row: dict) -> float:
-    """Share closed of the Lagrangian's gap at λ*, from π_ref's to P*: L = objective + λ*·u.
-
-    The objective alone flatters a policy that violates the constraint.
-    """
-    price = record["lambda_star"] * record["margin"]
-    whole = record["gap"] + price  # u of π_ref is −b
-    return 1 - (record["gap"] * (1 - row["closed"]) - price * row["u_over_b"]) / whole
-
-
-def _cells(record: dict) -> list[str]:
-    last, first = record["rows"][-1], settled(record["rows"])
-    slack = f"{100 * last['u_over_b']:+.1f}"
-    return [
-        f"{100 * last['closed']:.0f} %",
-        f"{100 * priced(record, last):.0f} %",
-        slack if last["u_over_b"] >= -NEAR else f"**{slack}**",
-        f"{last['kl']:.2f}",
-        _value(last["lambda"]) if last["lambda"] else "",
-        str(first or "never"),
-        *(f"{record[key]:,.0f}" for key in ("sequences", "sampled", "seconds")),
-    ]
-
-
-def _value(lambda_: dict[str, float]) -> str:
-    return "/".join(f"{value:.3f}" for value in lambda_.values())
 
 
 def main() -> None:
@@ -282,6 +199,7 @@ def main() -> None:
     runs.add_argument("--seeds", type=int, nargs="+", default=[0])
     runs.add_argument("--scale", choices=SCALES, default="std 1")
     runs.add_argument("--steps", type=int, default=800)
+    runs.add_argument("--rate", type=float, help="learning rate in place of each peer's own")
     runs.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bench-peers")
     arguments = parser.parse_args()
     if arguments.command == "table":
@@ -290,7 +208,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     quiet_libraries()
     order = itertools.product(arguments.seeds, arguments.worlds, arguments.peers)
-    tasks = [PeerTask(p, w, s, arguments.scale, arguments.steps) for s, w, p in order]
+    scale, steps, rate = arguments.scale, arguments.steps, arguments.rate
+    tasks = [PeerTask(p, w, s, scale, steps, rate) for s, w, p in order]
     play_peers(arguments.output, arguments.work, tasks)
 
 

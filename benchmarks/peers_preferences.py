@@ -40,17 +40,22 @@ class Budget:
 
 @dataclass(frozen=True)
 class PeerTask:
-    """One run of a peer."""
+    """One run of a peer. rate: the learning rate, None: the peer's own."""
 
     peer: str
     world: str
     seed: int
     scale: str
     steps: int
+    rate: float | None = None
 
     @property
     def budget(self) -> Budget:
         return Budget(steps=self.steps, look=self.steps // 4)
+
+    def words(self) -> str:
+        """Name the peer in a table."""
+        return self.peer if self.rate is None else f"{self.peer}, rate {self.rate:g}"
 
     def recipe(self, setting: str = "plain") -> dict:
         """The recipe of bench_family's setting, four rounds of the budget's steps."""

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from benchmarks.bench_peers import best_in_hindsight, priced, row_of, settled, world_of
+from benchmarks.bench_peers import row_of, world_of
 from benchmarks.peers_grpo import DualAscent, PlainHeadTrainer
 from benchmarks.peers_preferences import OFFSET, margin_pairs, offset_loss, safe_pairs
+from benchmarks.peers_tables import best_in_hindsight, priced, print_tables, settled
 from constrained_dpo.dual.exact import TabularWorld
 from constrained_dpo.fit.losses import pair_loss
 from constrained_dpo.problem import ConstrainedProblem, Constraint
@@ -107,3 +108,25 @@ def test_the_price_of_u_is_the_exact_lagrangian():
     share = priced(record, row_of(0, best, world.evaluate(logp)))
     assert record["lambda_star"] > 0
     assert share == pytest.approx(1 - end / start, abs=1e-6)
+
+
+def test_tables_keep_seeds_rates_and_scales_apart(capsys):
+    def record(peer, seed, u, scale="std 1", **rate):
+        task = {"peer": peer, "world": "embedded", "seed": seed, "scale": scale, "steps": 4}
+        rows = [{"steps": 2, "closed": 0.5, "u_over_b": 1.0}]
+        rows += [{"steps": 4, "closed": 1 - abs(u), "u_over_b": u}]
+        made = {"sequences": 8, "sampled": 6, "seconds": 1.0, "reference_draws": 2}
+        world = {"lambda_star": 1.0, "gap": 1.0, "margin": 1.0}
+        return (
+            {"task": task | ({} if rate is None else {"rate": rate}), "rows": rows} | made | world
+        )
+
+    runs = [record("CAID", 0, 0.04), record("CAID", 1, -0.2), record("CAID", 0, 0.6, rate=1e-3)]
+    print_tables([*runs, record("CAID", 0, 0.0, scale="std 10")])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| CAID")]
+    # runs, closed, at λ*'s price (1 − (|u| − u)/2), |u|, near, below, first step near
+    assert rows[0][1:8] == ["2", "88, 80 %", "90, 80 %", "12, 20", "1", "1", "never"]
+    assert rows[1][0] == "| CAID, rate 0.001" and rows[1][1:3] == ["1", "40, 40 %"]
+    assert rows[2][1].startswith("100 % (+4), 80 % (**−20**)")
+    assert rows[4][1:8] == ["1", "100, 100 %", "100, 100 %", "0, 0", "1", "0", "4"]
