@@ -117,9 +117,7 @@ def test_tables_keep_seeds_rates_and_scales_apart(capsys):
         rows += [{"steps": 4, "closed": 1 - abs(u), "u_over_b": u}]
         made = {"sequences": 8, "sampled": 6, "seconds": 1.0, "reference_draws": 2}
         world = {"lambda_star": 1.0, "gap": 1.0, "margin": 1.0}
-        return (
-            {"task": task | ({} if rate is None else {"rate": rate}), "rows": rows} | made | world
-        )
+        return {"task": task | rate, "rows": rows} | made | world
 
     runs = [record("CAID", 0, 0.04), record("CAID", 1, -0.2), record("CAID", 0, 0.6, rate=1e-3)]
     print_tables([*runs, record("CAID", 0, 0.0, scale="std 10")])
