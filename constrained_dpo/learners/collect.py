@@ -98,10 +98,10 @@ def collect(learner: Source, prompts: pd.DataFrame, job: Collection) -> pd.DataF
 
 def _longest_first(prompts: pd.DataFrame) -> pd.DataFrame:
     """Prompts of like length share a shard, so that little of it is padding; where memory does not
-    suffice, the first shard says so. In their own order where their tokens are not kept."""
-    if TOKEN_IDS not in prompts:
-        return prompts
-    return prompts.sort_values(TOKEN_IDS, key=lambda ids: -ids.map(len), kind="stable")
+    suffice, the first shard says so. Characters count where no tokens are kept, as of a gate's own
+    prompts."""
+    by = TOKEN_IDS if TOKEN_IDS in prompts else "prompt"
+    return prompts.sort_values(by, key=lambda texts: -texts.map(len), kind="stable")
 
 
 def _drawn(learner: Source, prompts: pd.DataFrame, job: Collection, number: int) -> pd.DataFrame:

@@ -85,8 +85,8 @@ def solve(this: Round) -> None:
             " and ".join(mute),
         )
     if is_main():
-        family, found = run.family_folder(number, attempt), solutions[0]
-        this.learner.write_member(family, found.lambda_, found.kappa, run.adapter_folder(number))
+        family, member = run.family_folder(number, attempt), solutions[0]
+        this.learner.write_member(family, member.lambda_, member.kappa, run.adapter_folder(number))
     wait()
 
 

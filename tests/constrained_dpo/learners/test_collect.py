@@ -64,10 +64,12 @@ def test_a_killed_collection_goes_on_to_the_same_table(learner, job):
     pd.testing.assert_frame_equal(again, table)
 
 
-def test_prompts_without_kept_tokens_stay_as_they_are(learner, job):
-    table = collect(learner, learner.prompts.drop(columns="token_ids"), job)
+def test_prompts_without_kept_tokens_are_as_long_as_their_text(learner, job):
+    texts = learner.prompts["prompt"].mask(learner.prompts["prompt_id"] == "p2", "a " * 99)
+    prompts = learner.prompts.assign(prompt=texts).drop(columns="token_ids")
+    table = collect(learner, prompts, job)
     first = read_parquet(job.folder / "00000.parquet")
-    assert list(first["prompt_id"].unique()) == ["p0", "p1"]
+    assert first["prompt_id"].iloc[0] == "p2"
     assert list(table["prompt_id"].iloc[::3]) == list(learner.prompts["prompt_id"])
 
 
