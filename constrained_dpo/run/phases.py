@@ -1,7 +1,7 @@
 """A round under way: its phases, and what all of them read."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,6 @@ from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.family import family_of, multiplier_range
 from constrained_dpo.run.multipliers import chosen_loss
-from constrained_dpo.run.record import RoundRecord
 from data_prep.labels.multipliers import MultiplierRange
 
 
@@ -52,18 +51,10 @@ class Round:
 
     @cached_property
     def law(self) -> pd.Series | MultiplierRange:
-        """What the round's rows are labelled under: λ, or a range around it.
-
-        λ is a guess until the round before has solved for it.
-        """
+        """What the round's rows are labelled under: λ, or a range around it."""
         if self.recipe.fit.conditional is None:
             return self.lambda_
-        guesses = {str(name) for name in self.lambda_.index}
-        if self.number > 0:
-            before = RoundRecord.read(self.run.round_file(self.number - 1))
-            guesses = before.at_edge.keys() | set(before.mute)
-        law = multiplier_range(self.run, self.recipe, self.lambda_)
-        return replace(law, guesses=frozenset(guesses))
+        return multiplier_range(self.run, self.recipe, self.lambda_)
 
     @cached_property
     def family(self) -> Family | None:

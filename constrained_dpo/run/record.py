@@ -54,13 +54,12 @@ class RoundRecord(Measurement, Certificate):
     quantiles of the policy's samples on the dual prompts. steered_on: the slack that moved λ.
     trials: of a conditional round, whose policy is the family's member at lambda_next and κ
     `kappa`; at_edge: constraints whose root lies beyond an end of the range that the family was
-    trained on; mute: those whose u does not answer λ, which stayed where it was. seconds: by phase,
-    None where a phase was resumed; hashes: of the run's inputs. sampling_cost: of a round whose
-    responses servers drew, seconds until they answered and in our own forward beside them (the main
-    process's); sampler: their log-probabilities and draws beside ours. sampling_law: how responses
-    were drawn; exact: by split, where every response of the world is listed. truncated_scores: by
-    objective, texts that were cut to a scorer's window; unlabelled_prompts: fit and dual prompts
-    without a label; processes: of the launch.
+    trained on. seconds: by phase, None where a phase was resumed; hashes: of the run's inputs.
+    sampling_cost: of a round whose responses servers drew, seconds until they answered and in our
+    own forward beside them (the main process's); sampler: their log-probabilities and draws beside
+    ours. sampling_law: how responses were drawn; exact: by split, where every response of the world
+    is listed. truncated_scores: by objective, texts that were cut to a scorer's window;
+    unlabelled_prompts: fit and dual prompts without a label; processes: of the launch.
     """
 
     round: int
@@ -73,7 +72,6 @@ class RoundRecord(Measurement, Certificate):
     trials: list[Trial] | None = None
     kappa: float = 1.0
     at_edge: dict[str, str] = Field(default_factory=dict)
-    mute: list[str] = Field(default_factory=list)
     test: Measurement
     verdict: str
     sampling_law: SamplingLaw
@@ -282,8 +280,7 @@ def _trial_fields(solved: Solved | None) -> dict[str, Any]:
         return {}
     solution, trials = solved
     edges = {name: edge for name, edge in solution.at_edge.items() if edge}
-    mute = [name for name, responds in solution.responds.items() if not responds]
-    return {"trials": trials, "kappa": solution.kappa, "at_edge": edges, "mute": mute}
+    return {"trials": trials, "kappa": solution.kappa, "at_edge": edges}
 
 
 def replay(run: RunDirectory) -> list[dict[str, float]]:

@@ -19,8 +19,7 @@ KAPPA = "kappa"
 """The column of a labels table that holds each row's κ = β_recipe/β."""
 
 PEAK = 3
-"""How strongly rows gather at a center that was solved for: they are off by x^PEAK of the range, x
-uniform."""
+"""How strongly rows gather at the center: they are off by x^PEAK of the range, x uniform."""
 
 FLOOR_SHARE = 0.1
 """The floor of λ in units of std(reward)/std(utility) within prompts, where none is given."""
@@ -34,19 +33,17 @@ def multiplier_columns(names: Iterable[str]) -> list[str]:
 @dataclass(frozen=True, eq=False)
 class MultiplierRange:
     """The law that a label row's multipliers are drawn from: around `center`, within a factor w,
-    half of them within w^(1/8) of it; log-uniform around a guess.
+    half of them within w^(1/8) of it.
 
     center: by utility, ≥ 0. floor: by utility, > 0: around a smaller center λ goes from 0 to
-    floor·w. factor: w > 1. kappa: range of κ = β_recipe/β, or None. guesses: utilities whose center
-    was not solved for, so that any member may be needed. λ is in units of reward per utility.
-    Raises UserError on other values.
+    floor·w. factor: w > 1. kappa: range of κ = β_recipe/β, or None. λ is in units of
+    reward per utility. Raises UserError on other values.
     """
 
     center: pd.Series
     floor: pd.Series
     factor: float
     kappa: tuple[float, float] | None = None
-    guesses: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         names = self.center.index
@@ -92,15 +89,15 @@ class MultiplierRange:
         float64 each. λ = center·factor^(x³), x uniform on [−1, 1]: the member that is needed lies
         near the center, and the ends are there for when it does not. Where the lower end is 0,
         what falls below the floor is stretched linearly so that it reaches 0. A center below the
-        floor has no scale of its own: λ = center − center·|x|³ or center + (high − center)·x³.
-        Around a guess x takes the place of x³. κ is log-uniform on its range.
+        floor has no scale of its own: λ = center − center·|x|³ or center + (high − center)·x³. κ is
+        log-uniform on its range.
         """
         columns = {}
         names = [str(name) for name in self.center.index]
         for name, column in zip(names, multiplier_columns(names), strict=True):
             uniform = hashed_uniforms(derive_seed(seed, 0, column), *keys)
             columns[column] = _around(
-                (2 * uniform - 1) ** (1 if name in self.guesses else PEAK),
+                (2 * uniform - 1) ** PEAK,
                 float(self.center[name]),
                 self.factor,
                 float(self._floor[name]),

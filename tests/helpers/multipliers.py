@@ -7,9 +7,9 @@ from data_prep.labels.multipliers import KAPPA, MultiplierRange, multiplier_colu
 from tests.helpers.tables import scored_frame
 
 
-def range_of(factor=3.0, kappa=None, guesses=(), **center_and_floor):
+def range_of(factor=3.0, kappa=None, **center_and_floor):
     center, floor = pd.DataFrame(center_and_floor).iloc
-    return MultiplierRange(center, floor, factor, kappa, frozenset(guesses))
+    return MultiplierRange(center, floor, factor, kappa)
 
 
 RANGE = range_of(g=(0.4, 0.05), h=(0.0, 0.2), kappa=(0.5, 1.5))

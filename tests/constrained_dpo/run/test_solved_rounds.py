@@ -50,7 +50,7 @@ def test_a_wrong_first_multiplier_is_made_good_in_the_next_round(tmp_path, facto
     world = random_world(3, prompts=60, responses=50)
     overrides = [*SOLVE, MANY, started_at(factor, world)]
     run, recipe, learner = make_run(tmp_path / "run", world, overrides)
-    first, second, _ = play(run, recipe, learner, 3)
+    first, second = play(run, recipe, learner, 2)
     assert first.at_edge == {"g0": edge} and len(first.trials) <= 3 and first.step == "solved"
     range_ = 3.0 if factor < 1 else 1 / 3
     assert first.lambda_next["g0"] == pytest.approx(first.lambda_["g0"] * range_)
@@ -58,11 +58,6 @@ def test_a_wrong_first_multiplier_is_made_good_in_the_next_round(tmp_path, facto
     assert second.at_edge == {} and 2 <= len(second.trials) <= recipe.dual.trials
     assert_near_zero(run, learner, 1)
     assert replay(run) == run.state().lambda_
-    for number, share in enumerate([1 / 8, 1 / 8, 1 / 2]):  # rows gather once λ is no edge
-        drawn = read_parquet(run.labels_file(number, False, 0))["lambda/g0"]
-        center = run.state().lambda_[number]["g0"]
-        near = drawn.between(center / 3**0.125, center * 3**0.125)
-        assert near.mean() == pytest.approx(share, abs=0.18)
     member = np.load(run.adapter_folder(1) / "policy_logp.npy")
     np.testing.assert_array_equal(member, world.maximizer(pd.Series(second.lambda_next)))
     assert second.residual < 1e-6  # it is judged at the multipliers it was solved for
