@@ -1,13 +1,12 @@
-"""The multipliers of a run: λ_0 from π_ref's samples, λ_{t+1} from a round's slack."""
+"""What a run's multipliers rest on, scales and margins among it, and λ_{t+1} from a round's
+slack."""
 
 from typing import Literal
 
 import pandas as pd
 
-from constrained_dpo.dual.one_shot import first_multipliers
 from constrained_dpo.dual.scores import ScoreTable
 from constrained_dpo.dual.steps import auto_step_scale, dual_step, step_size_at
-from constrained_dpo.dual.tails import first_tail_points
 from constrained_dpo.estimates.measure import Measurement
 from constrained_dpo.estimates.score_scale import loss_by_scale, score_scale
 from constrained_dpo.estimates.slack import prompt_slack, reference_slack
@@ -16,7 +15,6 @@ from constrained_dpo.recipe.dual import DualSettings
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.scorer_facts import reference_stds
-from data_prep.errors import UserError
 from data_prep.readers.tables import read_parquet
 
 
@@ -29,14 +27,6 @@ def reference_table(run: RunDirectory, recipe: Recipe) -> ScoreTable:
     ):  # the fit prompts have been sampled too; a dataset's responses are not π_ref's
         samples.insert(0, read_parquet(run.pool_file(None)))
     return ScoreTable.from_frame(pd.concat(samples, ignore_index=True), recipe.problem)
-
-
-def initial_tail_points(run: RunDirectory, recipe: Recipe) -> dict[str, float]:
-    """Find the points of the recipe's tails in round 0 from π_ref's samples on the dual prompts, by
-    constraint (score units)."""
-    reference = read_parquet(run.reference_file)
-    dual = reference[reference["split"] == "dual"].reset_index(drop=True)
-    return first_tail_points(dual, recipe.problem, recipe.dual.max_lambda)
 
 
 def resolve_step_scale(run: RunDirectory, recipe: Recipe) -> Recipe:
@@ -66,29 +56,6 @@ def resolve_margins(run: RunDirectory, recipe: Recipe) -> Recipe:
     )
     run.write_recipe(recipe)
     return recipe
-
-
-def initial_multipliers(run: RunDirectory, recipe: Recipe) -> pd.Series:
-    """Give λ_0: zeros, the given values, or the one-shot minimizer of D on π_ref's samples (MoCAN,
-    arXiv:2405.19544), corrected for their number (`first_multipliers`).
-
-    Raises UserError where the multipliers are one-shot for good and the samples do not reach a
-    level.
-    """
-    init = "one_shot" if recipe.dual.method == "one_shot" else recipe.dual.init
-    if isinstance(init, dict):
-        return recipe.problem.multipliers(init).clip(upper=recipe.dual.max_lambda)
-    if init == "zeros":
-        return pd.Series(0.0, index=recipe.problem.names)
-    table, bound = reference_table(run, recipe), recipe.dual.max_lambda
-    first = first_multipliers(table, recipe.problem, bound)
-    if first.replaced and recipe.dual.method == "one_shot":
-        raise UserError(
-            f"dual.method one_shot: no tilt of {first.responses} responses per prompt reaches the "
-            f"level of {' and '.join(first.replaced)}, so λ* is not known; lower the margin, or "
-            "raise dual.responses_per_prompt"
-        )
-    return first.lambda_
 
 
 def steered_on(dual: DualSettings, measured: Measurement) -> dict[str, float]:

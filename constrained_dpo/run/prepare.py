@@ -20,12 +20,8 @@ from constrained_dpo.progress import timed
 from constrained_dpo.recipe.defaults import sized, split_counts
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
-from constrained_dpo.run.multipliers import (
-    initial_multipliers,
-    initial_tail_points,
-    resolve_margins,
-    resolve_step_scale,
-)
+from constrained_dpo.run.first_multipliers import initial_multipliers, initial_tail_points
+from constrained_dpo.run.multipliers import resolve_margins, resolve_step_scale
 from constrained_dpo.run.scorer_facts import scorer_facts
 from data_prep.errors import UserError
 from data_prep.files import hash_file, write_json

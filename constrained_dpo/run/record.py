@@ -25,12 +25,8 @@ from constrained_dpo.problem import by_name
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import MORE_FITS, RunDirectory
 from constrained_dpo.run.family import target_of
-from constrained_dpo.run.multipliers import (
-    initial_multipliers,
-    initial_tail_points,
-    next_multipliers,
-    steered_on,
-)
+from constrained_dpo.run.first_multipliers import initial_multipliers, initial_tail_points
+from constrained_dpo.run.multipliers import next_multipliers, steered_on
 from constrained_dpo.run.trials import Target
 from data_prep.files import read_json
 from data_prep.readers.tables import read_parquet

@@ -43,21 +43,26 @@ class Target:
     test_prompts: int
     responses: int
 
+    def room(self, samples: pd.DataFrame, reference: pd.DataFrame) -> dict[str, float]:
+        """Give the room above u = 0 that is aimed at, by constraint (score units): what a policy
+        with these samples on the dual prompts needs beside π_ref's."""
+        if self.confidence is None:
+            return dict.fromkeys(self.problem.names, 0.0)
+        return required_room(
+            samples,
+            reference,
+            self.problem,
+            bounds=self.bounds,
+            confidence=self.confidence,
+            test_prompts=self.test_prompts,
+            responses=self.responses,
+        )
+
     def trial(self, samples: pd.DataFrame, reference: pd.DataFrame) -> Trial:
         """Measure a trial from its table and π_ref's on the dual prompts."""
         names = self.problem.names
         lambda_ = samples.iloc[0][multiplier_columns(names)].set_axis(names).astype(float)
-        shift = dict.fromkeys(names, 0.0)
-        if self.confidence is not None:
-            shift = required_room(
-                samples,
-                reference,
-                self.problem,
-                bounds=self.bounds,
-                confidence=self.confidence,
-                test_prompts=self.test_prompts,
-                responses=self.responses,
-            )
+        shift = self.room(samples, reference)
         kappa = float(samples[KAPPA].iloc[0])
         return measured_trial(samples, reference, self.problem, lambda_, kappa, shift)
 
