@@ -24,7 +24,10 @@ class DualSettings(Settings):
         description="auto: std(r)/var(g) of the reference samples (resolved into numbers by "
         "`prepare`); raw: 1",
     )
-    init: Literal["zeros", "one_shot"] | dict[str, float] = Field("one_shot", description="λ_0")
+    init: Literal["zeros", "one_shot"] | dict[str, float] = Field(
+        "one_shot",
+        description="λ_0; one_shot: solved on π_ref's samples, with the room that trials aim at",
+    )
     max_lambda: float = Field(50.0, gt=0, description="upper bound of every multiplier")
     rounds: int = Field(4, ge=1, description="how many rounds `cdpo run` plays")
     prompts_per_round: int = Field(
