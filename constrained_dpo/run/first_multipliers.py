@@ -11,7 +11,7 @@ from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.recipe.schema import Recipe
 from constrained_dpo.run.directory import RunDirectory
 from constrained_dpo.run.family import target_of
-from constrained_dpo.run.multipliers import reference_table
+from constrained_dpo.run.multipliers import demanded, reference_table
 from data_prep.errors import UserError
 from data_prep.readers.tables import read_parquet
 
@@ -48,14 +48,15 @@ def initial_multipliers(run: RunDirectory, recipe: Recipe) -> pd.Series:
 
 def _with_room(run: RunDirectory, recipe: Recipe) -> ConstrainedProblem:
     """The problem at the levels that round 0's trials aim at, as far as π_ref's own spread tells
-    the room: half of its responses are judged against the others."""
+    the room: half of its responses are judged against the others. No more than the rise that is
+    demanded is added: few prompts ask for more room than any policy has."""
     problem = recipe.problem
     target = target_of(run, recipe, pd.Series(0.0, index=problem.names), 0)
     if target is None or target.confidence is None:
         return problem
-    room = target.room(*halves(_on_dual(run)))
-    levels = problem.bounds
-    raised = (c.at(float(levels[c.name]) + room[c.name]) for c in problem.constraints)
+    room, (demand, _) = target.room(*halves(_on_dual(run))), demanded(run, recipe)
+    levels = problem.bounds + pd.Series(room).clip(upper=demand)
+    raised = (c.at(float(levels[c.name])) for c in problem.constraints)
     return replace(problem, constraints=tuple(raised))
 
 
