@@ -67,6 +67,17 @@ class DualSettings(Settings):
         "change of λ in shares of λ",
     )
 
+    def too_few(self) -> list[str]:
+        """Say where π_ref answers each prompt once: one answer has nothing to be judged against, so
+        nothing bounds u."""
+        drawn = self.reference_responses
+        if not drawn and self.method != "solve":
+            drawn = self.responses_per_prompt
+        if drawn != 1:
+            return []
+        key = "reference_responses" if self.reference_responses else "responses_per_prompt"
+        return [f"dual.{key}: 1 answer of π_ref to a prompt bounds no u; give at least 2"]
+
     @property
     def with_room(self) -> bool:
         """Whether λ aims at a bound of u in place of u."""

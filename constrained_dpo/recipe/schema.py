@@ -113,6 +113,7 @@ class Recipe(Settings):
             self.dual.responses_per_prompt,
             self.dual.rounds,
         )
+        problems += self.dual.too_few()
         problems += self._label_mistakes() + self._scorer_mistakes() + self._family_mistakes()
         if self.policy.model == EMBEDDED and self.sampling.max_new_tokens != 3:
             problems.append(

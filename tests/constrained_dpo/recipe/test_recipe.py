@@ -119,6 +119,11 @@ def test_all_errors_are_shown_at_once_with_keys_and_suggestions(tmp_path):
             ["sampling.responses_per_prompt=1"],
             "responses_per_prompt: 1 gives the first round no pair to compare",
         ),
+        (["dual.reference_responses=1"], "dual.reference_responses: 1 answer of π_ref to a prompt"),
+        (
+            ["dual.method=subgradient", "fit.conditional=null", "dual.responses_per_prompt=1"],
+            "dual.responses_per_prompt: 1 answer of π_ref to a prompt bounds no u; give at least 2",
+        ),
         (
             ["fit.group_size=8", "sampling.responses_per_prompt=4"],
             "4 gives the first round no group of fit.group_size 8",
