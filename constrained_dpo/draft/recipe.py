@@ -250,12 +250,10 @@ def _size_lines(seen: Seen, new_tokens: int) -> list[Line]:
             Line(1, "trials: 4", "see rounds"),
         ]
         fit = [
-            Line(1, "refresh: 1", "the fit's sizes and rates are those of recipes/smollm2.yaml"),
-            Line(1, "steps: 30", "see refresh"),
+            Line(1, "refresh: 1", "the fit's sizes are those of recipes/smollm2.yaml"),
+            Line(1, "steps: 60", "see refresh"),
             Line(1, "batch_size: 2", "see refresh"),
             Line(1, "gradient_accumulation: 1", "see refresh"),
-            Line(1, "learning_rate: 1e-4", "see refresh"),
-            Line(1, "loraplus_ratio: 4", "see refresh"),
         ]
     elif seen.model.parameters >= MANY_PARAMETERS:
         fit = [

@@ -91,11 +91,16 @@ class FitSettings(Settings):
         "with given labels, an early stop, or too few samples for a group after a stretch",
     )
     loraplus_ratio: float = Field(
-        16.0,
+        4.0,
         ge=1,
-        description="LoRA+ (arXiv:2402.12354): learning rate of the adapter's B over that of A",
+        description="LoRA+ (arXiv:2402.12354): learning rate of the adapter's B over that of A; "
+        "16 by default in the embedded world",
     )
-    learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of the adapter")
+    learning_rate: float = Field(
+        5e-5,
+        gt=0,
+        description="peak learning rate of the adapter's A; 5e-4 by default in the embedded world",
+    )
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
         "cosine", description="over one round"
     )

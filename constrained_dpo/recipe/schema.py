@@ -15,6 +15,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from constrained_dpo.problem import ConstrainedProblem
 from constrained_dpo.recipe.dual import DualSettings
 from constrained_dpo.recipe.fit import FitSettings
+from constrained_dpo.recipe.implied import with_implied
 from constrained_dpo.recipe.objective import ConstraintSettings, ObjectiveSettings
 from constrained_dpo.recipe.pool import PoolSettings
 from data_prep.errors import UserError
@@ -48,32 +49,8 @@ class Recipe(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_a_family(cls, content: Any) -> Any:
-        """Another method than solve, or no constraint at all, means one policy, unless the recipe
-        says otherwise."""
-        if not isinstance(content, Mapping):
-            return content
-        dual, fit = content.get("dual", {}), content.get("fit", {})
-        objective = content.get("objective", {})
-        if not all(isinstance(block, Mapping) for block in (dual, fit, objective)):
-            return content
-        if dual.get("method", "solve") == "solve" and objective.get("constraints") != []:
-            return content
-        return {**content, "fit": {"conditional": None, **fit}}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _rows_that_fit(cls, content: Any) -> Any:
-        """Few responses of a prompt make smaller groups, unless the recipe says how large."""
-        if not isinstance(content, Mapping):
-            return content
-        fit, sampling = content.get("fit", {}), content.get("sampling", {})
-        if not isinstance(fit, Mapping) or not isinstance(sampling, Mapping):
-            return content
-        drawn, default = sampling.get("responses_per_prompt"), FitSettings().group_size
-        if "group_size" in fit or type(drawn) is not int or not 2 <= drawn < default:
-            return content
-        return {**content, "fit": {**fit, "group_size": drawn}}
+    def _with_implied(cls, content: Any) -> Any:
+        return with_implied(content)
 
     @property
     def stretches(self) -> int:
