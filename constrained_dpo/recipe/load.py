@@ -193,8 +193,7 @@ def _describe(error: ValidationError, block: type[Settings]) -> list[str]:
         parts = [str(p) for p in item["loc"] if p not in _UNION_MEMBERS and "[" not in str(p)]
         key = ".".join(parts)
         if item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(parts[-1], _schema_keys(block), n=1)
-            lines.append(f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else ""))
+            lines.append(f"{key}: unknown key{_suggestion(parts, block)}")
         elif item["type"] == "missing":
             lines.append(f"{key}: missing")
         elif item["type"] == "value_error":
@@ -207,12 +206,27 @@ def _describe(error: ValidationError, block: type[Settings]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _schema_keys(model: type[Settings]) -> set[str]:
-    """Every key of the schema below `model`."""
-    keys: set[str] = set()
+def _suggestion(parts: list[str], model: type[Settings]) -> str:
+    """What was meant by an unknown key: one that is spelt alike, or the same key in its place."""
+    *above, last = parts
+    places = _schema_places(model)
+    if last not in places:
+        close = difflib.get_close_matches(last, places, n=1)
+        return f"; did you mean {close[0]}?" if close else ""
+    if ".".join(part for part in above if not part.isdigit()) in places[last]:
+        return " here; another type has it"
+    block = min(places[last], key=lambda name: name.count("."))
+    return f"; did you mean {f'{block}.{last}'.strip('.')}?"
+
+
+def _schema_places(model: type[Settings]) -> dict[str, list[str]]:
+    """Every key of the schema below `model`, with the dotted names of the blocks that have it."""
+    places: dict[str, list[str]] = {}
     for name, block in schema_blocks(model).items():
-        keys |= set(block.model_fields) | ({name.split(".")[-1]} if name else set())
-    return keys
+        where = ".".join(part for part in name.split(".") if not part[:1].isupper())
+        for key in block.model_fields:
+            places.setdefault(key, []).append(where)
+    return places
 
 
 def schema_blocks(model: type[Settings], prefix: str = "") -> dict[str, type[Settings]]:

@@ -26,6 +26,13 @@ def test_all_mistakes_are_told_at_once_with_a_suggestion(tmp_path):
         assert any(words in line for line in lines), lines
 
 
+def test_a_check_outside_its_block_is_told_where_it_belongs(tmp_path):
+    file = tmp_path / "gate.yaml"
+    file.write_text("length: {ratio: 1.2}\n")
+    with pytest.raises(UserError, match=r"length: unknown key; did you mean checks\.length\?"):
+        load_gate(file)
+
+
 @pytest.mark.parametrize(
     ("checks", "match"),
     [

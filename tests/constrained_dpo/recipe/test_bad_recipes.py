@@ -46,6 +46,15 @@ RECIPES = {
         rename("dual.step_size", "stepsize"),
         "dual.stepsize: unknown key; did you mean step_size?",
     ),
+    "key of another block": (
+        put("objective.learning_rate", 1),
+        "objective.learning_rate: unknown key; did you mean fit.learning_rate?",
+    ),
+    "key above its block": (put("steps", 3), "steps: unknown key; did you mean fit.steps?"),
+    "key of another type": (
+        put("objective.constraints.0.scorer.append_eos", True),
+        "scorer.append_eos: unknown key here; another type has it",
+    ),
     "missing key": (put("objective.beta", ...), "objective.beta: missing"),
     "word for a number": (put("policy.lora.r", "eight"), "policy.lora.r"),
     "fraction for an integer": (put("seed", 1.5), "seed"),
