@@ -87,10 +87,10 @@ bench-family: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_family verdicts runs/bench-family.jsonl
 	$(BIN)/python -m benchmarks.bench_family table runs/bench-family.jsonl
 
-# One constraint, by the conditional policy and by its peers at equal passes (about an hour of one core a world; goes on where it stopped).
+# One constraint, by the conditional policy and by its peers at equal passes (about an hour of one core; goes on where it stopped).
 bench-peers: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_peers runs runs/bench-peers.jsonl
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_peers runs runs/bench-peers.jsonl --worlds embedded --scale 'std 10'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_peers runs runs/bench-peers.jsonl --scale 'std 10' --peers conditional "CAID's steps, our fits" CAID 'GRPO, λ by dual ascent'
 	$(BIN)/python -m benchmarks.bench_peers table runs/bench-peers.jsonl
 
 # The papers' methods beside ours, five seeds (100 runs, about two hours of one core; goes on where it stopped).

@@ -195,7 +195,7 @@ def main() -> None:
     for command in (runs, table):
         command.add_argument("output", type=Path)
     runs.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
-    runs.add_argument("--worlds", nargs="+", choices=WORLDS, default=["embedded", "random 3"])
+    runs.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     runs.add_argument("--seeds", type=int, nargs="+", default=[0])
     runs.add_argument("--scale", choices=SCALES, default="std 1")
     runs.add_argument("--steps", type=int, default=800)
